@@ -1,0 +1,196 @@
+"""The command line: ``run_recbole_gacllm.py`` and ``python -m recbole_gacllm``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from recbole_gacllm.config import preset_names
+from recbole_gacllm.errors import GaCLLMError
+
+_RUN_EPILOG = """\
+Every key of RecBole and of GaCLLM is a flag, such as --embedding_size=128 or --llm_model=NAME
+(docs/config.md lists ours). Flags win over config files, those over dataset config and preset.
+
+examples:
+  python run_recbole_gacllm.py --dataset=ml-100k
+  python run_recbole_gacllm.py --dataset=ml-1m --preset=paper --llm_model=Qwen/Qwen2.5-7B-Instruct
+  python run_recbole_gacllm.py --dataset=ml-100k --model=LightGCN
+  python run_recbole_gacllm.py --dataset=ml-100k --nproc=2 --use_gpu=False
+
+other commands (each has --help):
+  describe              print what was written about a user or an item, layer by layer
+  export-descriptions   write all descriptions to one Parquet or CSV file
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; errors of input and of stages end in one line and exit code 2 or 1."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "describe": _describe,
+        "export-descriptions": _export_descriptions,
+    }
+    try:
+        if arguments and arguments[0] in commands:
+            commands[arguments[0]](arguments[1:])
+        else:
+            _run(arguments)
+    except GaCLLMError as error:
+        _fail(error, 1)
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        _fail(error, 2)
+    except KeyboardInterrupt:
+        print("interrupted; start again to resume: what was finished is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(error: Exception, exit_code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised it; the traceback of anything else is worth seeing."""
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(last).is_relative_to(Path(__file__).parent)
+
+
+def _run(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="run_recbole_gacllm.py",
+        description="Train and test GaCLLM, or any RecBole model, on data in RecBole's format.",
+        epilog=_RUN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dataset", required=True, help="name of the data set, such as ml-100k")
+    parser.add_argument("--model", default="GaCLLM", help="GaCLLM (default) or a RecBole model")
+    parser.add_argument(
+        "--preset",
+        choices=preset_names(),
+        help="GaCLLM's settings: quick (default, minutes on a laptop), paper or best",
+    )
+    parser.add_argument("--config_files", default="", help='yaml files, as "a.yaml b.yaml"')
+    parser.add_argument("--nproc", type=int, default=1, help="processes of RecBole's DDP")
+    known, others = parser.parse_known_args(arguments)
+    for flag in arguments:
+        if not flag.startswith("--") or flag.count("=") != 1:
+            parser.error(
+                f"{flag!r} is not of the form --key=value, all that RecBole reads; a value "
+                "that holds '=' or blanks goes into a file for --config_files"
+            )
+    for flag in others:
+        if not flag[2:].split("=")[0].isidentifier():
+            parser.error(f"{flag!r}: the key must be a name of letters, digits and underscores")
+
+    # RecBole's import takes seconds: --help and mistakes above do not wait for it.
+    from recbole_gacllm import runner
+
+    # RecBole reads sys.argv itself.
+    sys.argv[1:] = arguments
+    files = known.config_files.split()
+    if known.nproc == 1:
+        done = runner.run(known.model, known.dataset, files)
+        _print_summary(done.record, done.run_file)
+    else:
+        record, run_file = runner.run_distributed(known.model, known.dataset, files, known.nproc)
+        _print_summary(record, run_file)
+
+
+def _print_summary(record: dict[str, Any], run_file: Path | None) -> None:
+    """The result and where every file lies."""
+    print(f"\n{record['model']} on {record['dataset']}, seed {record['seed']}")
+    metrics = list(record["test"])
+    print("         " + " ".join(f"{name:>12}" for name in metrics))
+    for split in ("valid", "test"):
+        values = [record[split].get(name) for name in metrics]
+        cells = [f"{'-' if value is None else format(value, '.4f'):>12}" for value in values]
+        print(f"{split:<9}" + " ".join(cells))
+    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in record["seconds"].items())
+    print(f"time     {seconds}")
+    for stage, folder in record.get("artifacts", {}).items():
+        print(f"{stage:<13}{folder}")
+    if record["checkpoint"]:
+        print(f"{'checkpoint':<13}{record['checkpoint']}")
+    print(f"{'run':<13}{run_file}")
+
+
+def _artifact_parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m recbole_gacllm {prog}",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dataset", help="the newest descriptions of this data set")
+    parser.add_argument("--run", type=Path, help="or those of a run: a run.json or its folder")
+    parser.add_argument(
+        "--artifact_dir", type=Path, default=Path("saved/gacllm"), help="as in the run"
+    )
+    return parser
+
+
+def _artifacts(parser: argparse.ArgumentParser, known: argparse.Namespace) -> Any:
+    from recbole_gacllm.descriptions.reading import RunDescriptions
+
+    if (known.dataset is None) == (known.run is None):
+        parser.error("give either --dataset or --run")
+    if known.run is not None:
+        return RunDescriptions.of_run(known.run)
+    return RunDescriptions.newest(known.artifact_dir, known.dataset)
+
+
+def _describe(arguments: list[str]) -> None:
+    parser = _artifact_parser(
+        "describe",
+        "Print what was written about a node at every layer, and the neighbours it was made from.",
+        "python -m recbole_gacllm describe --dataset=ml-100k --user=196",
+    )
+    node = parser.add_mutually_exclusive_group(required=True)
+    node.add_argument("--user", help="raw token of a user, as in the .inter file")
+    node.add_argument("--item", help="raw token of an item")
+    known = parser.parse_args(arguments)
+    found = _artifacts(parser, known)
+    side, token = ("user", known.user) if known.user is not None else ("item", known.item)
+    page = found.page(side, token)
+    name = f", {page.name}" if page.name else ""
+    print(f"{side} {token}{name}: {page.degree} training interactions")
+    for number, (status, text) in enumerate(page.texts):
+        print(f"\nlayer {number} ({status})")
+        print(textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  "))
+    print("\nneighbours in its prompts")
+    for neighbor, label, text in page.neighbors:
+        head = f"{neighbor}: {label + '. ' if label else ''}{text}"
+        print(textwrap.fill(head, 96, initial_indent="  - ", subsequent_indent="    "))
+    print(f"\n{found.folder}")
+
+
+def _export_descriptions(arguments: list[str]) -> None:
+    parser = _artifact_parser(
+        "export-descriptions",
+        "Write all descriptions to one file: side, token, layer, text, status, reason, tokens.",
+        "python -m recbole_gacllm export-descriptions --dataset=ml-100k --output=texts.parquet",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="file to write; .parquet or .csv"
+    )
+    known = parser.parse_args(arguments)
+    if known.output.suffix not in (".parquet", ".csv"):
+        parser.error(f"--output {known.output}: the name must end in .parquet or .csv")
+    if not known.output.resolve().parent.is_dir():
+        parser.error(f"--output {known.output}: there is no folder {known.output.parent}")
+    frame = _artifacts(parser, known).frame()
+    if known.output.suffix == ".parquet":
+        frame.to_parquet(known.output, index=False)
+    else:
+        frame.to_csv(known.output, index=False)
+    print(f"{len(frame)} descriptions written to {known.output}")

@@ -1,0 +1,230 @@
+"""Configuration: finds the shipped yaml files, layers them, validates them once, at the door.
+
+Defaults live in ``properties/model/GaCLLM.yaml`` alone. RecBole merges the layers (model defaults,
+preset, dataset config, the user's files, dictionary and command line); :class:`GaCLLMConfig` is the
+frozen, checked view of our keys in the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_")
+
+
+def shipped_path(*parts: str) -> Path:
+    """Path of a shipped file or folder, in a checkout or in an installed wheel.
+
+    Args:
+        parts: For example ``"properties", "model", "GaCLLM.yaml"``.
+    """
+    package = Path(__file__).resolve().parent
+    root = package if (package / "properties").is_dir() else package.parent
+    return root.joinpath(*parts)
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return dict(loaded or {})
+
+
+def preset_names() -> list[str]:
+    """Names that ``--preset`` takes."""
+    return sorted(path.stem for path in shipped_path("properties", "presets").glob("*.yaml"))
+
+
+def model_defaults(preset: str | None = None) -> dict[str, Any]:
+    """All keys of ``GaCLLM.yaml``, overridden by a preset.
+
+    Args:
+        preset: Name of a preset; None takes the one that ``GaCLLM.yaml`` names.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    defaults = _load_yaml(shipped_path("properties", "model", "GaCLLM.yaml"))
+    name = defaults["preset"] if preset is None else preset
+    if name not in preset_names():
+        raise ValueError(f"preset: {name!r} is not one of {', '.join(preset_names())}.")
+    defaults.update(_load_yaml(shipped_path("properties", "presets", f"{name}.yaml")))
+    defaults["preset"] = name
+    return defaults
+
+
+def dataset_defaults(dataset: str) -> dict[str, Any]:
+    """The shipped dataset config of a data set; empty if we ship none for it."""
+    path = shipped_path("dataset_configs", f"{dataset}.yaml")
+    return _load_yaml(path) if path.is_file() else {}
+
+
+def check_keys(external: Mapping[str, Any]) -> None:
+    """Refuse a key that has one of our prefixes and is none of ours.
+
+    Args:
+        external: What the user gave: files, dictionary and command line.
+
+    Raises:
+        ValueError: Names the key and the nearest known ones.
+    """
+    known = [f.name for f in dataclasses.fields(GaCLLMConfig)]
+    for key in external:
+        if key.startswith(OUR_PREFIXES) and key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "it has no near match."
+            raise ValueError(
+                f"unknown key {key!r}: {hint} All keys stand in docs/config.md and in "
+                f"{shipped_path('properties', 'model', 'GaCLLM.yaml')}."
+            )
+
+
+_Check = Callable[[Any], str | None]
+
+
+def _one_of(*allowed: str) -> _Check:
+    return lambda v: None if v in allowed else f"allowed: {', '.join(allowed)}"
+
+
+def _at_least(low: float) -> _Check:
+    return lambda v: None if v >= low else f"allowed: {low} or more"
+
+
+def _above(low: float) -> _Check:
+    return lambda v: None if v > low else f"allowed: above {low}"
+
+
+def _from_to(low: float, high: float) -> _Check:
+    """Half-open: ``low <= v < high``."""
+    return lambda v: None if low <= v < high else f"allowed: from {low} to below {high}"
+
+
+def _share(v: float) -> str | None:
+    return None if 0 < v <= 1 else "allowed: above 0, at most 1"
+
+
+def _not_empty(v: Any) -> str | None:
+    return None if v else "allowed: anything but empty"
+
+
+def _key(check: _Check | None = None) -> Any:
+    return field(metadata={"check": check})
+
+
+@dataclass(frozen=True)
+class GaCLLMConfig:
+    """Our keys, checked. Meanings, types and defaults: ``properties/model/GaCLLM.yaml``."""
+
+    preset: str = _key()
+    embedding_size: int = _key(_at_least(1))
+    n_layers: int = _key(_at_least(0))
+    reg_weight: float = _key(_at_least(0))
+    require_pow: bool = _key()
+    loss_type: str = _key(_one_of("BPR", "SSM"))
+    ssm_n_negatives: int = _key(_at_least(1))
+    ssm_temperature: float = _key(_above(0))
+    use_text: bool = _key()
+    text_source: str = _key(_one_of("generated", "raw", "shuffled"))
+    text_hidden_size: int = _key(_at_least(0))
+    text_dropout: float = _key(_from_to(0, 1))
+    text_weight: float = _key(_at_least(0))
+    align_weight: float = _key(_at_least(0))
+    align_temperature: float = _key(_above(0))
+    text_user_template: str | None = _key(_not_empty)
+    text_item_template: str | None = _key(_not_empty)
+    text_user_noun: str = _key(_not_empty)
+    text_item_noun: str = _key(_not_empty)
+    text_value_names: dict[str, dict[str, str]] | None = _key()
+    text_item_name_field: str | None = _key(_not_empty)
+    text_max_chars: int = _key(_at_least(16))
+    text_allow_ids: bool = _key()
+    neighbor_rule: str = _key(_one_of("random", "recent", "rare_first"))
+    n_neighbors: int = _key(_at_least(1))
+    llm_model: str = _key(_not_empty)
+    llm_backend: str = _key(_one_of("auto", "vllm", "transformers"))
+    llm_n_layers: int = _key(_at_least(1))
+    llm_max_prompt_tokens: int = _key(_at_least(64))
+    llm_max_neighbor_tokens: int = _key(_at_least(4))
+    llm_max_new_tokens: int = _key(_at_least(4))
+    llm_temperature: float = _key(_at_least(0))
+    llm_repetition_penalty: float = _key(_above(0))
+    llm_dtype: str = _key(_one_of("auto", "bfloat16", "float32"))
+    llm_merge_adapter: bool = _key()
+    llm_prompts_dir: str | None = _key(_not_empty)
+    llm_tensor_parallel_size: int = _key(_at_least(1))
+    llm_pipeline_parallel_size: int = _key(_at_least(1))
+    llm_gpu_memory_utilization: float = _key(_share)
+    sft: bool = _key()
+    sft_n_pairs: int = _key(_at_least(1))
+    sft_n_heldout: int = _key(_at_least(1))
+    sft_epochs: int = _key(_at_least(1))
+    sft_batch_size: int = _key(_at_least(1))
+    sft_accumulation_steps: int = _key(_at_least(1))
+    sft_learning_rate: float = _key(_above(0))
+    sft_lora_rank: int = _key(_at_least(1))
+    sft_lora_alpha: int = _key(_at_least(1))
+    sft_lora_dropout: float = _key(_from_to(0, 1))
+    sft_target_modules: str | list[str] = _key(_not_empty)
+    sft_checkpoint_steps: int = _key(_at_least(1))
+    sft_max_tokens: int = _key(_at_least(32))
+    encoder_model: str = _key(_not_empty)
+    encoder_batch_size: int = _key(_at_least(1))
+    encoder_dtype: str = _key(_one_of("auto", "bfloat16", "float32"))
+    artifact_dir: str = _key(_not_empty)
+
+    def __post_init__(self) -> None:
+        if self.use_text and self.text_source != "raw" and self.llm_n_layers > self.n_layers:
+            raise ValueError(
+                f"llm_n_layers: {self.llm_n_layers} is above n_layers: {self.n_layers}. Text "
+                "of hop l is fused with the embedding of hop l, so there must be as many hops of "
+                "graph convolution: raise n_layers or lower llm_n_layers."
+            )
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> GaCLLMConfig:
+        """Check our keys of a merged configuration.
+
+        Args:
+            mapping: RecBole's ``config.final_config_dict`` or any mapping that holds all our keys.
+
+        Raises:
+            ValueError: Names the key, the value found and what is allowed.
+        """
+        hints = typing.get_type_hints(cls)
+        values = {}
+        for f in dataclasses.fields(cls):
+            if f.name not in mapping:
+                raise ValueError(
+                    f"key {f.name!r} is missing. Build the configuration with RecBole's "
+                    'Config(model="GaCLLM", …) after `import recbole_gacllm`: it has all defaults.'
+                )
+            value = _convert(f.name, mapping[f.name], hints[f.name])
+            problem = f.metadata["check"] and value is not None and f.metadata["check"](value)
+            if problem:
+                raise ValueError(f"{f.name}: {value!r} is not allowed; {problem}.")
+            values[f.name] = value
+        return cls(**values)
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """Check the type of a value; an int passes as float, nothing else is converted."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if origin is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if origin is int and isinstance(value, bool):
+            continue
+        if isinstance(value, origin):
+            return value
+    names = " or ".join(
+        "null" if o is types.NoneType else str(getattr(o, "__name__", o)) for o in options
+    )
+    raise ValueError(f"{key}: {value!r} is a {type(value).__name__}; it must be {names}.")

@@ -1,0 +1,1 @@
+"""What the descriptions are: raw text, neighbours, prompts, convolution, store and encoding."""

@@ -1,0 +1,109 @@
+"""Leakage audit: do a user's descriptions know items that were held out?
+
+The graph, the prompts and the SFT pairs hold training edges only, by construction. This checks the
+outcome: how often the name of a held-out item appears in the generated descriptions of its user,
+against an item that the user never touched, of nearly the same training popularity.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from recbole_gacllm.descriptions.layers import Layer
+from recbole_gacllm.descriptions.neighbors import TrainGraph
+
+# Shorter names ("Go", "M") are found in any text.
+_MIN_NAME_CHARS = 4
+
+
+def audit_leakage(
+    inputs: Path, descriptions: Path, heldout: Sequence[tuple[str, str]], seed: int
+) -> dict[str, Any]:
+    """Compare mentions of held-out items with mentions of matched random items.
+
+    Args:
+        inputs: Folder of the inputs stage (graph, item names).
+        descriptions: Folder of the descriptions stage.
+        heldout: (user token, item token) of the validation and test interactions.
+        seed: Of the draw of matched items.
+
+    Returns:
+        ``n_pairs`` compared; ``heldout_mentions`` and ``matched_mentions``, how many of them name
+        the item; ``p_value`` of the one-sided sign test that held-out items are named more often
+        (null if no pair differs); ``edges_in_graph``, held-out pairs that are training edges too,
+        which must be 0 unless the data repeats interactions.
+    """
+    graph = TrainGraph.load(inputs / "graph.npz")
+    names: dict[str, str] = json.loads((inputs / "item_names.json").read_text("utf-8"))
+    user_of = {token: index for index, token in enumerate(graph.user_tokens.tolist())}
+    item_of = {token: index for index, token in enumerate(graph.item_tokens.tolist())}
+    texts = [""] * len(user_of)
+    for file in sorted(descriptions.glob("layer_*.parquet")):
+        layer = Layer.read(file)
+        for token, text in zip(layer.tokens["user"], layer.texts["user"], strict=True):
+            texts[user_of[token]] += " " + _normalize(text)
+    wanted = [_normalize(names[token]) for token in graph.item_tokens.tolist()]
+
+    touched: set[tuple[int, int]] = set(
+        zip(graph.users.tolist(), graph.items.tolist(), strict=True)
+    )
+    pairs = [(user_of[user], item_of[item]) for user, item in heldout]
+    edges_in_graph = sum(pair in touched for pair in pairs)
+    touched.update(pairs)
+
+    rng = np.random.default_rng(seed)
+    degree = graph.degrees("item")
+    # Items by popularity, ties in random order: neighbours in this list are matches.
+    ranked = np.lexsort((rng.random(len(degree)), degree))
+    rank_of = np.argsort(ranked)
+    n_pairs = heldout_mentions = matched_mentions = heldout_only = matched_only = 0
+    for user, item in pairs:
+        match = _matched(user, int(rank_of[item]), ranked, touched, wanted)
+        if match is None or len(wanted[item]) < _MIN_NAME_CHARS:
+            continue
+        named, match_named = wanted[item] in texts[user], wanted[match] in texts[user]
+        n_pairs += 1
+        heldout_mentions += named
+        matched_mentions += match_named
+        heldout_only += named and not match_named
+        matched_only += match_named and not named
+    differing = heldout_only + matched_only
+    p_value = None
+    if differing:
+        p_value = float(binomtest(heldout_only, differing, alternative="greater").pvalue)
+    return {
+        "n_pairs": n_pairs,
+        "heldout_mentions": heldout_mentions,
+        "matched_mentions": matched_mentions,
+        "p_value": p_value,
+        "edges_in_graph": edges_in_graph,
+    }
+
+
+def _normalize(text: str) -> str:
+    """Lower case, letters and digits only, so that punctuation does not hide a name."""
+    return re.sub(r"\W+", " ", text.lower()).strip()
+
+
+def _matched(
+    user: int,
+    rank: int,
+    ranked: np.ndarray,
+    touched: set[tuple[int, int]],
+    wanted: list[str],
+) -> int | None:
+    """The item nearest in popularity that the user never touched, with a name long enough."""
+    for distance in range(1, len(ranked)):
+        for other in (rank + distance, rank - distance):
+            if 0 <= other < len(ranked):
+                item = int(ranked[other])
+                if (user, item) not in touched and len(wanted[item]) >= _MIN_NAME_CHARS:
+                    return item
+    return None

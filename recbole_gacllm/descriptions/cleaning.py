@@ -1,0 +1,171 @@
+"""What the LLM wrote becomes a description by stated rules, or is refused by stated rules."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Literal
+
+CLEANING_VERSION = 1  # part of a description's address: raise it when a rule changes a result
+Problem = Literal["empty", "truncated", "echo"]
+
+_MIN_WORDS = 3  # fewer say nothing about a node
+_MIN_REQUEST_WORDS = 4  # shorter sentences of a request could stand in any text
+_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
+
+# At the start of a line: headings, quotations, bullets, numbers of a list.
+_LINE_START = re.compile(r"^(?:#{1,6}\s+|>\s*|[-*+•–]\s+|\d{1,2}[.)]\s+)+")
+# Around words, never inside one: `M*A*S*H` and snake_case stay.
+_EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3}|`{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)")
+_OPENER = r"(?:sure|certainly|of course|absolutely|okay|ok|yes|here|below|the following)\b"
+_LABEL = (
+    r"(?:[\w'-]+ ){0,3}"
+    r"(?:description|summary|answer|response|profile|overview|output|paragraph|preferences)"
+)
+_LEAD_IN = re.compile(
+    rf"(?:{_OPENER}(?:[!.,]\s)?[^:.!?]{{0,100}}|{_LABEL}(?: of [^:.!?]{{1,80}})?)\s?:(?:\s+|$)",
+    re.IGNORECASE,
+)
+# After . ! ? … and closing quotes, before a blank; not after an initial or a short title.
+_SENTENCE_END = re.compile(
+    r"(?:(?<!\b[A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?<!\bvs)\.|[!?…])"
+    r"[\"'”’»)\]]*(?=\s|$)|[。！？]"
+)
+
+
+@dataclass(frozen=True)
+class CleaningContext:
+    """What a completion was an answer to.
+
+    Attributes:
+        prompt: All messages of the chat; the last line is the request.
+    """
+
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """A cleaned completion.
+
+    Attributes:
+        text: One line. Where there is a problem: what was left, for inspection only.
+        problem: Why it is no description, or None if it is one.
+    """
+
+    text: str
+    problem: Problem | None
+
+
+def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
+    """Turn a completion into a description; ours: the paper does not say.
+
+    In this order:
+
+    1. Control, format, private and unassigned characters and U+FFFD go.
+    2. Marks of headings, quotations, bullets and lists at the start of a line go; so do
+       emphasis and code marks around words. All lines become one, white space one blank.
+    3. A lead-in that ends in a colon goes: a label (``Description:``, ``Summary of the film:``) or
+       an opening phrase (``Sure, here is the description:``). So do quotes around the whole.
+    4. A sentence that was there before, but for case and punctuation, goes.
+    5. If the length limit ended it: an unfinished last sentence goes when the finished ones before
+       it have at least 3 words. Otherwise the text is cut after its last whole word and gets
+       ``…``; with fewer than 3 whole words the problem is ``truncated``.
+    6. No letter left: ``empty``.
+    7. The whole text stands in the prompt word by word, but for case and punctuation, or it
+       holds a sentence (of at least 4 words) of the request, the prompt's last line: ``echo``.
+
+    Args:
+        raw: The decoded completion.
+        finish_reason: ``stop``, or ``length`` if the length limit ended it.
+        context: What it answers.
+    """
+    text = _strip_frame(_one_line(raw))
+    sentences = _without_repetition(_split_sentences(text))
+    text = " ".join(sentences)
+    if not any(map(str.isalpha, text)):
+        return Cleaned(text, "empty")
+    if finish_reason == "length" and not _is_finished(text):
+        finished = " ".join(sentences[:-1])
+        text = finished if len(_words(finished)) >= _MIN_WORDS else _cut_at_word(text)
+        if len(_words(text)) < _MIN_WORDS:
+            return Cleaned(text, "truncated")
+    return Cleaned(text, "echo" if _is_echo(text, context) else None)
+
+
+def _one_line(raw: str) -> str:
+    visible = "".join(
+        char
+        for char in raw
+        if char.isspace() or (unicodedata.category(char)[0] != "C" and char != "\ufffd")
+    )
+    lines = (_LINE_START.sub("", line.strip()) for line in visible.splitlines())
+    text = " ".join(" ".join(lines).split())
+    while (plain := _EMPHASIS.sub(r"\2", text)) != text:
+        text = plain
+    return text.strip("*`# ")
+
+
+def _strip_frame(text: str) -> str:
+    """Drop lead-ins and surrounding quotes until there are none."""
+    while True:
+        inner = text
+        if lead_in := _LEAD_IN.match(inner):
+            inner = inner[lead_in.end() :]
+        closing = _QUOTES.get(inner[:1])
+        if closing and closing not in inner[1:-1] and inner[0] not in inner[1:-1]:
+            if inner[1:].endswith(closing):
+                inner = inner[1:-1]
+            elif closing not in inner[1:] and closing != "'":  # opened, never closed
+                inner = inner[1:]
+        inner = inner.strip()
+        if inner == text:
+            return text
+        text = inner
+
+
+def _split_sentences(text: str) -> list[str]:
+    """Sentences in order, each with its end; the last may be unfinished."""
+    sentences, start = [], 0
+    for end in _SENTENCE_END.finditer(text):
+        sentences.append(text[start : end.end()].strip())
+        start = end.end()
+    return [*sentences, rest] if (rest := text[start:].strip()) else sentences
+
+
+def _without_repetition(sentences: list[str]) -> list[str]:
+    first: dict[str, str] = {}
+    for sentence in sentences:
+        first.setdefault(" ".join(_words(sentence)) or sentence, sentence)
+    return list(first.values())
+
+
+def _is_finished(text: str) -> bool:
+    return any(end.end() == len(text) for end in _SENTENCE_END.finditer(text))
+
+
+def _cut_at_word(text: str) -> str:
+    """Without the last word, which the limit may have cut in two."""
+    return f"{text.rpartition(' ')[0].rstrip(' ,;:-–(')}…"
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _is_echo(text: str, context: CleaningContext) -> bool:
+    answer, prompt = _padded(text), _padded(context.prompt)
+    if answer in prompt:
+        return True
+    request = context.prompt.strip().rpartition("\n")[2]
+    return any(
+        _padded(sentence) in answer
+        for sentence in _split_sentences(request)
+        if len(_words(sentence)) >= _MIN_REQUEST_WORDS
+    )
+
+
+def _padded(text: str) -> str:
+    """Words between blanks, so that a part of one is a sequence of whole words."""
+    return f" {' '.join(_words(text))} "

@@ -1,0 +1,303 @@
+"""Descriptions to vectors: ``x_v^(l) = Enc(T_v^(l))``, with sentence-transformers.
+
+Enc is the folder's own: its pooling, its default prompt, its length limit; a plain Hugging Face
+folder gets mean pooling. Rows are normalised to unit length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sentence_transformers import SentenceTransformer
+from tqdm import tqdm
+
+from recbole_gacllm.artifacts import fingerprint, sync_folder, write_atomic
+from recbole_gacllm.errors import GaCLLMError, WeightsError
+
+logger = logging.getLogger(__name__)
+
+_BATCHES_A_CHUNK = 8  # what a kill costs at most
+
+
+@dataclass(frozen=True)
+class EncodeStats:
+    """What one file took.
+
+    Attributes:
+        n_texts: Rows of the file.
+        n_unique: Different texts among them that are not empty; each is encoded once.
+        n_empty: Texts without a visible character; their rows are zero.
+        n_resumed: Of ``n_unique``, those an earlier process had encoded.
+        dim: Columns of the file.
+        seconds: Wall time of this process.
+    """
+
+    n_texts: int
+    n_unique: int
+    n_empty: int
+    n_resumed: int
+    dim: int
+    seconds: float
+
+
+class TextEncoder:
+    """A loaded sentence encoder.
+
+    Args:
+        model_dir: A sentence-transformers folder, or a plain Hugging Face folder of an encoder.
+        dtype: ``bfloat16``, ``float32``, or ``auto``: bfloat16 where the hardware computes in it.
+            Only the transformer runs in it; pooling and normalisation are in float32.
+        batch_size: Texts a batch.
+        device: ``cpu``, ``cuda`` (or ``cuda:1`` …), or ``auto``: a GPU if there is one.
+
+    Attributes:
+        dim: Width of an embedding.
+
+    Raises:
+        ValueError: If ``model_dir`` is no folder, or ``dtype`` is none of the three.
+        WeightsError: If the folder holds no encoder that can be loaded from safetensors.
+    """
+
+    def __init__(self, model_dir: Path, dtype: str, batch_size: int, device: str = "auto") -> None:
+        if not model_dir.is_dir():
+            raise ValueError(f"encoder_model: {model_dir} is not a folder")
+        _refuse_pickles(model_dir)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model_dir, self.batch_size = model_dir, batch_size
+        self.dtype = _resolve_dtype(dtype, device)
+        try:
+            self._model = SentenceTransformer(
+                str(model_dir),
+                device=device,
+                local_files_only=True,
+                trust_remote_code=False,
+                model_kwargs={"dtype": self.dtype, "use_safetensors": True},
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise WeightsError(
+                f"encoder_model: {model_dir} cannot be loaded: {error}. Allowed is a folder of a "
+                "sentence-transformers or Hugging Face encoder with safetensors weights and "
+                "without code of its own."
+            ) from error
+        self._model[0].register_forward_hook(_to_float32)
+        self.dim = self._encode(["dim"]).shape[1]
+        logger.info("encoder %s: %s on %s, %d wide", model_dir, self.dtype, device, self.dim)
+
+    def encode_to_file(
+        self, texts: Sequence[str], out_file: Path, *, show_progress: bool = False
+    ) -> EncodeStats:
+        """Write the embeddings of texts as a float16 ``.npy`` file, resuming a killed attempt.
+
+        Different texts are sorted by length and encoded in chunks. After each chunk, rows and then
+        ``<out_file>.journal`` are made durable; batches are cut the same way wherever an attempt
+        stopped, so the file does not depend on it. Called again when all is done, it does nothing.
+
+        Shapes:
+            out_file: [len(texts), dim], rows of unit length, or zero for an empty text.
+
+        Raises:
+            ValueError: If there are no texts.
+            GaCLLMError: If the model gives NaN or zero for a text, or the file cannot be written.
+        """
+        if not texts:
+            raise ValueError(f"{out_file}: there are no texts to encode")
+        started = time.perf_counter()
+        ranks, unique = _rank_by_length(texts)  # [len(texts)]
+        with _explaining(out_file):
+            attempt = _Attempt(out_file, self._key(texts))
+            if attempt.is_finished(len(unique)):
+                n_resumed = len(unique)
+            else:
+                n_resumed, vectors = attempt.open((len(texts), self.dim))
+                self._fill(vectors, ranks, unique, n_resumed, attempt, show_progress)
+                attempt.finish(vectors)
+        return EncodeStats(
+            n_texts=len(texts),
+            n_unique=len(unique),
+            n_empty=int((ranks < 0).sum()),
+            n_resumed=n_resumed,
+            dim=self.dim,
+            seconds=round(time.perf_counter() - started, 2),
+        )
+
+    def _fill(
+        self,
+        vectors: npt.NDArray[np.float16],  # [n_texts, dim], a memory map
+        ranks: npt.NDArray[np.int64],  # [n_texts]
+        unique: list[str],
+        n_done: int,
+        attempt: _Attempt,
+        show_progress: bool,
+    ) -> None:
+        rows = np.argsort(ranks, kind="stable")  # rows in the order of their texts in `unique`
+        sorted_ranks = ranks[rows]
+        size = self.batch_size * _BATCHES_A_CHUNK
+        with tqdm(
+            desc=f"encode {attempt.out_file.stem}",
+            total=len(unique),
+            initial=n_done,
+            unit="text",
+            disable=not show_progress,
+        ) as bar:
+            for start in range(n_done, len(unique), size):
+                chunk = unique[start : start + size]
+                encoded = self._encode(chunk)  # [len(chunk), dim]
+                first, last = np.searchsorted(sorted_ranks, [start, start + len(chunk)])
+                here = rows[first:last]
+                bad = ~(np.linalg.norm(encoded, axis=1) > 0.5)  # NaN too
+                if bad.any():
+                    row = here[bad[ranks[here] - start]].min()
+                    raise GaCLLMError(
+                        f"encoder_model: {self.model_dir} gives NaN or zero for text {row} of "
+                        f"{attempt.out_file} in {self.dtype}. Set encoder_dtype: float32, or take "
+                        "another encoder."
+                    )
+                vectors[here] = encoded[ranks[here] - start]
+                attempt.advance(vectors, start + len(chunk))
+                bar.update(len(chunk))
+
+    def _encode(self, texts: list[str]) -> npt.NDArray[np.float32]:
+        encoded: npt.NDArray[np.float32] = self._model.encode(
+            texts,
+            batch_size=self.batch_size,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+            normalize_embeddings=True,
+        )
+        return encoded
+
+    def _key(self, texts: Sequence[str]) -> str:
+        """What a half-written file must agree in to be resumed."""
+        digest = hashlib.sha256()
+        for text in texts:
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "big") + data)
+        files = [
+            (str(file.relative_to(self.model_dir)), file.stat().st_size, file.stat().st_mtime_ns)
+            for file in sorted(self.model_dir.rglob("*"))
+            if file.is_file()
+        ]
+        return fingerprint(
+            {
+                "texts": digest.hexdigest(),
+                "model": files,
+                "dtype": str(self.dtype),
+                "batch_size": self.batch_size,
+            }
+        )
+
+
+class _Attempt:
+    """The half-written file of one ``encode_to_file`` and the journal that says how far it is."""
+
+    def __init__(self, out_file: Path, key: str) -> None:
+        self.out_file = out_file
+        self._key = key
+        self._partial = out_file.with_name(out_file.name + ".partial")
+        self._journal = out_file.with_name(out_file.name + ".journal")
+        self._n_done: int | None = None  # None: this file was never begun
+        if self._journal.exists():
+            try:
+                entry = json.loads(self._journal.read_bytes())
+                self._n_done = int(entry["n_done"]) if entry["key"] == key else None
+            except (ValueError, KeyError, TypeError) as error:
+                logger.warning("%s is damaged (%s): encoding starts anew", self._journal, error)
+
+    def is_finished(self, n_unique: int) -> bool:
+        renamed = self.out_file.exists() and not self._partial.exists()
+        return renamed and self._n_done == n_unique
+
+    def open(self, shape: tuple[int, int]) -> tuple[int, npt.NDArray[np.float16]]:
+        """How many texts are durable, and the file they are in, made of zeros if need be."""
+        if self._n_done is not None and self._partial.exists():
+            logger.info("%s: goes on after %d texts", self.out_file, self._n_done)
+            return self._n_done, np.load(self._partial, mmap_mode="r+")
+        self._journal.unlink(missing_ok=True)  # before the file it speaks of is replaced
+        vectors: npt.NDArray[np.float16] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+            self._partial, "w+", np.float16, shape
+        )
+        with open(self._partial, "r+b") as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, SIGBUS later
+                os.posix_fallocate(file.fileno(), 0, self._partial.stat().st_size)
+            os.fsync(file.fileno())
+        self.advance(vectors, 0)
+        return 0, vectors
+
+    def advance(self, vectors: npt.NDArray[np.float16], n_done: int) -> None:
+        """Make rows durable, then the word that they are."""
+        assert isinstance(vectors, np.memmap)
+        vectors.flush()
+        write_atomic(self._journal, json.dumps({"key": self._key, "n_done": n_done}).encode())
+
+    def finish(self, vectors: npt.NDArray[np.float16]) -> None:
+        assert isinstance(vectors, np.memmap)
+        vectors.flush()
+        with open(self._partial, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(self._partial, self.out_file)
+        sync_folder(self.out_file.parent)
+
+
+def _rank_by_length(texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """Different texts that are not empty, longest first, and each row's place in them (or -1)."""
+    unique = sorted({text for text in texts if text.strip()}, key=lambda text: (-len(text), text))
+    place = {text: rank for rank, text in enumerate(unique)}
+    return np.array([place.get(text, -1) for text in texts], dtype=np.int64), unique
+
+
+def _to_float32(_module: object, _inputs: object, features: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in features.items()
+    }
+
+
+def _resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    if dtype == "auto":
+        dtype = "bfloat16" if _computes_in_bfloat16(device) else "float32"
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"encoder_dtype: {dtype!r}; allowed are auto, bfloat16 and float32")
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+
+
+def _computes_in_bfloat16(device: str) -> bool:
+    if device.startswith("cuda"):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():  # not Linux
+        return False
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpuinfo.read_text().split())
+
+
+def _refuse_pickles(model_dir: Path) -> None:
+    """sentence-transformers would read a module's pickle where there is no safetensors file."""
+    for pickle in model_dir.rglob("pytorch_model*.bin"):
+        if not list(pickle.parent.glob("*.safetensors")):
+            raise WeightsError(
+                f"encoder_model: {pickle} is a pickle; only safetensors are read. Take a release "
+                "of this encoder with model.safetensors."
+            )
+
+
+@contextmanager
+def _explaining(out_file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise GaCLLMError(
+            f"{out_file} cannot be written: {error}. Free space or rights there, or set "
+            "artifact_dir to another folder, and start again: what was finished is kept."
+        ) from error

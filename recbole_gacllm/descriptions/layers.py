@@ -1,0 +1,118 @@
+"""A layer of descriptions: one text for every node, users first, and the file that holds it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recbole_gacllm.errors import GaCLLMError
+
+Side = Literal["user", "item"]
+SIDES: tuple[Side, Side] = ("user", "item")
+
+# What a text is: raw (layer 0), generated, or the text of the layer below carried over because
+# generation failed or because there was nothing to tell the LLM.
+Status = Literal["raw", "generated", "failed", "nothing_known"]
+
+
+@dataclass
+class Layer:
+    """Texts of all nodes at one layer.
+
+    Attributes:
+        tokens: RecBole's raw tokens by side.
+        texts: Descriptions by side, in the order of ``tokens``.
+        statuses: What each text is, see ``Status``.
+        reasons: Why a text was carried over; empty otherwise.
+        n_prompt_tokens, n_output_tokens: Tokens its generation took; 0 for raw texts.
+    """
+
+    tokens: dict[Side, list[str]]
+    texts: dict[Side, list[str]]
+    statuses: dict[Side, list[str]]
+    reasons: dict[Side, list[str]]
+    n_prompt_tokens: dict[Side, np.ndarray]
+    n_output_tokens: dict[Side, np.ndarray]
+
+    @classmethod
+    def raw(cls, tokens: dict[Side, list[str]], texts: dict[Side, list[str]]) -> Layer:
+        """Layer 0."""
+        return cls(
+            tokens=tokens,
+            texts=texts,
+            statuses={side: ["raw"] * len(tokens[side]) for side in SIDES},
+            reasons={side: [""] * len(tokens[side]) for side in SIDES},
+            n_prompt_tokens={side: np.zeros(len(tokens[side]), np.int64) for side in SIDES},
+            n_output_tokens={side: np.zeros(len(tokens[side]), np.int64) for side in SIDES},
+        )
+
+    def digest(self) -> str:
+        """SHA-256 of all sides, tokens and texts, whatever the order of the nodes."""
+        total = hashlib.sha256()
+        for side in SIDES:
+            for token, text in sorted(zip(self.tokens[side], self.texts[side], strict=True)):
+                for part in (side, token, text):
+                    total.update(f"{len(part)}:{part}".encode("utf-8", "surrogatepass"))
+        return total.hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write as Parquet, one row a node, whole or not at all."""
+
+        def column(values: dict[Side, list[str]]) -> list[str]:
+            return [value for side in SIDES for value in values[side]]
+
+        columns = {
+            "side": [side for side in SIDES for _ in self.tokens[side]],
+            "token": column(self.tokens),
+            "text": column(self.texts),
+            "status": column(self.statuses),
+            "reason": column(self.reasons),
+            "n_prompt_tokens": np.concatenate([self.n_prompt_tokens[side] for side in SIDES]),
+            "n_output_tokens": np.concatenate([self.n_output_tokens[side] for side in SIDES]),
+        }
+        temporary = path.with_name(f".{path.name}.tmp")
+        pq.write_table(pa.table(columns), temporary, compression="zstd")
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Layer:
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            GaCLLMError: If the file is damaged.
+        """
+        try:
+            table = pq.read_table(path)
+            sides = np.asarray(table["side"].to_pylist(), dtype=object)
+            rows = {side: np.flatnonzero(sides == side) for side in SIDES}
+
+            def strings(name: str) -> dict[Side, list[str]]:
+                values = table[name].to_pylist()
+                return {side: [values[row] for row in rows[side]] for side in SIDES}
+
+            def counts(name: str) -> dict[Side, np.ndarray]:
+                values = table[name].to_numpy()
+                return {side: values[rows[side]] for side in SIDES}
+
+            return cls(
+                tokens=strings("token"),
+                texts=strings("text"),
+                statuses=strings("status"),
+                reasons=strings("reason"),
+                n_prompt_tokens=counts("n_prompt_tokens"),
+                n_output_tokens=counts("n_output_tokens"),
+            )
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise GaCLLMError(
+                f"{path} is damaged: {error}. Delete it and start again: its texts are in the "
+                "description store and nothing is generated twice."
+            ) from error

@@ -1,0 +1,41 @@
+"""What an item is called, for the leakage audit and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from recbole_gacllm.descriptions.templates import compile_template
+
+
+def item_names(
+    tokens: Sequence[str], features: pd.DataFrame | None, field: str | None
+) -> dict[str, str]:
+    """Names of items by raw token; an item without one is called by its token.
+
+    Args:
+        tokens: Raw tokens of the items.
+        features: From :func:`.text.read_features`; None if there is no file.
+        field: ``text_item_name_field``. None: the first field whose name holds "title" or "name",
+            else the first field.
+
+    Raises:
+        ValueError: If there is no such field.
+    """
+    if features is None or features.shape[1] == 0:
+        return {token: token for token in tokens}
+    fields = [str(name) for name in features.columns]
+    if field is not None and field not in fields:
+        raise ValueError(
+            f"text_item_name_field: {field!r} is not a field of the item file, which has "
+            f"{', '.join(fields)}."
+        )
+    titled = [name for name in fields if "title" in name.lower() or "name" in name.lower()]
+    chosen = field or (titled or fields)[0]
+    render = compile_template(f"{{{chosen}|title}}", fields)
+    values = features[chosen].to_dict()
+    return {
+        token: (render({chosen: values[token]}) if values.get(token) is not None else None) or token
+        for token in tokens
+    }

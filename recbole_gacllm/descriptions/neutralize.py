@@ -1,0 +1,60 @@
+"""Text from a data set made safe to stand in a prompt."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from functools import lru_cache
+
+# What chat templates and tokenizers of common models use: <|im_start|>, <s>, </s>, <start_of_turn>,
+# <<SYS>>, DeepSeek's fullwidth bars, [INST] and Mistral's other control words. `<b>` is broken too.
+_TOKENS = (
+    r"<[|｜][^<>\n]{0,64}?[|｜]>",
+    r"</?[a-z_][^<>\n]{0,64}>",
+    r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|IMG|IMG_BREAK"
+    r"|IMG_END|PREFIX|MIDDLE|SUFFIX|CLS|SEP|PAD|MASK|UNK|BOS|EOS|gMASK|THINK)\]",
+)
+
+
+def neutralize(text: str, special_tokens: Iterable[str] = ()) -> str:
+    """Make a text one plain line that no chat template or tokenizer reads as structure.
+
+    Control characters, bidirectional marks, zero-width and other invisible format characters go;
+    any white space becomes one blank; the rest is in Unicode NFC. Special tokens, of common models
+    and those given, are broken by blanks (``<|im_end|>`` becomes ``< |im_end| >``): readable, but
+    plain text to a tokenizer. Applying it twice changes nothing.
+
+    Args:
+        text: Any text, of any length.
+        special_tokens: The special tokens of the model's tokenizer.
+    """
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(
+            char
+            for char in text
+            if char.isspace() or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
+        )
+        text = unicodedata.normalize("NFC", text)
+    text = " ".join(text.split())
+    pattern = _pattern(tuple(special_tokens))
+    broken = pattern.sub(_break, text)
+    while broken != text:
+        text, broken = broken, pattern.sub(_break, broken)
+    return text
+
+
+@lru_cache(maxsize=8)
+def _pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
+    # A token with a blank inside cannot be told from its broken form; one sign cannot be broken.
+    given = {
+        token for token in special_tokens if len(token) > 1 and not any(map(str.isspace, token))
+    }
+    exact = [re.escape(token) for token in sorted(given, key=lambda token: (-len(token), token))]
+    return re.compile("|".join([*exact, *_TOKENS]), re.IGNORECASE)
+
+
+def _break(found: re.Match[str]) -> str:
+    token = found[0]
+    inner = token[1:-1]
+    return f"{token[0]} {inner} {token[-1]}" if inner else f"{token[0]} {token[-1]}"

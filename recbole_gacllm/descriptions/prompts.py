@@ -1,0 +1,192 @@
+"""Prompts: text files with placeholders, rendered within a token budget.
+
+Inserted texts are single lines (:func:`.neutralize.neutralize`); they are substituted once and
+never read again as a template, so a ``$neighbors`` in a title stays what it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+from recbole_gacllm.descriptions.neighbors import Side
+from recbole_gacllm.llm.generator import Message
+
+Direction = Literal["user_to_item", "item_to_user"]
+
+_NOUNS = frozenset({"user_noun", "item_noun"})
+# What each file must hold besides its words; the nouns may stand in any of them.
+_PLACEHOLDERS: dict[str, frozenset[str]] = {
+    "system": frozenset(),
+    "user": frozenset({"text", "neighbors"}),
+    "item": frozenset({"text", "neighbors"}),
+    "user_isolated": frozenset({"text"}),
+    "item_isolated": frozenset({"text"}),
+    "sft_user_to_item": frozenset({"text"}),
+    "sft_item_to_user": frozenset({"text"}),
+}
+_BULLET = "- "
+# Less than this of a node's own text says nothing.
+_MIN_TEXT_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class PromptTemplates:
+    """The prompt files of one folder, with the words for user and item filled in.
+
+    Attributes:
+        texts: Text of each file by its name without ``.txt``; only ``$text`` and ``$neighbors``
+            are left in it.
+        version: Hash of ``texts``: other words, other version.
+    """
+
+    texts: Mapping[str, str]
+    version: str
+
+    @classmethod
+    def load(cls, folder: Path, user_noun: str, item_noun: str) -> PromptTemplates:
+        """Read and check the prompt files.
+
+        An empty ``system.txt`` means no system message, for models whose chat template has none.
+
+        Raises:
+            ValueError: If a file is missing, lacks a placeholder, or has an unknown one.
+        """
+        nouns = {"user_noun": user_noun, "item_noun": item_noun}
+        texts = {}
+        for name, wanted in _PLACEHOLDERS.items():
+            template = _read_template(folder / f"{name}.txt", wanted)
+            kept = {placeholder: f"${{{placeholder}}}" for placeholder in wanted}
+            # `$$` must stay escaped until the last substitution.
+            texts[name] = Template(template.replace("$$", "$$$$")).substitute(
+                {key: noun.replace("$", "$$") for key, noun in nouns.items()}, **kept
+            )
+        whole = "\0".join(f"{name}\0{text}" for name, text in sorted(texts.items()))
+        return cls(texts, hashlib.sha256(whole.encode("utf-8")).hexdigest())
+
+    def messages(self, side: Side, text: str, neighbors: Sequence[str]) -> tuple[Message, ...]:
+        """The chat that asks for a node's next description: ``PROMPT_side(text, neighbors)``.
+
+        Args:
+            side: Side of the node; its neighbours are of the other one.
+            text: The node's own description.
+            neighbors: Descriptions of its neighbours, best first; empty takes the wording for a
+                node of which no neighbour is known.
+        """
+        name = side if neighbors else f"{side}_isolated"
+        lines = "\n".join(_BULLET + neighbor for neighbor in neighbors)
+        return self._chat(name, {"text": text, "neighbors": lines})
+
+    def sft_messages(self, direction: Direction, text: str) -> tuple[Message, ...]:
+        """The chat of a fine-tuning pair; its completion is the other node's description.
+
+        Args:
+            direction: ``user_to_item`` if ``text`` describes the user.
+            text: Raw description of the node that is given.
+        """
+        return self._chat(f"sft_{direction}", {"text": text})
+
+    def _chat(self, name: str, values: Mapping[str, str]) -> tuple[Message, ...]:
+        content = Template(self.texts[name]).substitute(values)
+        system = Template(self.texts["system"]).substitute()
+        request = Message(role="user", content=content)
+        return (Message(role="system", content=system), request) if system else (request,)
+
+
+class PromptRenderer:
+    """Renders prompts that fit the budget, without counting any token twice.
+
+    Token counts of pieces are added up, as if each were tokenized alone; this is what the whole
+    takes, or a little more. Own text and neighbours are cut by the caller, once per text, to
+    :meth:`own_text_limit` and ``llm_max_neighbor_tokens``.
+
+    Args:
+        templates: The prompt files.
+        count_tokens: Counts the tokens of each text, without special tokens.
+        chat_tokens: Tokens that the model's chat template adds to :meth:`PromptTemplates.messages`
+            (roles, separators, generation prompt).
+        max_prompt_tokens: ``llm_max_prompt_tokens``.
+
+    Raises:
+        ValueError: If an instruction and the shortest own text do not fit into the budget.
+    """
+
+    def __init__(
+        self,
+        templates: PromptTemplates,
+        count_tokens: Callable[[list[str]], list[int]],
+        chat_tokens: int,
+        max_prompt_tokens: int,
+    ) -> None:
+        self._templates = templates
+        sides: tuple[Side, ...] = ("user", "item")
+        self._line_tokens = count_tokens([f"\n{_BULLET}"])[0]
+        self._fixed: dict[Side, int] = {}
+        for side in sides:
+            # The instruction of a node may be either wording: the longer one counts for both.
+            chats = [templates.messages(side, "", neighbors) for neighbors in ([], [""])]
+            self._fixed[side] = chat_tokens + max(
+                sum(count_tokens([message["content"] for message in chat])) for chat in chats
+            )
+        least = max(self._fixed.values()) + _MIN_TEXT_TOKENS
+        if max_prompt_tokens < least:
+            raise ValueError(
+                f"llm_max_prompt_tokens is {max_prompt_tokens}, but the instructions alone need "
+                f"{least}; raise it to {least} or more, or shorten the prompt files"
+            )
+        self._max_prompt_tokens = max_prompt_tokens
+
+    def own_text_limit(self, side: Side) -> int:
+        """Longest own text of a node that fits beside the instruction, in tokens."""
+        return self._max_prompt_tokens - self._fixed[side]
+
+    def render(
+        self,
+        side: Side,
+        text: str,
+        text_tokens: int,
+        neighbors: Sequence[str],
+        neighbor_tokens: Sequence[int],
+    ) -> tuple[Message, ...]:
+        """Render a node's prompt with as many of its neighbours, in order, as fit.
+
+        Args:
+            side: Side of the node.
+            text: Its own description, at most ``own_text_limit(side)`` tokens; kept whole.
+            text_tokens: Token count of ``text``.
+            neighbors: Descriptions of its neighbours, best first.
+            neighbor_tokens: Their token counts.
+        """
+        left = self.own_text_limit(side) - text_tokens
+        n_fit = 0
+        for count in neighbor_tokens:
+            left -= count + self._line_tokens
+            if left < 0:
+                break
+            n_fit += 1
+        return self._templates.messages(side, text, neighbors[:n_fit])
+
+
+def _read_template(path: Path, wanted: frozenset[str]) -> str:
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise ValueError(
+            f"prompt file {path} is missing; llm_prompts_dir must hold "
+            f"{', '.join(f'{name}.txt' for name in _PLACEHOLDERS)}: copy the shipped folder"
+        ) from None
+    template = Template(text)
+    allowed = ", ".join(f"${name}" for name in sorted(wanted | _NOUNS))
+    if not template.is_valid():
+        raise ValueError(f"{path} has a stray '$'; write '$$' for the sign, or one of {allowed}")
+    found = [match["named"] or match["braced"] for match in Template.pattern.finditer(text)]
+    if unknown := set(filter(None, found)) - wanted - _NOUNS:
+        raise ValueError(f"{path} has the placeholder ${min(unknown)}; allowed are {allowed}")
+    for name in sorted(wanted):
+        if found.count(name) != 1:
+            raise ValueError(f"{path} holds ${name} {found.count(name)} times; write it once")
+    return text

@@ -1,0 +1,140 @@
+"""Reading the descriptions of a finished run: one node's page, or all of them as a table."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from recbole_gacllm import artifacts
+from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
+from recbole_gacllm.descriptions.neighbors import TrainGraph, select_neighbors
+
+
+@dataclass(frozen=True)
+class NodePage:
+    """All that was written about one node.
+
+    Attributes:
+        name: Name of an item; empty for a user.
+        degree: Training interactions.
+        texts: (status, text) of layers 0..L.
+        neighbors: (token, name, layer-0 text) of the neighbours that its prompts show, best first;
+            the token budget may have left out the last ones.
+    """
+
+    name: str
+    degree: int
+    texts: list[tuple[str, str]]
+    neighbors: list[tuple[str, str, str]]
+
+
+class RunDescriptions:
+    """The descriptions of one run.
+
+    Args:
+        folder: A ``descriptions-…`` folder with a manifest.
+
+    Raises:
+        ValueError: If there are none there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if artifacts.read_manifest(folder) is None:
+            raise ValueError(f"{folder} holds no finished descriptions; run GaCLLM first.")
+        self.folder = folder
+        self._job = json.loads((folder / "job.json").read_text())
+        self._inputs = Path(self._job["inputs"])
+        if not self._inputs.is_dir():  # the artefacts were moved together
+            self._inputs = folder.parent / self._inputs.name
+        files = [self._inputs / "layer_0.parquet", *sorted(folder.glob("layer_*.parquet"))]
+        self.layers = [Layer.read(file) for file in files]
+        self.names: dict[str, str] = json.loads(
+            (self._inputs / "item_names.json").read_text("utf-8")
+        )
+
+    @classmethod
+    def newest(cls, artifact_dir: Path, dataset: str) -> RunDescriptions:
+        """The descriptions that were finished last for a data set.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        manifests = (artifact_dir / dataset).glob("descriptions-*/manifest.json")
+        newest = max(manifests, key=lambda file: file.stat().st_mtime, default=None)
+        if newest is None:
+            raise ValueError(
+                f"no finished descriptions of {dataset!r} under {artifact_dir}. Run GaCLLM on it "
+                "first, or give the artifact_dir of the run."
+            )
+        return cls(newest.parent)
+
+    @classmethod
+    def of_run(cls, run: Path) -> RunDescriptions:
+        """The descriptions of a run.
+
+        Args:
+            run: Its ``run.json``, or the folder of it.
+
+        Raises:
+            ValueError: If there is no such file, or the run had none.
+        """
+        file = run / "run.json" if run.is_dir() else run
+        if not file.is_file():
+            raise ValueError(f"{file} is not a file; a run's last line of output names it.")
+        folder = json.loads(file.read_text("utf-8")).get("artifacts", {}).get("descriptions")
+        if folder is None:
+            raise ValueError(f"the run of {file} had no generated descriptions.")
+        return cls(Path(folder))
+
+    def page(self, side: Side, token: str) -> NodePage:
+        """Everything about one node.
+
+        Raises:
+            ValueError: If the data set has no such node; names near tokens.
+        """
+        tokens = self.layers[0].tokens
+        if token not in tokens[side]:
+            near = difflib.get_close_matches(token, tokens[side], n=3)
+            hint = f" Near ones: {', '.join(near)}." if near else ""
+            raise ValueError(f"--{side}={token}: no such {side} in the training graph.{hint}")
+        node = tokens[side].index(token)
+        other: Side = "item" if side == "user" else "user"
+        graph = TrainGraph.load(self._inputs / "graph.npz")
+        options = self._job["options"]
+        around = select_neighbors(
+            graph, side, options["neighbor_rule"], options["n_neighbors"], self._job["seed"]
+        ).of(node)
+        raw = self.layers[0].texts[other]
+        return NodePage(
+            name=self.names[token] if side == "item" else "",
+            degree=int(graph.degrees(side)[node]),
+            texts=[(layer.statuses[side][node], layer.texts[side][node]) for layer in self.layers],
+            neighbors=[
+                (tokens[other][n], self.names[tokens[other][n]] if other == "item" else "", raw[n])
+                for n in around
+            ],
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """All layers, one row for each node and layer."""
+        return pd.DataFrame(
+            [
+                {
+                    "side": side,
+                    "token": token,
+                    "layer": number,
+                    "text": layer.texts[side][node],
+                    "status": layer.statuses[side][node],
+                    "reason": layer.reasons[side][node],
+                    "n_prompt_tokens": int(layer.n_prompt_tokens[side][node]),
+                    "n_output_tokens": int(layer.n_output_tokens[side][node]),
+                }
+                for number, layer in enumerate(self.layers)
+                for side in SIDES
+                for node, token in enumerate(layer.tokens[side])
+            ]
+        )

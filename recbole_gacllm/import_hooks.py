@@ -1,0 +1,105 @@
+"""Act on a module when it is imported, without importing it.
+
+`import recbole_gacllm` must repair and extend RecBole, and must stay cheap: the children of the LLM
+stages import this package too and never need RecBole. So nothing is imported here; a finder at the
+head of ``sys.meta_path`` waits for the modules of interest (the idea of wrapt's post-import hooks).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+AfterImport = Callable[[ModuleType], None]
+AroundImport = Callable[[], AbstractContextManager[None]]
+
+_after: dict[str, list[AfterImport]] = {}
+_around: dict[str, list[AroundImport]] = {}
+_aliases: dict[str, str] = {}
+
+
+def after_import(name: str, callback: AfterImport) -> None:
+    """Call ``callback(module)`` once module ``name`` is executed; at once if it is already there.
+
+    The same callback for the same module is taken once.
+    """
+    callbacks = _after.setdefault(name, [])
+    if callback in callbacks:
+        return
+    _install()
+    callbacks.append(callback)
+    module = sys.modules.get(name)
+    if module is not None:
+        callback(module)
+
+
+def around_import(name: str, context: AroundImport) -> None:
+    """Execute module ``name`` inside ``context()``; nothing happens if it is already there."""
+    contexts = _around.setdefault(name, [])
+    if context not in contexts:
+        _install()
+        contexts.append(context)
+
+
+def alias_module(name: str, target: str) -> None:
+    """Let ``import name`` give module ``target``, imported when first asked for."""
+    _install()
+    _aliases[name] = target
+
+
+class _Finder(MetaPathFinder):
+    """Leaves finding to the other finders and adds our steps to what they found."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname in _aliases:
+            return ModuleSpec(fullname, _AliasLoader(_aliases[fullname]))
+        if fullname not in _after and fullname not in _around:
+            return None
+        for finder in sys.meta_path:
+            if finder is not self:
+                spec = finder.find_spec(fullname, path, target)
+                if spec is not None:
+                    _extend(spec)
+                    return spec
+        return None
+
+
+class _AliasLoader(Loader):
+    """Puts another module in the place of the one that is being imported."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The import system returns what stands in sys.modules after this call.
+        sys.modules[module.__name__] = importlib.import_module(self.target)
+
+
+def _extend(spec: ModuleSpec) -> None:
+    """Add our steps to the loader of one spec; its class and all else stay as they are."""
+    loader = spec.loader
+    if loader is None:  # a namespace package has nothing to execute
+        return
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        with ExitStack() as stack:
+            for context in _around.get(spec.name, ()):
+                stack.enter_context(context())
+            execute(module)
+        for callback in _after.get(spec.name, ()):
+            callback(module)
+
+    loader.exec_module = exec_module  # type: ignore[method-assign]
+
+
+def _install() -> None:
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

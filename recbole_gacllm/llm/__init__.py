@@ -1,0 +1,1 @@
+"""How texts are made: weights, engines and supervised fine-tuning."""

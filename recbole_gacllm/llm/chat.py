@@ -1,0 +1,187 @@
+"""The tokenizer's side of a chat model: prompts as ids, token counts, cuts, special tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from jinja2 import TemplateError
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from recbole_gacllm.llm.generator import Message, Request
+
+# For base models, which come without a chat template: "System: …", "User: …", "Assistant:".
+PLAIN_TEMPLATE: Final = (
+    "{% for message in messages %}"
+    "{{ message['role'].capitalize() + ': ' + message['content'] + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+class ChatTokenizer:
+    """The tokenizer of a model folder, with the model's chat template.
+
+    A model without a chat template gets :data:`PLAIN_TEMPLATE`. A template that refuses a system
+    message (Gemma's, for one) gets it as the first paragraph of the user message that follows.
+    Models that can think before they answer are told not to.
+
+    Attributes:
+        special_tokens: Every special or added token's string, whitespace left out: what a text
+            must not hold when it goes into a prompt.
+        stop_token_ids: Ids that end a completion: the end tokens of tokenizer, model config and
+            generation config, which differ for some chat models.
+        pad_token_id: Filler of a batch; any id, as it is masked.
+        max_length: The model's context window, in tokens.
+
+    Raises:
+        ValueError: If the folder holds no tokenizer, none with offsets, or no context window.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{folder} has no config or tokenizer that transformers can read: {error}. Save "
+                "both beside the weights (tokenizer.save_pretrained)."
+            ) from error
+        if not self._tokenizer.is_fast:
+            raise ValueError(
+                f"{folder} has no tokenizer.json, so texts cannot be cut at token boundaries. "
+                "Convert its tokenizer to the fast kind and save it there."
+            )
+        if not self._tokenizer.chat_template:
+            self._tokenizer.chat_template = PLAIN_TEMPLATE
+        text_config = config.get_text_config()
+        self.max_length = int(
+            getattr(text_config, "max_position_embeddings", None)
+            or min(self._tokenizer.model_max_length, 1 << 30)
+        )
+        if self.max_length == 1 << 30:
+            raise ValueError(
+                f"{folder} does not say how long its context window is: config.json has no "
+                "max_position_embeddings and tokenizer_config.json no model_max_length. Add one."
+            )
+        added = self._tokenizer.added_tokens_decoder.values()
+        names = {str(token) for token in added} | set(self._tokenizer.all_special_tokens)
+        self.special_tokens = frozenset(name for name in names if name.strip())
+        self.stop_token_ids = frozenset(_stop_tokens(folder, self._tokenizer, text_config))
+        self.pad_token_id = int(self._tokenizer.pad_token_id or min(self.stop_token_ids, default=0))
+        self._takes_system = self._renders(({"role": "system", "content": "a"},))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a chat, up to where the assistant's answer begins.
+
+        Raises:
+            ValueError: If the model's chat template refuses the messages.
+        """
+        chat = list(messages)
+        if not self._takes_system and len(chat) > 1 and chat[0]["role"] == "system":
+            text = f"{chat[0]['content']}\n\n{chat[1]['content']}"
+            chat[:2] = [{"role": chat[1]["role"], "content": text}]
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=False, enable_thinking=False
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"The model's chat template refuses messages of roles {roles}: {error}."
+            ) from error
+        return [int(token) for token in ids]
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text on its own, without special tokens around it."""
+        return [len(offsets) for offsets in self._offsets(texts)]
+
+    def truncate(self, texts: Sequence[str], max_tokens: int) -> list[str]:
+        """Each text's longest beginning that ends with a token and has at most ``max_tokens``.
+
+        The result is counted again: :meth:`count_tokens` of it is at most ``max_tokens``. A
+        character of several tokens is kept or dropped whole.
+        """
+        if max_tokens < 0:
+            raise ValueError(f"max_tokens is {max_tokens}; it must be at least 0.")
+        kept = list(texts)
+        limits = dict.fromkeys(range(len(kept)), max_tokens)
+        while limits:
+            rows = list(limits)
+            for i, offsets in zip(rows, self._offsets([kept[i] for i in rows]), strict=True):
+                if len(offsets) <= max_tokens:
+                    del limits[i]  # fits
+                    continue
+                n_kept = limits[i]
+                while n_kept > 0 and offsets[n_kept][0] < offsets[n_kept - 1][1]:
+                    n_kept -= 1  # the next token is a part of the same character
+                kept[i] = kept[i][: offsets[n_kept - 1][1]] if n_kept > 0 else ""
+                # A shorter text may split into more tokens, rarely: then one less the next time.
+                limits[i] = max(n_kept - 1, 0)
+        return kept
+
+    def encode_request(self, request: Request, max_model_len: int) -> list[int]:
+        """Token ids of a request's prompt, checked against the context window.
+
+        Raises:
+            ValueError: If prompt and completion together are longer than ``max_model_len``.
+        """
+        ids = self.encode_chat(request.messages)
+        n_new = request.sampling.max_new_tokens
+        if len(ids) + n_new > max_model_len:
+            raise ValueError(
+                f"Request {request.id!r} does not fit the context window: {len(ids)} prompt tokens "
+                f"+ {n_new} new tokens > {max_model_len}. Lower llm_max_prompt_tokens or "
+                "llm_max_new_tokens, or use a model with a longer window."
+            )
+        return ids
+
+    def context_window(self, max_model_len: int | None) -> int:
+        """The window to serve: the model's own, or a shorter one on request.
+
+        Raises:
+            ValueError: If the request is longer than the model's window.
+        """
+        if max_model_len is not None and max_model_len > self.max_length:
+            raise ValueError(
+                f"A window of {max_model_len} tokens was asked for, but the model's is "
+                f"{self.max_length}. Lower llm_max_prompt_tokens or llm_max_new_tokens."
+            )
+        return max_model_len or self.max_length
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out, blanks as they are."""
+        text = self._tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def _offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Start and end character of each token of each text."""
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return list(encoded["offset_mapping"])
+
+    def _renders(self, system: tuple[Message, ...]) -> bool:
+        """Whether the chat template takes these messages before one of the user."""
+        chat = [*system, {"role": "user", "content": "a"}]
+        try:
+            self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except TemplateError:
+            return False
+        return True
+
+
+def _stop_tokens(folder: Path, tokenizer: Any, config: Any) -> set[int]:
+    """End tokens named by tokenizer, config and generation config."""
+    named = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
+    if (folder / "generation_config.json").is_file():
+        named.append(GenerationConfig.from_pretrained(folder).eos_token_id)
+    stops: set[int] = set()
+    for value in named:
+        if value is not None:
+            stops.update(value if isinstance(value, list) else [value])
+    return stops

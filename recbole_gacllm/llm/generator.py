@@ -1,0 +1,93 @@
+"""What every text generator is: the protocol, its requests and its completions.
+
+``descriptions/`` knows this module and no engine. vLLM and transformers implement it and pass one
+contract test (``tests/test_generator_contract.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypedDict
+
+Backend = Literal["vllm", "transformers"]
+
+
+class Message(TypedDict):
+    """One chat message, in the form every chat template takes."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a completion is drawn.
+
+    Attributes:
+        max_new_tokens: Length limit of the completion, in tokens.
+        temperature: 0 is greedy; above 0 the draw is seeded with ``seed``.
+        repetition_penalty: 1 is none; applies to prompt and completion tokens, as in both engines.
+        seed: Seed of this request's draw; unused when greedy.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to complete.
+
+    Attributes:
+        id: The caller's name of the request; comes back in the completion, unique within a call.
+        messages: The chat; the generator applies the model's own chat template to it.
+        sampling: How to draw the completion.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a generator made of one request.
+
+    Attributes:
+        id: The request's.
+        text: The decoded completion, special tokens left out, not cleaned.
+        finish_reason: ``stop`` if the model ended it, ``length`` if ``max_new_tokens`` did.
+        n_prompt_tokens: Tokens of the prompt, chat template included.
+        n_cached_tokens: Of those, how many the engine's prefix cache served (0 if it has none).
+        n_output_tokens: Tokens generated.
+    """
+
+    id: str
+    text: str
+    finish_reason: Literal["stop", "length"]
+    n_prompt_tokens: int
+    n_cached_tokens: int
+    n_output_tokens: int
+
+
+class TextGenerator(Protocol):
+    """A loaded model that completes chats."""
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Complete requests, each as soon as it is finished, in any order.
+
+        Takes requests lazily, a bounded number ahead of the completions it has yielded, so that a
+        layer of any size needs no list of all prompts. An abandoned iterator stops the work.
+
+        Raises:
+            GenerationError: If the engine fails. Completions already yielded stay good.
+            ValueError: If a prompt does not fit the model's context window.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the engine and its memory; a closed generator is not used again."""
+        ...

@@ -1,0 +1,263 @@
+"""Supervised fine-tuning with LoRA, and what becomes of the adapter.
+
+A pair is a chat and the completion it should get. The loss of an update is the mean negative
+log-likelihood of its completion tokens, end of turn included; prompt tokens are read, not learned.
+Perplexity is ``exp(summed NLL / number of completion tokens)`` over held-out pairs.
+
+``finetune`` owns one folder: ``adapter/`` (peft's safetensors format), ``sft.json`` (what is known
+so far, at the end the report) and ``checkpoints/``, from which a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from transformers.pytorch_utils import Conv1D
+
+from recbole_gacllm.artifacts import write_atomic
+from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.llm.engines import resolve_dtype
+from recbole_gacllm.llm.sft_data import (
+    SFTPair,
+    completion_loss,
+    encode_pairs,
+    pad_left,
+    perplexity,
+)
+from recbole_gacllm.llm.sft_trainer import Progress, SFTOptions, last_checkpoint, training_arguments
+from recbole_gacllm.llm.weights import check_adapter
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_FILE = "sft.json"
+# Files that go with a model's weights: tokenizer, chat template, licence.
+COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md", "")
+NOT_COMPANIONS = (".index.json", "manifest.json")
+
+
+@dataclass(frozen=True)
+class SFTReport:
+    """What a fine-tuning did.
+
+    Attributes:
+        perplexity_before: Held-out perplexity of the base model; None without held-out pairs.
+        perplexity_after: The same with the adapter.
+        n_pairs: Pairs trained on.
+        n_heldout: Pairs held out.
+        n_dropped: Pairs of either kind left out because they exceed ``max_tokens``.
+        n_steps: Weight updates.
+        n_tokens: Tokens read in training, padding left out.
+        seconds: Wall time of this process; after a kill, of the last one.
+        train_losses: Loss of each weight update, in order.
+    """
+
+    perplexity_before: float | None
+    perplexity_after: float | None
+    n_pairs: int
+    n_heldout: int
+    n_dropped: int
+    n_steps: int
+    n_tokens: int
+    seconds: float
+    train_losses: tuple[float, ...]
+
+
+def finetune(
+    model_dir: Path,
+    pairs: Sequence[SFTPair],
+    heldout: Sequence[SFTPair],
+    out_dir: Path,
+    options: SFTOptions,
+    *,
+    model_name: str | None = None,
+) -> SFTReport:
+    """Train a LoRA adapter on ``pairs`` into ``out_dir/adapter``.
+
+    Started again on the same folder it goes on from its last complete checkpoint and ends with the
+    same adapter; a finished folder is read, not repeated. Under ``torchrun`` every process computes
+    and the first one writes.
+
+    Args:
+        model_dir: Folder of the base model (safetensors, tokenizer with a chat template).
+        pairs: Pairs to learn.
+        heldout: Pairs for perplexity before and after; may be empty.
+        out_dir: Folder of this fine-tuning, for one model, one set of pairs and one set of options.
+        options: How to train.
+        model_name: Name of the base model for the adapter's config; the folder's name if None.
+
+    Raises:
+        ValueError: If no pair fits ``max_tokens``, or ``target_modules`` match nothing.
+        GaCLLMError: If the device runs out of memory or the loss is no longer finite.
+    """
+    started = time.perf_counter()
+    args = training_arguments(out_dir, options)
+    progress_file = out_dir / PROGRESS_FILE
+    progress = json.loads(progress_file.read_bytes()) if progress_file.is_file() else {}
+    if "report" in progress:
+        logger.info("SFT: done earlier, the adapter is in %s", out_dir / "adapter")
+        done = progress["report"]
+        return SFTReport(**done | {"train_losses": tuple(done["train_losses"])})
+    checkpoint = last_checkpoint(out_dir / "checkpoints", args.world_size)
+
+    train = encode_pairs(model_dir, pairs, options.max_tokens)
+    test = encode_pairs(model_dir, heldout, options.max_tokens)
+    n_dropped = len(pairs) + len(heldout) - len(train) - len(test)
+    if n_dropped:
+        logger.warning(
+            "SFT: %d pairs longer than sft_max_tokens=%d left out", n_dropped, options.max_tokens
+        )
+    if not train:
+        raise ValueError(
+            f"sft_max_tokens={options.max_tokens}: none of the {len(pairs)} SFT pairs fits; "
+            "raise it, shorten the texts, or set sft: False"
+        )
+    logger.info("SFT: %d pairs, %d held out, %s", len(train), len(test), options)
+
+    transformers.set_seed(options.seed)
+    transformers.utils.logging.disable_progress_bar()
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=resolve_dtype(options.dtype))
+    base.config.use_cache = False
+    model = get_peft_model(base, _lora_config(base, options))
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        data_collator=pad_left,
+        compute_loss_func=completion_loss,
+        callbacks=[Progress(options.show_progress and args.process_index == 0)],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)  # Trainer adds it, and it prints
+    try:
+        if "perplexity_before" not in progress:
+            with model.disable_adapter():
+                progress["perplexity_before"] = perplexity(model, test, options.batch_size)
+            if args.process_index == 0:
+                _write_json(progress_file, progress)
+        before = progress["perplexity_before"]
+        logger.info("SFT: held-out perplexity before: %s", before)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        after = perplexity(model, test, options.batch_size)
+    except torch.OutOfMemoryError as error:
+        raise GaCLLMError(
+            f"SFT ran out of GPU memory at sft_batch_size={options.batch_size}: lower it (raise "
+            f"sft_accumulation_steps={options.accumulation_steps} by the same factor), or lower "
+            f"sft_max_tokens={options.max_tokens} or sft_lora_rank={options.lora_rank}"
+        ) from error
+    report = SFTReport(
+        perplexity_before=before,
+        perplexity_after=after,
+        n_pairs=len(train),
+        n_heldout=len(test),
+        n_dropped=n_dropped,
+        n_steps=trainer.state.global_step,
+        n_tokens=options.epochs * sum(len(example.input_ids) for example in train),
+        seconds=time.perf_counter() - started,
+        train_losses=tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
+    )
+    logger.info("SFT: held-out perplexity after: %s (%d updates)", after, report.n_steps)
+    if before is not None and after is not None and after >= before:
+        logger.warning("SFT: held-out perplexity did not fall; try another sft_learning_rate")
+    if args.process_index == 0:
+        _save_adapter(model, out_dir / "adapter", model_name or model_dir.name)
+        _write_json(progress_file, progress | {"report": asdict(report)})
+        shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
+    return report
+
+
+def merge(model_dir: Path, adapter_dir: Path, out_dir: Path) -> None:
+    """Write the base model with the adapter merged into its weights, as a plain model folder.
+
+    Merged in float32, stored in the base model's dtype; tokenizer, chat template and licence are
+    the base's own files. ``out_dir`` appears complete or not at all.
+
+    Raises:
+        ValueError: If the adapter does not fit the model, or a merged weight is not finite.
+    """
+    check_adapter(model_dir, adapter_dir)
+    transformers.utils.logging.disable_progress_bar()
+    stored = AutoConfig.from_pretrained(model_dir).dtype or torch.bfloat16
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, adapter_dir).merge_and_unload(safe_merge=True)
+    partial = _partial(out_dir)
+    merged.to(stored).save_pretrained(partial)
+    for file in model_dir.iterdir():
+        if (
+            file.is_file()
+            and file.suffix in COMPANIONS
+            and not file.name.endswith(NOT_COMPANIONS)
+            and not (partial / file.name).exists()
+        ):
+            shutil.copyfile(file, partial / file.name)
+    _replace(partial, out_dir)
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _lora_config(base: Any, options: SFTOptions) -> LoraConfig:
+    head = base.get_output_embeddings()
+    names = {name for name, m in base.named_modules() if _linear(m) and m is not head}
+    targets = options.target_modules
+    if targets != "all-linear":
+        targets = (targets,) if isinstance(targets, str) else targets
+        unknown = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
+        if unknown or not targets:
+            known = sorted({name.rsplit(".", 1)[-1] for name in names})
+            raise ValueError(
+                f"sft_target_modules: {unknown or targets} match no linear module of the model; "
+                f"use all-linear or some of {known}"
+            )
+    return LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _save_adapter(model: PeftModel, adapter_dir: Path, model_name: str) -> None:
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = model_name  # not this machine's path
+    config.target_modules = sorted(config.target_modules)
+    config.inference_mode = True
+    partial = _partial(adapter_dir)
+    config.save_pretrained(partial)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    _replace(partial, adapter_dir)
+
+
+def _partial(folder: Path) -> Path:
+    """An empty folder beside ``folder`` to write into."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    write_atomic(file, json.dumps(content, indent=2).encode())

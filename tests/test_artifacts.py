@@ -1,0 +1,391 @@
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recbole_gacllm import artifacts
+from recbole_gacllm.artifacts import (
+    fingerprint,
+    read_manifest,
+    run_child,
+    stage_lock,
+    write_atomic,
+    write_manifest,
+)
+from recbole_gacllm.errors import GaCLLMError, StoreError
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda values: st.lists(values) | st.dictionaries(st.text(), values),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), json_values))
+def test_a_fingerprint_does_not_depend_on_the_order_of_keys(obj: dict[str, Any]) -> None:
+    assert fingerprint(obj) == fingerprint(dict(reversed(obj.items())))
+
+
+def test_fingerprints_are_stable_across_releases() -> None:
+    expected = "43258cff783fe7036d8a43033f830adfc60ec037382473548ac742b888292777"
+    assert fingerprint({"b": 2, "a": 1}) == expected  # SHA-256 of {"a":1,"b":2}
+
+
+def test_different_values_have_different_fingerprints() -> None:
+    values: list[Any] = [1, 1.0, True, "1", None, [1], {"1": 1}, "é", "e\u0301"]
+    assert len({fingerprint({"key": value}) for value in values}) == len(values)
+
+
+@pytest.mark.parametrize(
+    ("obj", "where"),
+    [
+        ({"a": {"b": [0, Path("x")]}}, r"a\.b\[1\]"),
+        ({"a": float("nan")}, "a: nan"),
+        ({"a": {1: 2}}, "key 1 is a int"),
+        ({"a": {1, 2}}, "is a set"),
+        ({"a": b"x"}, "is a bytes"),
+    ],
+)
+def test_a_value_that_is_not_json_is_refused_by_its_place(obj: dict[str, Any], where: str) -> None:
+    with pytest.raises(ValueError, match=where):
+        fingerprint(obj)
+
+
+def test_a_manifest_comes_back(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path) is None
+    write_manifest(tmp_path, {"n": 1, "text": "é"})
+    write_manifest(tmp_path, {"n": 2, "text": "é"})
+    assert read_manifest(tmp_path) == {"n": 2, "text": "é"}
+    assert os.listdir(tmp_path) == ["manifest.json"]
+
+
+@pytest.mark.parametrize("content", [b'{"n": 1', b"", b"[1]", b"\xff\xfe"])
+def test_a_damaged_manifest_is_named_with_the_next_step(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(GaCLLMError, match=r"manifest\.json is damaged: .*Delete this file"):
+        read_manifest(tmp_path)
+
+
+def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifacts.os, "fsync", full)
+    with pytest.raises(GaCLLMError, match=rf"{re.escape(str(path))}.*No space left.*artifact_dir"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_kill_between_temporary_file_and_rename_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    code = """
+        import os, signal, sys
+        from pathlib import Path
+        from recbole_gacllm import artifacts
+        os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        artifacts.write_atomic(Path(sys.argv[1]), b"new")
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    write_atomic(path, b"newer")
+    assert path.read_bytes() == b"newer"
+
+
+def test_a_second_user_of_a_folder_waits_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from recbole_gacllm.artifacts import stage_lock\n"
+            "with stage_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()",
+            str(tmp_path),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    order: list[str] = []
+
+    def wait_for_it() -> None:
+        with stage_lock(tmp_path):
+            order.append("second")
+
+    second = threading.Thread(target=wait_for_it)
+    second.start()
+    wait_until(lambda: "waiting for another process" in caplog.text)
+    assert str(tmp_path) in caplog.text
+    order.append("first")
+    holder.kill()  # the lock of a killed process is free
+    holder.wait()
+    second.join()
+    assert order == ["first", "second"]
+
+
+def test_a_free_lock_is_taken_silently_and_makes_its_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for _ in range(2):
+        with stage_lock(tmp_path / "a" / "b"):
+            pass
+    assert "waiting" not in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_names_the_key_and_the_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "stage"
+    with (
+        pytest.raises(ValueError, match=rf"artifact_dir: {re.escape(str(folder))}"),
+        stage_lock(folder),
+    ):
+        pass
+
+
+def test_an_error_under_the_lock_is_not_taken_for_the_lock_s(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="^other$"), stage_lock(tmp_path):
+        raise OSError("other")
+
+
+# run_child: each test writes its own tiny stage module.
+
+STAGE = """
+import os, sys, time, signal, subprocess
+from pathlib import Path
+from recbole_gacllm import artifacts
+from recbole_gacllm.artifacts import die_with_parent, reporting_errors
+from recbole_gacllm.errors import GaCLLMError, StoreError
+
+stage, folder = sys.argv[1], Path(sys.argv[2])
+die_with_parent()
+with reporting_errors(folder):
+"""
+
+Stage = Callable[[str], None]
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """Runs a body as stage "tiny" in tmp_path / "folder"."""
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+    def run(body: str) -> None:
+        write_stage(tmp_path, body)
+        run_child("tiny", tmp_path / "folder", module="tiny_stage")
+
+    return run
+
+
+def write_stage(root: Path, body: str) -> None:
+    text = STAGE + textwrap.indent(textwrap.dedent(body), "    ")
+    (root / "tiny_stage.py").write_text(text)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    """Zombies, which wait for an init that reaps, do not count."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_stage_gets_its_name_and_folder_and_runs_to_its_end(tmp_path: Path, stage: Stage) -> None:
+    before = dict(os.environ)
+    (tmp_path / "folder" / "error.txt").write_text("StoreError: of an earlier run")
+    stage("(folder / 'done').write_text(stage + repr(sys.stdin.read()))")
+    assert (tmp_path / "folder" / "done").read_text() == "tiny''"
+    assert os.listdir(tmp_path / "folder") == ["done"]
+    assert dict(os.environ) == before
+
+
+def test_a_stage_finds_the_package_from_any_folder(
+    tmp_path: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    stage("pass")
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        ("ValueError('llm_model: a: b\\nnext é')", ValueError("llm_model: a: b\nnext é")),
+        ("GaCLLMError('no memory')", GaCLLMError("no memory")),
+        ("StoreError('damaged')", StoreError("damaged")),
+    ],
+)
+def test_a_stage_s_own_errors_come_back_with_type_and_text(
+    stage: Stage, capfd: pytest.CaptureFixture[str], raised: str, expected: Exception
+) -> None:
+    with pytest.raises(type(expected)) as caught:
+        stage(f"raise {raised}")
+    assert type(caught.value) is type(expected)
+    assert str(caught.value) == str(expected)
+    assert capfd.readouterr().err == "", "told once, by the parent"
+
+
+def test_a_defect_in_a_stage_is_a_failed_stage_with_a_traceback(
+    stage: Stage, capfd: pytest.CaptureFixture[str]
+) -> None:
+    match = "stage tiny ended with exit code 1: UnicodeDecodeError: .*invalid start byte"
+    with pytest.raises(GaCLLMError, match=match):
+        stage("b'\\xff'.decode()")
+    assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        ("os._exit(7)", "stage tiny ended with exit code 7 and left no error"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "stage tiny was killed by SIGSEGV"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", r"killed by SIGKILL \(out of memory\?\)"),
+    ],
+)
+def test_an_end_without_a_word_names_code_or_signal(stage: Stage, body: str, match: str) -> None:
+    with pytest.raises(GaCLLMError, match=match):
+        stage(body)
+
+
+# A stage that starts a deaf helper (as vLLM starts its engine), writes both pids and goes on forever.
+WITH_HELPER = """
+helper = subprocess.Popen([sys.executable, "-c",
+    "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"])
+artifacts.write_atomic(folder / "pids", f"{os.getpid()} {helper.pid}".encode())
+"""
+
+
+def test_what_a_crashed_stage_left_running_is_killed(tmp_path: Path, stage: Stage) -> None:
+    with pytest.raises(GaCLLMError, match="SIGKILL"):
+        stage(WITH_HELPER + "os.kill(os.getpid(), signal.SIGKILL)")
+    helper = int((tmp_path / "folder" / "pids").read_text().split()[1])
+    wait_until(lambda: not is_alive(helper), seconds=2)
+
+
+def start_parent(tmp_path: Path, body: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """A parent in run_child, with the pids of its stage and of the stage's helper."""
+    write_stage(tmp_path, WITH_HELPER + textwrap.dedent(body))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from recbole_gacllm.artifacts import run_child\n"
+            "try: run_child('tiny', Path(sys.argv[1]), module='tiny_stage')\n"
+            "except KeyboardInterrupt: print('interrupted')",
+            str(folder),
+        ],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_until((folder / "pids").exists)
+    return parent, [int(pid) for pid in (folder / "pids").read_text().split()]
+
+
+BUSY = "import re; re.match('(a+)+b', 'a' * 64)"  # never gives the interpreter back
+
+
+@pytest.mark.parametrize("body", ["time.sleep(600)", BUSY], ids=["asleep", "busy interpreter"])
+def test_a_stage_and_its_helpers_die_with_a_killed_parent(tmp_path: Path, body: str) -> None:
+    parent, pids = start_parent(tmp_path, body)
+    assert all(is_alive(pid) for pid in pids)
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), seconds=2)
+
+
+def test_a_stage_and_its_helpers_die_when_the_stage_is_killed_with_its_parent(
+    tmp_path: Path,
+) -> None:
+    parent, pids = start_parent(tmp_path, "time.sleep(600)")
+    parent.kill()
+    os.kill(pids[0], signal.SIGKILL)
+    parent.wait()
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), seconds=2)
+
+
+def test_ctrl_c_reaches_the_stage_and_then_the_parent(tmp_path: Path) -> None:
+    parent, pids = start_parent(
+        tmp_path,
+        """
+        try:
+            time.sleep(600)
+        finally:
+            (folder / "tidied").write_text("")
+        """,
+    )
+    parent.send_signal(signal.SIGINT)
+    assert parent.communicate()[0] == "interrupted\n"
+    assert (tmp_path / "folder" / "tidied").exists()
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), seconds=2)
+    assert not (tmp_path / "folder" / "error.txt").exists()
+
+
+def test_a_stage_that_ignores_ctrl_c_is_killed(
+    tmp_path: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "_SECONDS_TO_STOP", 0.2)
+
+    def interrupt_once_it_runs() -> None:
+        wait_until((tmp_path / "folder" / "pids").exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_once_it_runs).start()
+    with pytest.raises(KeyboardInterrupt):
+        stage(WITH_HELPER + "signal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(600)")
+    pids = (tmp_path / "folder" / "pids").read_text().split()
+    wait_until(lambda: not any(is_alive(int(pid)) for pid in pids), seconds=2)
+
+
+def test_a_stage_is_not_started_by_hand(tmp_path: Path) -> None:
+    write_stage(tmp_path, "pass")
+    result = subprocess.run(
+        [sys.executable, "-m", "tiny_stage", "tiny", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "started by the pipeline" in result.stderr
+
+
+def test_a_manifest_is_json_for_other_programs(tmp_path: Path) -> None:
+    write_manifest(tmp_path, {"lone": "\udc80", "n": [1, 2.5, None]})
+    manifest = json.loads((tmp_path / "manifest.json").read_text("utf-8"))
+    assert manifest == {"lone": "\udc80", "n": [1, 2.5, None]}

@@ -1,0 +1,75 @@
+"""The graph convolution against hand-computed numbers and dense references."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recbole_gacllm.propagation import Adjacency, _SymmetricProduct, fuse, propagate
+
+# A 2 x 3 graph: user 0 - items 0, 1; user 1 - items 1, 2.
+USERS, ITEMS = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2])
+
+
+def test_adjacency_of_a_2x3_graph_is_normalised_by_both_degrees():
+    dense = Adjacency.from_edges(USERS, ITEMS, 2, 3).matrix.to_dense()
+    user_item = torch.tensor([[2**-0.5, 0.5, 0.0], [0.0, 0.5, 2**-0.5]])
+    assert torch.allclose(dense[:2, 2:], user_item, atol=1e-6)
+    assert torch.equal(dense, dense.T)
+    assert dense[:2, :2].count_nonzero() == 0
+    assert dense[2:, 2:].count_nonzero() == 0
+
+
+def test_a_repeated_edge_counts_once():
+    once = Adjacency.from_edges(USERS, ITEMS, 2, 3).matrix.to_dense()
+    twice = Adjacency.from_edges(np.tile(USERS, 2), np.tile(ITEMS, 2), 2, 3).matrix.to_dense()
+    assert torch.equal(once, twice)
+
+
+def test_a_node_without_edges_gets_zero_from_its_hop():
+    adjacency = Adjacency.from_edges(np.array([0]), np.array([0]), 2, 2)
+    hops = propagate(adjacency, torch.ones(4, 3), 1)
+    assert torch.equal(hops[1][1], torch.zeros(3))
+    assert torch.equal(hops[1][3], torch.zeros(3))
+
+
+@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(1, 6))
+def test_propagation_equals_a_dense_reference(seed, n_users, n_items):
+    rng = np.random.default_rng(seed)
+    matrix = rng.random((n_users, n_items)) < 0.4
+    full = np.zeros((n_users + n_items,) * 2)
+    full[:n_users, n_users:], full[n_users:, :n_users] = matrix, matrix.T
+    scale = np.where(full.sum(1) > 0, np.maximum(full.sum(1), 1) ** -0.5, 0)
+    dense = torch.tensor(scale[:, None] * full * scale[None, :], dtype=torch.float32)
+    x = torch.tensor(rng.standard_normal((len(full), 4)), dtype=torch.float32)
+    hops = propagate(Adjacency.from_edges(*np.nonzero(matrix), n_users, n_items), x, 2)
+    assert torch.allclose(hops[2], dense @ dense @ x, atol=1e-5)
+
+
+def test_gradient_of_the_symmetric_product_passes_gradcheck():
+    matrix = Adjacency.from_edges(USERS, ITEMS, 2, 3).matrix.double()
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda y: _SymmetricProduct.apply(matrix, y), (x,))
+
+
+def test_fusion_adds_each_hops_text_before_the_mean():
+    hops = [torch.full((1, 2), value) for value in (1.0, 2.0, 3.0)]
+    texts = [torch.full((1, 2), 6.0), torch.full((1, 2), 12.0)]
+    assert torch.equal(fuse(hops, texts, 0.5), torch.full((1, 2), (1 + 3 + 2 + 6 + 3) / 3))
+    assert torch.equal(fuse(hops, [], 0.5), torch.full((1, 2), 2.0))
+
+
+def test_copying_a_model_shares_the_adjacency():
+    adjacency = Adjacency.from_edges(USERS, ITEMS, 2, 3)
+    assert copy.deepcopy({"a": adjacency})["a"] is adjacency
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_under_autocast_hops_stay_in_float32(dtype):
+    adjacency = Adjacency.from_edges(USERS, ITEMS, 2, 3)
+    with torch.autocast("cpu", dtype=dtype):
+        hops = propagate(adjacency, torch.randn(5, 2), 2)
+    assert {hop.dtype for hop in hops} == {torch.float32}
