@@ -85,7 +85,7 @@ def _run(arguments: list[str]) -> None:
         if not flag.startswith("--") or flag.count("=") != 1:
             parser.error(
                 f"{flag!r} is not of the form --key=value, all that RecBole reads; a value "
-                "that holds '=' or blanks goes into a file for --config_files"
+                "that holds '=' goes into a file for --config_files"
             )
     for flag in others:
         if not flag[2:].split("=")[0].isidentifier():

@@ -103,8 +103,6 @@ def torch_load_default(_utils: ModuleType) -> None:
     import torch
 
     original = torch.load
-    if hasattr(original, "__wrapped__"):
-        return
 
     @functools.wraps(original)
     def load(*args: Any, **kwargs: Any) -> Any:

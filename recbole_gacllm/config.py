@@ -156,6 +156,7 @@ class GaCLLMConfig:
     llm_temperature: float = _key(_at_least(0))
     llm_repetition_penalty: float = _key(_above(0))
     llm_dtype: str = _key(_one_of("auto", "bfloat16", "float32"))
+    llm_adapter: str | None = _key(_not_empty)
     llm_merge_adapter: bool = _key()
     llm_prompts_dir: str | None = _key(_not_empty)
     llm_tensor_parallel_size: int = _key(_at_least(1))

@@ -7,7 +7,8 @@ on where it was. The stages run in child processes (``stage.py``), so that GPU m
 RecBole trains, and a crash of an engine cannot take the run down.
 
     inputs-…/        graph.npz (training edges), layer_0.parquet (raw descriptions), item_names.json
-    sft-…/           adapter/ (peft, safetensors), merged/ (the LLM with the adapter in its weights)
+    sft-…/           adapter/ (peft, safetensors)
+    merged-…/        model/ (the LLM with the adapter in its weights)
     descriptions-…/  layer_1.parquet … layer_L.parquet
     embeddings-…/    layer_0.npy … layer_L.npy
 """
@@ -141,9 +142,16 @@ def prepare(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
     layer_files = [folders["inputs"] / "layer_0.parquet"]
     if options.text_source != "raw":
         model = _LanguageModel.resolve(options)
-        if options.sft:
+        adapter = None
+        if options.llm_adapter is not None:
+            adapter = Path(options.llm_adapter).resolve()
+            weights.check_adapter(model.folder, adapter)
+        elif options.sft:
             folders["sft"] = _finetune(root, folders["inputs"], options, data, model)
-        folders["descriptions"] = _describe(root, folders, options, data, model)
+            adapter = folders["sft"] / "adapter"
+        if adapter is not None and options.llm_merge_adapter:
+            folders["merged"] = _merge(root, adapter, options, data, model)
+        folders["descriptions"] = _describe(root, folders, adapter, options, data, model)
         layer_files += [
             folders["descriptions"] / f"layer_{layer}.parquet"
             for layer in range(1, options.llm_n_layers + 1)
@@ -277,16 +285,24 @@ def _finetune(
     return _run(root, "sft", key, _job(options, data, inputs, model))
 
 
+def _merge(
+    root: Path, adapter: Path, options: GaCLLMConfig, data: TrainingData, model: _LanguageModel
+) -> Path:
+    key = {"model": model.fingerprint, "adapter": weights.fingerprint(adapter)}
+    job = {"model_dir": str(model.folder), "adapter_dir": str(adapter)}
+    return _run(root, "merged", key, job)
+
+
 def _describe(
     root: Path,
     folders: dict[str, Path],
+    adapter: Path | None,
     options: GaCLLMConfig,
     data: TrainingData,
     model: _LanguageModel,
 ) -> Path:
     templates = _templates(options)
-    adapter = folders["sft"] / "adapter" if "sft" in folders else None
-    merged = adapter is not None and options.llm_merge_adapter
+    merged = "merged" in folders
     adapter_key = weights.fingerprint(adapter) if adapter else None
     key = {
         "inputs": folders["inputs"].name,
@@ -302,7 +318,7 @@ def _describe(
         **_options_with(options, "llm_max_", "llm_temperature", "llm_repetition_penalty"),
     }
     job = _job(options, data, folders["inputs"], model)
-    job["generator_dir"] = str(folders["sft"] / "merged") if merged else str(model.folder)
+    job["generator_dir"] = str(folders["merged"] / "model") if merged else str(model.folder)
     job["adapter_dir"] = str(adapter) if adapter and not merged else None
     # What is generated is addressed by the weights that generate it.
     job["generator_key"] = {

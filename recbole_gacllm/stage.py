@@ -32,8 +32,8 @@ logger = logging.getLogger("recbole_gacllm.stage")
 
 
 def sft(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """LoRA fine-tuning on matched pairs: ``adapter/``, and ``merged/`` if it is to be merged."""
-    from recbole_gacllm.llm.sft import finetune, merge
+    """LoRA fine-tuning on matched pairs: ``adapter/``."""
+    from recbole_gacllm.llm.sft import finetune
     from recbole_gacllm.llm.sft_data import SFTPair
     from recbole_gacllm.llm.sft_trainer import SFTOptions
 
@@ -65,8 +65,15 @@ def sft(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         ),
         model_name=job["model_name"],
     )
-    merge(Path(job["model_dir"]), folder / "adapter", folder / "merged")
     return dataclasses.asdict(report)
+
+
+def merged(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """The base model with the adapter merged into its weights: ``model/``."""
+    from recbole_gacllm.llm.sft import merge
+
+    merge(Path(job["model_dir"]), Path(job["adapter_dir"]), folder / "model")
+    return {}
 
 
 def descriptions(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
@@ -169,6 +176,7 @@ def embeddings(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 STAGES: dict[str, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
     "sft": sft,
+    "merged": merged,
     "descriptions": descriptions,
     "embeddings": embeddings,
 }

@@ -27,6 +27,8 @@ from recbole_gacllm.artifacts import (
 )
 from recbole_gacllm.errors import GaCLLMError, StoreError
 
+ROOT = Path(artifacts.__file__).parents[1]
+
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -124,7 +126,8 @@ def test_a_second_user_of_a_folder_waits_and_says_so(
         [
             sys.executable,
             "-c",
-            "import sys; from pathlib import Path; from recbole_gacllm.artifacts import stage_lock\n"
+            "import sys; from pathlib import Path\n"
+            "from recbole_gacllm.artifacts import stage_lock\n"
             "with stage_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()",
             str(tmp_path),
         ],
@@ -171,7 +174,7 @@ def test_a_folder_that_cannot_be_written_names_the_key_and_the_path(tmp_path: Pa
 
 
 def test_an_error_under_the_lock_is_not_taken_for_the_lock_s(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="^other$"), stage_lock(tmp_path):
+    with pytest.raises(OSError, match=r"^other$"), stage_lock(tmp_path):
         raise OSError("other")
 
 
@@ -219,8 +222,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 def is_alive(pid: int) -> bool:
     """Zombies, which wait for an init that reaps, do not count."""
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_a_stage_gets_its_name_and_folder_and_runs_to_its_end(tmp_path: Path, stage: Stage) -> None:
@@ -280,7 +286,7 @@ def test_an_end_without_a_word_names_code_or_signal(stage: Stage, body: str, mat
         stage(body)
 
 
-# A stage that starts a deaf helper (as vLLM starts its engine), writes both pids and goes on forever.
+# Starts a helper that ignores Ctrl-C, as vLLM starts its engine, and writes both pids.
 WITH_HELPER = """
 helper = subprocess.Popen([sys.executable, "-c",
     "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"])
@@ -309,7 +315,7 @@ def start_parent(tmp_path: Path, body: str) -> tuple[subprocess.Popen[str], list
             "except KeyboardInterrupt: print('interrupted')",
             str(folder),
         ],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"},
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -367,7 +373,7 @@ def test_a_stage_that_ignores_ctrl_c_is_killed(
 
     threading.Thread(target=interrupt_once_it_runs).start()
     with pytest.raises(KeyboardInterrupt):
-        stage(WITH_HELPER + "signal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(600)")
+        stage("signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + WITH_HELPER + "time.sleep(600)")
     pids = (tmp_path / "folder" / "pids").read_text().split()
     wait_until(lambda: not any(is_alive(int(pid)) for pid in pids), seconds=2)
 
@@ -376,7 +382,7 @@ def test_a_stage_is_not_started_by_hand(tmp_path: Path) -> None:
     write_stage(tmp_path, "pass")
     result = subprocess.run(
         [sys.executable, "-m", "tiny_stage", "tiny", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"},
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,3 @@
-import shutil
 from pathlib import Path
 
 import pytest
@@ -160,10 +159,9 @@ def test_the_shipped_prompts_load_and_their_instructions_stay_short():
     assert words(templates.messages("item", "", [])) < 80
 
 
-def test_the_shipped_prompts_read_well_with_any_noun(tmp_path):
-    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True)
-    for file in tmp_path.glob("*.txt"):
-        text = file.read_text(encoding="utf-8").lower()
+def test_the_shipped_prompts_read_well_with_any_noun():
+    for file in SHIPPED.glob("*.txt"):
+        text = " " + file.read_text(encoding="utf-8").lower()
         # "a item" and "persons" would not: an article fits one noun and not another.
         for bad in (" a $item_noun", " a ${item_noun", "${user_noun}s", " a $user_noun"):
             assert bad not in text, file.name

@@ -20,7 +20,7 @@ _LINE_START = re.compile(r"^(?:#{1,6}\s+|>\s*|[-*+•–]\s+|\d{1,2}[.)]\s+)+")
 _EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3}|`{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)")
 _OPENER = r"(?:sure|certainly|of course|absolutely|okay|ok|yes|here|below|the following)\b"
 _LABEL = (
-    r"(?:[\w'-]+ ){0,3}"
+    r"(?:[\w'-]+ ){0,2}"
     r"(?:description|summary|answer|response|profile|overview|output|paragraph|preferences)"
 )
 _LEAD_IN = re.compile(
@@ -64,8 +64,9 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
     In this order:
 
     1. Control, format, private and unassigned characters and U+FFFD go.
-    2. Marks of headings, quotations, bullets and lists at the start of a line go; so do
-       emphasis and code marks around words. All lines become one, white space one blank.
+    2. Lines without a letter or digit go; so do marks of headings, quotations, bullets and lists
+       at the start of a line, and emphasis and code marks around words. All lines become one,
+       white space one blank.
     3. A lead-in that ends in a colon goes: a label (``Description:``, ``Summary of the film:``) or
        an opening phrase (``Sure, here is the description:``). So do quotes around the whole.
     4. A sentence that was there before, but for case and punctuation, goes.
@@ -100,7 +101,11 @@ def _one_line(raw: str) -> str:
         for char in raw
         if char.isspace() or (unicodedata.category(char)[0] != "C" and char != "\ufffd")
     )
-    lines = (_LINE_START.sub("", line.strip()) for line in visible.splitlines())
+    lines = (
+        _LINE_START.sub("", line.strip())
+        for line in visible.splitlines()
+        if any(map(str.isalnum, line))
+    )
     text = " ".join(" ".join(lines).split())
     while (plain := _EMPHASIS.sub(r"\2", text)) != text:
         text = plain

@@ -123,7 +123,7 @@ class TextEncoder:
             else:
                 n_resumed, vectors = attempt.open((len(texts), self.dim))
                 self._fill(vectors, ranks, unique, n_resumed, attempt, show_progress)
-                attempt.finish(vectors)
+                attempt.finish()
         return EncodeStats(
             n_texts=len(texts),
             n_unique=len(unique),
@@ -161,8 +161,8 @@ class TextEncoder:
                 if bad.any():
                     row = here[bad[ranks[here] - start]].min()
                     raise GaCLLMError(
-                        f"encoder_model: {self.model_dir} gives NaN or zero for text {row} of "
-                        f"{attempt.out_file} in {self.dtype}. Set encoder_dtype: float32, or take "
+                        f"encoder_model: {self.model_dir} in {self.dtype} gives NaN or zero for "
+                        f"text {row} of {attempt.out_file}. Set encoder_dtype: float32, or take "
                         "another encoder."
                     )
                 vectors[here] = encoded[ranks[here] - start]
@@ -201,7 +201,7 @@ class TextEncoder:
 
 
 class _Attempt:
-    """The half-written file of one ``encode_to_file`` and the journal that says how far it is."""
+    """A half-written file, and the journal that says how far it is."""
 
     def __init__(self, out_file: Path, key: str) -> None:
         self.out_file = out_file
@@ -242,9 +242,7 @@ class _Attempt:
         vectors.flush()
         write_atomic(self._journal, json.dumps({"key": self._key, "n_done": n_done}).encode())
 
-    def finish(self, vectors: npt.NDArray[np.float16]) -> None:
-        assert isinstance(vectors, np.memmap)
-        vectors.flush()
+    def finish(self) -> None:
         with open(self._partial, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(self._partial, self.out_file)
@@ -277,9 +275,8 @@ def _computes_in_bfloat16(device: str) -> bool:
     if device.startswith("cuda"):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():  # not Linux
-        return False
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpuinfo.read_text().split())
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []  # only on Linux
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _refuse_pickles(model_dir: Path) -> None:

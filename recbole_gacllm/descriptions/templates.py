@@ -75,7 +75,7 @@ def compile_template(template: str, fields: Sequence[str]) -> Render:
             if piece["sign"] != ("]" if runs[-1][0] else "["):
                 raise ValueError(
                     f"stray {piece['sign']!r} at character {piece.start() + 1} of the "
-                    f"text template {template!r}; they do not nest, and a literal one is written twice"
+                    f"text template {template!r}; they do not nest, write a literal one twice"
                 )
             runs.append((not runs[-1][0], []))
         else:

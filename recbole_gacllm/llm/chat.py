@@ -113,11 +113,10 @@ class ChatTokenizer:
                     del limits[i]  # fits
                     continue
                 n_kept = limits[i]
-                while n_kept > 0 and offsets[n_kept][0] < offsets[n_kept - 1][1]:
-                    n_kept -= 1  # the next token is a part of the same character
                 kept[i] = kept[i][: offsets[n_kept - 1][1]] if n_kept > 0 else ""
-                # A shorter text may split into more tokens, rarely: then one less the next time.
-                limits[i] = max(n_kept - 1, 0)
+                # Too long still if the last token is a part of a character, or if the beginning
+                # on its own splits otherwise: one token less the next time.
+                limits[i] = n_kept - 1
         return kept
 
     def encode_request(self, request: Request, max_model_len: int) -> list[int]:

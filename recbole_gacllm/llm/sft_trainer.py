@@ -56,6 +56,9 @@ def training_arguments(out_dir: Path, options: SFTOptions) -> TrainingArguments:
         logging_steps=1,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        # without it, torchrun on a machine without GPU would train each process on its own
+        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=options.seed,
         report_to="none",

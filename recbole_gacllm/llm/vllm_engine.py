@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.engines import resolve_dtype
@@ -24,8 +26,8 @@ from recbole_gacllm.llm.weights import check_adapter
 
 logger = logging.getLogger(__name__)
 
-# Requests in flight on a CPU: more brings no throughput and delays the first completion.
-_CPU_WINDOW: Final = int(os.environ.get("X_WINDOW", 64))
+# Requests in flight on a CPU: more brings no throughput and delays the first completions.
+_CPU_WINDOW: Final = 32
 # The KV cache on a CPU: this share of the memory that is free, at most so many bytes.
 _CPU_KV_SHARE: Final = 0.25
 _CPU_KV_BYTES: Final = 4 << 30
@@ -79,6 +81,7 @@ class VLLMGenerator:
         }
         if adapter_dir is not None:
             options |= _lora_options(model_dir, adapter_dir)
+        environment, self._set_num_threads = dict(os.environ), torch.set_num_threads
         _prepare_environment()
         try:
             from vllm import LLM
@@ -86,7 +89,7 @@ class VLLMGenerator:
             from vllm.platforms import current_platform
 
             if current_platform.is_cpu():
-                _inspect_models_here()
+                _stay_in_this_process()
                 options |= _cpu_options()
             else:
                 options["gpu_memory_utilization"] = gpu_memory_utilization
@@ -100,6 +103,10 @@ class VLLMGenerator:
                 f"vLLM did not start on {model_dir}: {type(error).__name__}: {error}. Its own log "
                 "above may say more. llm_backend: transformers needs no vLLM."
             ) from error
+        self._new_variables = set(os.environ) - set(environment)
+        self._old_variables = {
+            name: old for name, old in environment.items() if os.environ.get(name) != old
+        }
         scheduler = self._engine.vllm_config.scheduler_config
         self._window = _CPU_WINDOW if current_platform.is_cpu() else 2 * scheduler.max_num_seqs
         self._names = itertools.count()
@@ -108,6 +115,8 @@ class VLLMGenerator:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Complete requests; see :class:`~recbole_gacllm.llm.generator.TextGenerator`."""
+        if not self._alive:
+            raise GenerationError("This vLLM engine has stopped; open another generator.")
         if self._busy:
             raise RuntimeError("This generator serves another call; finish or close that first.")
         source = iter(requests)
@@ -127,11 +136,19 @@ class VLLMGenerator:
                 self._engine.abort_request(list(in_flight))
 
     def close(self) -> None:
-        """Stop the engine and free its memory."""
+        """Stop the engine, free its memory and put back what vLLM changed in this process."""
         if self._engine is not None:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
             self._alive = False
             self._engine.engine_core.shutdown()
             self._engine = None
+            cleanup_dist_env_and_memory()
+            # vLLM's CPU worker replaced the one, and set LD_PRELOAD and more in the other.
+            torch.set_num_threads = self._set_num_threads
+            for name in self._new_variables:
+                os.environ.pop(name, None)
+            os.environ.update(self._old_variables)
 
     def _add(self, request: Request, in_flight: dict[str, Request]) -> None:
         """Hand a request to the engine under a name of our own."""
@@ -187,22 +204,27 @@ class VLLMGenerator:
 
 
 def _prepare_environment() -> None:
-    """Settings that vLLM reads from the environment when it is imported; the user's own win."""
+    """Settings that vLLM reads from the environment; the user's own win.
+
+    vLLM gives a dozen warnings at each start that nobody here can act on: only errors pass.
+    """
     level = "INFO" if logger.isEnabledFor(logging.DEBUG) else "ERROR"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
 
 
-def _inspect_models_here() -> None:
-    """Let vLLM look at the model's class in this process rather than in one of its own.
+def _stay_in_this_process() -> None:
+    """Keep vLLM's CPU engine, and its look at the model's class, in this process.
 
-    Cause: it starts another Python for this so as not to touch CUDA; that one imports the
-    torchvision that is hidden here (see compat) and dies, and on a CPU it guards nothing and costs
-    ten seconds. End: when `compat.hide_broken_torchvision` goes.
+    An engine process of its own takes three times as long to start, competes with this one for
+    cores, and is a fresh Python without what `compat.hide_broken_torchvision` hid here, in which
+    transformers cannot import its models. That is also why the look at the model's class, which
+    vLLM takes in another Python so as not to touch CUDA, is taken here. End: with that repair.
     """
     from vllm.model_executor.models import registry
 
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     registry._run_in_subprocess = lambda inspect: inspect()
 
 

@@ -116,8 +116,11 @@ def hash_file(file: Path) -> str:
     value = embedded.sha256(file)
     # A file written a moment ago could change again within the clock's resolution.
     if time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
-        with _lock("hashes"):
-            _write_json(memory, {**_read_json(memory), key: [*stamp, value]})
+        try:
+            with _lock("hashes"):
+                _write_json(memory, {**_read_json(memory), key: [*stamp, value]})
+        except OSError as error:  # nothing is lost but time
+            logger.warning("The hash of %s cannot be remembered in %s: %s", file, memory, error)
     return value
 
 

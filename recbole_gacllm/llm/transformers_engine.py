@@ -1,0 +1,179 @@
+"""transformers as a text generator: the reference, and the fallback where vLLM cannot run.
+
+Batches of prompts of similar length, padded on the left. Every rule of a completion (repetition
+penalty, temperature, draw, length) is applied per request and leaves the padding out, so that a
+completion does not depend on the prompts beside it, up to rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+
+from recbole_gacllm.errors import GenerationError
+from recbole_gacllm.llm.chat import ChatTokenizer
+from recbole_gacllm.llm.engines import resolve_dtype
+from recbole_gacllm.llm.generator import Completion, Request, Sampling
+from recbole_gacllm.llm.weights import check_adapter
+
+# Batches read ahead, sorted by length and worked off: enough to make their lengths similar.
+_BATCHES_AHEAD: Final = 4
+
+
+class TransformersGenerator:
+    """A model run by ``transformers.generate``, on the GPU if there is one.
+
+    Args:
+        model_dir: Folder with config, safetensors and tokenizer.
+        adapter_dir: LoRA adapter in peft's format, applied un-merged.
+        dtype: ``auto``, ``bfloat16`` or ``float32``.
+        seed: Taken for symmetry with vLLM: every draw here has its request's own seed.
+        max_model_len: Longest prompt plus completion in tokens; None is the model's window.
+        batch_size: Prompts completed at once.
+
+    Raises:
+        GenerationError: If the model cannot be loaded.
+        ValueError: If the adapter does not fit, or the window is longer than the model's.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        adapter_dir: Path | None = None,
+        dtype: str = "auto",
+        seed: int = 0,
+        max_model_len: int | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        self._chat = ChatTokenizer(model_dir)
+        self._max_model_len = self._chat.context_window(max_model_len)
+        self._batch_size = batch_size
+        if adapter_dir is not None:
+            check_adapter(model_dir, adapter_dir)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                model_dir, dtype=getattr(torch, resolve_dtype(dtype)), local_files_only=True
+            )
+            # The model's own sampling defaults would fill in what a call leaves open.
+            model.generation_config = GenerationConfig()
+            if adapter_dir is not None:
+                model = PeftModel.from_pretrained(model, str(adapter_dir))
+            self._model: Any = model.to(device).eval()
+        except Exception as error:
+            raise GenerationError(
+                f"transformers could not load {model_dir} (adapter: {adapter_dir}): "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Complete requests; see :class:`~recbole_gacllm.llm.generator.TextGenerator`."""
+        source = iter(requests)
+        n_ahead = self._batch_size * _BATCHES_AHEAD
+        while window := list(itertools.islice(source, n_ahead)):
+            prompts = [
+                (request, self._chat.encode_request(request, self._max_model_len))
+                for request in window
+            ]
+            prompts.sort(key=lambda prompt: len(prompt[1]))
+            for start in range(0, len(prompts), self._batch_size):
+                yield from self._complete(prompts[start : start + self._batch_size])
+
+    def close(self) -> None:
+        """Drop the model and free its memory."""
+        self._model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _complete(self, batch: Sequence[tuple[Request, list[int]]]) -> list[Completion]:
+        """Complete one batch."""
+        width = max(len(ids) for _, ids in batch)
+        ids = torch.full((len(batch), width), self._chat.pad_token_id)  # [batch, width]
+        mask = torch.zeros_like(ids)  # [batch, width]
+        for row, (_, prompt) in enumerate(batch):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        samplings = [request.sampling for request, _ in batch]
+        rules = _PerRequest(samplings, [width - len(prompt) for _, prompt in batch])
+        stops = self._chat.stop_token_ids
+        config = GenerationConfig(
+            max_new_tokens=max(sampling.max_new_tokens for sampling in samplings),
+            do_sample=False,
+            eos_token_id=sorted(stops) or None,
+            pad_token_id=self._chat.pad_token_id,
+        )
+        try:
+            with torch.inference_mode():
+                output = self._model.generate(
+                    input_ids=ids.to(self._model.device),
+                    attention_mask=mask.to(self._model.device),
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([rules]),
+                )
+        except Exception as error:
+            raise GenerationError(
+                f"transformers failed on a batch of {len(batch)} prompts of up to {width} tokens: "
+                f"{type(error).__name__}: {error}. Completions handed out before are good."
+            ) from error
+        completions = []
+        for (request, prompt), row in zip(batch, output[:, width:].tolist(), strict=True):
+            made = row[: request.sampling.max_new_tokens]
+            end = next((i for i, token in enumerate(made) if token in stops), None)
+            if end is not None:
+                made = made[: end + 1]
+            completions.append(
+                Completion(
+                    id=request.id,
+                    text=self._chat.decode(made),
+                    finish_reason="length" if end is None else "stop",
+                    n_prompt_tokens=len(prompt),
+                    n_cached_tokens=0,
+                    n_output_tokens=len(made),
+                )
+            )
+        return completions
+
+
+class _PerRequest(LogitsProcessor):  # type: ignore[misc]
+    """Each row's own repetition penalty, temperature and draw, ahead of an argmax.
+
+    The penalty is vLLM's and transformers' own: positive logits of tokens seen in prompt or
+    completion are divided by it, negative ones multiplied; transformers' processor would count
+    padding as seen. A draw is the argmax of logits / temperature plus Gumbel noise, which is a draw
+    from the softmax, with a generator for each request.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling], n_padding: Sequence[int]) -> None:
+        self._samplings = samplings
+        self._n_padding = n_padding
+        self._generators = [torch.Generator().manual_seed(s.seed) for s in samplings]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores to take the argmax of.
+
+        Shapes:
+            input_ids: [batch, tokens so far]; scores and result: [batch, vocabulary].
+        """
+        scores = scores.to(torch.float32, copy=True)
+        for row, sampling in enumerate(self._samplings):
+            if sampling.repetition_penalty != 1.0:
+                seen = torch.unique(input_ids[row, self._n_padding[row] :])
+                logits = scores[row, seen]
+                penalty = sampling.repetition_penalty
+                scores[row, seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
+            if sampling.temperature > 0:
+                noise = torch.empty(scores.shape[1]).exponential_(generator=self._generators[row])
+                scores[row] = scores[row] / sampling.temperature - noise.log().to(scores.device)
+        return scores

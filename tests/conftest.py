@@ -1,0 +1,71 @@
+"""Fixtures shared by all tests: a small data set in RecBole's format."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+GENRES = ["Action", "Comedy", "Drama", "Horror"]
+OCCUPATIONS = ["teacher", "farmer", "nurse"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_process(monkeypatch, tmp_path_factory, request):
+    """RecBole reads sys.argv and writes log/ and saved/ into the working folder."""
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    if "tmp_path" in request.fixturenames:
+        monkeypatch.chdir(request.getfixturevalue("tmp_path"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Two contended threads are slower than one; children inherit the variable."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+
+def write_dataset(root: Path, name: str = "tiny", n_users: int = 24, n_items: int = 30) -> Path:
+    """Write ``root/name/name.{inter,user,item}`` of four tastes; returns ``root``."""
+    rng = random.Random(7)
+    folder = root / name
+    folder.mkdir(parents=True)
+    lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
+    for user in range(n_users):
+        liked = [item for item in range(n_items) if item % 4 == user % 4]
+        others = [item for item in range(n_items) if item % 4 != user % 4]
+        for item in rng.sample(liked, min(6, len(liked))) + rng.sample(others, 4):
+            lines.append(f"u{user}\ti{item}\t{rng.randint(1, 5)}\t{rng.randint(1, 10**6)}")
+    (folder / f"{name}.inter").write_text("\n".join(lines) + "\n")
+    lines = ["user_id:token\tage:token\toccupation:token"]
+    lines += [f"u{u}\t{20 + u}\t{OCCUPATIONS[u % 3]}" for u in range(n_users)]
+    (folder / f"{name}.user").write_text("\n".join(lines) + "\n")
+    lines = ["item_id:token\tmovie_title:token_seq\tclass:token_seq"]
+    lines += [f"i{i}\tThe Great Film {i}\t{GENRES[i % 4]}" for i in range(n_items)]
+    (folder / f"{name}.item").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def dataset_root(tmp_path: Path) -> Path:
+    """A folder for RecBole's ``data_path`` that holds the data set ``tiny``."""
+    return write_dataset(tmp_path / "data")
+
+
+@pytest.fixture
+def settings(dataset_root: Path, tmp_path: Path) -> dict:
+    """Keys that every run on ``tiny`` takes."""
+    return {
+        "data_path": str(dataset_root),
+        "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
+        "artifact_dir": str(tmp_path / "artifacts"),
+        "checkpoint_dir": str(tmp_path / "saved"),
+        "show_progress": False,
+        "use_gpu": False,
+        "epochs": 2,
+        "embedding_size": 8,
+    }

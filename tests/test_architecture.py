@@ -1,0 +1,60 @@
+"""Who may import whom, and how long a module may be: docs/architecture.md, held by the code."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "recbole_gacllm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ALLOWED = {
+    "recbole": {
+        "compat.py",
+        "import_hooks.py",
+        "registration.py",
+        "runner.py",
+        "model.py",
+        "benchmark/",
+    },
+    "vllm": {"llm/vllm_engine.py"},
+    "peft": {"llm/sft.py", "llm/sft_data.py", "llm/sft_trainer.py", "llm/transformers_engine.py"},
+    "transformers": {"llm/"},
+    "sentence_transformers": {"descriptions/encoder.py"},
+    "recbole_gacllm.cli": {"__main__.py"},
+    "recbole_gacllm.llm.vllm_engine": {"llm/engines.py"},
+    "recbole_gacllm.llm.transformers_engine": {"llm/engines.py"},
+    "recbole_gacllm.runner": {"cli.py", "benchmark/"},
+}
+
+
+def imported_names(module: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(module.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_it_may(module):
+    place = module.relative_to(PACKAGE).as_posix()
+    for name in imported_names(module):
+        for guarded, places in ALLOWED.items():
+            if name == guarded or name.startswith(f"{guarded}."):
+                assert any(
+                    place == allowed or (allowed.endswith("/") and place.startswith(allowed))
+                    for allowed in places
+                ), f"{place} imports {name}"
+        if place.startswith("descriptions/"):
+            assert name in ("recbole_gacllm.llm", "recbole_gacllm.llm.generator") or (
+                not name.startswith("recbole_gacllm.llm")
+                or name.startswith("recbole_gacllm.llm.generator.")
+            ), f"{place} imports {name}"
+
+
+@pytest.mark.parametrize("name", ["propagation.py", "losses.py"])
+def test_the_mathematics_knows_only_arrays(name):
+    roots = {imported.split(".")[0] for imported in imported_names(PACKAGE / name)}
+    assert roots <= {"__future__", "collections", "typing", "warnings", "numpy", "scipy", "torch"}

@@ -1,0 +1,153 @@
+"""Prompts, counts and cuts of the chat tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from recbole_gacllm.llm.chat import ChatTokenizer
+from recbole_gacllm.llm.generator import Message, Request, Sampling
+
+from .test_generator_contract import save_tiny_model
+
+SYSTEM: Message = {"role": "system", "content": "Be brief."}
+USER: Message = {"role": "user", "content": "Hello"}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model: Path) -> ChatTokenizer:
+    return ChatTokenizer(tiny_model)
+
+
+def with_template(model: Path, target: Path, template: str | None) -> ChatTokenizer:
+    shutil.copytree(model, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    file = target / "chat_template.jinja"
+    file.unlink()
+    if template is not None:
+        file.write_text(template, encoding="utf-8")
+    return ChatTokenizer(target)
+
+
+def rendered(chat: ChatTokenizer, *messages: Message) -> str:
+    return str(chat._tokenizer.decode(chat.encode_chat(messages)))
+
+
+def test_a_chat_ends_where_the_answer_begins(chat: ChatTokenizer) -> None:
+    assert rendered(chat, SYSTEM, USER) == "system:Be brief.<|end|>user:Hello<|end|>assistant:"
+
+
+def test_a_model_without_template_gets_the_plain_one(tiny_model: Path, tmp_path: Path) -> None:
+    chat = with_template(tiny_model, tmp_path / "plain", None)
+    assert rendered(chat, SYSTEM, USER) == "System: Be brief.\n\nUser: Hello\n\nAssistant:"
+
+
+def test_a_template_without_system_role_gets_it_in_the_user_message(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    chat = with_template(
+        tiny_model,
+        tmp_path / "nosystem",
+        "{% for m in messages %}{% if m['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
+        "[{{ m['role'] }}]{{ m['content'] }}{% endfor %}",
+    )
+    assert rendered(chat, SYSTEM, USER) == "[user]Be brief.\n\nHello"
+    with pytest.raises(ValueError, match="refuses messages of roles system: System role not"):
+        chat.encode_chat([SYSTEM])
+
+
+def test_a_thinking_model_is_told_not_to_think(tiny_model: Path, tmp_path: Path) -> None:
+    template = "{{ messages[0]['content'] }}{% if not enable_thinking %} no_think{% endif %}"
+    chat = with_template(tiny_model, tmp_path / "thinking", template)
+    assert rendered(chat, USER) == "Hello no_think"
+
+
+def test_counts_are_of_the_text_alone(chat: ChatTokenizer) -> None:
+    assert chat.count_tokens(["", "abc", "é"]) == [0, 3, 2]
+    assert chat.count_tokens([]) == []
+
+
+def test_truncation_keeps_or_drops_a_character_whole(chat: ChatTokenizer) -> None:
+    # One token a byte: é is two, 🎬 is four.
+    assert chat.truncate(["aé🎬b"] * 1, 3) == ["aé"]
+    assert [chat.truncate(["aé🎬b"], n)[0] for n in range(9)] == [
+        *["", "a", "a", "aé", "aé", "aé", "aé", "aé🎬", "aé🎬b"]
+    ]
+    with pytest.raises(ValueError, match="max_tokens is -1"):
+        chat.truncate(["a"], -1)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), max_size=5),
+    max_tokens=st.integers(0, 30),
+)
+def test_truncated_texts_are_beginnings_that_fit(
+    chat: ChatTokenizer, texts: list[str], max_tokens: int
+) -> None:
+    cut = chat.truncate(texts, max_tokens)
+    assert all(text.startswith(short) for text, short in zip(texts, cut, strict=True))
+    assert all(n <= max_tokens for n in chat.count_tokens(cut))
+    for text, short, n in zip(texts, cut, chat.count_tokens(texts), strict=True):
+        assert (short == text) == (n <= max_tokens)
+
+
+def test_special_tokens_are_known_and_left_out_of_decoded_text(chat: ChatTokenizer) -> None:
+    assert chat.special_tokens == {"<|end|>", "<|pad|>"}
+    ids = chat.encode_chat([USER])
+    assert chat.decode(ids) == "user:Helloassistant:"
+
+
+def test_every_end_token_the_model_names_stops_a_completion(chat: ChatTokenizer) -> None:
+    assert chat.stop_token_ids == {*range(0, 256, 8), 256}
+
+
+def test_the_window_is_the_configs_and_prompts_are_held_to_it(chat: ChatTokenizer) -> None:
+    assert (chat.max_length, chat.context_window(None), chat.context_window(99)) == (512, 512, 99)
+    n_prompt = len(chat.encode_chat([USER]))
+    request = Request("u7", (USER,), Sampling(10))
+    assert len(chat.encode_request(request, n_prompt + 10)) == n_prompt
+    with pytest.raises(ValueError, match=rf"'u7'.*{n_prompt} prompt tokens \+ 10 new tokens > 29"):
+        chat.encode_request(request, 29)
+
+
+def test_a_folder_without_tokenizer_or_window_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="no config or tokenizer that transformers can read"):
+        ChatTokenizer(folder)
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_type="mamba", architectures=["MambaForCausalLM"])
+    del config["max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="does not say how long its context window is"):
+        ChatTokenizer(folder)
+
+
+@pytest.mark.engine
+def test_the_embedded_model_gets_no_system_prompt_of_its_own() -> None:
+    from recbole_gacllm.llm.weights import resolve_llm
+
+    chat = ChatTokenizer(resolve_llm("embedded"))
+    text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert rendered(chat, USER) == text
+    assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} <= chat.special_tokens
+    assert chat.max_length == 8192
+    words = "A science-fiction film of 1977, by George Lucas, with Mark Hamill 🎬 and others"
+    for n in (1, 5, 17, 18, 19):
+        [cut] = chat.truncate([words], n)
+        assert words.startswith(cut)
+        assert n - 3 <= chat.count_tokens([cut])[0] <= n

