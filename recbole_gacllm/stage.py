@@ -34,7 +34,6 @@ logger = logging.getLogger("recbole_gacllm.stage")
 def sft(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """LoRA fine-tuning on matched pairs: ``adapter/``."""
     from recbole_gacllm.llm.sft import finetune
-    from recbole_gacllm.llm.sft_data import SFTPair
     from recbole_gacllm.llm.sft_trainer import SFTOptions
 
     options = _options(job)
@@ -45,8 +44,8 @@ def sft(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     modules = options.sft_target_modules
     report = finetune(
         Path(job["model_dir"]),
-        [SFTPair(pair.messages, pair.completion) for pair in learn],
-        [SFTPair(pair.messages, pair.completion) for pair in heldout],
+        learn,
+        heldout,
         folder,
         SFTOptions(
             epochs=options.sft_epochs,

@@ -67,7 +67,10 @@ def test_a_template_without_system_role_gets_it_in_the_user_message(
 
 
 def test_a_thinking_model_is_told_not_to_think(tiny_model: Path, tmp_path: Path) -> None:
-    template = "{{ messages[0]['content'] }}{% if not enable_thinking %} no_think{% endif %}"
+    template = "{{ messages[0]['content'] }}"
+    template += (
+        "{% if enable_thinking is defined and enable_thinking is false %} no_think{% endif %}"
+    )
     chat = with_template(tiny_model, tmp_path / "thinking", template)
     assert rendered(chat, USER) == "Hello no_think"
 

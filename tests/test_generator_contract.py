@@ -325,18 +325,21 @@ def test_transformers_ignores_the_sampling_defaults_of_the_model(tiny_model: Pat
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     made = open_generator("transformers", model_dir=tiny_model, dtype="float32")
-    [request] = make_requests(1, repetition_penalty=1.0)
-    [completion] = made.generate([request])
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    ids = tokenizer.apply_chat_template(
-        list(request.messages), add_generation_prompt=True, return_dict=False
-    )
-    n_prompt, ends = len(ids), model.generation_config.eos_token_id
-    while len(ids) < n_prompt + 12 and (len(ids) == n_prompt or ids[-1] not in ends):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert completion.n_output_tokens == len(ids) - n_prompt
-    assert completion.text == tokenizer.decode(ids[n_prompt:], skip_special_tokens=True)
+    ends = model.generation_config.eos_token_id
+    requests = make_requests(8, repetition_penalty=1.0)
+    found = {c.id: (c.text, c.n_output_tokens) for c in made.generate(requests)}
+    for request in requests:
+        ids = tokenizer.apply_chat_template(
+            list(request.messages), add_generation_prompt=True, return_dict=False
+        )
+        n_prompt = len(ids)
+        while len(ids) < n_prompt + 12 and (len(ids) == n_prompt or ids[-1] not in ends):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected = tokenizer.decode(ids[n_prompt:], skip_special_tokens=True)
+        assert found[request.id] == (expected, len(ids) - n_prompt)
+    assert sum(n_tokens for _, n_tokens in found.values()) > 40
 
 
 def test_an_adapter_of_another_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:

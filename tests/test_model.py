@@ -13,7 +13,7 @@ from recbole.utils import get_model, init_seed
 
 from recbole_gacllm import model as model_module
 from recbole_gacllm.pipeline import TextLayers
-from recbole_gacllm.runner import build_config
+from recbole_gacllm.run_config import build_config
 
 
 @pytest.fixture

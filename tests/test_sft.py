@@ -19,7 +19,8 @@ from torch.nn import functional
 import recbole_gacllm  # noqa: F401  (hides broken torchvision before transformers is imported)
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm.chat import ChatTokenizer
-from recbole_gacllm.llm.sft import SFTPair, finetune, merge
+from recbole_gacllm.llm.generator import SFTPair
+from recbole_gacllm.llm.sft import finetune, merge
 from recbole_gacllm.llm.sft_data import (
     IGNORED,
     completion_loss,

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from recbole_gacllm.descriptions.layers import Layer
 from recbole_gacllm.descriptions.neighbors import TrainGraph
 from recbole_gacllm.descriptions.prompts import PromptTemplates
-from recbole_gacllm.llm.generator import Message
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One prompt and the completion to learn.
-
-    Attributes:
-        messages: From the description of one end of a training edge.
-        completion: The description of the other end.
-    """
-
-    messages: tuple[Message, ...]
-    completion: str
+from recbole_gacllm.llm.generator import SFTPair
 
 
 def sample_pairs(
@@ -32,7 +17,7 @@ def sample_pairs(
     n_pairs: int,
     n_heldout: int,
     seed: int,
-) -> tuple[list[Pair], list[Pair]]:
+) -> tuple[list[SFTPair], list[SFTPair]]:
     """Sample training edges and make a pair of each in both directions.
 
     Edges are drawn uniformly without replacement; a graph too small for both gives a fifth of its
@@ -62,13 +47,13 @@ def sample_pairs(
     n_heldout = min(n_heldout, max(graph.n_edges // 5, 1))
     chosen = {"heldout": order[:n_heldout], "train": order[n_heldout : n_heldout + n_pairs]}
 
-    def both_ways(edges: np.ndarray) -> list[Pair]:
+    def both_ways(edges: np.ndarray) -> list[SFTPair]:
         pairs = []
         for edge in edges:
             user = raw.texts["user"][graph.users[edge]]
             item = raw.texts["item"][graph.items[edge]]
-            pairs.append(Pair(templates.sft_messages("user_to_item", user), item))
-            pairs.append(Pair(templates.sft_messages("item_to_user", item), user))
+            pairs.append(SFTPair(templates.sft_messages("user_to_item", user), item))
+            pairs.append(SFTPair(templates.sft_messages("item_to_user", item), user))
         return pairs
 
     return both_ways(chosen["train"]), both_ways(chosen["heldout"])

@@ -53,6 +53,19 @@ class Request:
 
 
 @dataclass(frozen=True)
+class SFTPair:
+    """One example for supervised fine-tuning: a chat and the assistant's answer to learn.
+
+    Attributes:
+        messages: The prompt; ends with a user message.
+        completion: The answer, without any template token.
+    """
+
+    messages: tuple[Message, ...]
+    completion: str
+
+
+@dataclass(frozen=True)
 class Completion:
     """What a generator made of one request.
 

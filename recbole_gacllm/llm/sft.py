@@ -31,13 +31,8 @@ from transformers.pytorch_utils import Conv1D
 from recbole_gacllm.artifacts import write_atomic
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm.engines import resolve_dtype
-from recbole_gacllm.llm.sft_data import (
-    SFTPair,
-    completion_loss,
-    encode_pairs,
-    pad_left,
-    perplexity,
-)
+from recbole_gacllm.llm.generator import SFTPair
+from recbole_gacllm.llm.sft_data import completion_loss, encode_pairs, pad_left, perplexity
 from recbole_gacllm.llm.sft_trainer import Progress, SFTOptions, last_checkpoint, training_arguments
 from recbole_gacllm.llm.weights import check_adapter
 

@@ -14,22 +14,9 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from recbole_gacllm.llm.chat import ChatTokenizer
-from recbole_gacllm.llm.generator import Message
+from recbole_gacllm.llm.generator import Message, SFTPair
 
 IGNORED = -100  # label of a token that is not learned, as in transformers
-
-
-@dataclass(frozen=True)
-class SFTPair:
-    """One example: a chat and the assistant's answer to learn.
-
-    Attributes:
-        messages: The prompt; ends with a user message.
-        completion: The answer, without any template token.
-    """
-
-    messages: tuple[Message, ...]
-    completion: str
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""RecBole's configuration of any model, with what RecBole demands of it and the user left out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import recbole
+import yaml
+from recbole.config import Config
+from recbole.utils import ModelType, get_model
+
+from recbole_gacllm.config import shipped_path
+
+# RecBole's documentation of each: "this model is a non-sampling model, so you must set
+# train_neg_sample_args=None when you run this model".
+NON_SAMPLING_MODELS = frozenset(
+    {"CDAE", "DiffRec", "ENMF", "LDiffRec", "MacridVAE", "MultiDAE", "MultiVAE", "RaCT", "RecVAE"}
+)
+
+
+def build_config(
+    model: str,
+    dataset: str,
+    config_files: Sequence[str | Path] = (),
+    config_dict: dict[str, Any] | None = None,
+) -> Config:
+    """RecBole's configuration of any model, on the data as our dataset config describes it.
+
+    The dataset config comes first, then ``config_files``, ``config_dict`` and the command line.
+    Models that take item or user features keep RecBole's own choice of columns.
+
+    Raises:
+        ValueError: If the model or a config file is unknown, or a key of ours is bad.
+    """
+    try:
+        model_class = get_model(model)
+    except ValueError as error:
+        raise ValueError(
+            f"model: {model!r} is neither GaCLLM nor a model of RecBole. Names are case-sensitive: "
+            "LightGCN, SASRec, EASE, BPR, …"
+        ) from error
+    files = [str(file) for file in config_files]
+    for file in files:
+        if not Path(file).is_file():
+            raise ValueError(f"config_files: {file!r} is not a file.")
+    overrides = dict(config_dict or {})
+    given, defaults = _external_and_internal(model, model_class, dataset, files, overrides)
+    _check_dataset(dataset, {**defaults, **given}["data_path"])
+    takes_features = model_class.type in (
+        ModelType.CONTEXT,
+        ModelType.DECISIONTREE,
+        ModelType.KNOWLEDGE,
+    ) or "selected_features" in {**defaults, **given}
+    shipped = shipped_path("dataset_configs", f"{dataset}.yaml")
+    if shipped.is_file() and not takes_features:
+        files.insert(0, str(shipped))
+    cross_entropy = (
+        model_class.type == ModelType.SEQUENTIAL and {**defaults, **given}.get("loss_type") == "CE"
+    )
+    if "train_neg_sample_args" not in given and (model in NON_SAMPLING_MODELS or cross_entropy):
+        overrides["train_neg_sample_args"] = None
+    return Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
+
+
+def _check_dataset(dataset: str, data_path: str) -> None:
+    """Refuse a data set that is neither on disk nor among those RecBole can download."""
+    recbole_folder = Path(recbole.__file__).parent
+    folders = (Path(data_path), recbole_folder / "dataset_example")
+    listed = yaml.safe_load((recbole_folder / "properties" / "dataset" / "url.yaml").read_text())
+    local = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
+    if dataset not in local | set(listed):
+        near = difflib.get_close_matches(dataset, [*sorted(local), *listed], n=3)
+        raise ValueError(
+            f"dataset: {dataset!r} is neither a folder of data_path ({data_path}) nor a data set "
+            f"that RecBole downloads; near names: {', '.join(near) or 'none'}."
+        )
+
+
+def _external_and_internal(
+    model: str, model_class: Any, dataset: str, files: list[str], config_dict: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the user gave, and RecBole's defaults, as RecBole merges them.
+
+    A whole ``Config`` cannot be asked: it refuses SASRec before we can set what SASRec demands, and
+    it starts process groups.
+    """
+    probe = Config.__new__(Config)
+    probe.compatibility_settings()
+    probe._init_parameters_category()
+    probe.yaml_loader = probe._build_yaml_loader()
+    probe.file_config_dict = probe._load_config_files(files)
+    probe.variable_config_dict = probe._load_variable_config_dict(dict(config_dict))
+    probe.cmd_config_dict = probe._load_cmd_line()
+    probe._merge_external_config_dict()
+    probe.model, probe.model_class, probe.dataset = model, model_class, dataset
+    probe._load_internal_config_dict(model, model_class, dataset)
+    return dict(probe.external_config_dict), dict(probe.internal_config_dict)

@@ -1,0 +1,148 @@
+"""The command line: its checks, its help, and the pages it prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from recbole_gacllm import artifacts
+from recbole_gacllm.cli import main
+from recbole_gacllm.descriptions.layers import Layer
+from recbole_gacllm.descriptions.neighbors import TrainGraph
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def described(tmp_path):
+    """Finished descriptions of two users and three items, as the stages leave them."""
+    root = tmp_path / "saved" / "gacllm" / "tiny"
+    inputs, folder = root / "inputs-1", root / "descriptions-1"
+    inputs.mkdir(parents=True)
+    folder.mkdir()
+    users, items = ["u1", "u2"], ["i1", "i2", "i3"]
+    graph = TrainGraph(np.array(users), np.array(items), np.array([0, 0, 1]), np.array([0, 1, 1]))
+    graph.save(inputs / "graph.npz")
+    tokens = {"user": users, "item": items}
+    raw = Layer.raw(tokens, {"user": ["A nurse.", "A farmer."], "item": ["Rain.", "Sun.", "Fog."]})
+    raw.write(inputs / "layer_0.parquet")
+    above = Layer.raw(
+        tokens, {"user": ["Likes rain.", "A farmer."], "item": ["Wet.", "Dry.", "Grey."]}
+    )
+    above.statuses["user"] = ["generated", "failed"]
+    above.reasons["user"] = ["", "empty"]
+    above.write(folder / "layer_1.parquet")
+    (inputs / "item_names.json").write_text(
+        json.dumps({"i1": "Rain Man", "i2": "Sun", "i3": "Fog"})
+    )
+    job = {
+        "inputs": str(inputs),
+        "seed": 1,
+        "options": {"neighbor_rule": "rare_first", "n_neighbors": 2},
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    artifacts.write_manifest(folder, {"stage": "descriptions"})
+    return folder
+
+
+def test_describe_prints_every_layer_and_the_neighbours(described, capsys):
+    main(["describe", "--dataset=tiny", "--user=u1"])
+    out = capsys.readouterr().out
+    assert out.index("layer 0 (raw)\n  A nurse.") < out.index("layer 1 (generated)\n  Likes rain.")
+    assert "- i1: Rain Man. Rain." in out
+    assert "i3" not in out
+
+
+def test_describe_shows_a_failure_as_such(described, capsys):
+    main(["describe", "--dataset=tiny", "--user=u2"])
+    assert "layer 1 (failed)" in capsys.readouterr().out
+
+
+def test_describe_of_an_item_names_it_and_its_users(described, capsys):
+    main(["describe", "--dataset=tiny", "--item=i2"])
+    out = capsys.readouterr().out
+    assert out.startswith("item i2, Sun: 2 training interactions")
+    assert "- u1: A nurse." in out
+
+
+def test_an_unknown_node_is_refused_with_near_ones(described, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["describe", "--dataset=tiny", "--user=u3"])
+    assert end.value.code == 2
+    assert "no such user" in capsys.readouterr().err
+
+
+def test_a_data_set_without_descriptions_says_what_to_do(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["describe", "--dataset=other", "--user=1"])
+    assert end.value.code == 2
+    assert "Run GaCLLM on it first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_export_writes_one_row_for_each_node_and_layer(described, tmp_path, suffix):
+    main(["export-descriptions", "--dataset=tiny", f"--output=texts.{suffix}"])
+    file = tmp_path / f"texts.{suffix}"
+    frame = pd.read_parquet(file) if suffix == "parquet" else pd.read_csv(file)
+    assert len(frame) == 10
+    row = frame[(frame.side == "user") & (frame.token == "u1") & (frame.layer == 1)].iloc[0]
+    assert (row.text, row.status) == ("Likes rain.", "generated")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset=ml-100k", "--epochs", "3"], "'--epochs' is not of the form --key=value"),
+        (["--dataset=ml-100k", "--a=b=c"], "goes into a file"),
+        (["--dataset=ml-100k", "--preset=qick"], "invalid choice: 'qick'"),
+        (["--model=BPR"], "--dataset"),
+        (["describe", "--user=1"], "give either --dataset or --run"),
+        (["export-descriptions", "--dataset=x", "--output=a.txt"], ".parquet or .csv"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_with_the_reason(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=LightGNC"], "model: 'LightGNC' is neither GaCLLM nor a model of RecBole"),
+        (["--dataset=ml-100q"], "dataset: 'ml-100q' .* ml-100k"),
+        (["--config_files=none.yaml"], "config_files: 'none.yaml' is not a file"),
+        (["--llm_modle=x"], "unknown key 'llm_modle': did you mean llm_model"),
+        (["--embedding_size=many"], "embedding_size: 'many' is a str; it must be int"),
+    ],
+)
+def test_a_wrong_value_ends_in_one_line_before_any_stage(arguments, message, capsys, monkeypatch):
+    import re
+
+    arguments = [*([] if "--dataset" in arguments[0] else ["--dataset=ml-100k"]), *arguments]
+    monkeypatch.setattr(sys, "argv", ["run_recbole_gacllm.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_help_names_the_presets_and_the_other_commands_and_is_quick_to_load():
+    code = (
+        "import sys; from recbole_gacllm.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'recbole' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert "{best,paper,quick}" in done.stdout
+    assert "export-descriptions" in done.stdout

@@ -1,0 +1,281 @@
+"""The stages in real child processes, on a tiny random model: resume, reuse, leakage, bad input.
+
+The transformers engine in float32 is deterministic, so texts and embeddings must be equal to the
+byte however often a run was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recbole_gacllm.descriptions.layers import SIDES, Layer
+from recbole_gacllm.runner import run
+
+from .conftest import write_dataset
+from .test_generator_contract import save_tiny_model
+
+TINY = {
+    "llm_backend": "transformers",
+    "llm_dtype": "float32",
+    "llm_n_layers": 1,
+    "llm_max_new_tokens": 12,
+    "llm_max_prompt_tokens": 480,
+    "n_neighbors": 2,
+    "sft_n_pairs": 8,
+    "sft_n_heldout": 4,
+    "sft_checkpoint_steps": 1,
+    "encoder_dtype": "float32",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def keys(settings, tiny_model):
+    return {**settings, **TINY, "llm_model": tiny_model}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model):
+    """One uninterrupted run, shared by the tests that only look at what it left."""
+    root = tmp_path_factory.mktemp("finished")
+    keys = {
+        "data_path": str(write_dataset(root / "data")),
+        "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
+        "artifact_dir": str(root / "artifacts"),
+        "checkpoint_dir": str(root / "saved"),
+        "show_progress": False,
+        "use_gpu": False,
+        "epochs": 2,
+        "embedding_size": 8,
+        "llm_model": tiny_model,
+        **TINY,
+    }
+    here = Path.cwd()
+    os.chdir(root)
+    argv, sys.argv = sys.argv, ["pytest"]
+    try:
+        return keys, run("GaCLLM", "tiny", config_dict=dict(keys))
+    finally:
+        sys.argv = argv
+        os.chdir(here)
+
+
+def outputs(artifact_dir: Path) -> dict[str, bytes]:
+    """Everything that the stages made, by name: texts, embeddings, adapter."""
+    found = {}
+    for pattern in ("*/descriptions-*/layer_*.parquet", "*/embeddings-*/layer_*.npy"):
+        for file in artifact_dir.glob(pattern):
+            content = file.read_bytes()
+            if file.suffix == ".parquet":
+                layer = Layer.read(file)
+                content = repr([layer.tokens, layer.texts, layer.statuses]).encode()
+            found[f"{file.parent.name}/{file.name}"] = content
+    for file in artifact_dir.glob("*/sft-*/adapter/adapter_model.safetensors"):
+        found[f"{file.parent.parent.name}/adapter"] = file.read_bytes()
+    return found
+
+
+def test_run_json_says_all_that_happened(finished):
+    keys, done = finished
+    record = json.loads(done.run_file.read_text())
+    assert record["test"] == dict(done.result["test_result"])
+    assert set(record["stages"]) == {"inputs", "sft", "merged", "descriptions", "embeddings"}
+    layers = record["stages"]["descriptions"]["layers"]
+    assert layers[0]["n_nodes"] == 54
+    assert layers[0]["n_generated"] + layers[0]["n_from_store"] == 54
+    assert layers[0]["n_prompt_tokens"] > 54 * 20
+    assert layers[0]["n_output_tokens"] > 0
+    assert (
+        record["stages"]["sft"]["perplexity_before"] > record["stages"]["sft"]["perplexity_after"]
+    )
+    assert record["leakage_audit"]["edges_in_graph"] == 0
+    assert record["leakage_audit"]["n_pairs"] > 0
+    for path in (*record["artifacts"].values(), record["checkpoint"]):
+        assert Path(path).exists()
+    assert record["versions"]["recbole"] == "1.2.1"
+    assert record["config"]["llm_model"] == keys["llm_model"]
+    assert len(record["config_fingerprint"]) == 64
+
+
+def test_every_node_has_a_text_and_a_finite_embedding_at_every_layer(finished):
+    _, done = finished
+    folders = {stage: Path(path) for stage, path in done.record["artifacts"].items()}
+    for number, folder in ((0, folders["inputs"]), (1, folders["descriptions"])):
+        layer = Layer.read(folder / f"layer_{number}.parquet")
+        assert [len(layer.texts[side]) for side in SIDES] == [24, 30]
+        assert all(text for side in SIDES for text in layer.texts[side])
+        vectors = np.load(folders["embeddings"] / f"layer_{number}.npy").astype(np.float32)
+        assert vectors.shape == (54, 384)
+        assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2)
+
+
+def test_started_again_it_reuses_every_stage_and_gives_the_same_numbers(finished, monkeypatch):
+    keys, first = finished
+    monkeypatch.chdir(Path(keys["artifact_dir"]).parent)
+    monkeypatch.setattr(
+        "recbole_gacllm.artifacts.run_child", lambda *a, **k: pytest.fail("a stage was run again")
+    )
+    again = run("GaCLLM", "tiny", config_dict=dict(keys))
+    assert again.result["test_result"] == first.result["test_result"]
+
+
+def test_shuffled_texts_use_the_same_artefacts_on_other_nodes(finished, monkeypatch):
+    keys, first = finished
+    monkeypatch.chdir(Path(keys["artifact_dir"]).parent)
+    monkeypatch.setattr(
+        "recbole_gacllm.artifacts.run_child", lambda *a, **k: pytest.fail("a stage was run again")
+    )
+    shuffled = run("GaCLLM", "tiny", config_dict={**keys, "text_source": "shuffled"})
+    assert shuffled.record["artifacts"] == first.record["artifacts"]
+    assert shuffled.result["best_valid_score"] != first.result["best_valid_score"] or (
+        shuffled.result["test_result"] != first.result["test_result"]
+    )
+
+
+def test_held_out_interactions_leave_no_trace_in_the_inputs_of_the_stages(finished):
+    from recbole_gacllm.descriptions.neighbors import TrainGraph
+
+    _, done = finished
+    graph = TrainGraph.load(Path(done.record["artifacts"]["inputs"]) / "graph.npz")
+    lines = (Path(done.record["config"]["data_path"]) / "tiny.inter").read_text().splitlines()[1:]
+    assert graph.n_edges == 24 * 8  # of 10 interactions a user, one is for validation, one for test
+    assert len(lines) == 24 * 10
+
+
+DRIVER = """
+import sys
+sys.argv = ["driver"]
+import json
+from recbole_gacllm.runner import run
+keys = json.loads(open("keys.json").read())
+print(json.dumps(run("GaCLLM", "tiny", config_dict=keys).result["test_result"]))
+"""
+
+
+def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(finished, keys, tmp_path):
+    """SIGKILL to the parent at random moments of all stages, until it gets through."""
+    reference = outputs(Path(finished[0]["artifact_dir"]))
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    rng = random.Random(20)
+    store = Path(keys["artifact_dir"]) / "store.sqlite"
+    seen: dict[str, str] = {}
+    n_kills = 0
+    while True:
+        process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            # Long enough to get through in the end, however slow the machine is.
+            out, err = process.communicate(timeout=rng.uniform(6, 16) * 1.15**n_kills)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            n_kills += 1
+            created = creation_times(store)
+            assert all(created[key] == when for key, when in seen.items()), "lost or made twice"
+            seen = created
+    assert process.returncode == 0, err[-3000:]
+    assert n_kills >= 2
+    assert all(creation_times(store)[key] == when for key, when in seen.items())
+    assert outputs(Path(keys["artifact_dir"])) == reference
+    assert json.loads(out.splitlines()[-1]) == dict(finished[1].result["test_result"])
+
+
+def creation_times(store: Path) -> dict[str, str]:
+    """When each finished description was made."""
+    import sqlite3
+
+    if not store.exists():
+        return {}
+    time.sleep(0.5)  # a killed child needs a moment to let go
+    with sqlite3.connect(store) as db:
+        tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        if not tables:
+            return {}
+        return dict(db.execute("SELECT key, created FROM descriptions"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_item_template": "{titel}"}, "titel.*movie_title"),
+        ({"neighbor_rule": "oldest"}, "neighbor_rule: 'oldest' is not allowed"),
+        ({"llm_modell": "x"}, "llm_modell.*did you mean llm_model"),
+        ({"llm_model": "/no/such/folder"}, "/no/such/folder"),
+        ({"llm_prompts_dir": "/no/such/folder"}, "/no/such/folder"),
+        ({"text_item_name_field": "titel"}, "text_item_name_field: 'titel'"),
+        ({"llm_max_prompt_tokens": 64}, "llm_max_prompt_tokens is 64"),
+        ({"llm_adapter": "/no/such/adapter"}, "/no/such/adapter"),
+    ],
+)
+def test_bad_input_ends_in_one_clear_error(keys, change, message):
+    from recbole_gacllm.errors import WeightsError
+
+    with pytest.raises((ValueError, WeightsError), match=message):
+        run("GaCLLM", "tiny", config_dict={**keys, "sft": False, **change})
+
+
+def test_a_folder_that_cannot_be_written_is_named(keys, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"artifact_dir.*file"):
+        run("GaCLLM", "tiny", config_dict={**keys, "artifact_dir": str(tmp_path / "file")})
+
+
+def test_an_empty_feature_file_is_named(keys, dataset_root):
+    (dataset_root / "tiny" / "tiny.item").write_text("")
+    with pytest.raises(ValueError, match=r"tiny\.item"):
+        run("GaCLLM", "tiny", config_dict=keys)
+
+
+def test_a_data_set_without_text_says_so_and_goes_on_with_ids_only_if_asked(keys, dataset_root):
+    for side in SIDES:
+        (dataset_root / "tiny" / f"tiny.{side}").unlink()
+    with pytest.raises(ValueError, match="text_allow_ids"):
+        run("GaCLLM", "tiny", config_dict=keys)
+    done = run("GaCLLM", "tiny", config_dict={**keys, "text_allow_ids": True, "text_source": "raw"})
+    layer = Layer.read(Path(done.record["artifacts"]["inputs"]) / "layer_0.parquet")
+    assert layer.texts["item"][0].endswith(f"with id {layer.tokens['item'][0]}.")
+
+
+def test_users_without_features_and_items_without_a_row_are_described_from_what_there_is(
+    keys, dataset_root
+):
+    (dataset_root / "tiny" / "tiny.user").unlink()
+    items = dataset_root / "tiny" / "tiny.item"
+    items.write_text("\n".join(items.read_text().splitlines()[:10]) + "\n")
+    done = run("GaCLLM", "tiny", config_dict={**keys, "text_source": "raw"})
+    layer = Layer.read(Path(done.record["artifacts"]["inputs"]) / "layer_0.parquet")
+    assert set(layer.texts["user"]) == {"A user of which nothing is known."}
+    assert sum("nothing is known" in text for text in layer.texts["item"]) == 21
+
+
+def test_one_user_and_few_items_are_enough(keys, tmp_path):
+    root = write_dataset(tmp_path / "small", "tiny", n_users=1, n_items=20)
+    done = run(
+        "GaCLLM",
+        "tiny",
+        config_dict={**keys, "data_path": str(root), "text_source": "raw", "n_layers": 1},
+    )
+    assert done.record["test"]

@@ -1,0 +1,54 @@
+"""The runner: RecBole's numbers, and what RecBole demands of each model."""
+
+from __future__ import annotations
+
+import pytest
+from recbole.quick_start import run_recbole
+
+from recbole_gacllm.run_config import NON_SAMPLING_MODELS, build_config
+from recbole_gacllm.runner import run
+
+
+def demanded(model, settings, **keys):
+    config = build_config(model, "tiny", config_dict={**settings, **keys})
+    return config["train_neg_sample_args"]["distribution"]
+
+
+def test_sasrec_under_cross_entropy_samples_no_negatives(settings):
+    assert demanded("SASRec", settings) == "none"
+    assert demanded("SASRec", settings, loss_type="BPR") == "uniform"
+
+
+def test_models_that_recbole_documents_as_non_sampling_sample_none(settings):
+    for model in ("MultiVAE", "ENMF", "RecVAE"):
+        assert model in NON_SAMPLING_MODELS
+        assert demanded(model, settings) == "none"
+
+
+def test_what_the_user_sets_stands(settings):
+    given = {"distribution": "uniform", "sample_num": 2}
+    assert demanded("MultiVAE", settings, train_neg_sample_args=given) == "uniform"
+
+
+def test_models_that_sample_keep_recboles_default(settings):
+    assert {demanded(model, settings) for model in ("BPR", "LightGCN", "SimpleX")} == {"uniform"}
+
+
+def test_feature_models_keep_recboles_columns(settings):
+    columns = {k: v for k, v in settings.items() if k not in ("load_col", "data_path")}
+    config = build_config("FM", "ml-100k", config_dict=columns)
+    assert set(config["load_col"]) == {"inter", "user", "item"}
+    assert set(build_config("BPR", "ml-100k", config_dict=columns)["load_col"]) == {"inter"}
+
+
+@pytest.mark.parametrize("model", ["BPR", "SASRec", "EASE"])
+def test_a_run_gives_the_numbers_of_recboles_run_recbole(settings, model):
+    keys = dict(settings, epochs=1)
+    done = run(model, "tiny", config_dict=dict(keys))
+    config = build_config(model, "tiny", config_dict=dict(keys))
+    if config["train_neg_sample_args"]["distribution"] == "none":
+        keys["train_neg_sample_args"] = None
+    theirs = run_recbole(model, "tiny", config_dict=keys)
+    assert done.result["test_result"] == theirs["test_result"]
+    assert done.result["best_valid_result"] == theirs["best_valid_result"]
+    assert done.record["checkpoint"].endswith(".pth")
