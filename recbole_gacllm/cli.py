@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except GaCLLMError as error:
         _fail(error, 1)
     except ValueError as error:
-        if not _is_ours(error):
+        if not _is_about_input(error):
             raise
         _fail(error, 2)
     except KeyboardInterrupt:
@@ -57,10 +57,10 @@ def _fail(error: Exception, exit_code: int) -> None:
     sys.exit(exit_code)
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether this package raised it; the traceback of anything else is worth seeing."""
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(last).is_relative_to(Path(__file__).parent)
+def _is_about_input(error: BaseException) -> bool:
+    """Whether this package or RecBole raised it; the traceback of anything else is worth seeing."""
+    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return last.is_relative_to(Path(__file__).parent) or "recbole" in last.parts
 
 
 def _run(arguments: list[str]) -> None:

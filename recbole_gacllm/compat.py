@@ -262,7 +262,7 @@ def hide_broken_torchvision() -> None:
                 if leftover.split(".")[0] == name:
                     del sys.modules[leftover]
             sys.modules[name] = None  # type: ignore[assignment]
-            _logger.info("%s is installed but broken here, so it is hidden: %s", name, error)
+            _logger.debug("%s is installed but broken here, so it is hidden: %s", name, error)
 
 
 _MODELS = "recbole.model.general_recommender"

@@ -104,32 +104,31 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         self.restored = None
         options = self.options
         user, positive = interaction[self.USER_ID], interaction[self.ITEM_ID]  # [B]
-        hops = self.hops()
-        if options.loss_type == "BPR":
-            negative = interaction[self.NEG_ITEM_ID]  # [B]
-            z_user = self._fused(hops, user)
-            z_positive = self._fused(hops, positive + self.n_users)
-            z_negative = self._fused(hops, negative + self.n_users)
+        is_bpr = options.loss_type == "BPR"
+        negative = interaction[self.NEG_ITEM_ID] if is_bpr else self._draw_negatives()  # [C]
+        # Each node of the batch once: a text is projected once, however often its node occurs.
+        nodes, place = torch.unique(
+            torch.cat([user, positive + self.n_users, negative + self.n_users]),
+            return_inverse=True,
+        )  # [n], [2B + C]
+        hops = [hop[nodes] for hop in self.hops()]  # [n, d] each
+        texts = self.project(nodes)  # [n, d] each
+        fused = fuse(hops, texts, options.text_weight)[place]  # [2B + C, d]
+        z_user, z_positive, z_negative = fused.tensor_split([len(user), 2 * len(user)])
+        if is_bpr:
             loss = losses.bpr((z_user * z_positive).sum(1), (z_user * z_negative).sum(1))
-            batch_items = [positive, negative]
         else:
-            negatives = self._draw_negatives()  # [C]
+            hits = negative[None, :] == positive[:, None]  # [B, C]
             loss = losses.sampled_softmax(
-                self._fused(hops, user),
-                self._fused(hops, positive + self.n_users),
-                self._fused(hops, negatives + self.n_users),
-                negatives[None, :] == positive[:, None],
-                options.ssm_temperature,
+                z_user, z_positive, z_negative, hits, options.ssm_temperature
             )
-            batch_items = [positive]
-        if self.texts is not None and options.align_weight > 0:
-            loss = loss + options.align_weight * self._alignment(hops, user, positive)
-        ego = [self.user_embedding(user), *(self.item_embedding(items) for items in batch_items)]
+        if texts and options.align_weight > 0:
+            n_users = int((nodes < self.n_users).sum())  # sorted: users first
+            loss = loss + options.align_weight * self._alignment(hops, texts, n_users)
+        ego = [self.user_embedding(user), self.item_embedding(positive)]
+        if is_bpr:
+            ego.append(self.item_embedding(negative))
         return loss + options.reg_weight * losses.embedding_l2(*ego, squared=options.require_pow)
-
-    def _fused(self, hops: list[Tensor], nodes: Tensor) -> Tensor:
-        """Fused embeddings of some nodes: ``[n]`` -> ``[n, d]``."""
-        return fuse([hop[nodes] for hop in hops], self.project(nodes), self.options.text_weight)
 
     def _draw_negatives(self) -> Tensor:
         """Items that SSM puts beside the matching one: uniform draws, or all if that is no more."""
@@ -138,12 +137,14 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             return torch.arange(1, self.n_items, device=self.device)
         return torch.randint(1, self.n_items, (n,), device=self.device)
 
-    def _alignment(self, hops: list[Tensor], user: Tensor, item: Tensor) -> Tensor:
-        """Mean over sides and hops of the alignment loss on the distinct nodes of a batch."""
-        terms = []
-        for nodes in (torch.unique(user), torch.unique(item) + self.n_users):
-            for hop, text in zip(hops, self.project(nodes), strict=False):
-                terms.append(losses.alignment(hop[nodes], text, self.options.align_temperature))
+    def _alignment(self, hops: list[Tensor], texts: list[Tensor], n_users: int) -> Tensor:
+        """Mean over sides and hops of the alignment loss on distinct nodes, users first."""
+        temperature = self.options.align_temperature
+        terms = [
+            losses.alignment(hop[side], text[side], temperature)
+            for hop, text in zip(hops, texts, strict=False)
+            for side in (slice(n_users), slice(n_users, None))
+        ]
         return torch.stack(terms).mean()
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from recbole.utils import ModelType, get_model
 
 from recbole_gacllm.config import shipped_path
 
+_RECBOLE = Path(recbole.__file__).parent
 # RecBole's documentation of each: "this model is a non-sampling model, so you must set
 # train_neg_sample_args=None when you run this model".
 NON_SAMPLING_MODELS = frozenset(
@@ -35,13 +36,7 @@ def build_config(
     Raises:
         ValueError: If the model or a config file is unknown, or a key of ours is bad.
     """
-    try:
-        model_class = get_model(model)
-    except ValueError as error:
-        raise ValueError(
-            f"model: {model!r} is neither GaCLLM nor a model of RecBole. Names are case-sensitive: "
-            "LightGCN, SASRec, EASE, BPR, …"
-        ) from error
+    model_class = _find_model(model)
     files = [str(file) for file in config_files]
     for file in files:
         if not Path(file).is_file():
@@ -65,11 +60,28 @@ def build_config(
     return Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
 
 
+def _find_model(model: str) -> Any:
+    """The class of a model by its name."""
+    try:
+        return get_model(model)
+    except (ValueError, ModuleNotFoundError) as error:
+        # RecBole's search for an unknown name ends in an import of lightgbm.
+        known = [path.stem for path in (_RECBOLE / "properties" / "model").glob("*.yaml")]
+        if model in known and isinstance(error, ModuleNotFoundError):
+            raise ValueError(
+                f"model: {model!r} needs the package {error.name}, which is not installed."
+            ) from error
+        near = difflib.get_close_matches(model, ["GaCLLM", *known], n=3)
+        raise ValueError(
+            f"model: {model!r} is neither GaCLLM nor a model of RecBole (names are "
+            f"case-sensitive); near names: {', '.join(near) or 'none'}."
+        ) from error
+
+
 def _check_dataset(dataset: str, data_path: str) -> None:
     """Refuse a data set that is neither on disk nor among those RecBole can download."""
-    recbole_folder = Path(recbole.__file__).parent
-    folders = (Path(data_path), recbole_folder / "dataset_example")
-    listed = yaml.safe_load((recbole_folder / "properties" / "dataset" / "url.yaml").read_text())
+    folders = (Path(data_path), _RECBOLE / "dataset_example")
+    listed = yaml.safe_load((_RECBOLE / "properties" / "dataset" / "url.yaml").read_text())
     local = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
     if dataset not in local | set(listed):
         near = difflib.get_close_matches(dataset, [*sorted(local), *listed], n=3)

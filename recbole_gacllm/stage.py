@@ -90,6 +90,12 @@ def descriptions(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     backend, reason = choose_backend(options.llm_backend)
     logger.info("llm_backend: %s (%s)", backend, reason)
 
+    only_vllm = {
+        "tensor_parallel_size": options.llm_tensor_parallel_size,
+        "pipeline_parallel_size": options.llm_pipeline_parallel_size,
+        "gpu_memory_utilization": options.llm_gpu_memory_utilization,
+    }
+
     def load() -> TextGenerator:
         return open_generator(
             backend,
@@ -98,9 +104,7 @@ def descriptions(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
             dtype=options.llm_dtype,
             seed=job["seed"],
             max_model_len=options.llm_max_prompt_tokens + options.llm_max_new_tokens,
-            tensor_parallel_size=options.llm_tensor_parallel_size,
-            pipeline_parallel_size=options.llm_pipeline_parallel_size,
-            gpu_memory_utilization=options.llm_gpu_memory_utilization,
+            **(only_vllm if backend == "vllm" else {}),
         )
 
     reports = []

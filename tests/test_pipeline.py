@@ -31,8 +31,9 @@ TINY = {
     "llm_max_new_tokens": 12,
     "llm_max_prompt_tokens": 480,
     "n_neighbors": 2,
-    "sft_n_pairs": 8,
-    "sft_n_heldout": 4,
+    "sft_n_pairs": 32,
+    "sft_n_heldout": 8,
+    "sft_learning_rate": 0.003,
     "sft_checkpoint_steps": 1,
     "encoder_dtype": "float32",
 }
@@ -271,11 +272,13 @@ def test_users_without_features_and_items_without_a_row_are_described_from_what_
     assert sum("nothing is known" in text for text in layer.texts["item"]) == 21
 
 
-def test_one_user_and_few_items_are_enough(keys, tmp_path):
-    root = write_dataset(tmp_path / "small", "tiny", n_users=1, n_items=20)
-    done = run(
-        "GaCLLM",
-        "tiny",
-        config_dict={**keys, "data_path": str(root), "text_source": "raw", "n_layers": 1},
-    )
+def test_two_users_and_few_items_are_enough(keys, tmp_path):
+    root = write_dataset(tmp_path / "small", "tiny", n_users=2, n_items=20)
+    done = run("GaCLLM", "tiny", config_dict={**keys, "data_path": str(root), "text_source": "raw"})
     assert done.record["test"]
+
+
+def test_one_user_who_touched_every_item_ends_in_recboles_clear_error(keys, tmp_path):
+    root = write_dataset(tmp_path / "small", "tiny", n_users=1, n_items=20)
+    with pytest.raises(ValueError, match="interacted with all items"):
+        run("GaCLLM", "tiny", config_dict={**keys, "data_path": str(root)})
