@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 GENRES = ["Action", "Comedy", "Drama", "Horror"]
 OCCUPATIONS = ["teacher", "farmer", "nurse"]
 
@@ -20,11 +21,16 @@ def _quiet_process(monkeypatch, tmp_path_factory, request):
     monkeypatch.setattr(sys, "argv", ["pytest"])
     if "tmp_path" in request.fixturenames:
         monkeypatch.chdir(request.getfixturevalue("tmp_path"))
+    yield
+    torch.autograd.set_detect_anomaly(False)  # RecBole's SINE switches it on when imported
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    """Two contended threads are slower than one; children inherit the variable."""
+def _children():
+    """Child processes find this checkout from any folder, and take one thread as we do here."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    # Two contended threads are slower than one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
