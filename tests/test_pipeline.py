@@ -167,6 +167,7 @@ print(json.dumps(run("GaCLLM", "tiny", config_dict=keys).result["test_result"]))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(finished, keys, tmp_path):
     """SIGKILL to the parent at random moments of all stages, until it gets through."""
     reference = outputs(Path(finished[0]["artifact_dir"]))
