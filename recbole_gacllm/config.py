@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_")
+OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_", "linear_")
 
 
 def shipped_path(*parts: str) -> Path:
@@ -130,6 +130,8 @@ class GaCLLMConfig:
     loss_type: str = _key(_one_of("BPR", "SSM"))
     ssm_n_negatives: int = _key(_at_least(1))
     ssm_temperature: float = _key(_above(0))
+    linear_weight: float = _key(_at_least(0))
+    linear_reg_weight: float = _key(_above(0))
     use_text: bool = _key()
     text_source: str = _key(_one_of("generated", "raw", "shuffled"))
     text_hidden_size: int = _key(_at_least(0))

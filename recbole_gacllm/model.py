@@ -6,7 +6,7 @@ constructor calls once; from then on they are constants. In a chat of equations:
     e^(l+1) = A_hat e^(l)                          ID embeddings, propagated      (propagation.py)
     t^(l)   = MLP_l(x^(l))                         text embedding of hop l, projected
     z       = mean_l (e^(l) + w t^(l))             fused, hop by hop              (propagation.py)
-    s(u, i) = <z_u, z_i>, or their cosine with SSM
+    s(u, i) = <z_u, z_i>, or their cosine with SSM; plus linear_weight x EASE's, both standardised
     loss    = objective + align_weight * alignment + reg_weight * L2              (losses.py)
 """
 
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from recbole_gacllm import losses
 from recbole_gacllm.config import GaCLLMConfig
+from recbole_gacllm.linear import ItemItemModel, standardize
 from recbole_gacllm.pipeline import TextLayers, TrainingData, prepare
 from recbole_gacllm.propagation import Adjacency, fuse, propagate
 
@@ -52,6 +53,16 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         self.adjacency = Adjacency.from_edges(
             data.graph.users + 1, data.graph.items + 1, self.n_users, self.n_items, self.device
         )
+        self.linear: ItemItemModel | None = None
+        if options.linear_weight > 0:
+            self.linear = ItemItemModel(
+                data.graph.users + 1,
+                data.graph.items + 1,
+                self.n_users,
+                self.n_items,
+                options.linear_reg_weight,
+                self.device,
+            )
         self.texts: TextLayers | None = None
         if options.use_text:
             self.texts = prepare(options, data).to(self.device)
@@ -157,15 +168,29 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             self.restored = users, items
         return self.restored
 
-    def predict(self, interaction: Interaction) -> Tensor:
-        """Matching scores of user-item pairs: ``[B]``."""
-        users, items = self._restore()
-        return (users[interaction[self.USER_ID]] * items[interaction[self.ITEM_ID]]).sum(dim=1)
+    def _scores(self, user: Tensor) -> Tensor:
+        """Matching scores of users with every item, plus the linear item-item scores if asked for.
 
-    def full_sort_predict(self, interaction: Interaction) -> Tensor:
-        """Matching scores of users with every item: ``[B * n_items]``, a fresh tensor."""
+        Shapes:
+            user: ``[B]``; result ``[B, n_items]``.
+        """
         users, items = self._restore()
-        return (users[interaction[self.USER_ID]] @ items.T).view(-1)
+        scores = users[user] @ items.T
+        if self.linear is None:
+            return scores
+        linear = standardize(self.linear.scores(user))
+        return standardize(scores) + self.options.linear_weight * linear
+
+    @torch.no_grad()
+    def predict(self, interaction: Interaction) -> Tensor:
+        """Scores of user-item pairs: ``[B]``."""
+        user, place = torch.unique(interaction[self.USER_ID], return_inverse=True)
+        return self._scores(user)[place, interaction[self.ITEM_ID]]
+
+    @torch.no_grad()
+    def full_sort_predict(self, interaction: Interaction) -> Tensor:
+        """Scores of users with every item: ``[B * n_items]``, a fresh tensor."""
+        return self._scores(interaction[self.USER_ID]).view(-1)
 
 
 def _forget_restored(module: nn.Module, _incompatible_keys: Any) -> None:

@@ -264,10 +264,17 @@ def _run(root: Path, stage: str, key: dict[str, Any], job: dict[str, Any]) -> Pa
             manifest = artifacts.read_manifest(folder)
             if manifest is None:
                 raise GaCLLMError(f"stage {stage} ended without a manifest in {folder}")
-            logger.info("stage %s done in %.0f s: %s", stage, manifest["seconds"], folder)
+            logger.info("stage %s is done: %s", stage, folder)
         else:
             logger.info("stage %s was done before and is reused: %s", stage, folder)
+        logger.info("stage %s: %s", stage, json.dumps(_figures(manifest)))
     return folder
+
+
+def _figures(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a person wants of a manifest in the log."""
+    left_out = ("stage", "key", "train_losses")
+    return {name: value for name, value in manifest.items() if name not in left_out}
 
 
 def _finetune(

@@ -56,7 +56,7 @@ def test_a_module_imports_only_what_it_may(module):
             ), f"{place} imports {name}"
 
 
-@pytest.mark.parametrize("name", ["propagation.py", "losses.py"])
+@pytest.mark.parametrize("name", ["propagation.py", "losses.py", "linear.py"])
 def test_the_mathematics_knows_only_arrays(name):
     roots = {imported.split(".")[0] for imported in imported_names(PACKAGE / name)}
     assert roots <= {"__future__", "collections", "typing", "warnings", "numpy", "scipy", "torch"}

@@ -1,0 +1,66 @@
+"""The linear item-item model against RecBole's EASE and by its definition."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from recbole_gacllm import linear
+from recbole_gacllm.linear import ItemItemModel, standardize
+
+from .test_model import build
+
+
+def test_it_scores_as_recboles_ease(settings):
+    ease, train, _, _ = build("EASE", settings, reg_weight=7.0)
+    inter = train._dataset.inter_feat
+    ours = ItemItemModel(
+        inter["user_id"].numpy(), inter["item_id"].numpy(), ease.n_users, ease.n_items, 7.0
+    )
+    batch = next(iter(train))
+    expected = torch.as_tensor(ease.full_sort_predict(batch)).view(len(batch), ease.n_items)
+    assert torch.allclose(ours.scores(batch["user_id"]), expected.float(), atol=1e-5)
+
+
+def test_the_weights_minimise_the_ridge_loss_without_a_diagonal():
+    rng = np.random.default_rng(2)
+    matrix = (rng.random((30, 6)) < 0.4).astype(np.float64)
+    model = ItemItemModel(*np.nonzero(matrix), 30, 6, reg_weight=3.0)
+    weights = model._weights.numpy().astype(np.float64)
+    assert np.count_nonzero(np.diag(weights)) == 0
+    gradient = matrix.T @ (matrix @ weights - matrix) + 3.0 * weights
+    np.fill_diagonal(gradient, 0)  # the constraint's multipliers stand there
+    assert np.abs(gradient).max() < 1e-4
+
+
+def test_standardized_rows_have_mean_zero_and_deviation_one():
+    rows = standardize(torch.randn(3, 50) * 7 + 2)
+    assert torch.allclose(rows.mean(1), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(rows.std(1), torch.ones(3), atol=1e-5)
+    assert torch.equal(standardize(torch.full((1, 4), 3.0)), torch.zeros(1, 4))
+
+
+def test_its_weight_moves_the_scores_between_both_models(settings):
+    keys = {"use_text": False, "linear_reg_weight": 7.0}
+    plain, train, _, _ = build("GaCLLM", settings, **keys)
+    mixed, _, _, _ = build("GaCLLM", settings, linear_weight=1e6, **keys)
+    ease, _, _, _ = build("EASE", settings, reg_weight=7.0)
+    batch = next(iter(train))
+    shape = (len(batch), plain.n_items)
+    expected = standardize(torch.as_tensor(ease.full_sort_predict(batch)).view(shape).float())
+    scores = mixed.full_sort_predict(batch).view(shape)
+    assert torch.allclose(scores / 1e6, expected, atol=1e-3)
+    assert not torch.allclose(standardize(plain.full_sort_predict(batch).view(shape)), expected)
+    picked = scores[torch.arange(len(batch)), batch["item_id"]]
+    assert torch.allclose(mixed.predict(batch), picked)
+
+
+def test_copying_shares_it_and_too_many_items_are_refused(monkeypatch):
+    model = ItemItemModel(np.array([0]), np.array([0]), 1, 2, 1.0)
+    assert copy.deepcopy([model])[0] is model
+    monkeypatch.setattr(linear, "MAX_ITEMS", 1)
+    with pytest.raises(ValueError, match="linear_weight: the item-item weights of 2 items"):
+        ItemItemModel(np.array([0]), np.array([0]), 1, 2, 1.0)
