@@ -73,12 +73,18 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     """One bar with the loss; stops training when the loss is not finite."""
 
     def __init__(self, show: bool) -> None:
-        self._bar = tqdm(desc="SFT", unit="update", disable=not show)
+        self._show = show
+        self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar, after a resume where the checkpoint ended."""
-        self._bar.reset(state.max_steps)
-        self._bar.update(state.global_step)
+        self._bar = tqdm(
+            desc="SFT",
+            unit="update",
+            total=state.max_steps,
+            initial=state.global_step,
+            disable=not self._show,
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar by one update."""
@@ -90,12 +96,14 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 f"SFT: the loss is {loss} at update {state.global_step}; "
                 f"lower sft_learning_rate={args.learning_rate} or set llm_dtype: float32"
             )
-        self._bar.update()
-        self._bar.set_postfix(loss=f"{loss:.3f}")
+        if self._bar is not None:
+            self._bar.update()
+            self._bar.set_postfix(loss=f"{loss:.3f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def last_checkpoint(folder: Path, world_size: int) -> Path | None:
