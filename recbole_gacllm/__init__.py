@@ -2,5 +2,7 @@
 
 from recbole_gacllm import compat, registration
 
+__version__ = "0.1.0"
+
 compat.apply()
 registration.register()

@@ -4,8 +4,8 @@ RecBole 1.2.1 (February 2025) runs as it is on NumPy < 2, SciPy < 1.13 and PyTor
 repair is a small function that acts on one module of RecBole right after its import, so nothing is
 imported early and what other libraries see stays as it is, except where a docstring says so. A
 repair goes when a RecBole release makes it unnecessary; ``tests/test_compat.py`` shows that each
-is needed now. Repairs of distributed training stand in ``compat_distributed.py``; the tables at
-the end of this module name all of them.
+is needed now. More stand in ``compat_distributed.py`` and ``compat_anomaly.py``; the tables at the
+end of this module name all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from recbole_gacllm.compat_anomaly import anomaly_mode_kept
 from recbole_gacllm.compat_distributed import (
     config_outside_its_group,
     ddp_trainer,
@@ -296,4 +297,5 @@ IMPORT_REPAIRS: dict[Callable[[], Any], tuple[str, ...]] = {
     ray_stand_in: ("recbole.quick_start.quick_start",),
     pkg_resources_stand_in: ("hyperopt.atpe",),
     without_broken_torchvision: ("transformers", "vllm"),
+    anomaly_mode_kept: ("recbole.model.sequential_recommender.sine",),
 }

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,18 +67,21 @@ def dataset_defaults(dataset: str) -> dict[str, Any]:
     return _load_yaml(path) if path.is_file() else {}
 
 
-def check_keys(external: Mapping[str, Any]) -> None:
-    """Refuse a key that has one of our prefixes and is none of ours.
+def check_keys(external: Mapping[str, Any], others: Collection[str] = ()) -> None:
+    """Refuse a key that has one of our prefixes, or is nearly one of ours, and is none of ours.
 
     Args:
         external: What the user gave: files, dictionary and command line.
+        others: Keys that RecBole knows; they pass however near they are.
 
     Raises:
         ValueError: Names the key and the nearest known ones.
     """
     known = [f.name for f in dataclasses.fields(GaCLLMConfig)]
     for key in external:
-        if key.startswith(OUR_PREFIXES) and key not in known:
+        if key in known or key in others:
+            continue
+        if key.startswith(OUR_PREFIXES) or difflib.get_close_matches(key, known, cutoff=0.9):
             near = difflib.get_close_matches(key, known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "it has no near match."
             raise ValueError(
@@ -114,6 +118,22 @@ def _not_empty(v: Any) -> str | None:
     return None if v else "allowed: anything but empty"
 
 
+def _base_urls(v: str | list[str]) -> str | None:
+    urls = [v] if isinstance(v, str) else v
+    # A user name or password in an address would end up in manifests.
+    good = [isinstance(u, str) and re.match(r"https?://[^/@]+(/[^@?#]*)?$", u) for u in urls]
+    return None if urls and all(good) else "allowed: addresses such as http://host:8000/v1"
+
+
+def _dict_of_dicts(v: dict[str, Any]) -> str | None:
+    good = all(isinstance(words, dict) for words in v.values())
+    return None if good else "allowed: {field: {value: words}}"
+
+
+def _variable_name(v: str) -> str | None:
+    return None if v.isidentifier() else "allowed: the name of an environment variable"
+
+
 def _key(check: _Check | None = None) -> Any:
     return field(metadata={"check": check})
 
@@ -129,7 +149,7 @@ class GaCLLMConfig:
     require_pow: bool = _key()
     loss_type: str = _key(_one_of("BPR", "SSM"))
     ssm_n_negatives: int = _key(_at_least(1))
-    ssm_temperature: float = _key(_above(0))
+    ssm_temperature: float = _key(_at_least(0.025))
     linear_weight: float = _key(_at_least(0))
     linear_reg_weight: float = _key(_above(0))
     use_text: bool = _key()
@@ -138,19 +158,25 @@ class GaCLLMConfig:
     text_dropout: float = _key(_from_to(0, 1))
     text_weight: float = _key(_at_least(0))
     align_weight: float = _key(_at_least(0))
-    align_temperature: float = _key(_above(0))
+    align_n_nodes: int | None = _key(_at_least(2))
+    align_temperature: float = _key(_at_least(0.025))
     text_user_template: str | None = _key(_not_empty)
     text_item_template: str | None = _key(_not_empty)
     text_user_noun: str = _key(_not_empty)
     text_item_noun: str = _key(_not_empty)
-    text_value_names: dict[str, dict[str, str]] | None = _key()
+    text_value_names: dict[str, dict[str, str]] | None = _key(_dict_of_dicts)
     text_item_name_field: str | None = _key(_not_empty)
     text_max_chars: int = _key(_at_least(16))
     text_allow_ids: bool = _key()
+    text_import_file: str | None = _key(_not_empty)
     neighbor_rule: str = _key(_one_of("random", "recent", "rare_first"))
     n_neighbors: int = _key(_at_least(1))
     llm_model: str = _key(_not_empty)
-    llm_backend: str = _key(_one_of("auto", "vllm", "transformers"))
+    llm_backend: str = _key(_one_of("auto", "vllm", "transformers", "server"))
+    llm_endpoints: str | list[str] | None = _key(_base_urls)
+    llm_endpoint_concurrency: int = _key(_at_least(1))
+    llm_served_model: str | None = _key(_not_empty)
+    llm_api_key_variable: str = _key(_variable_name)
     llm_n_layers: int = _key(_at_least(1))
     llm_max_prompt_tokens: int = _key(_at_least(64))
     llm_max_neighbor_tokens: int = _key(_at_least(4))
@@ -180,9 +206,23 @@ class GaCLLMConfig:
     encoder_model: str = _key(_not_empty)
     encoder_batch_size: int = _key(_at_least(1))
     encoder_dtype: str = _key(_one_of("auto", "bfloat16", "float32"))
+    fast_paths: bool = _key()
     artifact_dir: str = _key(_not_empty)
 
     def __post_init__(self) -> None:
+        if (self.llm_backend == "server") != (self.llm_endpoints is not None):
+            raise ValueError(
+                f"llm_endpoints: {self.llm_endpoints!r} does not go with llm_backend: "
+                f"{self.llm_backend!r}. The addresses of servers and llm_backend: server are given "
+                "together, such as --llm_backend=server --llm_endpoints=http://host:8000/v1."
+            )
+        named = self.llm_served_model or self.llm_merge_adapter
+        if self.llm_backend == "server" and (self.sft or self.llm_adapter) and not named:
+            raise ValueError(
+                "llm_served_model: null does not go with llm_backend: server and "
+                "llm_merge_adapter: False. Name the adapter as the servers do "
+                "(vllm serve … --enable-lora --lora-modules NAME=FOLDER)."
+            )
         if self.use_text and self.text_source != "raw" and self.llm_n_layers > self.n_layers:
             raise ValueError(
                 f"llm_n_layers: {self.llm_n_layers} is above n_layers: {self.n_layers}. Text "

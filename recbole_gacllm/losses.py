@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,16 +43,15 @@ def sampled_softmax(
         positives: Embedding of each user's matching item.
         negatives: Item embeddings, shared by the batch.
         hits: True where a negative is the matching item itself; it does not count.
-        temperature: ``tau``, above 0.
+        temperature: ``tau``, 0.025 or more.
 
     Shapes:
         users, positives ``[B, d]``; negatives ``[C, d]``; hits ``[B, C]``.
     """
-    users = F.normalize(users, dim=1)
-    positive = (users * F.normalize(positives, dim=1)).sum(1, keepdim=True)  # [B, 1]
-    negative = users @ F.normalize(negatives, dim=1).T  # [B, C]
-    logits = torch.cat([positive, negative.masked_fill(hits, -torch.inf)], dim=1) / temperature
-    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+    users, positives = F.normalize(users, dim=1), F.normalize(positives, dim=1)
+    positive = ((users * positives).sum(1) - 1) / temperature  # [B]
+    sums, _ = exponential_sums(users, F.normalize(negatives, dim=1), temperature, hits)
+    return (torch.log(positive.exp() + sums) - positive).mean()
 
 
 def alignment(ids: Tensor, texts: Tensor, temperature: float) -> Tensor:
@@ -65,28 +66,91 @@ def alignment(ids: Tensor, texts: Tensor, temperature: float) -> Tensor:
     Args:
         ids: ID embeddings of distinct nodes at one hop.
         texts: Projected text embeddings of the same nodes.
-        temperature: ``tau``, above 0.
+        temperature: ``tau``, 0.025 or more.
 
     Shapes:
         ids, texts: ``[n, d]``.
     """
-    logits = F.normalize(ids, dim=1) @ F.normalize(texts, dim=1).T / temperature  # [n, n]
-    target = torch.arange(len(ids), device=ids.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    ids, texts = F.normalize(ids, dim=1), F.normalize(texts, dim=1)
+    same = ((ids * texts).sum(1) - 1) / temperature  # [n]
+    of_ids, of_texts = exponential_sums(ids, texts, temperature)
+    return ((torch.log(of_ids) + torch.log(of_texts)) / 2 - same).mean()
 
 
-def embedding_l2(*embeddings: Tensor, squared: bool) -> Tensor:
+class _ExponentialSums(torch.autograd.Function):
+    """One exponential for both directions, kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, temperature: float, hits: Tensor | None, half: bool
+    ) -> tuple[Tensor, Tensor]:
+        left, right = (x.bfloat16(), y.bfloat16()) if half else (x, y)
+        shift = left.new_full((), -1 / temperature)
+        kernel = torch.addmm(shift, left, right.T, alpha=1 / temperature).exp_()  # [m, n]
+        if hits is not None:
+            kernel.masked_fill_(hits, 0.0)
+        ctx.save_for_backward(left, right, kernel)
+        ctx.temperature, ctx.dtype = temperature, x.dtype
+        ctx.set_materialize_grads(False)
+        return kernel.sum(1, dtype=x.dtype), kernel.sum(0, dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor, None, None, None]:
+        left, right, kernel = ctx.saved_tensors
+        of_rows, of_columns = gradients
+        weight = kernel.new_zeros(())  # of each element, broadcast
+        if of_rows is not None:
+            weight = weight + (of_rows[:, None] / ctx.temperature).to(kernel.dtype)
+        if of_columns is not None:
+            weight = weight + (of_columns / ctx.temperature).to(kernel.dtype)
+        slope = kernel * weight  # [m, n]
+        of_x, of_y = slope @ right, slope.T @ left
+        return of_x.to(ctx.dtype), of_y.to(ctx.dtype), None, None, None
+
+
+def exponential_sums(
+    x: Tensor, y: Tensor, temperature: float, hits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Sums of ``exp((cos - 1) / tau)`` over each row and each column of a cosine matrix.
+
+    .. math:: r_i = \sum_j k_{ij}, \quad c_j = \sum_i k_{ij}, \quad
+        k_{ij} = e^{(\langle x_i, y_j \rangle - 1) / \tau}
+
+    A cosine is at most 1, so nothing overflows and no maximum has to be found first; with
+    ``tau >= 0.025`` nothing underflows either. Under autocast the matrix is made, kept and
+    multiplied in bfloat16; the sums are in the precision of ``x``.
+
+    Args:
+        x: Rows of unit length.
+        y: Rows of unit length.
+        temperature: ``tau``.
+        hits: True where ``k`` does not count.
+
+    Shapes:
+        x ``[m, d]``; y ``[n, d]``; hits ``[m, n]``; results ``[m]``, ``[n]``.
+    """
+    half = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        x, y = x.float() if half else x, y.float() if half else y
+        sums: tuple[Tensor, Tensor] = _ExponentialSums.apply(x, y, temperature, hits, half)  # type: ignore[no-untyped-call]
+    return sums
+
+
+def embedding_l2(*squares: Tensor, squared: bool) -> Tensor:
     r"""Sum of the L2 norms of embedding blocks over the batch size.
 
     .. math:: \frac1B \sum_k \|E_k\|_2 \quad\text{or}\quad \frac{1}{2B} \sum_k \|E_k\|_2^2
 
     Source: RecBole's ``EmbLoss`` (``require_pow`` False or True), so that both give equal numbers.
 
+    Args:
+        squares: Of each block ``E_k`` the squared lengths of its rows: they cost less to gather
+            than the rows.
+        squared: The second form.
+
     Shapes:
-        each of embeddings: ``[B, d]``.
+        each of squares: ``[B]``.
     """
-    norms = [torch.norm(block, p=2) for block in embeddings]
-    batch = embeddings[-1].shape[0]
-    if squared:
-        return torch.stack([norm.pow(2) for norm in norms]).sum() / batch / 2
-    return torch.stack(norms).sum() / batch
+    sums = torch.stack([block.sum() for block in squares])
+    batch = len(squares[-1])
+    return sums.sum() / batch / 2 if squared else sums.sqrt().sum() / batch

@@ -18,23 +18,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from recbole_gacllm import artifacts
 from recbole_gacllm.config import GaCLLMConfig, shipped_path
 from recbole_gacllm.descriptions import text
+from recbole_gacllm.descriptions.cleaning import CLEANING_VERSION
+from recbole_gacllm.descriptions.convolution import RETRY_TEMPERATURE
+from recbole_gacllm.descriptions.imported import ImportedTexts
 from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
 from recbole_gacllm.descriptions.names import item_names
-from recbole_gacllm.descriptions.neighbors import TrainGraph
+from recbole_gacllm.descriptions.neighbors import TrainGraph, check_rule
 from recbole_gacllm.descriptions.prompts import PromptTemplates
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm import weights
+from recbole_gacllm.llm.engines import choose_backend, resolve_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -136,27 +144,53 @@ def prepare(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
         ValueError: Bad input (keys, feature files, an adapter that does not fit), before any stage.
         GaCLLMError: A stage failed; what it finished is kept.
     """
+    with _own_randomness():
+        return _prepare(options, data)
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Leave global random state as it was: a model must start the same, cached stages or not."""
+    python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _prepare(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
+    # Whatever can be wrong is found before the stages that take long.
+    check_rule(data.graph, options.neighbor_rule)
+    encoder = weights.resolve_encoder(options.encoder_model)
     raw, names = raw_descriptions(options, data)
+    imported = _imported(options, raw)
+    if imported is not None and 0 in imported.layers:
+        raw = imported.fill(0, raw)
     root = Path(options.artifact_dir).resolve() / data.dataset
     folders = {"inputs": _write_inputs(root, data.graph, raw, names)}
     layer_files = [folders["inputs"] / "layer_0.parquet"]
     if options.text_source != "raw":
-        model = _LanguageModel.resolve(options)
-        adapter = None
-        if options.llm_adapter is not None:
-            adapter = Path(options.llm_adapter).resolve()
-            weights.check_adapter(model.folder, adapter)
-        elif options.sft:
-            folders["sft"] = _finetune(root, folders["inputs"], options, data, model)
-            adapter = folders["sft"] / "adapter"
-        if adapter is not None and options.llm_merge_adapter:
-            folders["merged"] = _merge(root, adapter, options, data, model)
-        folders["descriptions"] = _describe(root, folders, adapter, options, data, model)
-        layer_files += [
-            folders["descriptions"] / f"layer_{layer}.parquet"
-            for layer in range(1, options.llm_n_layers + 1)
-        ]
-    folders["embeddings"] = _encode(root, layer_files, options, data)
+        numbers = range(1, options.llm_n_layers + 1)
+        model = adapter = None
+        if imported is None or not set(numbers) <= set(imported.layers):
+            model = _LanguageModel.resolve(options)
+            _templates(options)
+            if options.llm_adapter is not None:
+                adapter = Path(options.llm_adapter).resolve()
+                weights.check_adapter(model.folder, adapter)
+            elif options.sft:
+                folders["sft"] = _finetune(root, folders["inputs"], options, data, model)
+                adapter = folders["sft"] / "adapter"
+            if adapter is not None and options.llm_merge_adapter:
+                folders["merged"] = _merge(root, adapter, options, data, model)
+        folders["descriptions"] = _describe(root, folders, adapter, options, data, model, imported)
+        layer_files += [folders["descriptions"] / f"layer_{layer}.parquet" for layer in numbers]
+    folders["embeddings"] = _encode(root, layer_files, encoder, options, data)
     return _load(folders, len(layer_files), options, data)
 
 
@@ -177,6 +211,7 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
             )
         )
     text.require_some_text(features["user"], features["item"], options.text_allow_ids)
+    value_names = _value_names(options, [frame for frame in features.values() if frame is not None])
     tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
     wording = {
         "user": (options.text_user_template, options.text_user_noun),
@@ -187,7 +222,7 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
             tokens[side],
             features[side],
             *wording[side],
-            options.text_value_names or {},
+            value_names,
             options.text_max_chars,
             options.text_allow_ids,
         )
@@ -195,6 +230,31 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
     }
     names = item_names(tokens["item"], features["item"], options.text_item_name_field)
     return Layer.raw(tokens, texts), names
+
+
+def _imported(options: GaCLLMConfig, raw: Layer) -> ImportedTexts | None:
+    """The texts of ``text_import_file``, checked against the data set."""
+    if options.text_import_file is None:
+        return None
+    imported = ImportedTexts.read(Path(options.text_import_file).resolve())
+    imported.check(raw.tokens, 0 if options.text_source == "raw" else options.llm_n_layers)
+    return imported
+
+
+def _value_names(options: GaCLLMConfig, features: list[pd.DataFrame]) -> dict[str, dict[str, str]]:
+    """``text_value_names`` with words and values as text: yaml reads ``1`` and ``no`` as others."""
+    fields = [str(name) for frame in features for name in frame.columns]
+    names = options.text_value_names or {}
+    for field in names:
+        if field not in fields:
+            raise ValueError(
+                f"text_value_names: {field!r} is not a field of the feature files, which have "
+                f"{', '.join(fields) or 'none'}."
+            )
+    return {
+        field: {str(value): str(words) for value, words in words_of.items()}
+        for field, words_of in names.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -207,8 +267,13 @@ class _LanguageModel:
 
     @classmethod
     def resolve(cls, options: GaCLLMConfig) -> _LanguageModel:
-        folder = weights.resolve_llm(options.llm_model)
-        return cls(options.llm_model, folder, weights.fingerprint(folder))
+        # Servers hold the weights; fine-tuning and merging need them here, too.
+        only_tokenizer = (
+            options.llm_backend == "server" and not options.sft and options.llm_adapter is None
+        )
+        resolve = weights.resolve_tokenizer if only_tokenizer else weights.resolve_llm
+        folder = resolve(options.llm_model)
+        return cls(options.llm_model, folder, weights.fingerprint(folder, not only_tokenizer))
 
 
 def _prompts_dir(options: GaCLLMConfig) -> Path:
@@ -230,21 +295,24 @@ def _options_with(options: GaCLLMConfig, *prefixes: str) -> dict[str, Any]:
 
 def _write_inputs(root: Path, graph: TrainGraph, raw: Layer, names: dict[str, str]) -> Path:
     """Write the training graph and layer 0, which every stage starts from."""
-    key = {"graph": graph.fingerprint(), "texts": raw.digest(), "names": names}
+    key = {"graph": graph.fingerprint(), "texts": raw.digest()}
     folder = root / f"inputs-{artifacts.fingerprint(key)[:16]}"
     with artifacts.stage_lock(folder):
+        # Only shown and looked for, never a cause of results: not in the key.
+        artifacts.write_atomic(folder / "item_names.json", json.dumps(names).encode())
         if artifacts.read_manifest(folder) is None:
             graph.save(folder / "graph.npz")
             raw.write(folder / "layer_0.parquet")
-            artifacts.write_atomic(folder / "item_names.json", json.dumps(names).encode())
             counts = {f"n_{side}s": len(raw.tokens[side]) for side in SIDES}
-            artifacts.write_manifest(
-                folder, {"stage": "inputs", "n_edges": graph.n_edges, **counts}
-            )
+            n_imported = sum(raw.statuses[side].count("imported") for side in SIDES)
+            counts |= {"n_edges": graph.n_edges, "n_imported": n_imported}
+            artifacts.write_manifest(folder, {"stage": "inputs", **counts})
     return folder
 
 
-def _run(root: Path, stage: str, key: dict[str, Any], job: dict[str, Any]) -> Path:
+def _run(
+    root: Path, stage: str, key: dict[str, Any], job: dict[str, Any], outputs: list[str]
+) -> Path:
     """Run a stage in its folder, or reuse what it finished before.
 
     Args:
@@ -252,11 +320,12 @@ def _run(root: Path, stage: str, key: dict[str, Any], job: dict[str, Any]) -> Pa
         stage: Name of the stage in ``stage.py``.
         key: All that determines the stage's results; names the folder.
         job: What the child process needs besides.
+        outputs: Files of the folder that a finished stage has; if one is gone it runs again.
     """
     folder = root / f"{stage}-{artifacts.fingerprint(key)[:16]}"
     with artifacts.stage_lock(folder):
         manifest = artifacts.read_manifest(folder)
-        if manifest is None:
+        if manifest is None or not all((folder / name).is_file() for name in outputs):
             logger.info("stage %s starts in %s", stage, folder)
             text_of_job = json.dumps({**job, "key": key}, indent=2)
             artifacts.write_atomic(folder / "job.json", text_of_job.encode())
@@ -285,11 +354,13 @@ def _finetune(
         "inputs": inputs.name,
         "model": model.fingerprint,
         "prompts": templates.version,
-        "dtype": options.llm_dtype,
+        "dtype": resolve_dtype(options.llm_dtype),
         "seed": data.seed,
         **_options_with(options, "sft"),
     }
-    return _run(root, "sft", key, _job(options, data, inputs, model))
+    del key["sft_checkpoint_steps"]  # how often, not what
+    job = _job(options, data, inputs, model)
+    return _run(root, "sft", key, job, ["adapter/adapter_model.safetensors"])
 
 
 def _merge(
@@ -297,7 +368,7 @@ def _merge(
 ) -> Path:
     key = {"model": model.fingerprint, "adapter": weights.fingerprint(adapter)}
     job = {"model_dir": str(model.folder), "adapter_dir": str(adapter)}
-    return _run(root, "merged", key, job)
+    return _run(root, "merged", key, job, ["model/config.json"])
 
 
 def _describe(
@@ -306,60 +377,77 @@ def _describe(
     adapter: Path | None,
     options: GaCLLMConfig,
     data: TrainingData,
-    model: _LanguageModel,
+    model: _LanguageModel | None,
+    imported: ImportedTexts | None,
 ) -> Path:
-    templates = _templates(options)
-    merged = "merged" in folders
-    adapter_key = weights.fingerprint(adapter) if adapter else None
-    key = {
+    """Generate or import layers 1..L; ``model`` is None if all are imported."""
+    key: dict[str, Any] = {
         "inputs": folders["inputs"].name,
-        "model": model.fingerprint,
-        "adapter": adapter_key,
-        "merged": merged,
-        "prompts": templates.version,
+        "n_layers": options.llm_n_layers,
         "seed": data.seed,
         "neighbor_rule": options.neighbor_rule,
         "n_neighbors": options.n_neighbors,
-        "n_layers": options.llm_n_layers,
-        "dtype": options.llm_dtype,
-        **_options_with(options, "llm_max_", "llm_temperature", "llm_repetition_penalty"),
     }
     job = _job(options, data, folders["inputs"], model)
-    job["generator_dir"] = str(folders["merged"] / "model") if merged else str(model.folder)
-    job["adapter_dir"] = str(adapter) if adapter and not merged else None
-    # What is generated is addressed by the weights that generate it.
-    job["generator_key"] = {
-        "model": model.fingerprint,
-        "adapter": adapter_key,
-        "merged": merged,
-        "dtype": options.llm_dtype,
-    }
+    job["import_file"] = str(imported.file) if imported else None
+    if imported is not None:
+        key["imported"] = imported.digest()
+    if model is not None:
+        merged = "merged" in folders
+        # What is generated is addressed by the weights that generate it.
+        job["generator_key"] = {
+            "model": model.fingerprint,
+            "adapter": weights.fingerprint(adapter) if adapter else None,
+            "merged": merged,
+            "backend": choose_backend(options.llm_backend)[0],
+            "dtype": resolve_dtype(options.llm_dtype),
+        }
+        if options.llm_backend == "server":
+            # Nobody checks what servers serve: their texts are theirs alone, and by name.
+            job["generator_key"]["served_model"] = options.llm_served_model or model.name
+        key |= {
+            **job["generator_key"],
+            "prompts": _templates(options).version,
+            "cleaning": [CLEANING_VERSION, RETRY_TEMPERATURE],
+            **_options_with(options, "llm_max_", "llm_temperature", "llm_repetition_penalty"),
+        }
+        job["generator_dir"] = str(folders["merged"] / "model") if merged else str(model.folder)
+        job["adapter_dir"] = str(adapter) if adapter and not merged else None
+        name = job["generator_dir"] if merged else model.name
+        job["served_model"] = options.llm_served_model or name
     job["store"] = str(Path(options.artifact_dir).resolve() / "store.sqlite")
-    return _run(root, "descriptions", key, job)
+    outputs = [f"layer_{number}.parquet" for number in range(1, options.llm_n_layers + 1)]
+    return _run(root, "descriptions", key, job, outputs)
 
 
 def _job(
-    options: GaCLLMConfig, data: TrainingData, inputs: Path, model: _LanguageModel
+    options: GaCLLMConfig, data: TrainingData, inputs: Path, model: _LanguageModel | None
 ) -> dict[str, Any]:
     return {
         "options": dataclasses.asdict(options),
         "inputs": str(inputs),
-        "model_name": model.name,
-        "model_dir": str(model.folder),
+        "model_name": model.name if model else None,
+        "model_dir": str(model.folder) if model else None,
         "prompts_dir": str(_prompts_dir(options)),
         "seed": data.seed,
         "show_progress": data.show_progress,
     }
 
 
-def _encode(root: Path, layer_files: list[Path], options: GaCLLMConfig, data: TrainingData) -> Path:
-    encoder = weights.resolve_encoder(options.encoder_model)
+def _encode(
+    root: Path,
+    layer_files: list[Path],
+    encoder: Path,
+    options: GaCLLMConfig,
+    data: TrainingData,
+) -> Path:
+    layers = [Layer.read(file) for file in layer_files]
     key = {
-        "texts": [Layer.read(file).digest() for file in layer_files],
+        "texts": [layer.digest() for layer in layers],
         "encoder": weights.fingerprint(encoder),
-        "dtype": options.encoder_dtype,
+        "dtype": resolve_dtype(options.encoder_dtype),
         # Not in the digests: rows follow the order of the nodes.
-        "order": layer_files[0].parent.name,
+        "order": artifacts.fingerprint({side: layers[0].tokens[side] for side in SIDES}),
     }
     job = {
         "layer_files": [str(file) for file in layer_files],
@@ -368,7 +456,7 @@ def _encode(root: Path, layer_files: list[Path], options: GaCLLMConfig, data: Tr
         "options": dataclasses.asdict(options),
         "show_progress": data.show_progress,
     }
-    return _run(root, "embeddings", key, job)
+    return _run(root, "embeddings", key, job, [f"{file.stem}.npy" for file in layer_files])
 
 
 def _load(

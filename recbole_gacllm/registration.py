@@ -9,6 +9,7 @@ is what we want.
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,16 @@ from recbole_gacllm.config import GaCLLMConfig, check_keys, dataset_defaults, mo
 from recbole_gacllm.import_hooks import after_import, alias_module
 
 MODEL = "GaCLLM"
+_GENERAL = "recbole.model.general_recommender"
+#: Modules of RecBole whose classes get the fast paths of ``fast.py`` (key ``fast_paths``).
+FAST_MODULES = (
+    "recbole.sampler.sampler",
+    "recbole.data.dataloader.abstract_dataloader",
+    "recbole.data.dataloader.general_dataloader",
+    "recbole.evaluator.collector",
+    "recbole.trainer.trainer",
+    *(f"{_GENERAL}.{name}" for name in ("lightgcn", "ngcf", "ncl", "sgl", "dgcf")),
+)
 
 
 def register() -> None:
@@ -34,6 +45,13 @@ def register() -> None:
     """
     alias_module("recbole.model.general_recommender.gacllm", "recbole_gacllm.model")
     after_import("recbole.config.configurator", _extend_config)
+    for name in FAST_MODULES:
+        after_import(name, _add_fast_paths)
+
+
+def _add_fast_paths(module: ModuleType) -> None:
+    """Here and not at the head: importing this package must not load PyTorch."""
+    importlib.import_module("recbole_gacllm.fast").add_to(module)
 
 
 def _extend_config(configurator: ModuleType) -> None:
@@ -66,7 +84,7 @@ def _extend_config(configurator: ModuleType) -> None:
 def _load_layers(config: Any, load_internal: functools.partial[None]) -> None:
     """Fill ``config.internal_config_dict`` with all layers below the user's."""
     external = config.external_config_dict
-    check_keys(external)
+    check_keys(external, [key for keys in config.parameters.values() for key in keys])
     defaults = model_defaults(external.get("preset"))
     load_file = config._update_internal_config_dict
 

@@ -10,9 +10,11 @@ from typing import Any
 import recbole
 import yaml
 from recbole.config import Config
+from recbole.data import create_dataset
 from recbole.utils import ModelType, get_model
 
 from recbole_gacllm.config import shipped_path
+from recbole_gacllm.descriptions.layers import Side
 
 _RECBOLE = Path(recbole.__file__).parent
 # RecBole's documentation of each: "this model is a non-sampling model, so you must set
@@ -110,3 +112,14 @@ def _external_and_internal(
     probe.model, probe.model_class, probe.dataset = model, model_class, dataset
     probe._load_internal_config_dict(model, model_class, dataset)
     return dict(probe.external_config_dict), dict(probe.internal_config_dict)
+
+
+def node_tokens(dataset: str, config_files: Sequence[str | Path] = ()) -> dict[Side, list[str]]:
+    """Raw tokens of all users and items that a run on a data set has, in RecBole's order.
+
+    Raises:
+        ValueError: As :func:`build_config`.
+    """
+    data = create_dataset(build_config("GaCLLM", dataset, config_files))
+    fields: dict[Side, str] = {"user": data.uid_field, "item": data.iid_field}
+    return {side: data.field2id_token[field][1:].tolist() for side, field in fields.items()}

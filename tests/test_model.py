@@ -44,7 +44,7 @@ def build(name, settings, **keys):
 def test_without_text_and_with_bpr_it_is_recboles_lightgcn(settings):
     keys = {"use_text": False, "loss_type": "BPR", "n_layers": 2, "reg_weight": 1e-3}
     ours, train, _, _ = build("GaCLLM", settings, **keys)
-    theirs, _, _, _ = build("LightGCN", settings, **{**keys, "require_pow": True})
+    theirs, _, _, _ = build("LightGCN", settings, **keys)
     batch = next(iter(train))
     assert torch.equal(ours.user_embedding.weight, theirs.user_embedding.weight)
     loss, expected = ours.calculate_loss(batch), theirs.calculate_loss(batch)
@@ -85,6 +85,17 @@ def test_scores_change_after_a_training_step_and_after_a_checkpoint_is_loaded(se
     assert not torch.allclose(model.full_sort_predict(batch), before)
     model.load_state_dict(state)
     assert torch.equal(model.full_sort_predict(batch), before)
+
+
+def test_scores_made_under_dropout_are_forgotten_in_evaluation(settings, fake_texts):
+    model, train, _, _ = build("GaCLLM", settings)
+    batch = next(iter(train))
+    model.eval()
+    expected = model.full_sort_predict(batch)
+    model.train()
+    assert not torch.equal(model.full_sort_predict(batch), expected)
+    model.eval()
+    assert torch.equal(model.full_sort_predict(batch), expected)
 
 
 def test_training_reaches_every_parameter(settings, fake_texts):
@@ -142,3 +153,31 @@ def test_few_items_are_all_negatives_and_many_are_sampled(settings):
     drawn = torch.cat([model._draw_negatives() for _ in range(200)])
     assert len(model._draw_negatives()) == 5
     assert set(drawn.tolist()) == set(range(1, model.n_items))
+
+
+def test_text_dropout_drops_its_share_and_keeps_the_mean(settings, fake_texts):
+    model, _, _, _ = build("GaCLLM", settings, text_dropout=0.3)
+    dropout = model.projections[0][0]
+    x = torch.ones(1001, 333)
+    kept = dropout(x)
+    assert (kept == 0).float().mean().item() == pytest.approx(0.3, abs=0.005)
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.7], rel=1e-4)
+    neighbours = (kept[:, 1:] == 0) & (kept[:, :-1] == 0)  # independent, not in runs
+    assert neighbours.float().mean().item() == pytest.approx(0.09, abs=0.005)
+    assert not torch.equal(dropout(x), kept)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_a_limit_on_aligned_nodes_draws_that_many_of_each_side(settings, fake_texts, monkeypatch):
+    seen = []
+    alignment = model_module.losses.alignment
+    monkeypatch.setattr(
+        model_module.losses,
+        "alignment",
+        lambda ids, texts, tau: seen.append(len(ids)) or alignment(ids, texts, tau),
+    )
+    model, train, _, _ = build("GaCLLM", settings, align_n_nodes=7)
+    model.calculate_loss(next(iter(train)))
+    assert seen == [7, 7, 7, 7]
+    assert len(set(model._draw_aligned(20).tolist())) == 7
+    assert model._draw_aligned(5).tolist() == [0, 1, 2, 3, 4]

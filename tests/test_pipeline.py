@@ -132,6 +132,8 @@ def test_started_again_it_reuses_every_stage_and_gives_the_same_numbers(finished
     )
     again = run("GaCLLM", "tiny", config_dict=dict(keys))
     assert again.result["test_result"] == first.result["test_result"]
+    assert all(stage["reused"] for stage in again.record["stages"].values())
+    assert not any(stage["reused"] for stage in first.record["stages"].values())
 
 
 def test_shuffled_texts_use_the_same_artefacts_on_other_nodes(finished, monkeypatch):
@@ -147,14 +149,106 @@ def test_shuffled_texts_use_the_same_artefacts_on_other_nodes(finished, monkeypa
     )
 
 
-def test_held_out_interactions_leave_no_trace_in_the_inputs_of_the_stages(finished):
+def plant_split(root: Path) -> None:
+    """Split ``tiny`` by files; marked items occur in the validation and test files alone."""
+    folder = root / "tiny"
+    header, *lines = (folder / "tiny.inter").read_text().splitlines()
+    planted = {"train": lines, "valid": [], "test": []}
+    for number in range(24):
+        planted["valid"].append(f"u{number}\tv{number % 3}\t5\t1")
+        planted["test"].append(f"u{number}\tt{number % 3}\t5\t2")
+    for part, rows in planted.items():
+        (folder / f"tiny.{part}.inter").write_text("\n".join([header, *rows]) + "\n")
+    items = [f"{side}{n}\tZyzzyva {side.upper()}{n}\tDrama" for side in "vt" for n in range(3)]
+    with (folder / "tiny.item").open("a") as file:
+        file.write("\n".join(items) + "\n")
+
+
+def test_planted_held_out_interactions_leave_no_trace_after_a_real_split(
+    keys, dataset_root, monkeypatch
+):
+    """Marked films that only validation and test hold: none in graph, pairs, prompts or texts."""
+    from recbole_gacllm.descriptions import pairs
+    from recbole_gacllm.descriptions.convolution import Convolution
     from recbole_gacllm.descriptions.neighbors import TrainGraph
 
-    _, done = finished
-    graph = TrainGraph.load(Path(done.record["artifacts"]["inputs"]) / "graph.npz")
-    lines = (Path(done.record["config"]["data_path"]) / "tiny.inter").read_text().splitlines()[1:]
-    assert graph.n_edges == 24 * 8  # of 10 interactions a user, one is for validation, one for test
-    assert len(lines) == 24 * 10
+    plant_split(dataset_root)
+    planted = {**keys, "benchmark_filename": ["train", "valid", "test"]}
+    monkeypatch.setattr("recbole_gacllm.artifacts.run_child", in_process)
+    learnt, prompts = [], []
+    sample, key_of = pairs.sample_pairs, Convolution._key
+
+    def sampling(*args):
+        for part in sample(*args):
+            learnt.extend(part)
+        return sample(*args)
+
+    def keying(self, messages):
+        prompts.append("\n".join(message["content"] for message in messages))
+        return key_of(self, messages)
+
+    monkeypatch.setattr("recbole_gacllm.stage.sample_pairs", sampling)
+    monkeypatch.setattr(Convolution, "_key", keying)
+    done = run("GaCLLM", "tiny", config_dict=planted)
+
+    folders = {stage: Path(path) for stage, path in done.record["artifacts"].items()}
+    graph = TrainGraph.load(folders["inputs"] / "graph.npz")
+    assert graph.n_edges == 240
+    touched = set(graph.item_tokens[graph.items].tolist())
+    assert not touched & {"v0", "v1", "v2", "t0", "t1", "t2"}
+    assert learnt
+    assert not any("Zyzzyva" in repr(pair) for pair in learnt)
+    about = [prompt for prompt in prompts if "Zyzzyva" in prompt]
+    assert len(about) == 6  # their own, each from its own text alone
+    assert all(prompt.count("Zyzzyva") == 1 and "\n- " not in prompt for prompt in about)
+    layer = Layer.read(folders["descriptions"] / "layer_1.parquet")
+    assert not any("Zyzzyva" in text for text in layer.texts["user"])
+    audit = done.record["leakage_audit"]
+    assert (audit["edges_in_graph"], audit["heldout_mentions"]) == (0, 0)
+    assert audit["n_pairs"] == 48
+
+
+def in_process(stage: str, folder: Path) -> None:
+    """A stage without its child process, so that a test can look inside."""
+    from recbole_gacllm import artifacts
+    from recbole_gacllm.stage import STAGES
+
+    job = json.loads((folder / "job.json").read_text())
+    report = STAGES[stage](folder, job)
+    artifacts.write_manifest(folder, {**report, "stage": stage, "key": job["key"], "seconds": 0})
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_the_real_llm_is_tuned_merged_and_run_by_the_real_vllm(settings):
+    """SmolLM2, LoRA, vLLM and MiniLM on a small graph: two layers."""
+    done = run(
+        "GaCLLM",
+        "tiny",
+        config_dict={
+            **settings,
+            "llm_backend": "vllm",
+            "llm_n_layers": 2,
+            "text_item_noun": "movie",
+            "text_user_noun": "person",
+            "n_neighbors": 4,
+            "llm_max_new_tokens": 24,
+            "sft_n_pairs": 24,
+            "sft_n_heldout": 6,
+        },
+    )
+    stages = done.record["stages"]
+    assert stages["sft"]["perplexity_after"] < stages["sft"]["perplexity_before"]
+    assert stages["descriptions"]["backend"] == "vllm"
+    folder = Path(done.record["artifacts"]["descriptions"])
+    for number in (1, 2):
+        report = stages["descriptions"]["layers"][number - 1]
+        answered = report["n_generated"] + report["n_from_store"] + report["n_duplicates"]
+        assert answered == 54
+        assert report["n_failed"] < 15
+        layer = Layer.read(folder / f"layer_{number}.parquet")
+        assert sum("person enjoys" in text for text in layer.texts["user"]) > 12
+        assert sum("movie" in text for text in layer.texts["item"]) > 15
 
 
 DRIVER = """
@@ -230,19 +324,86 @@ def creation_times(store: Path) -> dict[str, str]:
         ({"text_item_name_field": "titel"}, "text_item_name_field: 'titel'"),
         ({"llm_max_prompt_tokens": 64}, "llm_max_prompt_tokens is 64"),
         ({"llm_adapter": "/no/such/adapter"}, "/no/such/adapter"),
+        ({"llm_max_prompt_tokens": 600}, "model's window of 512"),
+        ({"encoder_model": "/no/such/folder"}, "/no/such/folder"),
+        ({"text_value_names": {"genre": {1: "one"}}}, "text_value_names: 'genre'"),
+        ({"text_value_names": {"class": "one"}}, "text_value_names"),
+        ({"sft_target_modules": "no_such_module"}, "no_such_module"),
     ],
 )
-def test_bad_input_ends_in_one_clear_error(keys, change, message):
+def test_bad_input_ends_in_one_clear_error_before_any_long_stage(keys, change, message):
     from recbole_gacllm.errors import WeightsError
 
     with pytest.raises((ValueError, WeightsError), match=message):
-        run("GaCLLM", "tiny", config_dict={**keys, "sft": False, **change})
+        run("GaCLLM", "tiny", config_dict={**keys, **change})
+    assert not list(Path(keys["artifact_dir"]).glob("*/*/adapter"))
+
+
+def test_recent_neighbours_without_times_are_refused_before_any_long_stage(keys):
+    columns = {"inter": ["user_id", "item_id"]}
+    with pytest.raises(ValueError, match="neighbor_rule is 'recent'"):
+        run("GaCLLM", "tiny", config_dict={**keys, "load_col": columns, "neighbor_rule": "recent"})
+    assert not Path(keys["artifact_dir"]).exists()
+
+
+def test_coded_values_may_be_numbers_in_yaml(keys):
+    names = {"age": {20: "aged twenty"}}
+    template = "A person {age}."
+    done = run(
+        "GaCLLM",
+        "tiny",
+        config_dict={
+            **keys,
+            "text_source": "raw",
+            "text_value_names": names,
+            "text_user_template": template,
+        },
+    )
+    layer = Layer.read(Path(done.record["artifacts"]["inputs"]) / "layer_0.parquet")
+    assert layer.texts["user"][layer.tokens["user"].index("u0")] == "A person aged twenty."
+
+
+def test_a_lost_output_is_made_again_though_its_manifest_stands(finished, monkeypatch):
+    keys, first = finished
+    monkeypatch.chdir(Path(keys["artifact_dir"]).parent)
+    lost = Path(first.record["artifacts"]["embeddings"]) / "layer_1.npy"
+    before = lost.read_bytes()
+    lost.unlink()
+    again = run("GaCLLM", "tiny", config_dict=dict(keys))
+    assert lost.read_bytes() == before
+    assert again.result["test_result"] == first.result["test_result"]
+
+
+def test_preparing_leaves_global_random_state_alone(finished, monkeypatch):
+    """Cached or not, the model that follows must start from the same weights."""
+    import torch
+
+    from recbole_gacllm import pipeline
+
+    def draw(options, data):
+        return random.random(), np.random.rand(), torch.rand(3)
+
+    monkeypatch.setattr(pipeline, "_prepare", draw)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    pipeline.prepare(None, None)
+    assert states == (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_named(keys, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"artifact_dir.*file"):
         run("GaCLLM", "tiny", config_dict={**keys, "artifact_dir": str(tmp_path / "file")})
+
+
+def test_a_checkpoint_folder_that_cannot_be_written_is_named_before_any_stage(keys, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"checkpoint_dir: .*file"):
+        run("GaCLLM", "tiny", config_dict={**keys, "checkpoint_dir": str(tmp_path / "file")})
+    assert not Path(keys["artifact_dir"]).exists()
 
 
 def test_an_empty_feature_file_is_named(keys, dataset_root):

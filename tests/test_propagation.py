@@ -7,8 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 
-from recbole_gacllm.propagation import Adjacency, _SymmetricProduct, fuse, propagate
+from recbole_gacllm.propagation import (
+    Adjacency,
+    constant_product,
+    csr_tensor,
+    fuse,
+    propagate,
+    propagate_mean,
+)
 
 # A 2 x 3 graph: user 0 - items 0, 1; user 1 - items 1, 2.
 USERS, ITEMS = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 2])
@@ -52,7 +60,7 @@ def test_propagation_equals_a_dense_reference(seed, n_users, n_items):
 def test_gradient_of_the_symmetric_product_passes_gradcheck():
     matrix = Adjacency.from_edges(USERS, ITEMS, 2, 3).matrix.double()
     x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda y: _SymmetricProduct.apply(matrix, y), (x,))
+    assert torch.autograd.gradcheck(lambda y: constant_product(matrix, matrix, y), (x,))
 
 
 def test_fusion_adds_each_hops_text_before_the_mean():
@@ -73,3 +81,42 @@ def test_under_autocast_hops_stay_in_float32(dtype):
     with torch.autocast("cpu", dtype=dtype):
         hops = propagate(adjacency, torch.randn(5, 2), 2)
     assert {hop.dtype for hop in hops} == {torch.float32}
+
+
+@given(st.integers(0, 2**31), st.integers(0, 3))
+def test_the_mean_of_hops_equals_fusing_them_and_so_does_its_gradient(seed, n_layers):
+    generator = torch.Generator().manual_seed(seed)
+    adjacency = Adjacency.from_edges(USERS, ITEMS, 2, 3)
+    x = torch.randn(5, 4, generator=generator)
+    pull = torch.randn(5, 4, generator=generator)
+    results = []
+    for mean in (
+        lambda y: propagate_mean(adjacency, y, n_layers),
+        lambda y: fuse(propagate(adjacency, y, n_layers), [], 1.0),
+    ):
+        y = x.clone().requires_grad_()
+        value = mean(y)
+        value.backward(pull)
+        results.append((value, y.grad))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
+
+
+def test_hops_of_some_nodes_are_those_rows_and_pass_gradcheck():
+    adjacency = Adjacency.from_edges(USERS, ITEMS, 2, 3)
+    adjacency = Adjacency(adjacency.matrix.double())
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    nodes = torch.tensor([0, 2, 4])
+    for some, every in zip(
+        propagate(adjacency, x, 2, nodes), propagate(adjacency, x, 2), strict=True
+    ):
+        assert torch.equal(some, every[nodes])
+    assert torch.autograd.gradcheck(lambda y: tuple(propagate(adjacency, y, 2, nodes)), (x,))
+
+
+def test_gradient_of_a_product_with_a_rectangular_matrix_passes_gradcheck():
+    dense = torch.tensor([[1.0, 0, 2], [0, 3, 0]], dtype=torch.float64)
+    matrix, transposed = (csr_tensor(csr_array(m.numpy())).double() for m in (dense, dense.T))
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.allclose(constant_product(matrix, transposed, x), dense @ x)
+    assert torch.autograd.gradcheck(lambda y: constant_product(matrix, transposed, y), (x,))

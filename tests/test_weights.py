@@ -18,7 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from recbole_gacllm.errors import WeightsError
 from recbole_gacllm.llm import embedded, weights
-from recbole_gacllm.llm.weights import fingerprint, hash_file, resolve_encoder, resolve_llm
+from recbole_gacllm.llm.weights import (
+    fingerprint,
+    hash_file,
+    resolve_encoder,
+    resolve_llm,
+    resolve_tokenizer,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +248,39 @@ def test_the_hub_is_asked_for_safetensors_and_no_code(
     assert wanted == [
         *["config.json", "model.safetensors", "vocab.txt", "tokenizer.model", "chat_template.jinja"]
     ]
+
+
+def test_a_model_that_servers_hold_needs_no_weights_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted: list[str] = []
+
+    def download(name: str, **patterns: list[str]) -> str:
+        files = ["config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin"]
+        wanted.extend(filter_repo_objects(files, **patterns))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_tokenizer("somebody/model") == tmp_path / "snapshot"
+    assert wanted == ["config.json", "tokenizer.json"]
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "config.json").write_text("{}")
+    assert resolve_tokenizer(str(tmp_path / "local")) == tmp_path / "local"
+    with pytest.raises(ValueError, match="is no folder and no hub id"):
+        resolve_tokenizer("/no/such/folder")
+
+
+def test_a_fingerprint_without_weights_stays_when_they_come(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    first = fingerprint(folder, with_weights=False)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    save_file({"a.weight": torch.ones(4, 3)}, folder / "model.safetensors")
+    assert fingerprint(folder, with_weights=False) == first
+    (folder / "config.json").write_text('{"changed": 1}')
+    assert fingerprint(folder, with_weights=False) != first
 
 
 def test_a_fingerprint_follows_what_determines_the_outputs(tmp_path: Path) -> None:

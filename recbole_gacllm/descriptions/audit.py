@@ -48,7 +48,7 @@ def audit_leakage(
     for file in sorted(descriptions.glob("layer_*.parquet")):
         layer = Layer.read(file)
         for token, text in zip(layer.tokens["user"], layer.texts["user"], strict=True):
-            texts[user_of[token]] += " " + _normalize(text)
+            texts[user_of[token]] += f" {_normalize(text)} "
     wanted = [_normalize(names[token]) for token in graph.item_tokens.tolist()]
 
     touched: set[tuple[int, int]] = set(
@@ -68,7 +68,8 @@ def audit_leakage(
         match = _matched(user, int(rank_of[item]), ranked, touched, wanted)
         if match is None or len(wanted[item]) < _MIN_NAME_CHARS:
             continue
-        named, match_named = wanted[item] in texts[user], wanted[match] in texts[user]
+        named = f" {wanted[item]} " in texts[user]
+        match_named = f" {wanted[match]} " in texts[user]
         n_pairs += 1
         heldout_mentions += named
         matched_mentions += match_named
@@ -101,7 +102,9 @@ def _matched(
 ) -> int | None:
     """The item nearest in popularity that the user never touched, with a name long enough."""
     for distance in range(1, len(ranked)):
-        for other in (rank + distance, rank - distance):
+        # More and less popular ones in turn, so that neither is preferred over all pairs.
+        sign = 1 if (user + rank) % 2 else -1
+        for other in (rank + sign * distance, rank - sign * distance):
             if 0 <= other < len(ranked):
                 item = int(ranked[other])
                 if (user, item) not in touched and len(wanted[item]) >= _MIN_NAME_CHARS:

@@ -28,6 +28,7 @@ from recbole_gacllm.descriptions.neighbors import NeighborLists, TrainGraph, sel
 from recbole_gacllm.descriptions.neutralize import neutralize
 from recbole_gacllm.descriptions.prompts import PromptRenderer, PromptTemplates
 from recbole_gacllm.descriptions.store import DescriptionStore, Record
+from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.generator import Completion, Message, Request, Sampling, TextGenerator
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,20 @@ class Tokenizer(Protocol):
         ...
 
 
+def renderer_for(
+    templates: PromptTemplates, tokenizer: Tokenizer, max_prompt_tokens: int
+) -> PromptRenderer:
+    """A renderer that knows what the model's chat template adds to a prompt.
+
+    Raises:
+        ValueError: If the token budget is below the instruction.
+    """
+    probe = templates.messages("user", "", [])
+    contents = [message["content"] for message in probe]
+    chat_tokens = len(tokenizer.encode_chat(probe)) - sum(tokenizer.count_tokens(contents))
+    return PromptRenderer(templates, tokenizer.count_tokens, max(chat_tokens, 0), max_prompt_tokens)
+
+
 @dataclass(frozen=True)
 class ConvolutionOptions:
     """Keys of ``GaCLLM.yaml`` without their ``llm_`` prefix, and RecBole's seed."""
@@ -75,7 +90,8 @@ class LayerReport:
     Attributes:
         n_nodes: Nodes of both sides.
         n_generated: Prompts that the LLM answered in this run, retries not counted.
-        n_from_store: Nodes whose description was in the store, or was made for an equal prompt.
+        n_from_store: Nodes whose description an earlier process had made.
+        n_duplicates: Nodes whose prompt equals another node's of this layer.
         n_retried: Prompts asked a second time, at another temperature.
         n_failed: Nodes that carry the text of the layer below because no answer was usable.
         n_nothing_known: Nodes without features and neighbours, carried over without a call.
@@ -88,6 +104,7 @@ class LayerReport:
     n_nodes: int = 0
     n_generated: int = 0
     n_from_store: int = 0
+    n_duplicates: int = 0
     n_retried: int = 0
     n_failed: int = 0
     n_nothing_known: int = 0
@@ -137,15 +154,7 @@ class Convolution:
         self.store, self.options = store, options
         self.open_generator = open_generator
         self._generator: TextGenerator | None = None
-        probe = templates.messages("user", "", [])
-        contents = [message["content"] for message in probe]
-        chat_tokens = len(tokenizer.encode_chat(probe)) - sum(tokenizer.count_tokens(contents))
-        self.renderer = PromptRenderer(
-            templates,
-            lambda texts: tokenizer.count_tokens(texts),
-            max(chat_tokens, 0),
-            options.max_prompt_tokens,
-        )
+        self.renderer = renderer_for(templates, tokenizer, options.max_prompt_tokens)
         self.neighbors: dict[Side, NeighborLists] = {
             side: select_neighbors(
                 graph, side, options.neighbor_rule, options.n_neighbors, options.seed
@@ -212,10 +221,11 @@ class Convolution:
                 for key, (side, node, messages) in zip(keys, chunk, strict=True):
                     if key in waiting:
                         waiting[key].nodes.append((side, node))
-                        report.n_from_store += 1
+                        report.n_duplicates += 1
                     elif key in records or key in done:
                         record = records.get(key) or self.store.get_many([key])[key]
-                        report.n_from_store += 1
+                        report.n_duplicates += key in done
+                        report.n_from_store += key not in done
                         settle(record, [(side, node)])
                     else:
                         waiting[key] = _Waiting(messages, [(side, node)])
@@ -241,23 +251,28 @@ class Convolution:
                 settle(record, waiting.pop(record.key).nodes)
             finished.clear()
 
-        retries: list[str] = []
-        for key, record in generate(requests(), attempt=1):
-            report.n_generated += 1
-            if record.status == "failed":
-                retries.append(key)
-                continue
-            finished.append(record)
-            if len(finished) >= _BATCH:
+        def collect(asked: Iterable[Request], attempt: int) -> list[str]:
+            """Write answers in batches; returns those that a first attempt did not settle."""
+            unsettled = []
+            try:
+                for key, record in generate(asked, attempt):
+                    report.n_generated += attempt == 1
+                    if attempt == 1 and record.status == "failed":
+                        unsettled.append(key)
+                        continue
+                    finished.append(record)
+                    if len(finished) >= _BATCH:
+                        write()
+            except GenerationError:
                 write()
-        write()
+                raise
+            write()
+            return unsettled
+
+        retries = collect(requests(), attempt=1)
         report.n_retried = len(retries)
         again = (Request(key, waiting[key].messages, self._retry_sampling(key)) for key in retries)
-        for _, record in generate(again, attempt=2):
-            finished.append(record)
-            if len(finished) >= _BATCH:
-                write()
-        write()
+        collect(again, attempt=2)
         bar.close()
         assert not waiting, f"{len(waiting)} prompts were never answered"
         report.seconds = round(time.perf_counter() - started, 2)
@@ -309,6 +324,8 @@ class Convolution:
     def _key(self, messages: tuple[Message, ...]) -> str:
         """Address of the description that this prompt gives."""
         sampling = dataclasses.asdict(self.options.sampling)
+        if sampling["temperature"] > 0:
+            sampling["seed"] = self.options.seed
         return artifacts.fingerprint(
             {**self._key_of_all, "sampling": sampling, "messages": [dict(m) for m in messages]}
         )

@@ -17,9 +17,9 @@ from recbole_gacllm.errors import GaCLLMError
 Side = Literal["user", "item"]
 SIDES: tuple[Side, Side] = ("user", "item")
 
-# What a text is: raw (layer 0), generated, or the text of the layer below carried over because
-# generation failed or because there was nothing to tell the LLM.
-Status = Literal["raw", "generated", "failed", "nothing_known"]
+# What a text is: raw (layer 0), generated, imported, or the text of the layer below carried over
+# because generation failed, there was nothing to tell the LLM, or an import lacked the node.
+Status = Literal["raw", "generated", "failed", "nothing_known", "imported", "missing"]
 
 
 @dataclass

@@ -162,6 +162,21 @@ class NeighborLists:
         return self.indices[self.indptr[node] : self.indptr[node + 1]]
 
 
+def check_rule(graph: TrainGraph, rule: str) -> None:
+    """Refuse a rule that is unknown or that the graph cannot serve.
+
+    Raises:
+        ValueError: If the rule is unknown, or ``recent`` is asked of a graph without timestamps.
+    """
+    if rule not in RULES:
+        raise ValueError(f"neighbor_rule is {rule!r}; there are {', '.join(RULES)}")
+    if rule == "recent" and graph.timestamps is None:
+        raise ValueError(
+            "neighbor_rule is 'recent', but the interactions have no timestamps; name the time "
+            "field in RecBole's TIME_FIELD and load_col, or choose 'random' or 'rare_first'"
+        )
+
+
 def select_neighbors(
     graph: TrainGraph, side: Side, rule: Rule, n_neighbors: int, seed: int
 ) -> NeighborLists:
@@ -176,15 +191,9 @@ def select_neighbors(
         ValueError: If the rule is unknown, ``n_neighbors`` is negative, or ``recent`` is asked of a
             graph without timestamps.
     """
-    if rule not in RULES:
-        raise ValueError(f"neighbor_rule is {rule!r}; there are {', '.join(RULES)}")
+    check_rule(graph, rule)
     if n_neighbors < 0:
         raise ValueError(f"n_neighbors is {n_neighbors}; give 0 or more")
-    if rule == "recent" and graph.timestamps is None:
-        raise ValueError(
-            "neighbor_rule is 'recent', but the interactions have no timestamps; name the time "
-            "field in RecBole's TIME_FIELD and load_col, or choose 'random' or 'rare_first'"
-        )
     other: Side = "item" if side == "user" else "user"
     nodes, neighbors = graph.ends(side), graph.ends(other)
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from recbole_gacllm import artifacts
 from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
-from recbole_gacllm.descriptions.neighbors import TrainGraph, select_neighbors
+from recbole_gacllm.descriptions.neighbors import NeighborLists, TrainGraph, select_neighbors
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,11 @@ class RunDescriptions:
     """
 
     def __init__(self, folder: Path) -> None:
-        if artifacts.read_manifest(folder) is None:
+        manifest = artifacts.read_manifest(folder)
+        if manifest is None:
             raise ValueError(f"{folder} holds no finished descriptions; run GaCLLM first.")
         self.folder = folder
+        self.manifest = manifest
         self._job = json.loads((folder / "job.json").read_text())
         self._inputs = Path(self._job["inputs"])
         if not self._inputs.is_dir():  # the artefacts were moved together
@@ -77,11 +79,13 @@ class RunDescriptions:
         """The descriptions of a run.
 
         Args:
-            run: Its ``run.json``, or the folder of it.
+            run: Its ``run.json``, the folder of it, or a ``descriptions-…`` folder.
 
         Raises:
             ValueError: If there is no such file, or the run had none.
         """
+        if (run / artifacts.MANIFEST_FILE).is_file():
+            return cls(run)
         file = run / "run.json" if run.is_dir() else run
         if not file.is_file():
             raise ValueError(f"{file} is not a file; a run's last line of output names it.")
@@ -103,21 +107,31 @@ class RunDescriptions:
             raise ValueError(f"--{side}={token}: no such {side} in the training graph.{hint}")
         node = tokens[side].index(token)
         other: Side = "item" if side == "user" else "user"
-        graph = TrainGraph.load(self._inputs / "graph.npz")
-        options = self._job["options"]
-        around = select_neighbors(
-            graph, side, options["neighbor_rule"], options["n_neighbors"], self._job["seed"]
-        ).of(node)
+        around = self.neighbor_lists(side).of(node)
         raw = self.layers[0].texts[other]
         return NodePage(
             name=self.names[token] if side == "item" else "",
-            degree=int(graph.degrees(side)[node]),
+            degree=int(self._graph().degrees(side)[node]),
             texts=[(layer.statuses[side][node], layer.texts[side][node]) for layer in self.layers],
             neighbors=[
                 (tokens[other][n], self.names[tokens[other][n]] if other == "item" else "", raw[n])
                 for n in around
             ],
         )
+
+    def neighbor_lists(self, side: Side) -> NeighborLists:
+        """The neighbours chosen for the prompts of a side."""
+        options = self._job["options"]
+        return select_neighbors(
+            self._graph(),
+            side,
+            options["neighbor_rule"],
+            options["n_neighbors"],
+            self._job["seed"],
+        )
+
+    def _graph(self) -> TrainGraph:
+        return TrainGraph.load(self._inputs / "graph.npz")
 
     def frame(self) -> pd.DataFrame:
         """All layers, one row for each node and layer."""

@@ -59,9 +59,9 @@ class Record:
         status: ``ok``, or ``failed`` where no attempt gave a description.
         reason: Why it failed (``empty``, ``truncated``, ``echo``); empty if it did not.
         finish_reason: The engine's, of the last attempt: ``stop`` or ``length``.
-        n_prompt_tokens: Over all attempts.
+        n_prompt_tokens: Of the attempt that counts.
         n_cached_tokens: Of those, from the engine's prefix cache.
-        n_output_tokens: Over all attempts.
+        n_output_tokens: Of the attempt that counts.
         n_attempts: 1, or 2 after a retry.
         created: UTC time, ISO 8601.
     """

@@ -77,10 +77,7 @@ class ChatTokenizer:
         Raises:
             ValueError: If the model's chat template refuses the messages.
         """
-        chat = list(messages)
-        if not self._takes_system and len(chat) > 1 and chat[0]["role"] == "system":
-            text = f"{chat[0]['content']}\n\n{chat[1]['content']}"
-            chat[:2] = [{"role": chat[1]["role"], "content": text}]
+        chat = self.adapted(messages)
         try:
             ids = self._tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_dict=False, enable_thinking=False
@@ -91,6 +88,14 @@ class ChatTokenizer:
                 f"The model's chat template refuses messages of roles {roles}: {error}."
             ) from error
         return [int(token) for token in ids]
+
+    def adapted(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages in roles that the chat template takes."""
+        chat = list(messages)
+        if not self._takes_system and len(chat) > 1 and chat[0]["role"] == "system":
+            text = f"{chat[0]['content']}\n\n{chat[1]['content']}"
+            chat[:2] = [{"role": chat[1]["role"], "content": text}]
+        return chat
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text on its own, without special tokens around it."""

@@ -17,7 +17,7 @@ def choose_backend(requested: str) -> tuple[Backend, str]:
     """Choose the engine for ``llm_backend``; vLLM itself is not imported.
 
     Args:
-        requested: ``auto``, ``vllm`` or ``transformers``.
+        requested: ``auto``, ``vllm``, ``transformers`` or ``server``.
 
     Returns:
         The engine, and the reason in words, for the log.
@@ -25,12 +25,14 @@ def choose_backend(requested: str) -> tuple[Backend, str]:
     Raises:
         ValueError: If the key has another value, or vLLM is asked for but cannot run here.
     """
-    if requested not in ("auto", "vllm", "transformers"):
+    if requested not in ("auto", "vllm", "transformers", "server"):
         raise ValueError(
-            f"llm_backend={requested!r} is unknown; allowed: auto, vllm, transformers."
+            f"llm_backend={requested!r} is unknown; allowed: auto, vllm, transformers, server."
         )
     if requested == "transformers":
         return "transformers", "llm_backend asks for transformers"
+    if requested == "server":
+        return "server", "llm_backend asks for the servers of llm_endpoints"
     usable, state = _vllm_state()
     if usable:
         return "vllm", f"{state}; llm_backend={requested}"
@@ -48,8 +50,9 @@ def open_generator(backend: Backend, **kwargs: Any) -> TextGenerator:
 
     Args:
         backend: As :func:`choose_backend` returned it.
-        **kwargs: Of :class:`~recbole_gacllm.llm.vllm_engine.VLLMGenerator` or
-            :class:`~recbole_gacllm.llm.transformers_engine.TransformersGenerator`.
+        **kwargs: Of :class:`~recbole_gacllm.llm.vllm_engine.VLLMGenerator`,
+            :class:`~recbole_gacllm.llm.transformers_engine.TransformersGenerator` or
+            :class:`~recbole_gacllm.llm.server.ServerGenerator`.
 
     Raises:
         GenerationError: If the engine does not start.
@@ -59,6 +62,10 @@ def open_generator(backend: Backend, **kwargs: Any) -> TextGenerator:
         from recbole_gacllm.llm.vllm_engine import VLLMGenerator
 
         return VLLMGenerator(**kwargs)
+    if backend == "server":
+        from recbole_gacllm.llm.server import ServerGenerator
+
+        return ServerGenerator(**kwargs)
     from recbole_gacllm.llm.transformers_engine import TransformersGenerator
 
     return TransformersGenerator(**kwargs)

@@ -1,7 +1,7 @@
 """What every text generator is: the protocol, its requests and its completions.
 
-``descriptions/`` knows this module and no engine. vLLM and transformers implement it and pass one
-contract test (``tests/test_generator_contract.py``).
+``descriptions/`` knows this module and no engine. vLLM, transformers and servers implement it and
+pass one contract test (``tests/test_generator_contract.py``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypedDict
 
-Backend = Literal["vllm", "transformers"]
+Backend = Literal["vllm", "transformers", "server"]
 
 
 class Message(TypedDict):

@@ -93,7 +93,8 @@ class VLLMGenerator:
                 options |= _cpu_options()
             else:
                 options["gpu_memory_utilization"] = gpu_memory_utilization
-            self._engine: Any = LLM(**options).llm_engine
+            self._llm: Any = LLM(**options)
+            self._engine: Any = self._llm.llm_engine
             self._lora = None
             if adapter_dir is not None:
                 self._lora = LoRARequest("adapter", 1, str(adapter_dir))
@@ -142,7 +143,7 @@ class VLLMGenerator:
 
             self._alive = False
             self._engine.engine_core.shutdown()
-            self._engine = None
+            self._engine = self._llm = None
             cleanup_dist_env_and_memory()
             # vLLM's CPU worker replaced the one, and set LD_PRELOAD and more in the other.
             torch.set_num_threads = self._set_num_threads

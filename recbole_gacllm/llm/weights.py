@@ -33,7 +33,7 @@ _HUB_PATTERNS: Final = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"
 _HUB_IGNORED: Final = ("onnx/*", "openvino/*", "original/*", "consolidated*.safetensors")
 _OUTPUT_SUFFIXES: Final = (".safetensors", ".gguf", ".json", ".txt", ".model", ".jinja")
 # They describe a folder or set sampling defaults, which every engine here ignores.
-_IRRELEVANT_FILES: Final = (_MANIFEST, "generation_config.json", "data_config.json")
+_IRRELEVANT_FILES: Final = (_MANIFEST, "data_config.json")
 _IRRELEVANT_FOLDERS: Final = ("onnx", "openvino", "original")
 # Smaller files are hashed each time; remembering them would save nothing.
 _REMEMBER_BYTES: Final = 1 << 20
@@ -69,6 +69,16 @@ def resolve_llm(name: str) -> Path:
     return _cached(key, "llm_model", lambda target: embedded.dequantise(gguf, target, None))
 
 
+def resolve_tokenizer(name: str) -> Path:
+    """As :func:`resolve_llm`, but weights are not needed: for models that servers hold."""
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder.resolve()
+    if name == EMBEDDED or folder.is_dir():
+        return resolve_llm(name)
+    return _from_hub(name, "llm_model", [p for p in _HUB_PATTERNS if p != "*.safetensors"])
+
+
 def resolve_encoder(name: str) -> Path:
     """Find or fetch the text encoder that ``encoder_model`` names; as :func:`resolve_llm`."""
     if name == EMBEDDED:
@@ -82,7 +92,7 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "recbole_gacllm"
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, with_weights: bool = True) -> str:
     """SHA-256 over names and contents of the files that determine what a model puts out.
 
     Counted: weights, config, tokenizer, chat template, adapter config, pooling. Left out: model
@@ -95,6 +105,7 @@ def fingerprint(folder: Path) -> str:
         if (
             file.suffix in _OUTPUT_SUFFIXES
             and file.name not in _IRRELEVANT_FILES
+            and (with_weights or ".safetensors" not in file.name)
             and not any(part.startswith(".") for part in name.parts)
             and name.parts[0] not in _IRRELEVANT_FOLDERS
             and file.is_file()
@@ -161,6 +172,11 @@ def _local_or_hub(name: str, key: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _checked(folder.resolve(), name, key)
+    return _checked(_from_hub(name, key, list(_HUB_PATTERNS)), name, key)
+
+
+def _from_hub(name: str, key: str, patterns: list[str]) -> Path:
+    """The files of a hub id that match, from the hub's cache or the hub."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ValueError(
             f"{key}={name!r} is no folder and no hub id; allowed: '{EMBEDDED}', a local folder, "
@@ -170,7 +186,7 @@ def _local_or_hub(name: str, key: str) -> Path:
 
     try:
         snapshot = snapshot_download(
-            name, allow_patterns=list(_HUB_PATTERNS), ignore_patterns=list(_HUB_IGNORED)
+            name, allow_patterns=patterns, ignore_patterns=list(_HUB_IGNORED)
         )
     except Exception as error:
         raise WeightsError(
@@ -178,7 +194,7 @@ def _local_or_hub(name: str, key: str) -> Path:
             f"{type(error).__name__}: {error}. Check the id and the network, or set {key} to a "
             f"local folder or to '{EMBEDDED}'."
         ) from error
-    return _checked(Path(snapshot), name, key)
+    return Path(snapshot)
 
 
 def _checked(folder: Path, name: str, key: str) -> Path:

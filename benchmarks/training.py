@@ -1,0 +1,364 @@
+"""Training and evaluation against RecBole 1.2.1's LightGCN as installed, as ratios.
+
+    python benchmarks/training.py --dataset=ml-100k --json=ratios.json
+
+One process, one thread, both sides by turns, medians. LightGCN is RecBole's own with RecBole's
+loaders, sampler, trainer and evaluator; nothing but the repairs of ``compat.py`` touches them. Both
+sides have the same embedding size, number of layers, batch size, optimiser and seed. The texts of
+the ``best`` preset are random constants of the shape and precision that the encoder writes: what
+they say does not change what a step costs, and no LLM is needed.
+
+``--dataset=synthetic`` draws a graph of 200,000 users, 100,000 items and ``--n_edges`` edges. Where
+an epoch has more than ``--steps`` batches, so many are timed and the epoch is that, scaled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported
+GOALS = {"epoch_id_only": 0.25, "epoch_best": 0.5, "build": 0.05, "evaluation": 0.3, "memory": 1.2}
+TEXT_WIDTH = 384  # all-MiniLM-L6-v2
+
+
+def settings(side: str, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Model and keys of one side: ``LightGCN``, ``GaCLLM`` (no text, BPR), or with ``_best``."""
+    keys: dict[str, Any] = {
+        "show_progress": False,
+        "use_gpu": False,
+        "state": "ERROR",
+        "checkpoint_dir": arguments.scratch,
+        "embedding_size": 256 if side.endswith("_best") else 64,
+        "n_layers": 2,
+        "train_batch_size": 2048,
+        "load_col": {"inter": ["user_id", "item_id"]},
+    }
+    if arguments.data_path:
+        keys["data_path"] = arguments.data_path
+    if side == "GaCLLM":
+        keys |= {"use_text": False, "loss_type": "BPR"}
+    elif side == "GaCLLM_best":
+        keys |= {"preset": "best"}
+    return side.split("_")[0], keys
+
+
+class Side:
+    """A model with its data and trainer, built as RecBole builds them."""
+
+    def __init__(self, side: str, arguments: argparse.Namespace, **overrides: Any) -> None:
+        from recbole.data import create_dataset, data_preparation
+        from recbole.utils import get_model, get_trainer, init_seed
+
+        from recbole_gacllm.run_config import build_config
+
+        model, keys = settings(side, arguments)
+        self.config = build_config(model, arguments.dataset, config_dict=keys | overrides)
+        init_seed(self.config["seed"], True)
+        dataset = create_dataset(self.config)
+        self.train, self.valid, _ = data_preparation(self.config, dataset)
+        self.model_class = get_model(model)
+        self.model = self.build()
+        self.trainer = get_trainer(self.config["MODEL_TYPE"], model)(self.config, self.model)
+        self.trainer.eval_collector.data_collect(self.train)
+        self.steps = min(arguments.steps, len(self.train))
+
+    def build(self) -> Any:
+        """The constructor: parameters, adjacency."""
+        from recbole.utils import init_seed
+
+        init_seed(self.config["seed"], True)
+        return self.model_class(self.config, self.train._dataset)
+
+    def epoch(self) -> float:
+        """Seconds of an epoch, or of its first steps, scaled."""
+        begin = time.perf_counter()
+        self.trainer._train_epoch(_First(self.train, self.steps), 0)
+        return (time.perf_counter() - begin) * len(self.train) / self.steps
+
+    def evaluate(self, data: Any = None) -> tuple[float, dict[str, float]]:
+        """Seconds and metrics of one full-sort evaluation."""
+        self.model.train()
+        for name in ("restored", "restore_user_e", "restore_item_e"):  # as after an epoch
+            if hasattr(self.model, name):
+                setattr(self.model, name, None)
+        begin = time.perf_counter()
+        result = self.trainer.evaluate(data or self.valid, load_best_model=False)
+        return time.perf_counter() - begin, dict(result)
+
+
+class _First:
+    """The first batches of a loader."""
+
+    def __init__(self, loader: Any, steps: int) -> None:
+        self.loader, self.steps = loader, steps
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.loader), self.steps)
+
+
+def random_texts(options: Any, data: Any) -> Any:
+    """In place of the stages: tables of the encoder's shape, float16, unit rows."""
+    import torch
+
+    from recbole_gacllm.pipeline import TextLayers
+
+    n_users, n_items = len(data.graph.user_tokens), len(data.graph.item_tokens)
+    generator = torch.Generator().manual_seed(1)
+    tables = []
+    for _ in range(options.llm_n_layers + 1):
+        table = torch.randn(n_users + n_items, TEXT_WIDTH, generator=generator)
+        tables.append(torch.nn.functional.normalize(table, dim=1).half())
+    rows = [-1, *range(n_users), -1, *range(n_users, n_users + n_items)]
+    return TextLayers(tables, torch.tensor(rows), {})
+
+
+def paired(
+    ours: Callable[[], float], theirs: Callable[[], float], repeats: int
+) -> dict[str, float]:
+    """Median seconds of both, taken by turns after one round to warm up, and their ratio."""
+    ours(), theirs()
+    rounds = [(ours(), theirs()) for _ in range(repeats)]
+    return {
+        "ours_seconds": statistics.median(one for one, _ in rounds),
+        "recbole_seconds": statistics.median(other for _, other in rounds),
+        "ratio": statistics.median(one / other for one, other in rounds),
+    }
+
+
+def timed(work: Callable[[], Any]) -> float:
+    gc.collect()
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def machine_rates() -> dict[str, float]:
+    """What one thread does here: GEMM FLOP/s, bytes/s of gathered rows and of streaming."""
+    import torch
+
+    a, table = torch.randn(1024, 256), torch.randn(4096, 64)
+    index = torch.randint(0, 4096, (65536,))
+    stream = torch.randn(2**25)
+    target = torch.empty_like(stream)
+
+    def best(work: Callable[[], Any]) -> float:
+        return min(timed(work) for _ in range(7))
+
+    return {
+        "gemm_flops": 2 * 1024 * 1024 * 256 / best(lambda: a @ a.T),
+        # A row is read and summed, not written: the rate of reading.
+        "gather_bytes": 65536
+        * 64
+        * 4
+        / best(lambda: torch.nn.functional.embedding_bag(index[None], table, mode="sum")),
+        "stream_bytes": 2 * stream.nbytes / best(lambda: target.copy_(stream)),
+    }
+
+
+def epoch_floor(side: Side, rates: dict[str, float]) -> float:
+    """Least seconds of our epoch at the machine's rates: bytes gathered and streamed, FLOPs.
+
+    A step gathers a row an edge and direction for each of 2 x layers products, streams the
+    parameters, gradient and both moments of Adam (7 passes), and multiplies: SSM and alignment
+    three GEMMs each (scores, two gradients), the text MLP three a layer of it. GEMMs are counted at
+    float32's rate.
+    """
+    model, options = side.model, side.model.options
+    width, n_layers = options.embedding_size, options.n_layers
+    gathered = 2 * n_layers * model.adjacency.matrix.values().numel() * width * 4
+    streamed = 7 * sum(p.numel() for p in model.parameters()) * 4
+    flops = 0.0
+    if model.texts is not None:
+        batch = next(iter(side.train))
+        negatives = min(options.ssm_n_negatives, model.n_items - 1)
+        n_users = len(batch["user_id"].unique())
+        n_items = min(model.n_items, len(batch["item_id"].unique()) + negatives)
+        aligned = [min(n, options.align_n_nodes or n) for n in (n_users, n_items)]
+        flops = 6.0 * len(batch) * negatives * width
+        flops += 6 * len(model.texts) * width * sum(n**2 for n in aligned)
+        hidden = options.text_hidden_size
+        flops += 6 * len(model.texts) * (n_users + n_items) * hidden * (TEXT_WIDTH + width)
+    step = (
+        gathered / rates["gather_bytes"]
+        + streamed / rates["stream_bytes"]
+        + flops / rates["gemm_flops"]
+    )
+    return step * len(side.train)
+
+
+def peak_memory(side: str, arguments: argparse.Namespace) -> float:
+    """MiB at the peak of a process of its own: data, model, an epoch, an evaluation."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", side]
+    command += [f"--dataset={arguments.dataset}", f"--steps={arguments.steps}"]
+    if arguments.data_path:
+        command.append(f"--data_path={arguments.data_path}")
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def write_synthetic(folder: Path, n_edges: int, n_users: int = 200_000, n_items: int = 100_000):
+    """Write a graph with popular items, in RecBole's format; returns the ``data_path``."""
+    import numpy as np
+    import pandas as pd
+
+    rng = np.random.default_rng(5)
+    popularity = 1 / (np.arange(n_items) + 100.0)
+    pairs = np.empty(0, dtype=np.int64)
+    while len(pairs) < n_edges:
+        drawn = rng.integers(0, n_users, n_edges) * n_items
+        drawn += rng.choice(n_items, n_edges, p=popularity / popularity.sum())
+        pairs = np.unique(np.concatenate([pairs, drawn]))
+    pairs = rng.permutation(pairs)[:n_edges]
+    (folder / "synthetic").mkdir(parents=True)
+    frame = pd.DataFrame({"user_id:token": pairs // n_items, "item_id:token": pairs % n_items})
+    frame.to_csv(folder / "synthetic" / "synthetic.inter", sep="\t", index=False)
+    return str(folder)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one data set."""
+    rates = machine_rates()
+    result = {**without_text(arguments, rates), **with_text(arguments, rates)}
+    if not arguments.no_memory:
+        sides = ("LightGCN", "GaCLLM", "LightGCN_best", "GaCLLM_best")
+        peaks = {side: peak_memory(side, arguments) for side in sides}
+        pairs = [("GaCLLM", "LightGCN"), ("GaCLLM_best", "LightGCN_best")]
+        ratio = max(peaks[one] / peaks[other] for one, other in pairs)
+        result["memory"] = {"ratio": ratio, "peak_mib": peaks}
+    result["machine"] = {
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "processor": platform.processor() or platform.machine(),
+        **rates,
+    }
+    return result
+
+
+def without_text(arguments: argparse.Namespace, rates: dict[str, float]) -> dict[str, Any]:
+    """GaCLLM without text and with BPR, embedding size 64."""
+    theirs, ours = Side("LightGCN", arguments), Side("GaCLLM", arguments)
+    # The same model under RecBole's loader, collector and trainer as installed.
+    plain = Side("GaCLLM", arguments, fast_paths=False)
+    fast = Side("LightGCN", arguments, fast_paths=True)
+    repeats = arguments.repeats
+    builds = max(1, repeats // 2)
+    result: dict[str, Any] = {
+        "epoch_id_only": paired(ours.epoch, theirs.epoch, repeats),
+        "epoch_lightgcn_with_fast_paths": paired(fast.epoch, theirs.epoch, repeats),
+        "build": paired(lambda: timed(ours.build), lambda: timed(theirs.build), builds),
+    }
+    plain.model.load_state_dict(ours.model.state_dict())
+    metrics, expected = ours.evaluate()[1], plain.evaluate()[1]
+    if metrics != expected:
+        raise SystemExit(f"evaluation: {metrics} with fast paths, {expected} without")
+    result["evaluation"] = paired(lambda: ours.evaluate()[0], lambda: plain.evaluate()[0], repeats)
+    result["evaluation"]["metrics"] = metrics
+    n_values = ours.model.adjacency.matrix.values().numel()
+    n_scores = len(ours.valid.uid_list) * ours.model.n_items
+    floors = {
+        "epoch_id_only": epoch_floor(ours, rates),
+        "build": 3 * 12 * n_values / rates["stream_bytes"],
+        # Scores are multiplied, written, masked and read by top-k.
+        "evaluation": 2 * 64 * n_scores / rates["gemm_flops"]
+        + 3 * 4 * n_scores / rates["stream_bytes"],
+    }
+    for name, floor in floors.items():
+        result[name]["floor_seconds"] = floor
+    return result
+
+
+def with_text(arguments: argparse.Namespace, rates: dict[str, float]) -> dict[str, Any]:
+    """The ``best`` preset and LightGCN, both with the preset's embedding size."""
+    theirs, ours = Side("LightGCN_best", arguments), Side("GaCLLM_best", arguments)
+    epoch = paired(ours.epoch, theirs.epoch, arguments.repeats)
+    return {"epoch_best": epoch | {"floor_seconds": epoch_floor(ours, rates)}}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as text."""
+    lines = [f"{'':34}{'ours':>10}{'RecBole':>10}{'ratio':>8}{'goal':>7}{'floor':>10}"]
+    for name, figures in result.items():
+        if "ratio" not in figures:
+            continue
+        if name == "memory":
+            peaks = figures["peak_mib"]
+            ours, theirs, floor = (
+                f"{peaks['GaCLLM_best']:.0f}M",
+                f"{peaks['LightGCN_best']:.0f}M",
+                "",
+            )
+        else:
+            ours = f"{figures['ours_seconds'] * 1e3:.1f}ms"
+            theirs = f"{figures['recbole_seconds'] * 1e3:.1f}ms"
+            floor = figures.get("floor_seconds")
+            floor = "" if floor is None else f"{floor * 1e3:.1f}ms"
+        goal = GOALS.get(name, "")
+        lines.append(f"{name:34}{ours:>10}{theirs:>10}{figures['ratio']:>8.3f}{goal:>7}{floor:>10}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="ml-100k", choices=["ml-100k", "ml-1m", "synthetic"])
+    parser.add_argument("--data_path", help="folder that holds the data set's folder")
+    parser.add_argument("--json", metavar="FILE", help="write the ratios and all figures")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=200, help="at most so many batches are timed")
+    parser.add_argument("--n_edges", type=int, default=10_000_000, help="of the synthetic graph")
+    parser.add_argument("--no_memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.data_path:
+            arguments.data_path = str(Path(arguments.data_path).resolve())
+        if arguments.json:
+            arguments.json = str(Path(arguments.json).resolve())
+        if arguments.dataset == "synthetic" and not arguments.data_path:
+            arguments.data_path = write_synthetic(Path(scratch) / "data", arguments.n_edges)
+        arguments.scratch = scratch
+        given, sys.argv = sys.argv, sys.argv[:1]  # RecBole reads the command line too
+        os.chdir(scratch)  # and writes logs into the working folder
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
+        import torch
+
+        from recbole_gacllm import model
+
+        torch.set_num_threads(1)
+        model.prepare = random_texts
+        if arguments.child:
+            side = Side(arguments.child, arguments)
+            side.epoch()
+            side.evaluate()
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            return
+        result = measure(arguments)
+    print(f"{arguments.dataset}: GaCLLM against RecBole's LightGCN, 1 thread\n")
+    print(table(result))
+    if arguments.json:
+        ratios = {name: round(result[name]["ratio"], 4) for name in GOALS if name in result}
+        content = {"dataset": arguments.dataset, "command": given, **ratios, "figures": result}
+        Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

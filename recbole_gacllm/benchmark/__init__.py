@@ -1,0 +1,1 @@
+"""Comparing models: leaderboards that resume, paired tests, tables, exports."""

@@ -1,0 +1,91 @@
+"""Text embeddings of one layer as RecBole's files of pretrained embeddings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from recbole_gacllm import artifacts
+from recbole_gacllm.descriptions.layers import SIDES, Layer
+
+_CONFIG = {
+    "additional_feat_suffix": ["useremb", "itememb"],
+    "alias_of_user_id": ["uid"],
+    "alias_of_item_id": ["iid"],
+    "preload_weight": {"uid": "user_emb", "iid": "item_emb"},
+}
+
+
+def find_embeddings(artifact_dir: Path, dataset: str | None, run: Path | None) -> Path:
+    """The embeddings folder of a run, or the newest one of a data set.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if run is not None:
+        file = run / "run.json" if run.is_dir() else run
+        if not file.is_file():
+            raise ValueError(f"{file} is not a file; a run's last line of output names it.")
+        folder = json.loads(file.read_text("utf-8")).get("artifacts", {}).get("embeddings")
+        if folder is None:
+            raise ValueError(f"the run of {file} had no text embeddings.")
+        return Path(folder)
+    manifests = (artifact_dir / str(dataset)).glob("embeddings-*/manifest.json")
+    newest = max(manifests, key=lambda file: file.stat().st_mtime, default=None)
+    if newest is None:
+        raise ValueError(
+            f"no text embeddings of {dataset!r} under {artifact_dir}. Run GaCLLM on it first, or "
+            "give the artifact_dir of the run."
+        )
+    return newest.parent
+
+
+def export_embeddings(folder: Path, layer: int, output: Path) -> list[Path]:
+    """Write ``<data set>.useremb``, ``<data set>.itememb`` and a yaml file that loads them.
+
+    Args:
+        folder: An ``embeddings-…`` folder with a manifest.
+        layer: 0 is raw text, l is text after l layers of description convolution.
+        output: Folder to write to, made if need be.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: If there are no finished embeddings or no such layer.
+    """
+    if artifacts.read_manifest(folder) is None:
+        raise ValueError(f"{folder} holds no finished embeddings; run GaCLLM first.")
+    layer_files = json.loads((folder / "job.json").read_text("utf-8"))["layer_files"]
+    if not 0 <= layer < len(layer_files):
+        raise ValueError(f"layer: {layer} is not one of 0 to {len(layer_files) - 1}.")
+    inputs = Path(layer_files[0])
+    if not inputs.is_file():  # the artefacts were moved together
+        inputs = folder.parent / inputs.parent.name / inputs.name
+    tokens = Layer.read(inputs).tokens
+    vectors = np.load(folder / f"layer_{layer}.npy", mmap_mode="r")
+    dataset = folder.parent.name
+    output.mkdir(parents=True, exist_ok=True)
+    files, offset = [], 0
+    for side in SIDES:
+        # RecBole wants the id column of these files under a name of their own.
+        head = f"{side[0]}id:token\t{side}_emb:float_seq\n"
+        rows = vectors[offset : offset + len(tokens[side])].astype(np.float32)
+        lines = (
+            f"{token}\t{' '.join(f'{value:.6g}' for value in row)}\n"
+            for token, row in zip(tokens[side], rows, strict=True)
+        )
+        files.append(output / f"{dataset}.{side}emb")
+        artifacts.write_atomic(files[-1], (head + "".join(lines)).encode())
+        offset += len(tokens[side])
+    files.append(output / f"{dataset}-emb.yaml")
+    text = (
+        f"# Loads {dataset}.useremb and {dataset}.itememb, which must lie beside {dataset}.inter.\n"
+        "# A model takes them by dataset.get_preload_weight('uid') and ('iid'). Your load_col\n"
+        "# needs useremb: [uid, user_emb] and itememb: [iid, item_emb] besides.\n"
+    )
+    artifacts.write_atomic(files[-1], (text + yaml.safe_dump(_CONFIG, sort_keys=False)).encode())
+    return files

@@ -1,0 +1,290 @@
+"""A leaderboard's tables: Markdown in RecBole-GNN's page format, LaTeX (booktabs), CSV, JSON.
+
+OUTPUT/results.json  results.csv  results/<data set>.md  results/<data set>.tex
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recbole_gacllm import artifacts
+from recbole_gacllm.benchmark.results import DECIMALS, Board, summarize
+
+RESULTS_FILE = "results.json"
+_METRIC_NAMES = {"mrr": "MRR", "ndcg": "NDCG", "map": "MAP", "auc": "AUC", "gauc": "GAUC"}
+_PROPERTIES = (
+    *("field_separator", "seq_separator", "USER_ID_FIELD", "ITEM_ID_FIELD", "RATING_FIELD"),
+    *("TIME_FIELD", "load_col", "val_interval", "user_inter_num_interval"),
+    *("item_inter_num_interval", "eval_args", "metrics", "topk", "valid_metric"),
+    *("epochs", "stopping_step", "MAX_ITEM_LIST_LENGTH"),
+)
+
+
+def export(folder: Path, baseline: str | None = None) -> list[Path]:
+    """Write every table of a leaderboard's folder.
+
+    Args:
+        folder: Of a leaderboard, finished or not.
+        baseline: What the models are tested against; default the first named one with results.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: If there is no leaderboard, no finished run, or no such baseline.
+        GaCLLMError: If splits differ between runs.
+    """
+    board = Board.read(folder)
+    summary = summarize(board, baseline)
+    if not summary["datasets"]:
+        logs = ", ".join(failure["log"] for failure in board.failures)
+        raise ValueError(f"{folder}: no run has finished. Logs: {logs or 'none'}.")
+    pages = {RESULTS_FILE: json.dumps(summary, indent=2), "results.csv": to_csv(summary)}
+    for dataset in summary["datasets"]:
+        pages[f"results/{dataset}.md"] = to_markdown(summary, board.plan, dataset)
+        pages[f"results/{dataset}.tex"] = to_latex(summary, dataset)
+    (folder / "results").mkdir(exist_ok=True)
+    for name, text in pages.items():
+        artifacts.write_atomic(folder / name, text.encode())
+    return [folder / name for name in pages]
+
+
+def to_csv(summary: dict[str, Any]) -> str:
+    """One row for each data set, model and metric."""
+    head = (
+        *("dataset", "model", "metric", "mean", "std", "n_seeds", "interval_low", "interval_high"),
+        *("mark", "baseline", "difference", "difference_low", "difference_high"),
+        *("t_p", "t_p_holm", "wilcoxon_p", "wilcoxon_p_holm"),
+    )
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(head)
+    for dataset, table in summary["datasets"].items():
+        for model, row in table["models"].items():
+            for metric, cell in row["metrics"].items():
+                test = cell["test"] or {}
+                writer.writerow(
+                    [
+                        *(dataset, model, metric, round(cell["mean"], 6)),
+                        "" if cell["std"] is None else round(cell["std"], 6),
+                        len(row["seeds"]),
+                        *(cell["interval"] or ("", "")),
+                        *(cell["mark"], table["baseline"], test.get("difference", "")),
+                        *test.get("interval", ("", "")),
+                        *(test.get(key, "") for key in head[-4:]),
+                    ]
+                )
+    return buffer.getvalue()
+
+
+def to_latex(summary: dict[str, Any], dataset: str) -> str:
+    """A booktabs table: best bold, second underlined, deviation over seeds where there are several.
+
+    A dagger marks a difference from the baseline whose Holm-corrected Wilcoxon p is below 0.05.
+    """
+    table = summary["datasets"][dataset]
+
+    def cell(value: dict[str, Any]) -> str:
+        text = f"{value['mean']:.{DECIMALS}f}"
+        if value["mark"]:
+            command = {"best": "textbf", "second": "underline"}[value["mark"]]
+            text = f"\\{command}{{{text}}}"
+        if value["std"] is not None:
+            text += f"{{\\scriptsize\\,$\\pm$\\,{value['std']:.{DECIMALS}f}}}"
+        if value["test"] and value["test"]["wilcoxon_p_holm"] < 0.05:
+            text += "$^\\dagger$"
+        return text
+
+    lines = [
+        "% needs \\usepackage{booktabs}",
+        "\\begin{table}",
+        "\\centering",
+        f"\\caption{{{_latex(_caption(summary, dataset))} $\\dagger$: differs from "
+        f"{_latex(table['baseline'])}, $p<0.05$ (paired Wilcoxon over users, Holm).}}",
+        f"\\begin{{tabular}}{{l{'c' * len(table['metrics'])}}}",
+        "\\toprule",
+        " & ".join(["Method", *map(metric_name, table["metrics"])]) + " \\\\",
+        "\\midrule",
+    ]
+    lines += [" & ".join(row) + " \\\\" for row in _rows(table, cell, _latex)]
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
+
+
+def to_markdown(summary: dict[str, Any], plan: dict[str, Any], dataset: str) -> str:
+    """A page as RecBole-GNN publishes them, with the tests and the proof of equal splits below."""
+    table = summary["datasets"][dataset]
+    config = plan["properties"][dataset]
+    properties = {key: config[key] for key in _PROPERTIES if config.get(key) is not None}
+    filters = ("val_interval", "user_inter_num_interval", "item_inter_num_interval")
+    # RecBole's own value for "no filter on the number of interactions".
+    given = [f"{key}: {config[key]}" for key in filters if config.get(key) not in (None, "[0,inf)")]
+    numbers = table["statistics"]
+    n_users, n_items, n_edges = (
+        numbers[f"n_{what}"] for what in ("users", "items", "interactions")
+    )
+    sparsity = 1 - n_edges / (n_users * n_items)
+    metrics = [metric_name(metric) for metric in table["metrics"]]
+
+    def cell(value: dict[str, Any]) -> str:
+        text = f"{value['mean']:.{DECIMALS}f}"
+        text = {"best": f"**{text}**", "second": f"<u>{text}</u>"}.get(value["mark"], text)
+        return text if value["std"] is None else f"{text} ± {value['std']:.{DECIMALS}f}"
+
+    parts = [
+        f"# Experimental Setting\n\n**Dataset:** {dataset}\n",
+        f"**Filtering:** {'; '.join(given) or 'none'}\n",
+        f"**Evaluation:** {evaluation(config)}\n",
+        f"**Metrics:** {', '.join(metrics)}\n",
+        f"**Properties:**\n\n```yaml\n{_yaml(properties)}```\n",
+        "# Dataset Statistics\n",
+        _table(
+            ["Dataset", "#Users", "#Items", "#Interactions", "Sparsity"],
+            [[dataset, f"{n_users:,}", f"{n_items:,}", f"{n_edges:,}", f"{sparsity:.2%}"]],
+        ),
+        "# Evaluation Results\n",
+        _table(["Method", *metrics], _rows(table, cell, lambda name: f"**{name}**")),
+        _caption(summary, dataset) + " **Best**, <u>second</u>.\n",
+        _failures(summary, dataset),
+        _notes(summary),
+        "# Hyper-parameters\n",
+        _table(["", "Hyper-parameters", "Source"], _hyper_parameters(plan, table, dataset)),
+        "# Paired Tests\n",
+        _tests(table),
+        "# Splits\n",
+        "All models of a seed had the same split: SHA-256 of the sorted (user, item) pairs.\n",
+        _table(
+            ["Seed", "Train", "Valid", "Test"],
+            [
+                [seed, *(f"{split[part][:16]}… ({split[f'n_{part}']:,})" for part in _PARTS)]
+                for seed, split in table["splits"].items()
+            ],
+        ),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+_PARTS = ("train", "valid", "test")
+
+
+def metric_name(metric: str) -> str:
+    """``ndcg@10`` -> ``NDCG@10``, ``recall@10`` -> ``Recall@10``."""
+    name, at, k = metric.partition("@")
+    return _METRIC_NAMES.get(name, name.capitalize()) + at + k
+
+
+def evaluation(config: dict[str, Any]) -> str:
+    """RecBole's ``eval_args`` in words."""
+    arguments = config["eval_args"]
+    order = {"RO": "random order", "TO": "order of time"}[arguments["order"]]
+    (rule, value), *_ = arguments["split"].items()
+    split = f"ratio-based {':'.join(f'{part:g}' for part in value)}" if rule == "RS" else None
+    leave = "leave one out" if rule == "LS" else f"{rule} {value}"
+    mode = arguments["mode"]["test"]
+    ranking = "full sort" if mode == "full" else mode
+    return f"{split or leave}, {order}, {ranking}; grouped by {arguments['group_by']}"
+
+
+def _caption(summary: dict[str, Any], dataset: str) -> str:
+    most = max(len(row["seeds"]) for row in summary["datasets"][dataset]["models"].values())
+    spread = f"mean ± standard deviation of {most} seeds" if most > 1 else "one seed"
+    return f"Test results on {dataset}, {summary['protocol']} protocol, {spread}."
+
+
+def _rows(
+    table: dict[str, Any],
+    cell: Callable[[dict[str, Any]], str],
+    name: Callable[[str], str],
+) -> list[list[str]]:
+    return [
+        [name(model), *(cell(row["metrics"][metric]) for metric in table["metrics"])]
+        for model, row in table["models"].items()
+    ]
+
+
+def _tests(table: dict[str, Any]) -> str:
+    rows = []
+    for metric in table["metrics"]:
+        for model, row in table["models"].items():
+            if test := row["metrics"][metric]["test"]:
+                low, high = test["interval"]
+                rows.append(
+                    [
+                        f"**{model}**",
+                        metric_name(metric),
+                        f"{test['difference']:+.{DECIMALS}f}",
+                        f"[{low:+.{DECIMALS}f}, {high:+.{DECIMALS}f}]",
+                        f"{test['t_p_holm']:.2g}",
+                        f"{test['wilcoxon_p_holm']:.2g}",
+                    ]
+                )
+    if not rows:
+        return "No model to compare with.\n"
+    baseline = table["baseline"]
+    head = ["Method", "Metric", f"Method - {baseline}", "95 % interval", "p (t)", "p (Wilcoxon)"]
+    note = (
+        "Two-sided, paired over users (each averaged over the seeds), Holm's correction over the "
+        "compared methods. Uncorrected values and those of each seed: results.json.\n"
+    )
+    return _table(head, rows) + "\n" + note
+
+
+def _hyper_parameters(plan: dict[str, Any], table: dict[str, Any], dataset: str) -> list[list[str]]:
+    # Without the keys that say where a run is computed.
+    given = {k: v for k, v in plan["given"].items() if k in plan["properties"][dataset]}
+    rows = []
+    for model in table["models"]:
+        tuned = plan["tuned"][f"{dataset}/{model}"]
+        values = {**tuned["values"], **given}
+        source = "<br/>".join(tuned["files"])
+        if not source:
+            source = "GaCLLM.yaml and its preset" if model == "GaCLLM" else "RecBole's defaults"
+        if given:
+            source += "<br/>the command line"
+        if plan["config_files"]:
+            source += "<br/>" + "<br/>".join(plan["config_files"])
+        text = "<br/>".join(f"{key}={value}" for key, value in values.items())
+        rows.append([f"**{model}**", text.replace("|", "\\|"), source])
+    return rows
+
+
+def _failures(summary: dict[str, Any], dataset: str) -> str:
+    lines = [
+        f"- {failure['model']}, seed {failure['seed']}: `{' '.join(failure['error'].split())}`"
+        for failure in summary["failures"]
+        if failure["dataset"] == dataset
+    ]
+    return "Failed runs, not in the table:\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _notes(summary: dict[str, Any]) -> str:
+    if summary["protocol"] != "sequential":
+        return ""
+    return (
+        "RecBole ranks all items for sequential models, those of the user's history too, and gives "
+        "them the validation item as the last of the history at test time; for general models it "
+        "leaves out the history and does not train on validation items.\n"
+    )
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    return str(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=96))
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    padded = [
+        [f"{text:<{width}}" for text, width in zip(line, widths, strict=True)] for line in lines
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in padded)
+
+
+def _latex(text: str) -> str:
+    return "".join(f"\\{char}" if char in "&%$#_{}" else char for char in text)

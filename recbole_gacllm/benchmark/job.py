@@ -1,0 +1,191 @@
+"""One run of a leaderboard, in a process of its own: ``python -m recbole_gacllm.benchmark.job``.
+
+Started by :mod:`recbole_gacllm.benchmark.leaderboard`, never by hand. Reads ``FOLDER/job.json``,
+writes ``log.txt`` and ``per_user.npz``, and ``run.json`` last and atomically.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recbole_gacllm import artifacts
+from recbole_gacllm.errors import GaCLLMError
+
+RUN_FILE = "run.json"
+PER_USER_FILE = "per_user.npz"
+LOG_FILE = "log.txt"
+
+
+def targets(dataset: Any) -> set[tuple[str, str]]:
+    """(user token, item token) of all rows of one part of a split."""
+    inter = dataset.inter_feat
+    users = dataset.id2token(dataset.uid_field, inter[dataset.uid_field])
+    items = dataset.id2token(dataset.iid_field, inter[dataset.iid_field])
+    return set(zip(users.tolist(), items.tolist(), strict=True))
+
+
+def histories(dataset: Any) -> set[tuple[str, str]]:
+    """The same of the item lists of a sequential part; empty for any other.
+
+    A sequential part has a row for each target, with what came before in a list: the first
+    interaction of a user stands in lists only.
+    """
+    list_field = getattr(dataset, "item_id_list_field", None)
+    if list_field is None or list_field not in dataset.inter_feat:
+        return set()
+    users = dataset.id2token(dataset.uid_field, dataset.inter_feat[dataset.uid_field])
+    lists = dataset.inter_feat[list_field].numpy()
+    tokens = dataset.field2id_token[dataset.iid_field]
+    return {
+        (user, str(tokens[item]))
+        for user, history in zip(users.tolist(), lists, strict=True)
+        for item in history[history > 0]
+    }
+
+
+def split_hashes(train: Any, valid: Any, test: Any) -> dict[str, Any]:
+    """SHA-256 of the sorted (user token, item token) pairs of each part, and how many there are."""
+    parts = {
+        "train": targets(train) | histories(train),
+        "valid": targets(valid),
+        "test": targets(test),
+    }
+    hashes: dict[str, Any] = {}
+    for part, pairs in parts.items():
+        lines = "".join(sorted(f"{user}\t{item}\n" for user, item in pairs))
+        hashes[part] = hashlib.sha256(lines.encode()).hexdigest()
+        hashes[f"n_{part}"] = len(pairs)
+    return hashes
+
+
+class Recorder:
+    """Observes a run: the hashes of its split, and every user's metrics at the last evaluation.
+
+    RecBole's top-k metrics hand one value for each user and cut-off to ``topk_result``, which
+    averages them; it is wrapped on the metric objects of this trainer, so the stored values are
+    the ones that RecBole averaged. The test is the last evaluation of a run.
+
+    Args:
+        expected: Name and split hashes of a finished run that must have had the same split.
+    """
+
+    def __init__(self, expected: dict[str, Any] | None = None) -> None:
+        self._expected = expected
+        self._test_data: Any = None
+        self.split: dict[str, Any] = {}
+        self.statistics: dict[str, int] = {}
+        self.values: dict[str, np.ndarray[Any, Any]] = {}
+
+    def on_split(self, train_data: Any, valid_data: Any, test_data: Any) -> None:
+        """Hash the split; refuse one that differs from the other runs' before any training.
+
+        Raises:
+            GaCLLMError: If it differs.
+        """
+        self._test_data = test_data
+        train = train_data._dataset
+        self.split = split_hashes(train, valid_data._dataset, test_data._dataset)
+        self.statistics = {
+            "n_users": train.user_num - 1,
+            "n_items": train.item_num - 1,
+            "n_interactions": sum(self.split[f"n_{part}"] for part in ("train", "valid", "test")),
+        }
+        if self._expected is not None and self._expected["split"] != self.split:
+            raise GaCLLMError(
+                f"this run's split differs from that of {self._expected['run']}: {self.split} "
+                f"against {self._expected['split']}. Models can only be compared on one split."
+            )
+
+    def on_trainer(self, trainer: Any) -> None:
+        """Capture what the metrics average."""
+        for metric in trainer.evaluator.metric_class.values():
+            if hasattr(metric, "topk_result"):
+                metric.topk_result = functools.partial(self._capture, metric.topk_result)
+
+    def _capture(
+        self,
+        topk_result: Callable[[str, Any], dict[str, float]],
+        name: str,
+        value: np.ndarray[Any, Any],
+    ) -> dict[str, float]:
+        result = topk_result(name, value)
+        for key in result:  # such as ndcg@10: column 9
+            self.values[key] = value[:, int(key.rpartition("@")[2]) - 1].astype(np.float64)
+        return result
+
+    def users(self) -> list[str]:
+        """Raw token of each row of the test evaluation."""
+        dataset = self._test_data._dataset
+        rows = getattr(self._test_data, "uid_list", None)
+        if rows is None:
+            rows = dataset.inter_feat[dataset.uid_field]
+        return [str(token) for token in dataset.id2token(dataset.uid_field, np.asarray(rows))]
+
+    def per_user(self, test: dict[str, float], decimal_place: int) -> bytes:
+        """An npz file: ``users``, and one array for each metric.
+
+        Raises:
+            GaCLLMError: If the mean over users is not the number that RecBole reported.
+        """
+        users = self.users()
+        for name, values in self.values.items():
+            if len(values) != len(users) or round(values.mean(), decimal_place) != test[name]:
+                raise GaCLLMError(
+                    f"{name}: {len(values)} users' values with mean {values.mean()} do not give "
+                    f"RecBole's {test[name]} over {len(users)} users"
+                )
+        buffer = io.BytesIO()
+        columns: dict[str, Any] = {"users": np.asarray(users, dtype=str), **self.values}
+        np.savez_compressed(buffer, **columns)
+        return buffer.getvalue()
+
+
+def _work(folder: Path) -> None:
+    from recbole_gacllm import runner
+    from recbole_gacllm.benchmark.plan import code_version
+
+    job = json.loads((folder / "job.json").read_text("utf-8"))
+    recorder = Recorder(job["expected"])
+    keys = {
+        **job["config_dict"],
+        "checkpoint_dir": str(folder / "saved"),
+        "show_progress": False,
+    }
+    done = runner.run(job["model"], job["dataset"], job["config_files"], keys, observer=recorder)
+    record = done.record
+    content = recorder.per_user(record["test"], record["config"]["metric_decimal_place"])
+    artifacts.write_atomic(folder / PER_USER_FILE, content)
+    record |= {
+        "split": recorder.split,
+        "statistics": recorder.statistics,
+        "code": code_version(),
+        "key": job["key"],
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    artifacts.write_atomic(folder / RUN_FILE, text.encode())
+
+
+def main() -> None:
+    """Run the job of one folder; all output goes to its log."""
+    artifacts.die_with_parent()
+    folder = Path(sys.argv[2]).resolve()
+    sys.argv[1:] = []  # RecBole reads it
+    with open(folder / LOG_FILE, "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    with artifacts.reporting_errors(folder):
+        _work(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Runs of a leaderboard: each once, in a process of its own, resumable, shared by many processes.
+
+    OUTPUT/leaderboard.json             what is compared
+    OUTPUT/runs/<run>/run.json          a finished run, written last and atomically
+                      per_user.npz      every user's test metrics
+                      failed.json       why a run failed, instead
+                      job.json log.txt saved/
+
+A run's folder is named by a fingerprint of all that determines it, so a run is never made twice,
+and a changed setting never finds an old result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from recbole_gacllm import artifacts
+from recbole_gacllm.benchmark.job import LOG_FILE, RUN_FILE
+from recbole_gacllm.benchmark.plan import Job, Plan
+from recbole_gacllm.errors import GaCLLMError
+
+logger = logging.getLogger(__name__)
+
+PLAN_FILE = "leaderboard.json"
+FAILED_FILE = "failed.json"
+_SECONDS_BETWEEN_LOOKS = 1.0
+_LOG_TAIL_LINES = 20
+# As RecBole's trainer writes it: "epoch 3 evaluating [time: 0.1s, valid_score: 0.2]", in colours.
+_EPOCH = re.compile(r"epoch (\d+) evaluating.*?valid_score\S*: (-?[\d.]+)")
+
+
+class Outcome(Enum):
+    """What became of a run."""
+
+    DONE = "done"
+    FAILED = "failed"
+    BUSY = "busy"
+
+
+def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> Path:
+    """Make every run of a plan that is not finished yet; a failed run is recorded, the rest go on.
+
+    Start it again after a kill, or on several machines on one folder: a file lock a run sees to it
+    that each is made once. A run that had failed before this start is tried again.
+
+    Args:
+        plan: Of :func:`recbole_gacllm.benchmark.plan.make_plan`.
+        output: Folder of the leaderboard, on a file system with working locks.
+        show_progress: A bar: runs done, the current run with its epoch and score, time left.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        GaCLLMError: If the folder cannot be written.
+    """
+    (output / "runs").mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plan.summary, indent=2, ensure_ascii=False)
+    artifacts.write_atomic(output / PLAN_FILE, text.encode())
+    runs = [(job, output / "runs" / job.name) for job in plan.jobs]
+    failed_before = {folder: _read(folder / FAILED_FILE) for _, folder in runs}
+    n_done = sum((folder / RUN_FILE).is_file() for _, folder in runs)
+    with tqdm(total=len(runs), initial=n_done, unit="run", disable=not show_progress) as bar:
+        waiting = [(job, folder) for job, folder in runs if not (folder / RUN_FILE).is_file()]
+        while waiting:
+            busy = []
+            for job, folder in waiting:
+                with _watched(bar, job, folder):
+                    outcome = _attempt(job, folder, failed_before[folder], plan, output)
+                if outcome is Outcome.BUSY:
+                    busy.append((job, folder))
+                else:
+                    bar.update()
+            if len(busy) == len(waiting):
+                time.sleep(_SECONDS_BETWEEN_LOOKS)  # others work on all that is left
+            waiting = busy
+    return output
+
+
+def _attempt(
+    job: Job, folder: Path, failed_before: bytes | None, plan: Plan, output: Path
+) -> Outcome:
+    """Make one run, unless it is made already or another process is at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return Outcome.BUSY
+    try:
+        if (folder / RUN_FILE).is_file():
+            return Outcome.DONE
+        if (failed := _read(folder / FAILED_FILE)) is not None and failed != failed_before:
+            return Outcome.FAILED  # another process has just tried
+        shutil.rmtree(folder / "saved", ignore_errors=True)  # of a killed attempt
+        (folder / LOG_FILE).unlink(missing_ok=True)
+        description = {
+            "model": job.model,
+            "dataset": job.dataset,
+            "seed": job.seed,
+            "config_files": job.config_files,
+            "config_dict": job.config_dict,
+            "key": job.key,
+            "expected": _finished_neighbor(job, plan, output),
+        }
+        artifacts.write_atomic(folder / "job.json", json.dumps(description, indent=2).encode())
+        try:
+            artifacts.run_child(job.name, folder, module="recbole_gacllm.benchmark.job")
+        except (ValueError, GaCLLMError) as error:
+            _record_failure(job, folder, str(error))
+            return Outcome.FAILED
+        (folder / FAILED_FILE).unlink(missing_ok=True)
+        return Outcome.DONE
+    finally:
+        lock.release()
+
+
+def _finished_neighbor(job: Job, plan: Plan, output: Path) -> dict[str, Any] | None:
+    """A finished run of the same data set and seed: its split must be this run's."""
+    for other in plan.jobs:
+        file = output / "runs" / other.name / RUN_FILE
+        if (other.dataset, other.seed) == (job.dataset, job.seed) and file.is_file():
+            return {"run": other.name, "split": json.loads(file.read_text("utf-8"))["split"]}
+    return None
+
+
+def _record_failure(job: Job, folder: Path, error: str) -> None:
+    log = (_read(folder / LOG_FILE) or b"").decode("utf-8", "replace")
+    record = {
+        "model": job.model,
+        "dataset": job.dataset,
+        "seed": job.seed,
+        "error": error,
+        "log": str(folder / LOG_FILE),
+        "log_tail": log.splitlines()[-_LOG_TAIL_LINES:],
+        "time": time.time(),
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    artifacts.write_atomic(folder / FAILED_FILE, text.encode())
+    logger.error("%s failed, the others go on: %s", job.name, error)
+
+
+@contextmanager
+def _watched(bar: tqdm[Any], job: Job, folder: Path) -> Iterator[None]:
+    """Show the run's epoch and validation score beside the bar while it goes on."""
+    stop = threading.Event()
+    label = f"{job.dataset} {job.model} seed {job.seed}"
+
+    def follow() -> None:
+        while not stop.wait(_SECONDS_BETWEEN_LOOKS):
+            tail = (_read(folder / LOG_FILE) or b"")[-20_000:].decode("utf-8", "replace")
+            epochs = _EPOCH.findall(tail)
+            state = f", epoch {epochs[-1][0]}, valid {epochs[-1][1]}" if epochs else ""
+            bar.set_postfix_str(label + state)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    bar.set_postfix_str(label)
+    if not bar.disable:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if thread.is_alive():
+            thread.join()
+
+
+def _read(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,222 @@
+"""What a leaderboard will run: models x data sets x seeds, each run with all that determines it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from recbole.data import create_dataset
+from recbole.evaluator.register import smaller_metrics
+from recbole.utils import ModelType
+
+from recbole_gacllm import artifacts
+from recbole_gacllm.config import shipped_path
+from recbole_gacllm.run_config import build_config
+
+FIRST_SEED = 2020  # RecBole's
+# Keys on which no result depends: where and how it is computed, and what is shown meanwhile.
+_NOT_DETERMINING = frozenset(
+    {
+        *("artifact_dir", "checkpoint_dir", "data_path", "dataset_save_path", "dataset", "model"),
+        *("dataloaders_save_path", "save_dataset", "save_dataloaders", "show_progress", "state"),
+        *("device", "gpu_id", "use_gpu", "worker", "local_rank", "single_spec", "nproc", "seed"),
+        *("log_wandb", "wandb_project", "llm_gpu_memory_utilization"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a leaderboard.
+
+    Attributes:
+        config_files: Yaml files, later ones win: protocol, tuned hyper-parameters, the user's.
+        config_dict: The user's keys, and the seed; they win over the files.
+        key: All that determines the result: the resolved configuration, digests of data and code.
+    """
+
+    model: str
+    dataset: str
+    seed: int
+    config_files: tuple[str, ...]
+    config_dict: Mapping[str, Any]
+    key: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Folder of the run: readable, and different for everything that determines it."""
+        return f"{self.dataset}-{self.model}-{self.seed}-{artifacts.fingerprint(self.key)[:12]}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every run of a leaderboard, and what its pages say about it."""
+
+    jobs: tuple[Job, ...]
+    summary: Mapping[str, Any]
+
+
+def protocol_names() -> list[str]:
+    """Names that ``--protocol`` takes."""
+    return sorted(path.stem for path in shipped_path("properties", "protocols").glob("*.yaml"))
+
+
+def baseline_files(model: str, dataset: str) -> list[Path]:
+    """Committed hyper-parameters of a model: those for any data set, then those for this one."""
+    folder = shipped_path("properties", "baselines")
+    files = (folder / f"{model}.yaml", folder / dataset / f"{model}.yaml")
+    return [file for file in files if file.is_file()]
+
+
+def make_plan(
+    models: Sequence[str],
+    datasets: Sequence[str],
+    n_seeds: int,
+    protocol: str = "general",
+    config_files: Sequence[str | Path] = (),
+    config_dict: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Resolve every run's configuration, so that bad input ends here and not after hours.
+
+    Args:
+        models: GaCLLM and models of RecBole; the order of the tables.
+        datasets: Names of data sets.
+        n_seeds: Seeds ``s, s + 1, …`` with s the key ``seed`` (2020). A seed is RecBole's: it moves
+            the random split of the general protocol, and initialisation in both.
+        protocol: A name of ``properties/protocols``.
+        config_files: The user's yaml files, over protocol and tuned hyper-parameters.
+        config_dict: The user's keys, over all files; strings as on the command line.
+
+    Raises:
+        ValueError: Unknown name or bad key, or a sequential model on a split that is not by time.
+    """
+    if protocol not in protocol_names():
+        raise ValueError(f"protocol: {protocol!r} is not one of {', '.join(protocol_names())}.")
+    if n_seeds < 1:
+        raise ValueError(f"seeds: {n_seeds} is not a number of seeds; give at least 1.")
+    for key, names in (("models", models), ("datasets", datasets)):
+        if not names or len(set(names)) < len(names):
+            raise ValueError(
+                f"{key}: {','.join(names)!r} must name each at least and at most once."
+            )
+    given = dict(config_dict or {})
+    first_seed = int(given.pop("seed", FIRST_SEED))
+    jobs: list[Job] = []
+    sources: dict[str, dict[str, Any]] = {}
+    properties: dict[str, dict[str, Any]] = {}
+    for dataset in datasets:
+        data: dict[str, str] | None = None
+        for model in models:
+            tuned = baseline_files(model, dataset)
+            files = (shipped_path("properties", "protocols", f"{protocol}.yaml"), *tuned)
+            paths = tuple(str(file) for file in (*files, *config_files))
+            config = build_config(model, dataset, paths, {**given, "seed": first_seed})
+            _check_order(model, config)
+            if data is None:
+                data = _data_digests(config)
+            # Enums and the like become their names.
+            resolved = json.loads(json.dumps(config.final_config_dict, default=str))
+            determines: dict[str, Any] = {
+                "model": model,
+                "dataset": dataset,
+                "config": {k: v for k, v in resolved.items() if k not in _NOT_DETERMINING},
+                "data": data,
+                "recbole": importlib.metadata.version("recbole"),
+                "code": code_digest() if model == "GaCLLM" else None,
+            }
+            sources[f"{dataset}/{model}"] = {
+                "files": [_short(path) for path in tuned],
+                "values": {k: v for path in tuned for k, v in _load(path).items()},
+            }
+            properties.setdefault(dataset, determines["config"])
+            jobs += [
+                Job(
+                    model,
+                    dataset,
+                    seed,
+                    paths,
+                    {**given, "seed": seed},
+                    {**determines, "seed": seed},
+                )
+                for seed in range(first_seed, first_seed + n_seeds)
+            ]
+    jobs.sort(key=lambda job: (datasets.index(job.dataset), job.seed, models.index(job.model)))
+    summary = {
+        "models": list(models),
+        "datasets": list(datasets),
+        "seeds": list(range(first_seed, first_seed + n_seeds)),
+        "protocol": protocol,
+        "given": given,
+        "config_files": [str(file) for file in config_files],
+        "tuned": sources,
+        "properties": properties,
+        "smaller_is_better": list(smaller_metrics),
+        "runs": [job.name for job in jobs],
+        "code": code_version(),
+    }
+    return Plan(tuple(jobs), summary)
+
+
+def code_digest() -> str:
+    """SHA-256 of this package's modules that can change a result."""
+    package = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        name = file.relative_to(package).as_posix()
+        if not name.startswith(("benchmark/", "cli", "__main__")):
+            digest.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def code_version() -> dict[str, Any]:
+    """Version, digest, and the commit where this is a git checkout."""
+    try:
+        installed = importlib.metadata.version("recbole_gacllm")
+    except importlib.metadata.PackageNotFoundError:
+        installed = None  # a checkout that is run as it is
+    version = {"version": installed, "digest": code_digest(), "commit": None}
+    root = Path(__file__).resolve().parent.parent.parent
+    if (root / ".git").exists():
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        version["commit"] = done.stdout.strip() or None
+    return version
+
+
+def _check_order(model: str, config: Any) -> None:
+    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and config["eval_args"]["order"] != "TO":
+        raise ValueError(
+            f"models: {model} is sequential, and RecBole gives sequences in order of time only; a "
+            "random split (--protocol=general) has none. Set --protocol=sequential, where general "
+            "and sequential models stand side by side, or leave it out."
+        )
+
+
+def _data_digests(config: Any) -> dict[str, str]:
+    """SHA-256 of the data set's files; RecBole fetches them first where it can."""
+    folder = Path(config["data_path"])
+    if not folder.is_dir():
+        create_dataset(config)
+    files = [folder / f"{config['dataset']}.{suffix}" for suffix in ("inter", "user", "item")]
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
+    }
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(path.read_text("utf-8")))
+
+
+def _short(path: Path) -> str:
+    return path.relative_to(shipped_path("properties").parent).as_posix()

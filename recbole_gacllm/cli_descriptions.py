@@ -1,0 +1,145 @@
+"""Two commands of the command line about descriptions: ``audit`` and ``import-descriptions``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recbole_gacllm.descriptions.quality import LayerQuality, SideQuality
+
+
+def audit(arguments: list[str]) -> None:
+    """Print, and write if asked, what each layer of a run's descriptions is like."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recbole_gacllm audit",
+        description="Figures and samples of every layer of descriptions: failures, retries, "
+        "lengths, copies, repetition, names of items, and the leakage audit of the run.",
+        epilog="example:\n  python -m recbole_gacllm audit saved/GaCLLM-ml-100k --n-samples=10",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, help="a run.json, its folder, or a descriptions-… folder")
+    parser.add_argument("--n-samples", type=int, default=10, help="of each layer")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of samples")
+    parser.add_argument("--json", type=Path, help="file to write all figures to, too")
+    known = parser.parse_args(arguments)
+
+    from recbole_gacllm.descriptions.quality import layer_qualities
+    from recbole_gacllm.descriptions.reading import RunDescriptions
+
+    found = RunDescriptions.of_run(known.run)
+    layers = list(layer_qualities(found, known.n_samples, known.seed))
+    for layer in layers:
+        _print_layer(layer)
+    leakage = _leakage(known.run)
+    if leakage is not None:
+        print("\nleakage audit " + ", ".join(f"{key} {value}" for key, value in leakage.items()))
+    print(f"\n{found.folder}")
+    if known.json:
+        figures = {
+            "folder": str(found.folder),
+            "leakage_audit": leakage,
+            "layers": [dataclasses.asdict(layer) for layer in layers],
+        }
+        known.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def import_descriptions(arguments: list[str]) -> None:
+    """Check texts from elsewhere against a data set and say how a run uses them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recbole_gacllm import-descriptions",
+        description="Check a file of descriptions (columns side, token, layer, text) against a "
+        "data set. A run takes its layers from the file with --text_import_file, which makes "
+        "the same checks.",
+        epilog="example:\n"
+        "  python -m recbole_gacllm import-descriptions texts.parquet --dataset=ml-100k",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", type=Path, help=".parquet or .csv")
+    parser.add_argument("--dataset", required=True, help="name of the data set")
+    parser.add_argument("--config_files", default="", help='yaml files, as "a.yaml b.yaml"')
+    known, others = parser.parse_known_args(arguments)
+    flags = [flag for flag in arguments if flag.startswith("--")]
+    for flag in (*others, *flags):
+        if not flag.startswith("--") or "=" not in flag:
+            parser.error(f"{flag!r} is not of the form --key=value, all that RecBole reads")
+
+    from recbole_gacllm.descriptions.imported import ImportedTexts, describe
+
+    imported = ImportedTexts.read(known.file.resolve())
+
+    from recbole_gacllm.run_config import node_tokens
+
+    sys.argv[1:] = flags  # RecBole reads sys.argv itself
+    tokens = node_tokens(known.dataset, known.config_files.split())
+    n_layers = max(imported.layers)
+    for report in imported.check(tokens, n_layers):
+        print(describe(report))
+    more = f" --llm_n_layers={n_layers}" if n_layers else ""
+    print("\nto use it\n  python run_recbole_gacllm.py", *flags, end="")
+    print(f" --text_import_file={known.file}{more}")
+
+
+def _leakage(run: Path) -> dict[str, Any] | None:
+    file = run / "run.json" if run.is_dir() else run
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text("utf-8")).get("leakage_audit")
+    return dict(found) if found else None
+
+
+def _print_layer(layer: LayerQuality) -> None:
+    print(f"\nlayer {layer.number}")
+    report = layer.report
+    if report.get("imported"):
+        print(f"  imported        {report['n_imported']} nodes, {report['n_missing']} missing")
+    elif report:
+        print(
+            f"  generated       {report['n_generated']} prompts, {report['n_from_store']} from "
+            f"the store, {report['n_retried']} retried, {report['n_failed']} nodes failed, "
+            f"{report['n_truncated']} cut by the length limit"
+        )
+        print(
+            f"  tokens          {report['n_prompt_tokens']} in "
+            f"({report['n_cached_tokens']} from the prefix cache), "
+            f"{report['n_output_tokens']} out, {report['seconds']:.0f} s"
+        )
+    for side, quality in layer.sides.items():
+        print(f"\n  {side}s")
+        _print_side(quality)
+    print("\n  samples")
+    for sample in (sample for quality in layer.sides.values() for sample in quality.samples):
+        head = f"{sample.node}, {sample.n_neighbors} neighbours: {sample.below}"
+        print(textwrap.fill(head, 96, initial_indent="  - ", subsequent_indent="    "))
+        print(textwrap.fill(sample.text, 96, initial_indent="    → ", subsequent_indent="      "))
+
+
+def _print_side(quality: SideQuality) -> None:
+    lines = {
+        "nodes": str(quality.n_nodes),
+        "statuses": _counts(quality.statuses),
+        "failures": _counts(quality.failures) or "none",
+        "words": ", ".join(f"{name} {value}" for name, value in quality.n_words.items()),
+        "copies": f"{quality.own_copies:.1%} of the own text below, "
+        f"{quality.neighbor_copies:.1%} of a neighbour's",
+        "repeated": f"{quality.repeated:.1%} share their text with another node",
+        "distinct": f"{quality.distinct[0]:.3f} of words, {quality.distinct[1]:.3f} of word pairs",
+        "scripts": ", ".join(f"{name} {value:.1%}" for name, value in quality.scripts.items()),
+    }
+    if quality.own_names is not None:
+        lines["own name"] = f"in {quality.own_names:.1%}"
+    if quality.neighbor_names is not None:
+        lines["item names"] = f"of a neighbour in {quality.neighbor_names:.1%}"
+    for name, value in lines.items():
+        print(f"    {name:<12}  {value}")
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -1,0 +1,207 @@
+"""Descriptions from elsewhere: a Parquet or CSV file that fills layers of a run.
+
+One row a description: ``side`` (user or item), ``token`` (raw, as in the data), ``layer`` (0 is
+what the feature files give otherwise), ``text``. Layers that the file holds are taken from it, the
+others are generated as ever, from the layer below; other columns are ignored. So the file that
+``export-descriptions`` writes comes back in as it is, or as an API model or a curator made it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import pyarrow as pa
+
+from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = ("side", "token", "layer", "text")
+_N_EXAMPLES = 5
+
+
+@dataclass
+class ImportReport:
+    """What an imported layer covers.
+
+    Attributes:
+        layer: Its number.
+        n_imported: Nodes of the training graph whose text comes from the file.
+        n_missing: Nodes that the file lacks; they carry the text of the layer below.
+        n_unknown: Rows about nodes that the training graph lacks; they are left out.
+        missing, unknown: Some of them, as ``side token``.
+    """
+
+    layer: int
+    n_imported: int
+    n_missing: int
+    n_unknown: int
+    missing: list[str]
+    unknown: list[str]
+
+
+@dataclass(frozen=True)
+class ImportedTexts:
+    """The texts of a file.
+
+    Attributes:
+        file: Where they come from.
+        layers: Layer -> side -> raw token -> text, one line each.
+    """
+
+    file: Path
+    layers: dict[int, dict[Side, dict[str, str]]]
+
+    @classmethod
+    def read(cls, file: Path) -> ImportedTexts:
+        """Read and check a file.
+
+        Raises:
+            ValueError: If it cannot be read, or names the first row that cannot be used.
+        """
+        frame = _read(file)
+        if lacking := [name for name in _COLUMNS if name not in frame]:
+            raise ValueError(
+                f"{file} has no column {', '.join(lacking)}; needed are {', '.join(_COLUMNS)}, "
+                f"found are {', '.join(map(str, frame.columns))}."
+            )
+        layers: dict[int, dict[Side, dict[str, str]]] = {}
+        rows = zip(*(frame[name].tolist() for name in _COLUMNS), strict=True)
+        for number, (side, token, layer, text) in enumerate(rows, start=1):
+            problem = _problem(side, token, layer, text)
+            if problem is None:
+                texts = layers.setdefault(int(layer), {"user": {}, "item": {}})[side]
+                if token in texts:
+                    problem = f"{side} {token} has two texts of layer {layer}"
+                texts[token] = " ".join(text.split())
+            if problem is not None:
+                raise ValueError(f"{file}, row {number}: {problem}.")
+        if not layers:
+            raise ValueError(f"{file} holds no row.")
+        return cls(file, layers)
+
+    def digest(self) -> str:
+        """SHA-256 of all texts, whatever their order in the file."""
+        canonical = json.dumps(self.layers, sort_keys=True).encode("ascii")
+        return hashlib.sha256(canonical).hexdigest()
+
+    def report(self, number: int, tokens: dict[Side, list[str]]) -> ImportReport:
+        """Compare a layer with the nodes of the training graph."""
+        texts = self.layers[number]
+        known = {side: set(tokens[side]) for side in SIDES}
+        missing = [f"{s} {token}" for s in SIDES for token in tokens[s] if token not in texts[s]]
+        unknown = [f"{s} {token}" for s in SIDES for token in texts[s] if token not in known[s]]
+        n_nodes = sum(len(tokens[side]) for side in SIDES)
+        return ImportReport(
+            layer=number,
+            n_imported=n_nodes - len(missing),
+            n_missing=len(missing),
+            n_unknown=len(unknown),
+            missing=missing[:_N_EXAMPLES],
+            unknown=unknown[:_N_EXAMPLES],
+        )
+
+    def check(self, tokens: dict[Side, list[str]], n_layers: int) -> list[ImportReport]:
+        """Compare all layers with a data set, and log what does not fit.
+
+        Args:
+            tokens: Raw tokens of the training graph's nodes.
+            n_layers: Layers of descriptions above layer 0 that the run has.
+
+        Raises:
+            ValueError: If the file has a layer that the run lacks, or fits no node at all.
+        """
+        if max(self.layers) > n_layers:
+            raise ValueError(
+                f"text_import_file: {self.file} has texts of layer {max(self.layers)}, the run "
+                f"has layers 0 to {n_layers}. Set llm_n_layers (and n_layers) to as many, and "
+                "text_source to generated, or leave these rows out."
+            )
+        reports = [self.report(number, tokens) for number in sorted(self.layers)]
+        for report in reports:
+            if report.n_imported == 0:
+                raise ValueError(
+                    f"text_import_file: no token of layer {report.layer} in {self.file} is a node "
+                    f"of the data set; it has {', '.join(report.unknown)}, the data set "
+                    f"user {tokens['user'][0]}, item {tokens['item'][0]}."
+                )
+            logger.info("text_import_file: %s", describe(report))
+        return reports
+
+    def fill(self, number: int, below: Layer) -> Layer:
+        """Layer ``number``: the file's texts; a node that it lacks keeps the text it had below.
+
+        At layer 0, ``below`` is what the feature files gave, and such a node stays ``raw``.
+        """
+        layer = Layer.raw(below.tokens, {side: list(below.texts[side]) for side in SIDES})
+        texts = self.layers[number]
+        for side in SIDES:
+            for node, token in enumerate(layer.tokens[side]):
+                if token in texts[side]:
+                    layer.texts[side][node] = texts[side][token]
+                    layer.statuses[side][node] = "imported"
+                elif number > 0:
+                    layer.statuses[side][node] = "missing"
+                    layer.reasons[side][node] = "not in text_import_file"
+        return layer
+
+
+def describe(report: ImportReport) -> str:
+    """A report in one sentence or three."""
+    parts = [f"layer {report.layer}: {report.n_imported} nodes have an imported text"]
+    if report.n_missing:
+        what = "text of the feature files" if report.layer == 0 else "text of the layer below"
+        parts.append(
+            f"{report.n_missing} are not in the file and keep the {what} "
+            f"({_some(report.missing, report.n_missing)})"
+        )
+    if report.n_unknown:
+        parts.append(
+            f"{report.n_unknown} rows are about nodes that the training graph lacks "
+            f"({_some(report.unknown, report.n_unknown)})"
+        )
+    return "; ".join(parts)
+
+
+def manifest_of(report: ImportReport) -> dict[str, Any]:
+    """What a stage's manifest says of an imported layer."""
+    return {"imported": True, **dataclasses.asdict(report)}
+
+
+def _some(names: list[str], n: int) -> str:
+    return ", ".join(names) + (", …" if n > len(names) else "")
+
+
+def _read(file: Path) -> pd.DataFrame:
+    """The table in a file, texts and tokens as strings."""
+    if file.suffix not in (".parquet", ".csv"):
+        raise ValueError(f"{file}: the name of an import must end in .parquet or .csv.")
+    try:
+        if file.suffix == ".csv":
+            return pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8")
+        frame = pd.read_parquet(file)
+        # Tokens that look like numbers come as numbers from other tools.
+        return frame.assign(token=frame["token"].astype(str)) if "token" in frame else frame
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _problem(side: Any, token: Any, layer: Any, text: Any) -> str | None:
+    """Why a row cannot be used, if so."""
+    if side not in SIDES:
+        return f"side is {side!r}; allowed are user and item"
+    if not token:
+        return "token is empty"
+    if not str(layer).isdecimal():
+        return f"layer is {layer!r}; allowed are 0, 1, 2, …"
+    if not isinstance(text, str) or not text.strip():
+        kind: Literal["empty", "no text"] = "empty" if isinstance(text, str) else "no text"
+        return f"the text of {side} {token} is {kind}"
+    return None

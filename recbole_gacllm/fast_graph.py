@@ -1,0 +1,111 @@
+"""RecBole's graph models on faster products with their constant sparse matrices.
+
+The models' own ``forward`` runs; ``torch.sparse.mm(matrix, x)`` finds a :class:`ConstantMatrix` in
+the place of RecBole's COO tensor and multiplies without a transpose in the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from recbole_gacllm.propagation import Adjacency, constant_product, csr_tensor
+
+
+class ConstantMatrix:
+    """A sparse matrix without gradient that ``torch.sparse.mm`` multiplies from the left.
+
+    Args:
+        matrix: In CSR.
+        transposed: Its transpose in CSR; the same tensor if it is symmetric.
+    """
+
+    def __init__(self, matrix: Tensor, transposed: Tensor) -> None:
+        self.matrix = matrix
+        self.transposed = transposed
+
+    @classmethod
+    def symmetric(cls, matrix: Tensor) -> ConstantMatrix:
+        """One tensor is its own transpose."""
+        return cls(matrix, matrix)
+
+    def to(self, device: torch.device | str) -> ConstantMatrix:
+        """The same matrix on a device."""
+        matrix = self.matrix.to(device)
+        if self.transposed is self.matrix:
+            return ConstantMatrix(matrix, matrix)
+        return ConstantMatrix(matrix, self.transposed.to(device))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ConstantMatrix:
+        # RecBole's get_flops deep-copies the model; sparse CSR tensors cannot be deep-copied.
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """``torch.sparse.mm(self, x)``; nothing else is ever asked of it."""
+        if function is not torch.sparse.mm or kwargs or not isinstance(args[0], cls):
+            return NotImplemented
+        left, right = args
+        return constant_product(left.matrix, left.transposed, right)
+
+
+def normalised_adjacency(model_class: Any) -> None:
+    """Give LightGCN, NGCF or NCL its adjacency, built at once and multiplied without transpose.
+
+    NGCF with ``node_dropout`` drops each direction of an edge by itself: its matrix is not
+    symmetric, and it keeps RecBole's products.
+    """
+    original = model_class.get_norm_adj_mat
+
+    @functools.wraps(original)
+    def get_norm_adj_mat(self: Any) -> Any:
+        if not self.fast_paths or getattr(self, "node_dropout", 0) > 0:
+            return original(self)
+        edges = self.interaction_matrix
+        adjacency = Adjacency.from_edges(edges.row, edges.col, self.n_users, self.n_items)
+        if model_class.__name__ == "NCL":
+            degree = adjacency.matrix.crow_indices().diff().numpy()
+            self.diag = torch.from_numpy(np.power(degree + 1e-7, -0.5)).to(self.device)
+        return ConstantMatrix.symmetric(adjacency.matrix)
+
+    model_class.get_norm_adj_mat = get_norm_adj_mat
+
+
+def sgl_products(model_class: Any) -> None:
+    """Give SGL its graph and its augmented views, all of them symmetric."""
+    original = model_class.csr2tensor
+
+    @functools.wraps(original)
+    def csr2tensor(self: Any, matrix: Any) -> Any:
+        if not self.fast_paths:
+            return original(self, matrix)
+        return ConstantMatrix.symmetric(csr_tensor(matrix)).to(self.device)
+
+    model_class.csr2tensor = csr2tensor
+
+
+def dgcf_products(model_class: Any) -> None:
+    """Give DGCF its maps between edges and their ends, each with its transpose."""
+    original = model_class._build_sparse_tensor
+
+    @functools.wraps(original)
+    def _build_sparse_tensor(self: Any, indices: Tensor, values: Tensor, size: Any) -> Any:
+        if not self.fast_paths:
+            return original(self, indices, values, size)
+        matrix = sparse.csr_array((values.cpu().numpy(), indices.cpu().numpy()), shape=size)
+        transposed = sparse.csr_array(matrix.T)
+        return ConstantMatrix(csr_tensor(matrix), csr_tensor(transposed)).to(self.device)
+
+    model_class._build_sparse_tensor = _build_sparse_tensor

@@ -1,0 +1,209 @@
+"""OpenAI-compatible servers as a text generator: any number of endpoints, each a `vllm serve`.
+
+The endpoints serve what their operator loaded: the same weights everywhere, those of ``llm_model``
+or what ``llm_served_model`` names. :mod:`.traffic` brings the requests to them and back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+
+from recbole_gacllm.errors import GenerationError
+from recbole_gacllm.llm.chat import ChatTokenizer
+from recbole_gacllm.llm.generator import Completion, Request
+from recbole_gacllm.llm.traffic import Client, EndpointError, Job, Session, said
+
+logger = logging.getLogger(__name__)
+
+# Worth another try, as is everything from 500 on.
+_RETRIED: Final = frozenset({408, 409, 425, 429})
+_MESSAGE_CHARS: Final = 300
+
+
+class ServerGenerator:
+    """A model behind OpenAI-compatible chat endpoints.
+
+    Args:
+        model_dir: Folder with the tokenizer of the served model, for checks of the length.
+        endpoints: Base URLs, such as ``http://host:8000/v1``; all serve the same weights.
+        served_model: Name of the model, or of a LoRA adapter, in each request.
+        concurrency: Requests under way at one endpoint.
+        key_variable: Environment variable that holds the API key; not set means no key.
+        max_model_len: Longest prompt plus completion in tokens; None is the model's window.
+        patience_seconds: How long all endpoints may be down at once.
+        timeout_seconds: How long one answer may take.
+
+    Raises:
+        GenerationError: If no endpoint answers, or one refuses the key.
+        ValueError: If an endpoint does not serve the model, or the window is too long.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        endpoints: Sequence[str],
+        served_model: str,
+        concurrency: int = 64,
+        key_variable: str = "OPENAI_API_KEY",
+        max_model_len: int | None = None,
+        patience_seconds: float = 60.0,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        self._chat = ChatTokenizer(model_dir)
+        self._max_model_len = self._chat.context_window(max_model_len)
+        self._key_variable = key_variable
+        self._key = os.environ.get(key_variable, "")
+        self._checked_prompt_length = False
+        self._served_model = served_model
+        self._client = Client(
+            urls=[url.rstrip("/") for url in endpoints],
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            concurrency=concurrency,
+            patience_seconds=patience_seconds,
+            timeout_seconds=timeout_seconds,
+            body=self._body,
+            json_of=self._json,
+            completion_of=self._completion,
+        )
+        # As many wait here as are under way: an endpoint is never idle while the caller writes.
+        self._window = 2 * concurrency * len(endpoints)
+        self._check_endpoints()
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Complete requests; see :class:`~recbole_gacllm.llm.generator.TextGenerator`."""
+        source = iter(requests)
+        n_open = 0
+        session = Session(self._client)
+        try:
+            while True:
+                for request in islice(source, self._window - n_open):
+                    ids = self._chat.encode_request(request, self._max_model_len)
+                    session.submit(Job(request, len(ids)))
+                    n_open += 1
+                if not n_open:
+                    return
+                result = session.results.get()
+                if isinstance(result, Exception):
+                    raise result
+                n_open -= 1
+                yield result
+        finally:
+            session.close()
+
+    def close(self) -> None:
+        """Nothing stays open between calls of :meth:`generate`."""
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        """A request as the endpoint reads it.
+
+        What the OpenAI protocol lacks (repetition penalty, end tokens, no thinking) is in vLLM's
+        and SGLang's; sampling defaults of the served model are overridden.
+        """
+        sampling = request.sampling
+        return {
+            "model": self._served_model,
+            "messages": self._chat.adapted(request.messages),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": 1.0,
+            "seed": sampling.seed,
+            "repetition_penalty": sampling.repetition_penalty,
+            "top_k": -1,
+            "min_p": 0.0,
+            "stop_token_ids": sorted(self._chat.stop_token_ids),
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+
+    def _completion(self, job: Job, answer: Any) -> Completion:
+        """What an endpoint made of a request.
+
+        Raises:
+            EndpointError: If it is not a finished completion.
+        """
+        try:
+            choice, usage = answer["choices"][0], answer["usage"]
+            text, reason = choice["message"]["content"] or "", choice["finish_reason"]
+            n_prompt, n_output = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise EndpointError(f"an answer that is no chat completion ({error!r})") from None
+        if reason not in ("stop", "length", "content_filter"):
+            raise EndpointError(f"an answer that ended with finish_reason {reason!r}")
+        if not self._checked_prompt_length and n_prompt != job.n_prompt_tokens:
+            logger.warning(
+                "The endpoints count %d tokens in a prompt that has %d by the tokenizer of "
+                "llm_model: they serve another model or chat template. Token budgets are not kept.",
+                n_prompt,
+                job.n_prompt_tokens,
+            )
+        self._checked_prompt_length = True
+        return Completion(
+            id=job.request.id,
+            text=text,
+            finish_reason="length" if reason == "length" else "stop",
+            n_prompt_tokens=n_prompt,
+            n_cached_tokens=int(cached),
+            n_output_tokens=n_output,
+        )
+
+    def _json(self, response: httpx.Response) -> Any:
+        """The JSON of a response.
+
+        Raises:
+            EndpointError: If trying again, here or elsewhere, may help.
+            GenerationError: If it cannot.
+        """
+        status = response.status_code
+        if status == 200:
+            try:
+                return response.json()
+            except ValueError:
+                raise EndpointError("an answer that is not JSON") from None
+        message = f"status {status}: {self._without_key(response.text)[:_MESSAGE_CHARS]}"
+        if status >= 500 or status in _RETRIED:
+            raise EndpointError(message)
+        url = response.request.url
+        if status in (401, 403):
+            state = "was sent" if self._key else "is empty"
+            raise GenerationError(
+                f"{url} refuses the API key ({message}). The key in the environment variable "
+                f"{self._key_variable} {state}; llm_api_key_variable names another one."
+            )
+        raise GenerationError(f"{url} refuses a request ({message}).")
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+    def _check_endpoints(self) -> None:
+        """One endpoint must answer, and those that do must serve the model."""
+        failures = []
+        with httpx.Client(headers=self._client.headers, timeout=10.0) as client:
+            for url in self._client.urls:
+                try:
+                    response = client.get(f"{url}/models")
+                    if response.status_code == 404:  # a gateway without this list
+                        continue
+                    served = [model["id"] for model in self._json(response)["data"]]
+                except (EndpointError, httpx.TransportError, KeyError, TypeError) as error:
+                    failures.append(f"{url}: {said(error)}")
+                    continue
+                if self._served_model not in served:
+                    raise ValueError(
+                        f"llm_endpoints: {url} serves {', '.join(served)}, not "
+                        f"{self._served_model!r}. Start it with --served-model-name (or "
+                        "--lora-modules), or name what it serves in llm_served_model."
+                    )
+        if len(failures) == len(self._client.urls):
+            raise GenerationError(
+                f"no endpoint of llm_endpoints answers: {'; '.join(failures)}. Start the servers "
+                f"(such as `vllm serve {self._served_model}`) and start again."
+            )
+        for failure in failures:
+            logger.warning("an endpoint does not answer, the others start: %s", failure)

@@ -1,0 +1,119 @@
+"""An OpenAI-compatible server without a model, which can be told to fail."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+from recbole_gacllm.llm.generator import Request, Sampling
+
+from .fake_generator import FakeGenerator
+
+# What to do with a request: None answers it, a number is the status of a refusal, "drop" closes the
+# connection, a dictionary is sent as it is.
+Behaviour = Callable[[dict[str, Any]], "int | str | dict[str, Any] | None"]
+
+
+class FakeServer:
+    """Listens on a free port of loopback from ``with`` to its end, or to :meth:`stop`.
+
+    Attributes:
+        bodies: Every chat request that came, answered or not.
+        answered: Contents of the last message of every request that was answered.
+        keys: Authorization headers that came.
+    """
+
+    def __init__(self, behaviour: Behaviour | None = None, models: tuple[str, ...] = ("fake",)):
+        self.behaviour: Behaviour = behaviour or (lambda body: None)
+        self.models = models
+        self.bodies: list[dict[str, Any]] = []
+        self.answered: list[str] = []
+        self.keys: set[str | None] = set()
+        self.n_open = self.most_open = 0
+        self.lock = threading.Lock()
+        fake, generator = self, FakeGenerator(max_model_len=10**6)
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                fake.keys.add(self.headers.get("Authorization"))
+                self.answer(200, {"data": [{"id": name} for name in fake.models]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with fake.lock:
+                    fake.bodies.append(body)
+                    fake.n_open += 1
+                    fake.most_open = max(fake.most_open, fake.n_open)
+                try:
+                    self.complete(body)
+                finally:
+                    with fake.lock:
+                        fake.n_open -= 1
+
+            def complete(self, body: dict[str, Any]) -> None:
+                told = fake.behaviour(body)
+                if told == "drop":
+                    self.close_connection = True
+                elif isinstance(told, dict):
+                    self.answer(200, told)
+                elif told is not None:
+                    key = self.headers.get("Authorization")
+                    self.answer(int(told), {"error": f"told to; your key is {key}"})
+                else:
+                    self.answer(200, chat_completion(generator, body))
+                    fake.answered.append(body["messages"][-1]["content"])
+
+            def answer(self, status: int, content: dict[str, Any]) -> None:
+                data = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 64
+
+            def handle_error(self, *arguments: Any) -> None:
+                pass  # a client that has gone
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop listening; new connections are refused, as after the death of a server."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
+        self._server.server_close()
+
+
+def chat_completion(generator: FakeGenerator, body: dict[str, Any]) -> dict[str, Any]:
+    sampling = Sampling(
+        body["max_tokens"], body["temperature"], body["repetition_penalty"], body["seed"]
+    )
+    made = generator._complete(Request("", tuple(body["messages"]), sampling))
+    return {
+        "choices": [{"message": {"content": made.text}, "finish_reason": made.finish_reason}],
+        "usage": {
+            "prompt_tokens": made.n_prompt_tokens,
+            "completion_tokens": made.n_output_tokens,
+        },
+    }

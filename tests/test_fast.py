@@ -1,0 +1,306 @@
+"""The fast paths against RecBole's own methods: the same draws, batches, ranks, losses, metrics."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from recbole.data import create_dataset, data_preparation
+from recbole.sampler import Sampler
+from recbole.utils import get_model, get_trainer, init_seed
+
+from recbole_gacllm import fast
+from recbole_gacllm.fast_graph import ConstantMatrix
+from recbole_gacllm.run_config import build_config
+
+# GAUC needs all ranks. Of the rest, RecBole 1.2.1's collector fails on all that need counts.
+RANKING = ["Recall", "MRR", "NDCG", "Hit", "MAP", "Precision", "GAUC"]
+
+
+class Setup:
+    """Data, model and trainer as RecBole makes them."""
+
+    def __init__(self, model: str, settings: dict, **keys: object) -> None:
+        self.config = build_config(model, "tiny", config_dict={**settings, **keys})
+        init_seed(self.config["seed"], True)
+        dataset = create_dataset(self.config)
+        self.train, self.valid, self.test = data_preparation(self.config, dataset)
+        init_seed(self.config["seed"], True)
+        self.model = get_model(model)(self.config, self.train._dataset)
+        self.trainer = get_trainer(self.config["MODEL_TYPE"], model)(self.config, self.model)
+
+    def seed(self) -> None:
+        init_seed(self.config["seed"], True)
+
+
+def both(model: str, settings: dict, **keys: object) -> tuple[Setup, Setup]:
+    """With the fast paths and without, other things equal."""
+    return tuple(Setup(model, settings, **keys, fast_paths=on) for on in (True, False))
+
+
+def same(one: object, other: object) -> bool:
+    """Equality of what a loader yields: interactions, tensors, tuples of them, None."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if one is None:
+        return other is None
+    return list(one.columns) == list(other.columns) and all(same(one[k], other[k]) for k in one)
+
+
+# Sampling
+
+
+def sampler(used: list[set[int]], n_items: int, distribution: str, fast_paths: bool) -> Sampler:
+    made = Sampler.__new__(Sampler)
+    made.used_ids = np.array([*used, None])[:-1]
+    made.item_num, made.user_num, made.alpha = n_items, len(used), 0.7
+    items = [item for some in used for item in some] or [1]
+    made._get_candidates_list = lambda: np.array([*items, n_items - 1])
+    made.set_distribution(distribution)
+    made.fast_paths = fast_paths
+    return made
+
+
+@pytest.mark.parametrize("table", [True, False], ids=["table", "search"])
+@pytest.mark.parametrize("distribution", ["uniform", "popularity"])
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**31))
+def test_negatives_are_recboles_own_for_the_same_seed(distribution, table, data, seed):
+    n_items = data.draw(st.integers(3, 12))
+    # Item n - 1 stays free for everyone, so that there is something to draw.
+    used = data.draw(
+        st.lists(st.sets(st.integers(1, n_items - 2), max_size=8), min_size=1, max_size=6)
+    )
+    users = data.draw(st.lists(st.integers(0, len(used) - 1), min_size=1, max_size=20))
+    num = data.draw(st.integers(1, 3))
+    drawn, states = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast, "MAX_TABLE", 2**25 if table else 0)
+        for on in (True, False):
+            made = sampler(used, n_items, distribution, on)
+            np.random.seed(seed)
+            drawn.append(made.sample_by_user_ids(np.array(users), None, num))
+            states.append(np.random.randint(2**31))
+            assert ("_membership" in vars(made)) is on
+    assert same(drawn[0], drawn[1])
+    assert states[0] == states[1]  # as many numbers were taken
+
+
+def test_a_user_that_is_not_there_is_refused_as_ever():
+    with pytest.raises(ValueError, match=r"user_id \[7\] not exist"):
+        sampler([{1}, {2}], 5, "uniform", True).sample_by_user_ids(np.array([0, 7]), None, 1)
+
+
+# Data loaders
+
+NEGATIVES = [
+    None,
+    {"distribution": "uniform", "sample_num": 1, "alpha": 1.0, "dynamic": False},
+    {"distribution": "uniform", "sample_num": 3, "alpha": 1.0, "dynamic": False},
+    {"distribution": "popularity", "sample_num": 2, "alpha": 0.5, "dynamic": False},
+]
+
+
+@pytest.mark.parametrize("model", ["LightGCN", "NeuMF"], ids=["pairwise", "pointwise"])
+@pytest.mark.parametrize("negatives", NEGATIVES[1:], ids=lambda n: f"{n['distribution']}")
+def test_training_batches_are_the_same_epoch_after_epoch(settings, model, negatives):
+    ours, theirs = both(model, settings, train_batch_size=64, train_neg_sample_args=negatives)
+    for _ in range(2):
+        init_seed(1, True)
+        batches = list(ours.train)
+        init_seed(1, True)
+        expected = list(theirs.train)
+        assert len(batches) == len(expected) == len(ours.train) > 1
+        assert all(map(same, batches, expected))
+    assert torch.equal(ours.train.generator.get_state(), theirs.train.generator.get_state())
+
+
+def test_batches_with_features_and_with_dynamic_negatives_are_the_same(settings):
+    negatives = {"distribution": "uniform", "sample_num": 1, "dynamic": True, "candidate_num": 3}
+    columns = {"inter": ["user_id", "item_id"], "user": ["user_id", "age"]}
+    keys = {"load_col": columns, "train_neg_sample_args": negatives | {"alpha": 1.0}}
+    batches = []
+    for one in both("BPR", settings, train_batch_size=64, **keys):
+        one.train.get_model(one.model)
+        one.seed()
+        batches.append(list(one.train))
+    assert {"age", "neg_item_id"} <= set(batches[0][0].columns)
+    assert all(map(same, *batches))
+
+
+def test_full_sort_batches_hold_the_same_items_for_the_same_users(settings):
+    ours, theirs = both("LightGCN", settings, eval_batch_size=1)
+    (batch,) = ours.valid  # all users at once
+    assert len(theirs.valid) == len(ours.valid.uid_list) > 1
+    users = np.array([2, 0, 5, 1])
+    assert same(ours.valid.collate_fn(users), theirs.valid.collate_fn(users))
+    assert same(batch, theirs.valid.collate_fn(np.arange(len(theirs.valid.uid_list))))
+
+
+# Evaluation
+
+
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), levels=st.integers(2, 1000))
+def test_collected_ranks_are_recboles_bit_for_bit_ties_included(seed, levels):
+    from recbole.evaluator import Collector
+
+    rng = np.random.default_rng(seed)
+    scores = torch.tensor(rng.integers(0, levels, (7, 20)), dtype=torch.float32)
+    scores[rng.random((7, 20)) < 0.2] = -np.inf
+    rows = torch.tensor(np.concatenate([np.arange(7), rng.integers(0, 7, 20)]))  # with repeats
+    items = torch.tensor(rng.integers(1, 20, len(rows)))
+    structs = []
+    for on in (True, False):
+        config = {"eval_args": {"mode": "full"}, "topk": [3, 5], "device": "cpu"}
+        config |= {"metrics": ["Recall", "ItemCoverage"], "fast_paths": on}
+        collector = Collector(config)
+        for part in (slice(0, 4), slice(4, 7)):
+            inside = (rows >= part.start) & (rows < part.stop)
+            positive = rows[inside] - part.start, items[inside]
+            collector.eval_batch_collect(scores[part], None, *positive)
+        structs.append(collector.get_data_struct())
+    for name in ("rec.topk", "rec.items"):
+        assert same(structs[0][name], structs[1][name])
+
+
+@pytest.mark.parametrize(
+    ("mode", "metrics"),
+    [
+        ("full", RANKING[:6]),
+        ("full", RANKING),
+        ("uni5", RANKING),
+        ("pop5", RANKING[:6]),
+        ("labeled", ["AUC", "LogLoss", "MAE", "RMSE"]),
+    ],
+)
+def test_every_mode_of_evaluation_gives_recboles_metrics(settings, mode, metrics):
+    keys = {
+        "eval_args": {"mode": mode, "split": {"RS": [0.6, 0.2, 0.2]}, "order": "RO"},
+        "metrics": metrics,
+        "valid_metric": metrics[0] if mode == "labeled" else f"{metrics[0]}@3",
+        "topk": [1, 3],
+        "metric_decimal_place": 12,
+        "eval_batch_size": 64,
+    }
+    if mode == "labeled":
+        keys |= {"threshold": {"rating": 3}, "train_neg_sample_args": None}
+    model = "NeuMF" if mode == "labeled" else "LightGCN"
+    results = []
+    for one in both(model, settings, **keys):
+        one.seed()
+        results.append(one.trainer.evaluate(one.valid, load_best_model=False))
+    assert dict(results[0]) == dict(results[1])
+
+
+# Training
+
+
+def trained(one: Setup) -> tuple[list[float], dict[str, float]]:
+    """Loss of each epoch and the test metrics."""
+    one.seed()
+    one.trainer.fit(one.train, one.valid, verbose=False)
+    losses = list(one.trainer.train_loss_dict.values())
+    return losses, dict(one.trainer.evaluate(one.test))
+
+
+@pytest.mark.parametrize("keys", [{}, {"clip_grad_norm": {"max_norm": 0.1}}, {"learner": "sgd"}])
+def test_gacllm_trains_to_the_same_metrics_with_and_without_fast_paths(settings, keys):
+    keys = {"use_text": False, "loss_type": "BPR", "epochs": 3, "learning_rate": 0.01, **keys}
+    runs = [trained(one) for one in both("GaCLLM", settings, **keys)]
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-5)
+    assert runs[0][1] == pytest.approx(runs[1][1], abs=1e-6)
+
+
+GRAPH_MODELS = [
+    ("LightGCN", {}),
+    ("NGCF", {"hidden_size_list": [8, 8], "node_dropout": 0.0}),
+    ("NGCF", {"hidden_size_list": [8, 8], "node_dropout": 0.2}),
+    *(("SGL", {"type": kind}) for kind in ("ED", "ND", "RW")),
+    ("DGCF", {"n_factors": 2, "train_batch_size": 64}),
+]
+
+
+@pytest.mark.parametrize(("model", "keys"), GRAPH_MODELS, ids=lambda v: str(v))
+def test_recboles_graph_models_train_to_the_same_losses_and_metrics(settings, model, keys):
+    ours, theirs = both(model, settings, epochs=3, learning_rate=0.01, **keys)
+    products = [v for v in vars(ours.model).values() if isinstance(v, ConstantMatrix)]
+    assert bool(products) is (keys.get("node_dropout", 0) == 0)
+    assert not any(isinstance(v, ConstantMatrix) for v in vars(theirs.model).values())
+    runs = [trained(ours), trained(theirs)]
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-4)
+    assert runs[0][1] == pytest.approx(runs[1][1], abs=1e-6)
+
+
+def test_ncl_has_the_same_loss_and_gradient(settings):
+    """Without its trainer, whose clustering needs faiss."""
+    results = []
+    for one in both("NCL", settings, n_layers=2, num_clusters=2):
+        model = one.model
+        n = model.n_users + model.n_items
+        generator = torch.Generator().manual_seed(1)
+        centers = torch.randn(2, 8, generator=generator)
+        model.user_centroids = model.item_centroids = centers
+        clusters = torch.randint(0, 2, (n,), generator=generator)
+        model.user_2cluster = model.item_2cluster = clusters
+        one.seed()
+        losses = model.calculate_loss(next(iter(one.train)))
+        sum(losses).backward()
+        results.append((*(loss.detach() for loss in losses), model.user_embedding.weight.grad))
+        diagonal = model.diag
+        results[-1] += (diagonal,)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results, strict=True))
+
+
+def test_fast_paths_are_off_for_other_models_unless_asked_for(settings):
+    theirs = Setup("LightGCN", settings)
+    list(theirs.train)
+    assert isinstance(theirs.model.norm_adj_matrix, torch.Tensor)
+    assert "_membership" not in vars(theirs.train._sampler)
+    assert not theirs.trainer.optimizer.param_groups[0]["fused"]
+    assert theirs.valid.step == theirs.config["eval_batch_size"] // theirs.model.n_items
+    ours = Setup("GaCLLM", settings, use_text=False, loss_type="BPR")
+    list(ours.train)
+    assert "_membership" in vars(ours.train._sampler)
+
+
+def test_a_run_without_fast_paths_is_resumed_with_them(settings, tmp_path):
+    keys = {"use_text": False, "loss_type": "BPR"}
+    first = Setup("GaCLLM", settings, **keys, fast_paths=False, epochs=1)
+    first.trainer.fit(first.train, first.valid, verbose=False)
+    second = Setup("GaCLLM", settings, **keys, epochs=3)
+    second.trainer.resume_checkpoint(first.trainer.saved_model_file)
+    weight = second.model.user_embedding.weight
+    assert torch.equal(weight, first.model.user_embedding.weight)
+    second.trainer.fit(second.train, second.valid, verbose=False)
+    assert list(second.trainer.train_loss_dict) == [1, 2]
+
+
+def test_worker_processes_load_the_same_batches(settings):
+    keys = {"use_text": False, "loss_type": "SSM", "train_batch_size": 64}
+    with_workers = Setup("GaCLLM", settings, **keys, worker=1)
+    without = Setup("GaCLLM", settings, **keys)
+    assert all(map(same, list(with_workers.train), list(without.train)))
+
+
+def test_anomaly_detection_stays_off_when_sequential_models_are_imported():
+    code = "{}import torch, recbole.model.sequential_recommender; print(torch.is_anomaly_enabled())"
+    alone = "import numpy as np; np.float = float; np.long = int; "  # what RecBole asks of NumPy
+    answers = [
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code.format(start)],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()[-1]
+        for start in ("import recbole_gacllm; ", alone)
+    ]
+    assert answers == ["False", "True"]

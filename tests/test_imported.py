@@ -1,0 +1,191 @@
+"""Texts from elsewhere: what a file must hold, what it fills, and a run that uses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from recbole_gacllm.cli import main
+from recbole_gacllm.descriptions.imported import ImportedTexts
+from recbole_gacllm.descriptions.layers import SIDES, Layer
+from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.runner import run
+
+TOKENS = {"user": ["u1", "u2"], "item": ["1", "2", "3"]}
+ROWS = [
+    ("user", "u1", 1, "Likes  rain\nand fog."),
+    ("item", "1", 1, "A wet film."),
+    ("item", "2", 1, "A dry film."),
+    ("item", "99", 1, "A film nobody has seen."),
+    ("item", "1", 0, "Rain, a film."),
+]
+
+
+def write(file: Path, rows=ROWS, columns=("side", "token", "layer", "text")) -> Path:
+    frame = pd.DataFrame(rows, columns=list(columns))
+    if file.suffix == ".parquet":
+        frame.to_parquet(file, index=False)
+    else:
+        frame.to_csv(file, index=False)
+    return file
+
+
+def below() -> Layer:
+    return Layer.raw(TOKENS, {"user": ["A nurse.", "A cook."], "item": ["Rain.", "Sun.", "Fog."]})
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_layer_takes_the_texts_of_the_file_and_carries_the_others(tmp_path, suffix):
+    layer = ImportedTexts.read(write(tmp_path / f"texts.{suffix}")).fill(1, below())
+    assert layer.texts == {
+        "user": ["Likes rain and fog.", "A cook."],
+        "item": ["A wet film.", "A dry film.", "Fog."],
+    }
+    assert layer.statuses["user"] == ["imported", "missing"]
+    assert layer.statuses["item"] == ["imported", "imported", "missing"]
+    assert layer.reasons["item"] == ["", "", "not in text_import_file"]
+
+
+def test_at_layer_0_a_node_without_an_import_stays_raw(tmp_path):
+    layer = ImportedTexts.read(write(tmp_path / "texts.csv")).fill(0, below())
+    assert layer.texts["item"] == ["Rain, a film.", "Sun.", "Fog."]
+    assert layer.statuses["item"] == ["imported", "raw", "raw"]
+
+
+def test_unknown_tokens_and_missing_nodes_are_counted_and_named(tmp_path):
+    imported = ImportedTexts.read(write(tmp_path / "texts.csv"))
+    [zero, one] = imported.check(TOKENS, 1)
+    assert (one.n_imported, one.n_missing, one.n_unknown) == (3, 2, 1)
+    assert (one.missing, one.unknown) == (["user u2", "item 3"], ["item 99"])
+    assert (zero.n_imported, zero.n_missing, zero.n_unknown) == (1, 4, 0)
+
+
+def test_tokens_that_are_numbers_in_parquet_are_tokens(tmp_path):
+    file = write(tmp_path / "texts.parquet", [("item", 2, 1, "A dry film.")])
+    assert ImportedTexts.read(file).layers == {1: {"user": {}, "item": {"2": "A dry film."}}}
+
+
+def test_a_text_that_reads_like_nothing_is_a_text(tmp_path):
+    file = write(tmp_path / "texts.csv", [("item", "NA", 1, "None")])
+    assert ImportedTexts.read(file).layers[1]["item"] == {"NA": "None"}
+
+
+def test_the_digest_follows_the_texts_and_not_their_order(tmp_path):
+    first = ImportedTexts.read(write(tmp_path / "a.csv")).digest()
+    assert ImportedTexts.read(write(tmp_path / "b.parquet", ROWS[::-1])).digest() == first
+    changed = [*ROWS[:-1], ("item", "1", 0, "Rain, a movie.")]
+    assert ImportedTexts.read(write(tmp_path / "c.csv", changed)).digest() != first
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("film", "1", 1, "x"), "row 2: side is 'film'; allowed are user and item"),
+        (("item", "", 1, "x"), "row 2: token is empty"),
+        (("item", "2", -1, "x"), "row 2: layer is '-1'"),
+        (("item", "2", "one", "x"), "row 2: layer is 'one'"),
+        (("item", "2", 1, "  "), "row 2: the text of item 2 is empty"),
+        (("item", "1", 1, "x"), "row 2: item 1 has two texts of layer 1"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(tmp_path, row, message):
+    file = write(tmp_path / "texts.csv", [ROWS[1], row])
+    with pytest.raises(ValueError, match=message):
+        ImportedTexts.read(file)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no column text; .* found are side, token, layer"):
+        ImportedTexts.read(
+            write(tmp_path / "a.csv", [("item", "1", 1)], ("side", "token", "layer"))
+        )
+    with pytest.raises(ValueError, match=r"must end in \.parquet or \.csv"):
+        ImportedTexts.read(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match=r"none\.csv cannot be read"):
+        ImportedTexts.read(tmp_path / "none.csv")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(ValueError, match=r"bad\.parquet cannot be read"):
+        ImportedTexts.read(tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match="holds no row"):
+        ImportedTexts.read(write(tmp_path / "empty.csv", []))
+
+
+def test_a_file_of_another_data_set_or_of_more_layers_is_refused(tmp_path):
+    imported = ImportedTexts.read(write(tmp_path / "a.csv", [("item", "tt1", 1, "A film.")]))
+    with pytest.raises(ValueError, match=r"no token of layer 1 .*item tt1, the data set.*item 1\."):
+        imported.check(TOKENS, 1)
+    imported = ImportedTexts.read(write(tmp_path / "b.csv", [("item", "1", 3, "A film.")]))
+    with pytest.raises(ValueError, match=r"texts of layer 3, the run has layers 0 to 2"):
+        imported.check(TOKENS, 2)
+
+
+def full_import(file: Path, n_layers: int = 1) -> Path:
+    nodes = [("user", f"u{n}") for n in range(24)] + [("item", f"i{n}") for n in range(30)]
+    rows = [
+        (side, token, layer, f"Curated text {layer} of {token}.")
+        for layer in range(1, n_layers + 1)
+        for side, token in nodes
+        if token != "i3"
+    ]
+    return write(file, rows)
+
+
+def test_a_run_on_imported_texts_needs_no_llm_and_says_so(settings, tmp_path, monkeypatch):
+    file = full_import(tmp_path / "texts.csv")
+    keys = {**settings, "text_import_file": str(file), "llm_model": "/no/such/model"}
+    done = run("GaCLLM", "tiny", config_dict=keys)
+    assert set(done.record["stages"]) == {"inputs", "descriptions", "embeddings"}
+    [report] = done.record["stages"]["descriptions"]["layers"]
+    assert report["imported"]
+    assert (report["n_imported"], report["n_missing"], report["missing"]) == (53, 1, ["item i3"])
+    layer = Layer.read(Path(done.record["artifacts"]["descriptions"]) / "layer_1.parquet")
+    for side in SIDES:
+        for token, text, status in zip(
+            layer.tokens[side], layer.texts[side], layer.statuses[side], strict=True
+        ):
+            assert status == ("missing" if token == "i3" else "imported")
+            assert (text == f"Curated text 1 of {token}.") == (token != "i3")
+
+    def other_stage(stage, folder):
+        raise GaCLLMError(f"{stage} is run again")
+
+    monkeypatch.setattr("recbole_gacllm.artifacts.run_child", other_stage)
+    file.write_text(file.read_text().replace("text 1 of u7", "words about u7"))
+    with pytest.raises(GaCLLMError, match="descriptions is run again"):
+        run("GaCLLM", "tiny", config_dict=keys)
+
+
+def test_a_layer_that_is_not_imported_is_generated_from_the_imported_one(settings, tmp_path):
+    from .test_generator_contract import save_tiny_model
+    from .test_pipeline import TINY
+
+    file = full_import(tmp_path / "texts.parquet")
+    keys = {**settings, **TINY, "llm_n_layers": 2, "sft": False, "text_import_file": str(file)}
+    keys["llm_model"] = str(save_tiny_model(tmp_path / "model"))
+    done = run("GaCLLM", "tiny", config_dict=keys)
+    imported, generated = done.record["stages"]["descriptions"]["layers"]
+    assert imported["imported"]
+    assert generated["n_generated"] == 54
+
+
+def test_the_command_checks_a_file_against_the_data_set(settings, tmp_path, capsys):
+    file = full_import(tmp_path / "texts.csv")
+    with file.open("a") as rows:
+        rows.write("user,u99,1,Nobody.\n")
+    data_path = f"--data_path={settings['data_path']}"
+    main(["import-descriptions", str(file), "--dataset=tiny", data_path])
+    out = capsys.readouterr().out
+    assert "layer 1: 53 nodes have an imported text" in out
+    assert "1 are not in the file and keep the text of the layer below (item i3)" in out
+    assert "1 rows are about nodes that the training graph lacks (user u99)" in out
+    assert f"--text_import_file={file} --llm_n_layers=1" in out
+
+
+def test_the_command_refuses_a_bad_file_with_exit_code_2(tmp_path, capsys):
+    file = write(tmp_path / "texts.csv", [("film", "1", 1, "x")])
+    with pytest.raises(SystemExit) as end:
+        main(["import-descriptions", str(file), "--dataset=tiny"])
+    assert end.value.code == 2
+    assert "side is 'film'" in capsys.readouterr().err

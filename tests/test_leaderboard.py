@@ -1,0 +1,268 @@
+"""Leaderboards: each run once, equal splits, per-user metrics, kill and continue."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from recbole_gacllm import runner
+from recbole_gacllm.benchmark import leaderboard
+from recbole_gacllm.benchmark.job import Recorder
+from recbole_gacllm.benchmark.leaderboard import run_leaderboard
+from recbole_gacllm.benchmark.plan import baseline_files, make_plan
+from recbole_gacllm.benchmark.results import Board
+from recbole_gacllm.cli import main
+from recbole_gacllm.config import shipped_path
+from recbole_gacllm.errors import GaCLLMError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def keys(settings):
+    return {**settings, "use_text": False, "epochs": 1}
+
+
+def observed(model, settings, protocol, **more):
+    recorder = Recorder()
+    files = [shipped_path("properties", "protocols", f"{protocol}.yaml")]
+    done = runner.run(model, "tiny", files, {**settings, "epochs": 1, **more}, observer=recorder)
+    return done.record, recorder
+
+
+def stored(content, tmp_path):
+    file = tmp_path / "per_user.npz"
+    file.write_bytes(content)
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize(
+    ("model", "protocol"), [("BPR", "general"), ("EASE", "general"), ("SASRec", "sequential")]
+)
+def test_per_user_metrics_average_to_recboles_numbers(settings, tmp_path, model, protocol):
+    record, recorder = observed(model, settings, protocol, topk=[5, 10])
+    arrays = stored(recorder.per_user(record["test"], 4), tmp_path)
+    users = arrays.pop("users")
+    assert set(arrays) == set(record["test"])
+    assert "ndcg@5" in arrays
+    assert len(set(users)) == 24
+    assert all(user.startswith("u") for user in users)
+    for name, values in arrays.items():
+        assert round(values.mean(), 4) == record["test"][name]
+
+
+def test_per_user_metrics_that_do_not_average_to_the_result_are_refused(settings):
+    record, recorder = observed("Pop", settings, "general")
+    recorder.values["ndcg@10"][0] += 1
+    with pytest.raises(GaCLLMError, match=r"ndcg@10: .* do not give RecBole's"):
+        recorder.per_user(record["test"], 4)
+
+
+def test_general_and_sequential_models_have_one_split_in_the_sequential_protocol(settings):
+    splits = [observed(model, settings, "sequential")[1].split for model in ("BPR", "SASRec")]
+    assert splits[0] == splits[1]
+    assert splits[0]["n_test"] == splits[0]["n_valid"] == 24
+    assert splits[0]["n_train"] == 24 * 8
+
+
+def test_another_seed_is_another_random_split(settings):
+    splits = [observed("Pop", settings, "general", seed=seed)[1].split for seed in (1, 2)]
+    assert splits[0]["test"] != splits[1]["test"]
+
+
+def test_a_sequential_model_is_refused_on_a_random_split(keys):
+    with pytest.raises(ValueError, match=r"SASRec is sequential.*--protocol=sequential"):
+        make_plan(["BPR", "SASRec"], ["tiny"], 1, "general", config_dict=keys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["BPR"], ["tiny"], 1, "other"), "protocol: 'other' is not one of general, sequential"),
+        ((["BPR"], ["tiny"], 0), "seeds: 0"),
+        ((["BPR", "BPR"], ["tiny"], 1), "models: 'BPR,BPR'"),
+        ((["BRP"], ["tiny"], 1), "model: 'BRP' is neither GaCLLM"),
+    ],
+)
+def test_a_bad_plan_is_refused_before_any_run(keys, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(*arguments, config_dict=keys)
+
+
+def names(keys, **more):
+    return [job.name for job in make_plan(["BPR"], ["tiny"], 1, config_dict={**keys, **more}).jobs]
+
+
+def test_a_run_is_addressed_by_what_determines_it_and_by_nothing_else(keys, dataset_root):
+    before = names(keys)
+    assert names(keys, checkpoint_dir="elsewhere", show_progress=True, worker=1) == before
+    assert names(keys, learning_rate=0.1) != before
+    assert names(keys, seed=2021) != before
+    with (dataset_root / "tiny" / "tiny.inter").open("a") as file:
+        file.write("u0\ti29\t5\t1\n")
+    assert names(keys) != before
+
+
+def test_committed_hyper_parameters_are_used_and_the_users_win(keys):
+    plan = make_plan(["EASE"], ["tiny"], 1, config_dict=keys)
+    assert plan.jobs[0].key["config"]["reg_weight"] == 1000.0
+    plan = make_plan(["EASE"], ["tiny"], 1, config_dict={**keys, "reg_weight": 7.0})
+    assert plan.jobs[0].key["config"]["reg_weight"] == 7.0
+
+
+def test_every_committed_file_of_hyper_parameters_fits_its_model(keys):
+    folder = shipped_path("properties", "baselines")
+    models = sorted(file.stem for file in folder.glob("*.yaml"))
+    plan = make_plan(models, ["tiny"], 1, config_dict=keys)
+    for job in plan.jobs:
+        assert baseline_files(job.model, "tiny")
+        assert "# Source:" in Path(baseline_files(job.model, "tiny")[0]).read_text("utf-8")
+        for key, value in plan.summary["tuned"][f"tiny/{job.model}"]["values"].items():
+            found = job.key["config"][key]
+            assert found == value or value.items() <= found.items()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A board of GaCLLM, Pop and a model that fails (it wants a knowledge graph), made once."""
+    from tests.conftest import write_dataset
+
+    root = tmp_path_factory.mktemp("board")
+    keys = {
+        "data_path": str(write_dataset(root / "data")),
+        "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
+        "use_text": False,
+        "epochs": 1,
+        "embedding_size": 8,
+        "use_gpu": False,
+    }
+    plan = make_plan(["GaCLLM", "CKE", "Pop"], ["tiny"], 1, config_dict=keys)
+    working = Path.cwd()
+    os.chdir(root)
+    try:
+        run_leaderboard(plan, root / "out", show_progress=False)
+    finally:
+        os.chdir(working)
+    return root / "out", plan
+
+
+def test_a_failed_run_is_recorded_and_the_others_go_on(finished):
+    folder, _ = finished
+    board = Board.read(folder)
+    assert [run.record["model"] for run in board.runs] == ["GaCLLM", "Pop"]
+    assert [failure["model"] for failure in board.failures] == ["CKE"]
+    assert "[tiny.kg] not found" in board.failures[0]["error"]
+    assert any("Error" in line for line in board.failures[0]["log_tail"])
+
+
+def test_the_numbers_are_those_of_a_run_alone(finished, tmp_path):
+    folder, plan = finished
+    job = next(job for job in plan.jobs if job.model == "GaCLLM")
+    alone = runner.run(
+        "GaCLLM", "tiny", job.config_files, {**job.config_dict, "checkpoint_dir": str(tmp_path)}
+    )
+    run = next(run for run in Board.read(folder).runs if run.name == job.name)
+    assert run.record["test"] == alone.record["test"]
+    assert run.record["valid"] == alone.record["valid"]
+
+
+def test_nothing_finished_is_run_twice(finished, monkeypatch):
+    folder, plan = finished
+    started = []
+    monkeypatch.setattr(
+        leaderboard.artifacts, "run_child", lambda name, *_, **__: started.append(name)
+    )
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/run.json")}
+    failed = {file: file.read_bytes() for file in folder.glob("runs/*/failed.json")}
+    run_leaderboard(plan, folder, show_progress=False)
+    for file, content in failed.items():
+        file.write_bytes(content)
+    assert {name.split("-")[1] for name in started} == {"CKE"}
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/run.json")} == before
+
+
+def test_different_splits_are_an_error_that_names_the_runs(finished, tmp_path):
+    import shutil
+
+    folder, _ = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    file = next(copy.glob("runs/tiny-Pop-2020-*/run.json"))
+    record = json.loads(file.read_text())
+    record["split"]["test"] = "0" * 64
+    file.write_text(json.dumps(record))
+    with pytest.raises(GaCLLMError, match=r"splits of tiny-GaCLLM-2020-\w+ and tiny-Pop-2020-\w+"):
+        Board.read(copy)
+
+
+def test_a_run_with_another_split_than_its_neighbours_stops_before_training(settings):
+    recorder = Recorder({"run": "tiny-EASE-2020", "split": {"test": "0"}})
+    files = [shipped_path("properties", "protocols", "general.yaml")]
+    with pytest.raises(GaCLLMError, match="this run's split differs from that of tiny-EASE-2020"):
+        runner.run("Pop", "tiny", files, settings, observer=recorder)
+
+
+def test_a_run_that_another_process_holds_is_left_to_it(keys, tmp_path, monkeypatch):
+    plan = make_plan(["Pop"], ["tiny"], 2, config_dict=keys)
+    held, free = (tmp_path / "out" / "runs" / job.name for job in plan.jobs)
+    held.mkdir(parents=True)
+    lock = FileLock(held / ".lock", is_singleton=False)
+    lock.acquire()
+    started = []
+
+    def child(name, folder, **_):
+        started.append(name)
+        (folder / "run.json").write_text("{}")
+
+    def other_finishes(_):
+        (held / "run.json").write_text('{"split": 0}')
+        lock.release()
+
+    monkeypatch.setattr(leaderboard.artifacts, "run_child", child)
+    monkeypatch.setattr(leaderboard.time, "sleep", other_finishes)
+    run_leaderboard(plan, tmp_path / "out", show_progress=False)
+    assert started == [free.name]
+
+
+def test_a_killed_leaderboard_goes_on_where_it_was(settings, tmp_path):
+    """SIGKILL in the middle, twice; then what was finished stands and the rest is made."""
+    command = [
+        *(sys.executable, str(ROOT / "run_recbole_gacllm.py"), "leaderboard"),
+        *("--models=Pop", "--datasets=tiny", "--seeds=3", "--epochs=2", "--use_gpu=False"),
+        *(f"--data_path={settings['data_path']}", f"--output={tmp_path / 'out'}"),
+        f"--config_files={tmp_path / 'columns.yaml'}",
+    ]
+    columns = "load_col: {inter: [user_id, item_id, rating, timestamp]}\n"
+    (tmp_path / "columns.yaml").write_text(columns)
+    times = {}
+    for n_wanted in (1, 2):
+        board = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(done := list(tmp_path.glob("out/runs/*/run.json"))) < n_wanted:
+            assert board.poll() is None, "ended before it was killed"
+            time.sleep(0.02)
+        board.send_signal(signal.SIGKILL)
+        board.wait()
+        times |= {file: file.stat().st_mtime_ns for file in done}
+    last = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert last.returncode == 0, last.stderr
+    runs = Board.read(tmp_path / "out").runs
+    assert [run.record["seed"] for run in runs] == [2020, 2021, 2022]
+    assert all(file.stat().st_mtime_ns == made for file, made in times.items())
+    assert "| **Pop**" in last.stdout
+
+
+def test_recboles_flag_for_models_works_and_mistakes_end_with_code_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["leaderboard", "--model_list=BRP", "--datasets=ml-100k"])
+    assert end.value.code == 2
+    assert "model: 'BRP'" in capsys.readouterr().err

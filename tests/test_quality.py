@@ -1,0 +1,122 @@
+"""The figures of a layer on texts whose figures are known, and the command that prints them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from recbole_gacllm import artifacts
+from recbole_gacllm.cli import main
+from recbole_gacllm.descriptions.layers import Layer
+from recbole_gacllm.descriptions.neighbors import TrainGraph
+from recbole_gacllm.descriptions.quality import layer_qualities
+from recbole_gacllm.descriptions.reading import RunDescriptions
+
+REPORT = {
+    **{"n_nodes": 7, "n_generated": 6, "n_from_store": 1, "n_retried": 2, "n_failed": 1},
+    **{"n_truncated": 3, "n_prompt_tokens": 700, "n_cached_tokens": 80, "n_output_tokens": 90},
+    "seconds": 12.0,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    inputs, folder = tmp_path / "inputs-1", tmp_path / "descriptions-1"
+    inputs.mkdir()
+    folder.mkdir()
+    tokens = {"user": ["u1", "u2", "u3"], "item": ["i1", "i2", "i3", "i4"]}
+    graph = TrainGraph(
+        np.array(tokens["user"]),
+        np.array(tokens["item"]),
+        np.array([0, 0, 1, 2]),
+        np.array([0, 1, 2, 3]),
+    )
+    graph.save(inputs / "graph.npz")
+    below = Layer.raw(
+        tokens,
+        {"user": ["A nurse.", "A cook.", "A pilot."], "item": ["Rain.", "Sun.", "Fog.", "Ice."]},
+    )
+    below.write(inputs / "layer_0.parquet")
+    above = Layer.raw(
+        tokens,
+        {
+            "user": ["Likes Rain Man and more.", "Fog", "A pilot."],
+            "item": ["Rain Man is wet.", "Дождь и снег.", "Wet and grey.", "wet and grey"],
+        },
+    )
+    above.statuses = {"user": ["generated", "generated", "failed"], "item": ["generated"] * 4}
+    above.reasons["user"][2] = "echo"
+    above.write(folder / "layer_1.parquet")
+    names = {"i1": "Rain Man", "i2": "Sun Valley", "i3": "Fog Land", "i4": "Ice"}
+    (inputs / "item_names.json").write_text(json.dumps(names))
+    options = {"neighbor_rule": "rare_first", "n_neighbors": 2}
+    job = {"inputs": str(inputs), "seed": 1, "options": options}
+    (folder / "job.json").write_text(json.dumps(job))
+    artifacts.write_manifest(folder, {"stage": "descriptions", "layers": [REPORT]})
+    return folder
+
+
+def test_figures_of_a_layer_are_those_counted_by_hand(folder):
+    [layer] = layer_qualities(RunDescriptions(folder), n_samples=10, seed=0)
+    users, items = layer.sides["user"], layer.sides["item"]
+    assert layer.report["n_retried"] == 2
+    assert users.statuses == {"generated": 2, "failed": 1}
+    assert users.failures == {"echo": 1}
+    # "A pilot." is carried over, not a copy; "Fog" is what u2's neighbour said.
+    assert (users.own_copies, users.neighbor_copies) == (0.0, 1 / 3)
+    # One of two generated texts names a neighbour; "Ice" is too short a name to count.
+    assert (users.neighbor_names, users.own_names) == (0.5, None)
+    assert (items.own_names, items.neighbor_names) == (0.25, None)
+    assert items.repeated == 0.5
+    assert items.scripts == {"LATIN": 0.75, "CYRILLIC": 0.25}
+    assert users.n_words == {"min": 1, "p10": 1, "median": 2, "p90": 5, "max": 5}
+    # likes rain man and more / fog / a pilot: 8 words, all different; 5 pairs, all different.
+    assert users.distinct == (1.0, 1.0)
+    # rain man is wet / дождь и снег / wet and grey twice: 13 words, 9 different; 9 pairs, 7.
+    assert items.distinct == (9 / 13, 7 / 9)
+
+
+def test_samples_are_generated_texts_and_the_seed_draws_them(folder):
+    found = RunDescriptions(folder)
+    [layer] = layer_qualities(found, n_samples=10, seed=0)
+    assert [sample.node for sample in layer.sides["user"].samples] == ["user u1", "user u2"]
+    assert layer.sides["user"].samples[0].below == "A nurse."
+    assert layer.sides["user"].samples[0].n_neighbors == 2
+    draws = {
+        next(layer_qualities(found, n_samples=1, seed=seed)).sides["item"].samples[0].node
+        for seed in range(20)
+    }
+    assert len(draws) > 1
+
+
+def test_audit_prints_every_figure_and_the_leakage_audit_of_the_run(folder, tmp_path, capsys):
+    run = {
+        "artifacts": {"descriptions": str(folder)},
+        "leakage_audit": {"n_pairs": 5, "edges_in_graph": 0},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    main(["audit", str(tmp_path), "--json", str(tmp_path / "audit.json")])
+    out = capsys.readouterr().out
+    for words in (
+        "6 prompts, 1 from the store, 2 retried, 1 nodes failed, 3 cut by the length limit",
+        "700 in (80 from the prefix cache), 90 out, 12 s",
+        "echo 1",
+        "0.0% of the own text below, 33.3% of a neighbour's",
+        "user u1, 2 neighbours: A nurse.",
+        "→ Likes Rain Man and more.",
+        "leakage audit n_pairs 5, edges_in_graph 0",
+    ):
+        assert words in out
+    written = json.loads((tmp_path / "audit.json").read_text())
+    assert written["layers"][0]["sides"]["item"]["own_names"] == 0.25
+
+
+def test_audit_takes_a_descriptions_folder_and_refuses_anything_else(folder, tmp_path, capsys):
+    main(["audit", str(folder)])
+    assert "layer 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["audit", str(tmp_path / "none")])
+    assert end.value.code == 2
+    assert "none is not a file" in capsys.readouterr().err

@@ -1,0 +1,363 @@
+"""Endpoints that fail, die, refuse and come back; the contract itself is tested with the others."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recbole_gacllm import artifacts
+from recbole_gacllm.errors import GenerationError
+from recbole_gacllm.llm import traffic
+from recbole_gacllm.llm.engines import choose_backend
+from recbole_gacllm.llm.generator import TextGenerator
+from recbole_gacllm.llm.server import ServerGenerator
+
+from .fake_generator import FakeGenerator
+from .fake_server import FakeServer
+from .test_generator_contract import MAX_MODEL_LEN, make_requests, save_tiny_model, texts_of
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traffic, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(traffic, "_LONGEST_PAUSE", 0.05)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., FakeServer]]:
+    with ExitStack() as stack:
+        yield lambda *arguments, **options: stack.enter_context(FakeServer(*arguments, **options))
+
+
+@pytest.fixture
+def connect(tiny_model: Path) -> Callable[..., TextGenerator]:
+    def make(*servers: FakeServer, **options: Any) -> TextGenerator:
+        urls = [server.url for server in servers]
+        return ServerGenerator(tiny_model, urls, "fake", **{"concurrency": 4, **options})
+
+    return make
+
+
+def expected_texts(n: int) -> dict[str, str]:
+    return texts_of(FakeGenerator().generate(make_requests(n)))
+
+
+def test_all_endpoints_share_the_work_within_their_bounds(serve, connect):
+    def slow(body):
+        time.sleep(0.005)
+
+    servers = [serve(slow), serve(slow), serve(slow)]
+    assert texts_of(connect(*servers).generate(make_requests(60))) == expected_texts(60)
+    for server in servers:
+        assert len(server.answered) > 5
+        assert 1 < server.most_open <= 4
+
+
+def test_an_endpoint_that_dies_loses_nothing_and_its_share_moves_on(serve, connect):
+    dying, other = serve(), serve()
+
+    def die(body):
+        if len(dying.answered) < 8:
+            return None
+        return "drop"
+
+    dying.behaviour = die
+    found = {}
+    for completion in connect(dying, other).generate(make_requests(80)):
+        assert completion.id not in found
+        found[completion.id] = completion.text
+        if len(dying.answered) >= 8:
+            dying.stop()
+    assert found == expected_texts(80)
+    assert len(other.answered) >= 80 - 8 - 4
+
+
+def test_an_endpoint_that_comes_back_joins_in_again(serve, connect):
+    state = {"sick": True}
+    sick = serve(lambda body: 503 if state["sick"] else None)
+
+    def slow(body):
+        time.sleep(0.01)
+        if len(healthy.answered) > 20:
+            state["sick"] = False
+
+    healthy = serve(slow)
+    assert texts_of(connect(sick, healthy).generate(make_requests(200))) == expected_texts(200)
+    assert len(sick.answered) > 5
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        500,
+        503,
+        429,
+        408,
+        "drop",
+        {"choices": []},
+        {"choices": [{"message": {"content": "x"}, "finish_reason": "abort"}], "usage": {}},
+    ],
+)
+def test_a_request_that_fails_once_is_asked_again(serve, connect, failure):
+    failed = set()
+
+    def once(body):
+        name = body["messages"][-1]["content"]
+        if name in failed or len(failed) == 3:
+            return None
+        failed.add(name)
+        return failure
+
+    assert texts_of(connect(serve(once)).generate(make_requests(12))) == expected_texts(12)
+    assert len(failed) == 3
+
+
+def test_a_request_that_every_endpoint_fails_on_ends_the_layer_by_name(serve, connect):
+    poison = make_requests(12)[7].messages[-1]["content"]
+    servers = [serve(lambda b: 500 if b["messages"][-1]["content"] == poison else None)] * 1
+    with pytest.raises(GenerationError, match=r"'node 7' failed 8 times.*status 500"):
+        list(connect(*servers).generate(make_requests(12)))
+
+
+def test_all_dead_names_each_endpoint_and_its_last_error(serve, connect):
+    servers = [serve(), serve()]
+    generator = connect(*servers, patience_seconds=0.2)
+    running = generator.generate(make_requests(200))
+    next(running)
+    for server in servers:
+        server.behaviour = lambda body: "drop"
+        server.stop()
+    with pytest.raises(GenerationError, match=r"no endpoint.*start again") as caught:
+        list(running)
+    for server in servers:
+        assert f"{server.url}: All connection attempts failed" in str(caught.value)
+
+
+def test_no_endpoint_at_the_start_is_one_clear_error(serve, connect):
+    server = serve()
+    server.stop()
+    with pytest.raises(GenerationError, match=r"no endpoint of llm_endpoints.*vllm serve fake"):
+        connect(server)
+
+
+def test_one_endpoint_of_two_is_enough_to_start(serve, connect):
+    gone, there = serve(), serve()
+    gone.stop()
+    assert texts_of(connect(gone, there).generate(make_requests(20))) == expected_texts(20)
+
+
+def test_an_endpoint_that_serves_another_model_is_refused(serve, connect):
+    server = serve(models=("llama", "adapter-1"))
+    with pytest.raises(ValueError, match=r"serves llama, adapter-1, not 'fake'.*llm_served_model"):
+        connect(server)
+
+
+def test_a_refused_request_is_no_reason_to_try_again(serve, connect):
+    server = serve(lambda body: 400)
+    with pytest.raises(GenerationError, match=r"refuses a request \(status 400"):
+        list(connect(server).generate(make_requests(4)))
+    assert len(server.bodies) <= 4
+
+
+def test_the_key_comes_from_the_environment_and_stays_out_of_errors_and_logs(
+    serve, connect, monkeypatch, caplog
+):
+    monkeypatch.setenv("MY_KEY", "sk-secret-123")
+    caplog.set_level(logging.DEBUG)
+    server = serve(lambda body: 401)
+    generator = connect(server, key_variable="MY_KEY")
+    with pytest.raises(GenerationError, match=r"refuses the API key.*MY_KEY was sent") as caught:
+        list(generator.generate(make_requests(4)))
+    server.behaviour = lambda body: 503
+    with pytest.raises(GenerationError) as again:
+        list(generator.generate(make_requests(4)))
+    assert server.keys == {"Bearer sk-secret-123"}
+    for text in (str(caught.value), str(again.value), caplog.text, repr(generator._client)):
+        assert "sk-secret-123" not in text
+
+
+def test_a_hung_endpoint_is_left_after_the_time_limit(serve, connect):
+    hung = serve(lambda body: time.sleep(1.5))
+    generator = connect(hung, serve(), concurrency=2, timeout_seconds=0.3)
+    assert texts_of(generator.generate(make_requests(30))) == expected_texts(30)
+    assert hung.bodies
+
+
+def test_a_server_with_another_tokenizer_is_reported_once(serve, connect, caplog):
+    list(connect(serve()).generate(make_requests(6)))
+    assert caplog.text.count("they serve another model or chat template") == 1
+
+
+def test_requests_carry_the_sampling_and_the_name(serve, connect):
+    server = serve()
+    list(connect(server).generate(make_requests(1, temperature=0.7, seed=11, max_new_tokens=9)))
+    [body] = server.bodies
+    assert (body["model"], body["max_tokens"], body["seed"]) == ("fake", 9, 11)
+    assert (body["temperature"], body["repetition_penalty"]) == (0.7, 1.05)
+    assert body["messages"][0]["role"] == "system"
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_two_real_servers_one_killed_mid_layer_lose_nothing(tmp_path):
+    """`vllm serve` twice on loopback, in float32: the same texts as in process, to the token."""
+    if choose_backend("auto")[0] != "vllm":
+        pytest.skip("vLLM cannot run here")
+    from recbole_gacllm.llm.engines import open_generator
+    from recbole_gacllm.llm.weights import resolve_llm
+
+    model = resolve_llm("embedded")
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    servers, urls = [], []
+    try:
+        for number in range(2):
+            port = free_port()
+            urls.append(f"http://127.0.0.1:{port}/v1")
+            command = [sys.executable, "-c", SERVE, "--model", str(model), "--port", str(port)]
+            command += ["--served-model-name", "fake", "--dtype", "float32", "--enforce-eager"]
+            command += ["--max-model-len", str(MAX_MODEL_LEN), "--enable-prompt-tokens-details"]
+            log = (tmp_path / f"{number}.log").open("w")
+            servers.append(
+                subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
+            )
+        wait_for(urls, servers, tmp_path)
+        requests = make_requests(48, max_new_tokens=24)
+        generator = ServerGenerator(model, urls, "fake", concurrency=8)
+        found = {}
+        for completion in generator.generate(requests):
+            assert completion.id not in found
+            found[completion.id] = (completion.text, completion.n_output_tokens)
+            if len(found) == 12:
+                os.killpg(servers[0].pid, signal.SIGKILL)
+        assert len(found) == 48
+        assert servers[1].poll() is None
+    finally:
+        for server in servers:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+    reference = open_generator("transformers", model_dir=model, dtype="float32")
+    expected = {c.id: (c.text, c.n_output_tokens) for c in reference.generate(requests)}
+    assert found == expected
+
+
+# `import recbole_gacllm` hides torchvision where it is broken; its engine stays in this process.
+SERVE = """
+import recbole_gacllm, runpy, sys
+from vllm.model_executor.models import registry
+registry._run_in_subprocess = lambda inspect: inspect()
+runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+"""
+
+
+def wait_for(urls: list[str], servers: list[subprocess.Popen], logs: Path) -> None:
+    import httpx
+
+    end = time.monotonic() + 300
+    waiting = list(urls)
+    while waiting:
+        for number, server in enumerate(servers):
+            assert server.poll() is None, (logs / f"{number}.log").read_text()[-3000:]
+        assert time.monotonic() < end, "the servers did not start"
+        try:
+            httpx.get(f"{waiting[0]}/models", timeout=5.0).raise_for_status()
+            waiting.pop(0)
+        except httpx.HTTPError:
+            time.sleep(1)
+
+
+def test_a_run_takes_its_texts_from_servers_and_writes_the_key_nowhere(
+    serve, settings, tiny_model, tmp_path, monkeypatch
+):
+    from recbole_gacllm.descriptions.layers import SIDES, Layer
+    from recbole_gacllm.runner import run
+
+    from .fake_generator import WORDS
+    from .test_pipeline import TINY
+
+    monkeypatch.setenv("MY_KEY", "sk-secret-123")
+    failed: list[int] = []
+
+    def fail_at_first(body):
+        failed.append(1)
+        return 503 if len(failed) <= 3 else None
+
+    servers = [serve(fail_at_first), serve()]
+    keys = {
+        **settings,
+        **TINY,
+        "sft": False,
+        "llm_model": str(tiny_model),
+        "llm_backend": "server",
+        "llm_endpoints": [server.url for server in servers],
+        "llm_endpoint_concurrency": 4,
+        "llm_served_model": "fake",
+        "llm_api_key_variable": "MY_KEY",
+    }
+    done = run("GaCLLM", "tiny", config_dict=keys)
+    assert done.record["stages"]["descriptions"]["backend"] == "server"
+    folder = Path(done.record["artifacts"]["descriptions"])
+    assert artifacts.read_manifest(folder)["key"]["served_model"] == "fake"
+    layer = Layer.read(folder / "layer_1.parquet")
+    texts = [text for side in SIDES for text in layer.texts[side]]
+    assert len(texts) == 54
+    assert all(set(text.rstrip("…").split()) <= set(WORDS) for text in texts)
+    assert all(server.keys == {"Bearer sk-secret-123"} for server in servers)
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or b"sk-secret-123" not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"llm_backend": "server"}, "llm_endpoints: None does not go with llm_backend: 'server'"),
+        ({"llm_endpoints": "http://a:8000/v1"}, "does not go with llm_backend: 'auto'"),
+        ({"llm_endpoints": ["a:8000"]}, "llm_endpoints: .*'a:8000'.* is not allowed"),
+        ({"llm_endpoints": "http://me:pw@a/v1"}, "llm_endpoints: .* is not allowed"),
+        ({"llm_endpoints": []}, "llm_endpoints: .* is not allowed"),
+        ({"llm_api_key_variable": "sk-abc"}, "the name of an environment variable"),
+        (
+            {
+                "llm_backend": "server",
+                "llm_endpoints": "http://a/v1",
+                "llm_merge_adapter": False,
+            },
+            "llm_served_model: null does not go with",
+        ),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(keys, message):
+    from recbole_gacllm.config import GaCLLMConfig, model_defaults
+
+    with pytest.raises(ValueError, match=message):
+        GaCLLMConfig.from_mapping({**model_defaults(), **keys})
