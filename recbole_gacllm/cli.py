@@ -317,12 +317,14 @@ def _export_embeddings(arguments: list[str]) -> None:
     parser = _artifact_parser(
         "export-embeddings",
         "Write the text embeddings of a layer as RecBole's files of pretrained embeddings.",
-        "python -m recbole_gacllm export-embeddings --dataset=ml-100k --layer=1 --output=emb",
+        "python -m recbole_gacllm export-embeddings --dataset=ml-1m --layer=1 --output=data/ml-1m",
     )
     parser.add_argument(
         "--layer", type=int, required=True, help="0: raw texts; l: after l layers of convolution"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write to; the files get its name"
+    )
     known = parser.parse_args(arguments)
     if (known.dataset is None) == (known.run is None):
         parser.error("give either --dataset or --run")

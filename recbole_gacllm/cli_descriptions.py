@@ -103,7 +103,8 @@ def _print_layer(layer: LayerQuality) -> None:
     elif report:
         print(
             f"  generated       {report['n_generated']} prompts, {report['n_from_store']} from "
-            f"the store, {report['n_retried']} retried, {report['n_failed']} nodes failed, "
+            f"the store, {report.get('n_duplicates', 0)} nodes with the prompt of another, "
+            f"{report['n_retried']} retried, {report['n_failed']} nodes failed, "
             f"{report['n_truncated']} cut by the length limit"
         )
         print(

@@ -15,7 +15,14 @@ from recbole_gacllm.descriptions.quality import layer_qualities
 from recbole_gacllm.descriptions.reading import RunDescriptions
 
 REPORT = {
-    **{"n_nodes": 7, "n_generated": 6, "n_from_store": 1, "n_retried": 2, "n_failed": 1},
+    **{
+        "n_nodes": 7,
+        "n_generated": 6,
+        "n_from_store": 1,
+        "n_duplicates": 4,
+        "n_retried": 2,
+        "n_failed": 1,
+    },
     **{"n_truncated": 3, "n_prompt_tokens": 700, "n_cached_tokens": 80, "n_output_tokens": 90},
     "seconds": 12.0,
 }
@@ -100,7 +107,8 @@ def test_audit_prints_every_figure_and_the_leakage_audit_of_the_run(folder, tmp_
     main(["audit", str(tmp_path), "--json", str(tmp_path / "audit.json")])
     out = capsys.readouterr().out
     for words in (
-        "6 prompts, 1 from the store, 2 retried, 1 nodes failed, 3 cut by the length limit",
+        "6 prompts, 1 from the store, 4 nodes with the prompt of another",
+        "2 retried, 1 nodes failed, 3 cut by the length limit",
         "700 in (80 from the prefix cache), 90 out, 12 s",
         "echo 1",
         "0.0% of the own text below, 33.3% of a neighbour's",

@@ -44,7 +44,9 @@ def find_embeddings(artifact_dir: Path, dataset: str | None, run: Path | None) -
 
 
 def export_embeddings(folder: Path, layer: int, output: Path) -> list[Path]:
-    """Write ``<data set>.useremb``, ``<data set>.itememb`` and a yaml file that loads them.
+    """Write ``NAME.useremb``, ``NAME.itememb`` and a yaml file that loads them.
+
+    NAME is the name of the output folder, as RecBole names the files of a data set.
 
     Args:
         folder: An ``embeddings-…`` folder with a manifest.
@@ -67,7 +69,7 @@ def export_embeddings(folder: Path, layer: int, output: Path) -> list[Path]:
         inputs = folder.parent / inputs.parent.name / inputs.name
     tokens = Layer.read(inputs).tokens
     vectors = np.load(folder / f"layer_{layer}.npy", mmap_mode="r")
-    dataset = folder.parent.name
+    dataset = output.resolve().name
     output.mkdir(parents=True, exist_ok=True)
     files, offset = [], 0
     for side in SIDES:

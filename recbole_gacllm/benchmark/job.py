@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,11 @@ def main() -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     with artifacts.reporting_errors(folder):
-        _work(folder)
+        try:
+            _work(folder)
+        except (ValueError, GaCLLMError):
+            traceback.print_exc()  # the parent tells the text only; RecBole raises ValueError too
+            raise
 
 
 if __name__ == "__main__":
