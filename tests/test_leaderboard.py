@@ -234,6 +234,7 @@ def test_a_run_that_another_process_holds_is_left_to_it(keys, tmp_path, monkeypa
     assert started == [free.name]
 
 
+@pytest.mark.slow
 def test_a_killed_leaderboard_goes_on_where_it_was(settings, tmp_path):
     """SIGKILL within the first run, then after it: what was finished stands, the rest is made."""
     command = [

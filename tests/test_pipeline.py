@@ -24,6 +24,8 @@ from recbole_gacllm.runner import run
 from .conftest import write_dataset
 from .test_generator_contract import save_tiny_model
 
+pytestmark = pytest.mark.slow  # every test here runs the pipeline or a part of it for real
+
 TINY = {
     "llm_backend": "transformers",
     "llm_dtype": "float32",
@@ -219,7 +221,6 @@ def in_process(stage: str, folder: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.slow
 def test_the_real_llm_is_tuned_merged_and_run_by_the_real_vllm(settings):
     """SmolLM2, LoRA, vLLM and MiniLM on a small graph: two layers."""
     done = run(
@@ -261,7 +262,6 @@ print(json.dumps(run("GaCLLM", "tiny", config_dict=keys).result["test_result"]))
 """
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(finished, keys, tmp_path):
     """SIGKILL to the parent at random moments of all stages, until it gets through."""
     reference = outputs(Path(finished[0]["artifact_dir"]))
