@@ -287,13 +287,16 @@ def test_a_fingerprint_follows_what_determines_the_outputs(tmp_path: Path) -> No
     folder = write_model(tmp_path / "model")
     (folder / "tokenizer.json").write_text("{}")
     first = fingerprint(folder)
-    for name in ("README.md", "generation_config.json", "manifest.json", ".cache.json"):
+    for name in ("README.md", "manifest.json", ".cache.json"):
         (folder / name).write_text('{"temperature": 0.7}')
     assert fingerprint(folder) == first
     moved = folder.rename(tmp_path / "elsewhere")
     assert fingerprint(moved) == first
     seen = {first}
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "1_Pooling/config.json"):
+    for name in (
+        *("config.json", "tokenizer.json", "chat_template.jinja", "1_Pooling/config.json"),
+        "generation_config.json",  # it names stop tokens
+    ):
         (moved / name).parent.mkdir(exist_ok=True)
         (moved / name).write_text('{"changed": 1}')
         seen.add(fingerprint(moved))
