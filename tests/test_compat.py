@@ -6,7 +6,6 @@ them run in one driver process that forks for each attempt: PyTorch and pandas l
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -368,9 +367,6 @@ print(Config(model="BPR", dataset="tiny", config_dict={"data_path": "."})["epoch
     assert python(code, cwd=tmp_path).strip() == "300"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("hyperopt") is None, reason="hyperopt is not installed"
-)
 def test_hyper_tuning_searches_a_grid(tmp_path: Path) -> None:
     write_tiny_data_set(tmp_path / "tiny")
     code = """
