@@ -191,7 +191,7 @@ def our_stage(generator: Any, work: Work) -> dict[str, float]:
         clock = Clock()
         with DescriptionStore(Path(folder) / "store.sqlite") as store:
             convolution = work.convolution(store, generator)
-            _, report = convolution.next_layer(work.below, work.nothing_known, "layer 1")
+            _, report = convolution.next_layer(work.below, work.nothing_known, 1)
         taken = clock.read()
     return {
         **taken,

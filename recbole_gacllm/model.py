@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from recbole_gacllm import losses
 from recbole_gacllm.config import GaCLLMConfig
+from recbole_gacllm.data import TextLayers, TrainingData
 from recbole_gacllm.linear import ItemItemModel, standardize
-from recbole_gacllm.pipeline import TextLayers, TrainingData, prepare
+from recbole_gacllm.pipeline import prepare
 from recbole_gacllm.propagation import Adjacency, fuse, propagate, propagate_mean
 
 

@@ -111,7 +111,7 @@ def descriptions(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
                     store = stack.enter_context(DescriptionStore(Path(job["store"])))
                     convolution = _convolution(job, graph, store, backend)
                     stack.callback(convolution.close)
-                layer, report = convolution.next_layer(layer, nothing_known, f"layer {number}")
+                layer, report = convolution.next_layer(layer, nothing_known, number)
                 manifest["layers"].append(dataclasses.asdict(report))
                 logger.info(
                     "layer %d: %d of %d nodes generated, %d from the store, %d failed %s, "

@@ -88,7 +88,7 @@ def convolve(tmp_path, templates):
                 ),
             )
             try:
-                return (*convolution.next_layer(below, NOTHING, "layer 1"), generator)
+                return (*convolution.next_layer(below, NOTHING, 1), generator)
             finally:
                 convolution.close()
 

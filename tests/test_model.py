@@ -12,7 +12,7 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, init_seed
 
 from recbole_gacllm import model as model_module
-from recbole_gacllm.pipeline import TextLayers
+from recbole_gacllm.data import TextLayers
 from recbole_gacllm.run_config import build_config
 
 

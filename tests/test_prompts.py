@@ -20,6 +20,8 @@ def folder(tmp_path) -> Path:
         "item": "Liked by ${user_noun}s:\n$neighbors\nWhat: $text\nGo.",
         "user_isolated": "Who: $text\nGo.",
         "item_isolated": "What: $text\nGo.",
+        "user_deeper": "Who: $text\nMore ${item_noun}s:\n$neighbors\nOn.",
+        "item_deeper": "What: $text\nMore of ${user_noun}s:\n$neighbors\nOn.",
         "sft_user_to_item": "For $text",
         "sft_item_to_user": "Of $text",
     }.items():
@@ -75,11 +77,28 @@ def test_a_dollar_sign_in_a_noun_or_doubled_in_a_file_is_a_dollar_sign(folder):
 
 
 def test_the_version_changes_with_any_word_and_with_the_nouns(folder):
-    versions = {load(folder).version, load(folder, item_noun="book").version}
+    versions = {load(folder).version(), load(folder, item_noun="book").version()}
     (folder / "system.txt").write_text("Be brief!")
-    versions.add(load(folder).version)
+    versions.add(load(folder).version())
     assert len(versions) == 3
-    assert load(folder).version == load(folder).version
+    assert load(folder).version() == load(folder).version()
+
+
+def test_the_wording_of_deeper_layers_counts_only_where_there_are_some(folder):
+    shallow, deep = load(folder).version(1), load(folder).version(2)
+    (folder / "user_deeper.txt").write_text("$text $neighbors")
+    assert load(folder).version(1) == shallow
+    assert load(folder).version(2) != deep
+
+
+def test_deeper_layers_have_a_wording_of_their_own(folder):
+    templates = load(folder)
+    first = templates.messages("user", "a man", ["Heat"], layer=1)[1]["content"]
+    second = templates.messages("user", "a man", ["Heat"], layer=2)[1]["content"]
+    third = templates.messages("user", "a man", ["Heat"], layer=3)[1]["content"]
+    assert first == "Liked movies:\n- Heat\nWho: a man\nGo."
+    assert second == third == "Who: a man\nMore movies:\n- Heat\nOn."
+    assert templates.messages("item", "Heat", [], layer=2)[1]["content"] == "What: Heat\nGo."
 
 
 def test_neighbors_are_taken_in_order_while_they_fit(folder):
@@ -157,6 +176,8 @@ def test_the_shipped_prompts_load_and_their_instructions_stay_short():
     templates = load(SHIPPED)
     assert words(templates.messages("user", "", [])) < 80
     assert words(templates.messages("item", "", [])) < 80
+    assert words(templates.messages("user", "", ["a"], layer=2)) < 80
+    assert words(templates.messages("item", "", ["a"], layer=2)) < 80
 
 
 def test_the_shipped_prompts_read_well_with_any_noun():

@@ -163,7 +163,7 @@ class Convolution:
         }
         self._key_of_all = {
             "generator": generator_key,
-            "prompts": templates.version,
+            "prompts": templates.version(),
             "cleaning": CLEANING_VERSION,
         }
 
@@ -174,7 +174,7 @@ class Convolution:
             self._generator = None
 
     def next_layer(
-        self, below: Layer, nothing_known: dict[Side, str], name: str
+        self, below: Layer, nothing_known: dict[Side, str], number: int
     ) -> tuple[Layer, LayerReport]:
         """Rewrite every node's description from its own and its neighbours'.
 
@@ -182,7 +182,7 @@ class Convolution:
             below: Layer l.
             nothing_known: Text of a node without features; such a node without neighbours is
                 carried over, as there is nothing to ask the LLM about.
-            name: Of the layer, for the progress bar.
+            number: Of the layer that is made, from 1.
 
         Raises:
             GenerationError: If the engine fails; finished descriptions are in the store.
@@ -196,7 +196,7 @@ class Convolution:
         done: set[str] = set()
         bar = tqdm(
             total=report.n_nodes,
-            desc=name,
+            desc=f"layer {number}",
             unit="desc",
             smoothing=0.05,
             disable=not self.options.show_progress,
@@ -214,7 +214,7 @@ class Convolution:
 
         def requests() -> Iterator[Request]:
             """Prompts that are not in the store, each once; what is in it settles at once."""
-            prompts = self._prompts(below, nothing_known, report, bar)
+            prompts = self._prompts(below, nothing_known, number, report, bar)
             while chunk := list(islice(prompts, _CHUNK)):
                 keys = [self._key(messages) for _, _, messages in chunk]
                 records = self.store.get_many(keys)
@@ -279,7 +279,12 @@ class Convolution:
         return above, report
 
     def _prompts(
-        self, below: Layer, nothing_known: dict[Side, str], report: LayerReport, bar: Any
+        self,
+        below: Layer,
+        nothing_known: dict[Side, str],
+        number: int,
+        report: LayerReport,
+        bar: Any,
     ) -> Iterator[tuple[Side, int, tuple[Message, ...]]]:
         """Every node's prompt, rendered when it is asked for."""
         special = self.tokenizer.special_tokens
@@ -291,7 +296,7 @@ class Convolution:
         }
         for side in SIDES:
             other: Side = "item" if side == "user" else "user"
-            own = self.tokenizer.truncate(safe[side], self.renderer.own_text_limit(side))
+            own = self.tokenizer.truncate(safe[side], self.renderer.own_text_limit(side, number))
             own_counts = self.tokenizer.count_tokens(own)
             for node in range(len(own)):
                 around = self.neighbors[side].of(node)
@@ -308,6 +313,7 @@ class Convolution:
                         own_counts[node],
                         [as_neighbor[other][neighbor] for neighbor in around],
                         neighbor_counts[other][around].tolist(),
+                        number,
                     ),
                 )
 

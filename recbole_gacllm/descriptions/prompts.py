@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from string import Template
 from typing import Literal
@@ -26,6 +27,8 @@ _PLACEHOLDERS: dict[str, frozenset[str]] = {
     "item": frozenset({"text", "neighbors"}),
     "user_isolated": frozenset({"text"}),
     "item_isolated": frozenset({"text"}),
+    "user_deeper": frozenset({"text", "neighbors"}),
+    "item_deeper": frozenset({"text", "neighbors"}),
     "sft_user_to_item": frozenset({"text"}),
     "sft_item_to_user": frozenset({"text"}),
 }
@@ -41,11 +44,9 @@ class PromptTemplates:
     Attributes:
         texts: Text of each file by its name without ``.txt``; only ``$text`` and ``$neighbors``
             are left in it.
-        version: Hash of ``texts``: other words, other version.
     """
 
     texts: Mapping[str, str]
-    version: str
 
     @classmethod
     def load(cls, folder: Path, user_noun: str, item_noun: str) -> PromptTemplates:
@@ -65,19 +66,38 @@ class PromptTemplates:
             texts[name] = Template(template.replace("$$", "$$$$")).substitute(
                 {key: noun.replace("$", "$$") for key, noun in nouns.items()}, **kept
             )
-        whole = "\0".join(f"{name}\0{text}" for name, text in sorted(texts.items()))
-        return cls(texts, hashlib.sha256(whole.encode("utf-8")).hexdigest())
+        return cls(texts)
 
-    def messages(self, side: Side, text: str, neighbors: Sequence[str]) -> tuple[Message, ...]:
+    def version(self, n_layers: int = 1) -> str:
+        """Hash of the wordings that fine-tuning and this many layers use: other words, other hash.
+
+        Args:
+            n_layers: Layers of the description convolution.
+        """
+        used = {
+            name: text
+            for name, text in self.texts.items()
+            if n_layers > 1 or not name.endswith("_deeper")
+        }
+        whole = "\0".join(f"{name}\0{text}" for name, text in sorted(used.items()))
+        return hashlib.sha256(whole.encode("utf-8")).hexdigest()
+
+    def messages(
+        self, side: Side, text: str, neighbors: Sequence[str], layer: int = 1
+    ) -> tuple[Message, ...]:
         """The chat that asks for a node's next description: ``PROMPT_side(text, neighbors)``.
+
+        From layer 2 on a node's own text is an answer to the first wording; asked in the same
+        words again, a small model repeats it. So deeper layers have a wording of their own.
 
         Args:
             side: Side of the node; its neighbours are of the other one.
             text: The node's own description.
             neighbors: Descriptions of its neighbours, best first; empty takes the wording for a
                 node of which no neighbour is known.
+            layer: The layer that is made, from 1.
         """
-        name = side if neighbors else f"{side}_isolated"
+        name = f"{side}_isolated" if not neighbors else side if layer == 1 else f"{side}_deeper"
         lines = "\n".join(_BULLET + neighbor for neighbor in neighbors)
         return self._chat(name, {"text": text, "neighbors": lines})
 
@@ -125,11 +145,11 @@ class PromptRenderer:
         self._templates = templates
         sides: tuple[Side, ...] = ("user", "item")
         self._line_tokens = count_tokens([f"\n{_BULLET}"])[0]
-        self._fixed: dict[Side, int] = {}
-        for side in sides:
+        self._fixed: dict[tuple[Side, bool], int] = {}  # of a side, in deeper layers or the first
+        for side, layer in product(sides, (1, 2)):
             # The instruction of a node may be either wording: the longer one counts for both.
-            chats = [templates.messages(side, "", neighbors) for neighbors in ([], [""])]
-            self._fixed[side] = chat_tokens + max(
+            chats = [templates.messages(side, "", neighbors, layer) for neighbors in ([], [""])]
+            self._fixed[side, layer > 1] = chat_tokens + max(
                 sum(count_tokens([message["content"] for message in chat])) for chat in chats
             )
         least = max(self._fixed.values()) + _MIN_TEXT_TOKENS
@@ -140,9 +160,9 @@ class PromptRenderer:
             )
         self._max_prompt_tokens = max_prompt_tokens
 
-    def own_text_limit(self, side: Side) -> int:
-        """Longest own text of a node that fits beside the instruction, in tokens."""
-        return self._max_prompt_tokens - self._fixed[side]
+    def own_text_limit(self, side: Side, layer: int = 1) -> int:
+        """Longest own text of a node that fits beside the instruction of a layer, in tokens."""
+        return self._max_prompt_tokens - self._fixed[side, layer > 1]
 
     def render(
         self,
@@ -151,24 +171,26 @@ class PromptRenderer:
         text_tokens: int,
         neighbors: Sequence[str],
         neighbor_tokens: Sequence[int],
+        layer: int = 1,
     ) -> tuple[Message, ...]:
         """Render a node's prompt with as many of its neighbours, in order, as fit.
 
         Args:
             side: Side of the node.
-            text: Its own description, at most ``own_text_limit(side)`` tokens; kept whole.
+            text: Its own description, at most ``own_text_limit`` tokens; kept whole.
             text_tokens: Token count of ``text``.
             neighbors: Descriptions of its neighbours, best first.
             neighbor_tokens: Their token counts.
+            layer: The layer that is made, from 1.
         """
-        left = self.own_text_limit(side) - text_tokens
+        left = self.own_text_limit(side, layer) - text_tokens
         n_fit = 0
         for count in neighbor_tokens:
             left -= count + self._line_tokens
             if left < 0:
                 break
             n_fit += 1
-        return self._templates.messages(side, text, neighbors[:n_fit])
+        return self._templates.messages(side, text, neighbors[:n_fit], layer)
 
 
 def _read_template(path: Path, wanted: frozenset[str]) -> str:

@@ -1,0 +1,197 @@
+"""What the preprocessing hook takes from a RecBole run, and what it gives back to the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from recbole_gacllm.config import GaCLLMConfig
+from recbole_gacllm.descriptions import text
+from recbole_gacllm.descriptions.imported import ImportedTexts
+from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
+from recbole_gacllm.descriptions.names import item_names
+from recbole_gacllm.descriptions.neighbors import TrainGraph
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """All that the stages see of a RecBole run: its training edges and where its features lie.
+
+    Attributes:
+        dataset: Name of the data set.
+        graph: Training edges between raw tokens; index v here is RecBole's internal id v + 1.
+        feature_files: RecBole's feature file of each side, if there is one.
+        id_fields: Name of the id column of each side.
+        field_separator, seq_separator, encoding: How RecBole reads these files.
+        seed: RecBole's seed.
+        show_progress: RecBole's switch for progress bars.
+    """
+
+    dataset: str
+    graph: TrainGraph
+    feature_files: dict[Side, Path | None]
+    id_fields: dict[Side, str]
+    field_separator: str
+    seq_separator: str
+    encoding: str
+    seed: int
+    show_progress: bool
+
+    @classmethod
+    def from_recbole(cls, config: Any, dataset: Any) -> TrainingData:
+        """Take the training split that RecBole hands to a model's constructor."""
+        id_fields: dict[Side, str] = {"user": dataset.uid_field, "item": dataset.iid_field}
+        tokens = {side: dataset.field2id_token[id_fields[side]][1:] for side in SIDES}
+        inter = dataset.inter_feat
+        has_time = dataset.time_field is not None and dataset.time_field in inter
+        graph = TrainGraph(
+            user_tokens=np.asarray(tokens["user"], dtype=str),
+            item_tokens=np.asarray(tokens["item"], dtype=str),
+            users=inter[dataset.uid_field].numpy() - 1,
+            items=inter[dataset.iid_field].numpy() - 1,
+            timestamps=inter[dataset.time_field].numpy().astype(np.float64) if has_time else None,
+        )
+        files = {side: Path(config["data_path"]) / f"{config['dataset']}.{side}" for side in SIDES}
+        return cls(
+            dataset=config["dataset"],
+            graph=graph,
+            feature_files={side: files[side] if files[side].is_file() else None for side in SIDES},
+            id_fields=id_fields,
+            field_separator=config["field_separator"],
+            seq_separator=config["seq_separator"],
+            encoding=config["encoding"] or "utf-8",
+            seed=config["seed"],
+            show_progress=bool(config["show_progress"]),
+        )
+
+
+class TextLayers:
+    """Constant text embeddings ``x^(0) .. x^(L)`` of all nodes, looked up by RecBole's node ids.
+
+    Kept outside the model's state: they are files on disk, memory-mapped, in half precision.
+
+    Args:
+        tables: One array a layer, ``[n_rows, width]``, float16, L2-normalised rows.
+        rows: Row of each node, users first with RecBole's internal ids; -1 for padding.
+        run_files: Where the artefacts lie: stage -> folder.
+    """
+
+    def __init__(self, tables: list[Tensor], rows: Tensor, run_files: dict[str, Path]) -> None:
+        self.tables = tables
+        self.row_of_node = rows
+        self.run_files = run_files
+        self.dim = int(tables[0].shape[1])
+
+    @classmethod
+    def load(
+        cls, folders: dict[str, Path], n_layers: int, options: GaCLLMConfig, data: TrainingData
+    ) -> TextLayers:
+        """Memory-map the embeddings and find each node's row by its token, not by its id."""
+        tokens = Layer.read(folders["inputs"] / "layer_0.parquet").tokens
+        rng = np.random.default_rng(data.seed)
+        row_of_node, offset = [], 0
+        for side in SIDES:
+            rows = np.arange(len(tokens[side])) + offset
+            if options.text_source == "shuffled":
+                rows = rng.permutation(rows)
+            row_of_token = dict(zip(tokens[side], rows.tolist(), strict=True))
+            row_of_node += [
+                -1,
+                *(row_of_token[token] for token in data.graph.tokens(side).tolist()),
+            ]
+            offset += len(rows)
+        tables = [
+            # Copy-on-write: torch wants a writable array, nothing is ever written.
+            torch.from_numpy(np.load(folders["embeddings"] / f"layer_{layer}.npy", mmap_mode="c"))
+            for layer in range(n_layers)
+        ]
+        return cls(tables, torch.tensor(row_of_node), folders)
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextLayers:
+        return self
+
+    def to(self, device: torch.device | str) -> TextLayers:
+        """The same embeddings on a device."""
+        tables = [table.to(device) for table in self.tables]
+        return TextLayers(tables, self.row_of_node.to(device), self.run_files)
+
+    def rows(self, layer: int, nodes: Tensor) -> Tensor:
+        """Text embeddings of nodes at a layer; zero for padding.
+
+        Shapes:
+            nodes: ``[n]``; result ``[n, width]``, float32.
+        """
+        rows = self.row_of_node[nodes]
+        return self.tables[layer][rows.clamp(min=0)].float() * (rows >= 0)[:, None]
+
+
+def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, dict[str, str]]:
+    """Layer 0, every node's features as a sentence, and the name of every item by token.
+
+    Raises:
+        ValueError: If a template names a field that is not there, or no side has any text.
+    """
+    features = {}
+    for side in SIDES:
+        file = data.feature_files[side]
+        features[side] = (
+            None
+            if file is None
+            else text.read_features(
+                file, data.id_fields[side], data.field_separator, data.encoding, data.seq_separator
+            )
+        )
+    text.require_some_text(features["user"], features["item"], options.text_allow_ids)
+    value_names = _value_names(options, [frame for frame in features.values() if frame is not None])
+    tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
+    wording = {
+        "user": (options.text_user_template, options.text_user_noun),
+        "item": (options.text_item_template, options.text_item_noun),
+    }
+    texts = {
+        side: text.render_descriptions(
+            tokens[side],
+            features[side],
+            *wording[side],
+            value_names,
+            options.text_max_chars,
+            options.text_allow_ids,
+        )
+        for side in SIDES
+    }
+    names = item_names(tokens["item"], features["item"], options.text_item_name_field)
+    return Layer.raw(tokens, texts), names
+
+
+def imported_texts(options: GaCLLMConfig, raw: Layer) -> ImportedTexts | None:
+    """The texts of ``text_import_file``, checked against the data set."""
+    if options.text_import_file is None:
+        return None
+    imported = ImportedTexts.read(Path(options.text_import_file).resolve())
+    imported.check(raw.tokens, 0 if options.text_source == "raw" else options.llm_n_layers)
+    return imported
+
+
+def _value_names(options: GaCLLMConfig, features: list[pd.DataFrame]) -> dict[str, dict[str, str]]:
+    """``text_value_names`` with words and values as text: yaml reads ``1`` and ``no`` as others."""
+    fields = [str(name) for frame in features for name in frame.columns]
+    names = options.text_value_names or {}
+    for field in names:
+        if field not in fields:
+            raise ValueError(
+                f"text_value_names: {field!r} is not a field of the feature files, which have "
+                f"{', '.join(fields) or 'none'}."
+            )
+    return {
+        field: {str(value): str(words) for value, words in words_of.items()}
+        for field, words_of in names.items()
+    }
