@@ -177,6 +177,20 @@ def test_a_bad_answer_is_asked_once_more_at_another_temperature_and_then_recorde
     assert sum(r.sampling.temperature > 0 for r in generator.requests) == 14
 
 
+def test_retries_run_among_the_first_attempts_and_not_after_them(convolve):
+    graph = graph_of()
+
+    def answer(request):
+        return "" if request.sampling.temperature == 0 else "A good answer of many words."
+
+    _, report, generator = convolve(graph, raw_layer(graph), FakeGenerator(answer=answer))
+    is_retry = [request.sampling.temperature > 0 for request in generator.requests]
+    assert (report.n_retried, report.n_failed) == (14, 0)
+    assert sum(is_retry) == len(is_retry) - sum(is_retry) == 14
+    last_first_attempt = len(is_retry) - 1 - is_retry[::-1].index(False)
+    assert sum(is_retry[:last_first_attempt]) > 7
+
+
 def test_a_recorded_failure_is_not_generated_again(convolve):
     graph = graph_of()
     silent = FakeGenerator(answer=lambda request: "")

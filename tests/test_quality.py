@@ -9,7 +9,7 @@ import pytest
 
 from recbole_gacllm import artifacts
 from recbole_gacllm.cli import main
-from recbole_gacllm.descriptions.layers import Layer
+from recbole_gacllm.descriptions.layers import Layer, layer_files
 from recbole_gacllm.descriptions.neighbors import TrainGraph
 from recbole_gacllm.descriptions.quality import layer_qualities
 from recbole_gacllm.descriptions.reading import RunDescriptions
@@ -128,3 +128,10 @@ def test_audit_takes_a_descriptions_folder_and_refuses_anything_else(folder, tmp
         main(["audit", str(tmp_path / "none")])
     assert end.value.code == 2
     assert "none is not a file" in capsys.readouterr().err
+
+
+def test_the_tenth_layer_comes_after_the_ninth(tmp_path):
+    for number in (10, 2, 1, 9):
+        (tmp_path / f"layer_{number}.parquet").touch()
+    numbers = [file.stem for file in layer_files(tmp_path)]
+    assert numbers == ["layer_1", "layer_2", "layer_9", "layer_10"]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from recbole_gacllm.descriptions.layers import Layer
+from recbole_gacllm.descriptions.layers import Layer, layer_files
 from recbole_gacllm.descriptions.neighbors import TrainGraph
 
 # Shorter names ("Go", "M") are found in any text.
@@ -45,7 +45,7 @@ def audit_leakage(
     user_of = {token: index for index, token in enumerate(graph.user_tokens.tolist())}
     item_of = {token: index for index, token in enumerate(graph.item_tokens.tolist())}
     texts = [""] * len(user_of)
-    for file in sorted(descriptions.glob("layer_*.parquet")):
+    for file in layer_files(descriptions):
         layer = Layer.read(file)
         for token, text in zip(layer.tokens["user"], layer.texts["user"], strict=True):
             texts[user_of[token]] += f" {_normalize(text)} "

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -28,7 +29,6 @@ from recbole_gacllm.descriptions.neighbors import NeighborLists, TrainGraph, sel
 from recbole_gacllm.descriptions.neutralize import neutralize
 from recbole_gacllm.descriptions.prompts import PromptRenderer, PromptTemplates
 from recbole_gacllm.descriptions.store import DescriptionStore, Record
-from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.generator import Completion, Message, Request, Sampling, TextGenerator
 
 logger = logging.getLogger(__name__)
@@ -231,16 +231,6 @@ class Convolution:
                         waiting[key] = _Waiting(messages, [(side, node)])
                         yield Request(key, messages, self._sampling(key))
 
-        def generate(asked: Iterable[Request], attempt: int) -> Iterator[tuple[str, Record]]:
-            for completion in self._stream(asked):
-                report.n_prompt_tokens += completion.n_prompt_tokens
-                report.n_cached_tokens += completion.n_cached_tokens
-                report.n_output_tokens += completion.n_output_tokens
-                seconds = max(time.perf_counter() - started, 1e-9)
-                bar.set_postfix_str(f"{report.n_output_tokens / seconds:.0f} tokens/s", False)
-                key = completion.id
-                yield key, self._record(completion, waiting[key].messages, attempt)
-
         finished: list[Record] = []
 
         def write() -> None:
@@ -251,28 +241,45 @@ class Convolution:
                 settle(record, waiting.pop(record.key).nodes)
             finished.clear()
 
-        def collect(asked: Iterable[Request], attempt: int) -> list[str]:
-            """Write answers in batches; returns those that a first attempt did not settle."""
-            unsettled = []
-            try:
-                for key, record in generate(asked, attempt):
-                    report.n_generated += attempt == 1
-                    if attempt == 1 and record.status == "failed":
-                        unsettled.append(key)
-                        continue
-                    finished.append(record)
-                    if len(finished) >= _BATCH:
-                        write()
-            except GenerationError:
-                write()
-                raise
-            write()
-            return unsettled
+        to_retry: deque[str] = deque()
+        retried: set[str] = set()
 
-        retries = collect(requests(), attempt=1)
-        report.n_retried = len(retries)
-        again = (Request(key, waiting[key].messages, self._retry_sampling(key)) for key in retries)
-        collect(again, attempt=2)
+        def feed(first_attempts: Iterator[Request]) -> Iterator[Request]:
+            """First attempts, and retries among them as soon as one is called for."""
+            for request in chain(first_attempts, [None]):
+                while to_retry:
+                    key = to_retry.popleft()
+                    yield Request(key, waiting[key].messages, self._retry_sampling(key))
+                if request is not None:
+                    yield request
+
+        def take(completion: Completion) -> None:
+            key = completion.id
+            report.n_prompt_tokens += completion.n_prompt_tokens
+            report.n_cached_tokens += completion.n_cached_tokens
+            report.n_output_tokens += completion.n_output_tokens
+            seconds = max(time.perf_counter() - started, 1e-9)
+            bar.set_postfix_str(f"{report.n_output_tokens / seconds:.0f} tokens/s", False)
+            record = self._record(completion, waiting[key].messages, 1 + (key in retried))
+            report.n_generated += record.n_attempts == 1
+            if record.status == "failed" and record.n_attempts == 1:
+                retried.add(key)
+                to_retry.append(key)
+                return
+            finished.append(record)
+            if len(finished) >= _BATCH:
+                write()
+
+        first_attempts = requests()
+        try:
+            for completion in self._stream(feed(first_attempts)):
+                take(completion)
+            # What failed while the last answers came; rarely more than a few.
+            for completion in self._stream(feed(first_attempts)):
+                take(completion)
+        finally:
+            write()
+        report.n_retried = len(retried)
         bar.close()
         assert not waiting, f"{len(waiting)} prompts were never answered"
         report.seconds = round(time.perf_counter() - started, 2)

@@ -116,3 +116,8 @@ class Layer:
                 f"{path} is damaged: {error}. Delete it and start again: its texts are in the "
                 "description store and nothing is generated twice."
             ) from error
+
+
+def layer_files(folder: Path) -> list[Path]:
+    """The files of generated layers in a folder, by number: ``layer_10`` after ``layer_9``."""
+    return sorted(folder.glob("layer_*.parquet"), key=lambda file: int(file.stem[len("layer_") :]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from recbole_gacllm import artifacts
-from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
+from recbole_gacllm.descriptions.layers import SIDES, Layer, Side, layer_files
 from recbole_gacllm.descriptions.neighbors import NeighborLists, TrainGraph, select_neighbors
 
 
@@ -52,7 +52,7 @@ class RunDescriptions:
         self._inputs = Path(self._job["inputs"])
         if not self._inputs.is_dir():  # the artefacts were moved together
             self._inputs = folder.parent / self._inputs.name
-        files = [self._inputs / "layer_0.parquet", *sorted(folder.glob("layer_*.parquet"))]
+        files = [self._inputs / "layer_0.parquet", *layer_files(folder)]
         self.layers = [Layer.read(file) for file in files]
         self.names: dict[str, str] = json.loads(
             (self._inputs / "item_names.json").read_text("utf-8")
