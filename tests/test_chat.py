@@ -90,9 +90,7 @@ def test_truncation_keeps_or_drops_a_character_whole(chat: ChatTokenizer) -> Non
         chat.truncate(["a"], -1)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), max_size=5),
     max_tokens=st.integers(0, 30),

@@ -68,7 +68,7 @@ def sampler(used: list[set[int]], n_items: int, distribution: str, fast_paths: b
 
 @pytest.mark.parametrize("table", [True, False], ids=["table", "search"])
 @pytest.mark.parametrize("distribution", ["uniform", "popularity"])
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=40)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_negatives_are_recboles_own_for_the_same_seed(distribution, table, data, seed):
     n_items = data.draw(st.integers(3, 12))
@@ -156,7 +156,7 @@ def test_item_lists_of_different_lengths_are_gathered_as_one_by_one(lists, data)
 # Evaluation
 
 
-@hypothesis_settings(max_examples=30, deadline=None)
+@hypothesis_settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), levels=st.integers(2, 1000))
 def test_collected_ranks_are_recboles_bit_for_bit_ties_included(seed, levels):
     from recbole.evaluator import Collector

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from recbole_gacllm.descriptions.neighbors import RULES, NeighborLists, TrainGraph, select_neighbors
@@ -112,7 +112,6 @@ def test_random_gives_every_neighbor_the_same_chance():
     assert chosen.max() < 700
 
 
-@settings(deadline=None)
 @given(graphs(), st.sampled_from(RULES), st.integers(0, 4), st.integers(0, 2**32))
 def test_lists_do_not_depend_on_internal_ids_or_edge_order(graph, rule, n_neighbors, seed):
     other = renumbered(graph, seed)
@@ -123,7 +122,6 @@ def test_lists_do_not_depend_on_internal_ids_or_edge_order(graph, rule, n_neighb
         assert by_token(graph, lists, side) == by_token(other, again, side)
 
 
-@settings(deadline=None)
 @given(graphs(), st.sampled_from(RULES), st.integers(0, 4))
 def test_lists_hold_distinct_training_neighbors_and_as_many_as_there_are_up_to_n(graph, rule, n):
     for side, other in (("user", "item"), ("item", "user")):
