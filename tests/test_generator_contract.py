@@ -481,6 +481,19 @@ def test_vllm_reuses_the_beginning_that_prompts_share(vllm_generator: Any) -> No
 
 
 @pytest.mark.engine
+def test_vllm_draws_for_more_prompt_tokens_than_its_default_step_takes(vllm_generator: Any) -> None:
+    """On CPU vLLM fails where it draws with a seed for a prompt that was split between steps."""
+    sampling = Sampling(2, temperature=0.7, seed=3)
+    requests = [
+        Request(str(n), ({"role": "user", "content": f"{n} " + "one two three " * 60},), sampling)
+        for n in range(32)
+    ]
+    completions = list(vllm_generator.generate(requests))
+    assert len(completions) == 32
+    assert sum(completion.n_prompt_tokens for completion in completions) > 4096
+
+
+@pytest.mark.engine
 def test_vllm_connects_to_nobody(vllm_generator: Any, contacted_hosts: list[Any]) -> None:
     list(vllm_generator.generate(make_requests(1)))
     own = {"127.0.0.1", "::1", "localhost", *socket.gethostbyname_ex(socket.gethostname())[2]}

@@ -90,7 +90,7 @@ class VLLMGenerator:
 
             if current_platform.is_cpu():
                 _stay_in_this_process()
-                options |= _cpu_options()
+                options |= _cpu_options(self._max_model_len)
             else:
                 options["gpu_memory_utilization"] = gpu_memory_utilization
             self._llm: Any = LLM(**options)
@@ -229,17 +229,20 @@ def _stay_in_this_process() -> None:
     registry._run_in_subprocess = lambda inspect: inspect()
 
 
-def _cpu_options() -> dict[str, Any]:
+def _cpu_options(max_model_len: int) -> dict[str, Any]:
     """What vLLM's CPU backend needs: no compilation, small cache blocks, a bounded KV cache.
 
     Compiling takes a minute and a half and brings one percent; prefix caching works on whole
-    blocks, 128 tokens by default; without a bound the cache asks for nearly all memory.
+    blocks, 128 tokens by default; without a bound the cache asks for nearly all memory. A step
+    takes every prompt whole: vLLM 0.32 fails on a split prompt that draws with a seed of its own,
+    as it would set back PyTorch's CPU generator, which cannot be set back.
     """
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "enforce_eager": True,
         "block_size": 32,
         "max_num_seqs": _CPU_WINDOW,
+        "max_num_batched_tokens": _CPU_WINDOW * max_model_len,
         "kv_cache_memory_bytes": min(int(free * _CPU_KV_SHARE), _CPU_KV_BYTES),
     }
 
