@@ -1,4 +1,4 @@
-"""Two commands of the command line about descriptions: ``audit`` and ``import-descriptions``."""
+"""The commands of the command line about descriptions and their embeddings."""
 
 from __future__ import annotations
 
@@ -10,25 +10,51 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recbole_gacllm import cli_common
+
 if TYPE_CHECKING:
     from recbole_gacllm.descriptions.quality import LayerQuality, SideQuality
 
 
+def describe(arguments: list[str]) -> None:
+    """Print what was written about a user or an item."""
+    parser = _artifact_parser(
+        "describe",
+        "Print what was written about a node at every layer, and the neighbours it was made from.",
+        "python -m recbole_gacllm describe --dataset=ml-100k --user=196",
+    )
+    node = parser.add_mutually_exclusive_group(required=True)
+    node.add_argument("--user", help="raw token of a user, as in the .inter file")
+    node.add_argument("--item", help="raw token of an item")
+    known = cli_common.parse(parser, arguments)
+    found = _artifacts(parser, known)
+    side, token = ("user", known.user) if known.user is not None else ("item", known.item)
+    page = found.page(side, token)
+    name = f", {page.name}" if page.name else ""
+    print(f"{side} {token}{name}: {page.degree} training interactions")
+    for number, (status, text) in enumerate(page.texts):
+        print(f"\nlayer {number} ({status})")
+        print(textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  "))
+    print("\nneighbours in its prompts")
+    for neighbor, label, text in page.neighbors:
+        head = f"{neighbor}: {label + '. ' if label else ''}{text}"
+        print(textwrap.fill(head, 96, initial_indent="  - ", subsequent_indent="    "))
+    print(f"\n{found.folder}")
+
+
 def audit(arguments: list[str]) -> None:
     """Print, and write if asked, what each layer of a run's descriptions is like."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recbole_gacllm audit",
-        description="Figures and samples of every layer of descriptions: failures, retries, "
+    parser = cli_common.command_parser(
+        "python -m recbole_gacllm audit",
+        "Figures and samples of every layer of descriptions: failures, retries, "
         "lengths, copies, repetition, names of items, and the leakage audit of the run.",
-        epilog="example:\n  python -m recbole_gacllm audit saved/GaCLLM-ml-100k --n-samples=10",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "example:\n  python -m recbole_gacllm audit saved/GaCLLM-ml-100k --n-samples=10",
     )
     parser.add_argument("run", type=Path, help="a run.json, its folder, or a descriptions-… folder")
     parser.add_argument("--n-samples", type=int, default=10, help="of each layer")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of samples")
     parser.add_argument("--json", type=Path, help="file to write all figures to, too")
-    known = parser.parse_args(arguments)
+    known = cli_common.parse(parser, arguments)
 
     from recbole_gacllm.descriptions.quality import layer_qualities
     from recbole_gacllm.descriptions.reading import RunDescriptions
@@ -52,24 +78,19 @@ def audit(arguments: list[str]) -> None:
 
 def import_descriptions(arguments: list[str]) -> None:
     """Check texts from elsewhere against a data set and say how a run uses them."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recbole_gacllm import-descriptions",
-        description="Check a file of descriptions (columns side, token, layer, text) against a "
+    parser = cli_common.command_parser(
+        "python -m recbole_gacllm import-descriptions",
+        "Check a file of descriptions (columns side, token, layer, text) against a "
         "data set. A run takes its layers from the file with --text_import_file, which makes "
         "the same checks.",
-        epilog="example:\n"
-        "  python -m recbole_gacllm import-descriptions texts.parquet --dataset=ml-100k",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        "example:\n  python -m recbole_gacllm import-descriptions texts.parquet --dataset=ml-100k",
     )
     parser.add_argument("file", type=Path, help=".parquet or .csv")
     parser.add_argument("--dataset", required=True, help="name of the data set")
-    parser.add_argument("--config_files", default="", help='yaml files, as "a.yaml b.yaml"')
-    known, others = parser.parse_known_args(arguments)
+    cli_common.add_config_files(parser)
+    known, _ = cli_common.parse_with_keys(parser, arguments)
     flags = [flag for flag in arguments if flag.startswith("--")]
-    for flag in (*others, *flags):
-        if not flag.startswith("--") or "=" not in flag:
-            parser.error(f"{flag!r} is not of the form --key=value, all that RecBole reads")
+    cli_common.require_key_value(parser, flags)
 
     from recbole_gacllm.descriptions.imported import ImportedTexts, describe
 
@@ -85,6 +106,76 @@ def import_descriptions(arguments: list[str]) -> None:
     more = f" --llm_n_layers={n_layers}" if n_layers else ""
     print("\nto use it\n  python run_recbole_gacllm.py", *flags, end="")
     print(f" --text_import_file={known.file}{more}")
+
+
+def export_descriptions(arguments: list[str]) -> None:
+    """Write all descriptions to one file."""
+    parser = _artifact_parser(
+        "export-descriptions",
+        "Write all descriptions to one file: side, token, layer, text, status, reason, tokens.",
+        "python -m recbole_gacllm export-descriptions --dataset=ml-100k --output=texts.parquet",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="file to write; .parquet or .csv"
+    )
+    known = cli_common.parse(parser, arguments)
+    if known.output.suffix not in (".parquet", ".csv"):
+        parser.error(f"--output {known.output}: the name must end in .parquet or .csv")
+    if not known.output.resolve().parent.is_dir():
+        parser.error(f"--output {known.output}: there is no folder {known.output.parent}")
+    frame = _artifacts(parser, known).frame()
+    if known.output.suffix == ".parquet":
+        frame.to_parquet(known.output, index=False)
+    else:
+        frame.to_csv(known.output, index=False)
+    print(f"{len(frame)} descriptions written to {known.output}")
+
+
+def export_embeddings(arguments: list[str]) -> None:
+    """Write a layer's text embeddings as RecBole's files."""
+    parser = _artifact_parser(
+        "export-embeddings",
+        "Write the text embeddings of a layer as RecBole's files of pretrained embeddings.",
+        "python -m recbole_gacllm export-embeddings --dataset=ml-1m --layer=1 --output=data/ml-1m",
+    )
+    parser.add_argument(
+        "--layer", type=int, required=True, help="0: raw texts; l: after l layers of convolution"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write to; the files get its name"
+    )
+    known = cli_common.parse(parser, arguments)
+    if (known.dataset is None) == (known.run is None):
+        parser.error("give either --dataset or --run")
+
+    from recbole_gacllm.benchmark.embeddings import export_embeddings, find_embeddings
+
+    folder = find_embeddings(known.artifact_dir, known.dataset, known.run, known.layer)
+    for file in export_embeddings(folder, known.layer, known.output):
+        print(file)
+    print(f"from {folder}")
+
+
+def _artifact_parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
+    parser = cli_common.command_parser(
+        f"python -m recbole_gacllm {prog}", description, f"example:\n  {example}"
+    )
+    parser.add_argument("--dataset", help="the newest descriptions of this data set")
+    parser.add_argument("--run", type=Path, help="or those of a run: a run.json or its folder")
+    parser.add_argument(
+        "--artifact_dir", type=Path, default=Path("saved/gacllm"), help="as in the run"
+    )
+    return parser
+
+
+def _artifacts(parser: argparse.ArgumentParser, known: argparse.Namespace) -> Any:
+    from recbole_gacllm.descriptions.reading import RunDescriptions
+
+    if (known.dataset is None) == (known.run is None):
+        parser.error("give either --dataset or --run")
+    if known.run is not None:
+        return RunDescriptions.of_run(known.run)
+    return RunDescriptions.newest(known.artifact_dir, known.dataset)
 
 
 def _leakage(run: Path) -> dict[str, Any] | None:

@@ -152,6 +152,7 @@ class GaCLLMConfig:
     ssm_temperature: float = _key(_at_least(0.025))
     linear_weight: float = _key(_at_least(0))
     linear_reg_weight: float = _key(_above(0))
+    linear_text_weight: float = _key(_at_least(0))
     use_text: bool = _key()
     text_source: str = _key(_one_of("generated", "raw", "shuffled"))
     text_hidden_size: int = _key(_at_least(0))

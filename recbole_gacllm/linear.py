@@ -18,11 +18,18 @@ MAX_ITEMS = 30_000
 class ItemItemModel:
     r"""EASE on the training interactions: the best item-item weights with a zero diagonal.
 
-    .. math:: B = I - P\,\mathrm{diag}(P)^{-1}, \quad P = (R^T R + \lambda I)^{-1}, \quad
-        s(u, \cdot) = R_u B
+    .. math:: B = I - P\,\mathrm{diag}(P)^{-1}, \quad
+        P = (R^T R + \gamma X X^T + \lambda I)^{-1}, \quad s(u, \cdot) = R_u B
 
-    Source: Steck, "Embarrassingly Shallow Autoencoders for Sparse Data" (WWW 2019), Eq. 8. Not part
-    of a model's state: it follows from the training edges, and copying a model shares it.
+    With texts, each dimension of the items' text embeddings ``X`` is one more row to reconstruct:
+    items of like text explain each other, and an item without interactions is explained by its
+    text alone. ``X`` is centred and scaled to rows of mean square length 1, so that ``gamma``
+    means the same for any encoder.
+
+    Source: Steck, "Embarrassingly Shallow Autoencoders for Sparse Data" (WWW 2019), Eq. 8; with
+    texts Jeunen et al., "Closed-Form Models for Collaborative Filtering with Side-Information"
+    (RecSys 2020). Not part of a model's state: it follows from training edges and texts, and
+    copying a model shares it.
 
     Args:
         users: User index of each training edge.
@@ -30,10 +37,12 @@ class ItemItemModel:
         n_users: Number of users.
         n_items: Number of items.
         reg_weight: ``lambda``, above 0.
+        texts: Text embedding of each item, a zero row where it has none; None for plain EASE.
+        text_weight: ``gamma``.
         device: Where the weights live.
 
     Shapes:
-        users, items: ``[n_edges]``.
+        users, items: ``[n_edges]``; texts: ``[n_items, width]``.
 
     Raises:
         ValueError: If there are more items than fit.
@@ -46,6 +55,8 @@ class ItemItemModel:
         n_users: int,
         n_items: int,
         reg_weight: float,
+        texts: Tensor | None = None,
+        text_weight: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
         if n_items > MAX_ITEMS:
@@ -57,6 +68,9 @@ class ItemItemModel:
         self._interactions = sparse.csr_array((ones, (users, items)), shape=(n_users, n_items))
         self._interactions.data[:] = 1.0  # duplicates were summed
         gram = (self._interactions.T @ self._interactions).toarray().astype(np.float64)
+        if texts is not None:
+            rows = _centred(texts.double().cpu().numpy())
+            gram += text_weight * (rows @ rows.T)
         gram[np.diag_indices(n_items)] += reg_weight
         inverse = np.linalg.inv(gram)
         weights = -inverse / np.diag(inverse)[None, :]
@@ -74,6 +88,16 @@ class ItemItemModel:
         """
         rows = torch.from_numpy(self._interactions[users.cpu().numpy()].toarray())
         return rows.to(self._weights.device) @ self._weights
+
+
+def _centred(texts: np.ndarray) -> np.ndarray:
+    """Rows with mean 0 and mean square length 1; a zero row, which is no text, stays zero."""
+    known = texts.any(axis=1)
+    rows = np.zeros_like(texts)
+    if known.any():
+        rows[known] = texts[known] - texts[known].mean(axis=0)
+        rows /= max(np.sqrt((rows[known] ** 2).sum(axis=1).mean()), 1e-12)
+    return rows
 
 
 def standardize(scores: Tensor) -> Tensor:

@@ -25,33 +25,40 @@ def bpr(positive: Tensor, negative: Tensor) -> Tensor:
 
 def sampled_softmax(
     users: Tensor,
+    rows: Tensor,
     positives: Tensor,
     negatives: Tensor,
-    hits: Tensor,
+    drawn: Tensor,
     temperature: float,
 ) -> Tensor:
     r"""Softmax cross-entropy of the matching item against negatives, over cosine scores.
 
     .. math:: -\frac1B \sum_b \log \frac{e^{\cos(u_b, i_b)/\tau}}
-        {e^{\cos(u_b, i_b)/\tau} + \sum_{j:\, \text{not hit}} e^{\cos(u_b, i_j)/\tau}}
+        {\sum_{j \in \{i_b\} \cup N} e^{\cos(u_b, i_j)/\tau}}
+
+    The sum over the negatives ``N`` is made once for each distinct user, not for each pair. With
+    all items as negatives it is the multinomial likelihood of a user's items.
 
     Source: Wu et al., "On the Effectiveness of Sampled Softmax Loss for Item Recommendation" (TOIS
     2024), Eq. 5. Ours as the objective of GaCLLM; the paper's is :func:`bpr`.
 
     Args:
-        users: User embeddings.
-        positives: Embedding of each user's matching item.
-        negatives: Item embeddings, shared by the batch.
-        hits: True where a negative is the matching item itself; it does not count.
+        users: Embeddings of the distinct users of the batch.
+        rows: Row in ``users`` of each pair.
+        positives: Embedding of each pair's item.
+        negatives: Embeddings of distinct items, shared by the batch.
+        drawn: True where a pair's item is among the negatives; it counts once.
         temperature: ``tau``, 0.025 or more.
 
     Shapes:
-        users, positives ``[B, d]``; negatives ``[C, d]``; hits ``[B, C]``.
+        users ``[m, d]``; rows ``[B]``; positives ``[B, d]``; negatives ``[C, d]``; drawn ``[B]``.
     """
     users, positives = F.normalize(users, dim=1), F.normalize(positives, dim=1)
-    positive = ((users * positives).sum(1) - 1) / temperature  # [B]
-    sums, _ = exponential_sums(users, F.normalize(negatives, dim=1), temperature, hits)
-    return (torch.log(positive.exp() + sums) - positive).mean()
+    cosine = (users.index_select(0, rows) * positives).sum(1)  # [B]
+    positive = (cosine - 1) / temperature
+    sums, _ = exponential_sums(users, F.normalize(negatives, dim=1), temperature)  # [m]
+    own = positive.exp().masked_fill(drawn, 0.0)
+    return (torch.log(sums.index_select(0, rows) + own) - positive).mean()
 
 
 def alignment(ids: Tensor, texts: Tensor, temperature: float) -> Tensor:
@@ -82,20 +89,18 @@ class _ExponentialSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, temperature: float, hits: Tensor | None, half: bool
+        ctx: Any, x: Tensor, y: Tensor, temperature: float, half: bool
     ) -> tuple[Tensor, Tensor]:
         left, right = (x.bfloat16(), y.bfloat16()) if half else (x, y)
         shift = left.new_full((), -1 / temperature)
         kernel = torch.addmm(shift, left, right.T, alpha=1 / temperature).exp_()  # [m, n]
-        if hits is not None:
-            kernel.masked_fill_(hits, 0.0)
         ctx.save_for_backward(left, right, kernel)
         ctx.temperature, ctx.dtype = temperature, x.dtype
         ctx.set_materialize_grads(False)
         return kernel.sum(1, dtype=x.dtype), kernel.sum(0, dtype=x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
         left, right, kernel = ctx.saved_tensors
         of_rows, of_columns = gradients
         weight = kernel.new_zeros(())  # of each element, broadcast
@@ -105,12 +110,10 @@ class _ExponentialSums(torch.autograd.Function):
             weight = weight + (of_columns / ctx.temperature).to(kernel.dtype)
         slope = kernel * weight  # [m, n]
         of_x, of_y = slope @ right, slope.T @ left
-        return of_x.to(ctx.dtype), of_y.to(ctx.dtype), None, None, None
+        return of_x.to(ctx.dtype), of_y.to(ctx.dtype), None, None
 
 
-def exponential_sums(
-    x: Tensor, y: Tensor, temperature: float, hits: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def exponential_sums(x: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     r"""Sums of ``exp((cos - 1) / tau)`` over each row and each column of a cosine matrix.
 
     .. math:: r_i = \sum_j k_{ij}, \quad c_j = \sum_i k_{ij}, \quad
@@ -124,15 +127,14 @@ def exponential_sums(
         x: Rows of unit length.
         y: Rows of unit length.
         temperature: ``tau``.
-        hits: True where ``k`` does not count.
 
     Shapes:
-        x ``[m, d]``; y ``[n, d]``; hits ``[m, n]``; results ``[m]``, ``[n]``.
+        x ``[m, d]``; y ``[n, d]``; results ``[m]``, ``[n]``.
     """
     half = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(device_type=x.device.type, enabled=False):
         x, y = x.float() if half else x, y.float() if half else y
-        sums: tuple[Tensor, Tensor] = _ExponentialSums.apply(x, y, temperature, hits, half)  # type: ignore[no-untyped-call]
+        sums: tuple[Tensor, Tensor] = _ExponentialSums.apply(x, y, temperature, half)  # type: ignore[no-untyped-call]
     return sums
 
 

@@ -54,20 +54,27 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         self.adjacency = Adjacency.from_edges(
             data.graph.users + 1, data.graph.items + 1, self.n_users, self.n_items, self.device
         )
+        self.texts: TextLayers | None = None
+        if options.use_text:
+            self.texts = prepare(options, data).to(self.device)
+            self.projections = nn.ModuleList(self._projection() for _ in range(len(self.texts)))
         self.linear: ItemItemModel | None = None
         if options.linear_weight > 0:
+            item_texts = None
+            if self.texts is not None and options.linear_text_weight > 0:
+                # Layer 0: what neighbours say of an item, the interactions say already.
+                nodes = torch.arange(self.n_users, self.n_users + self.n_items, device=self.device)
+                item_texts = self.texts.rows(0, nodes)
             self.linear = ItemItemModel(
                 data.graph.users + 1,
                 data.graph.items + 1,
                 self.n_users,
                 self.n_items,
                 options.linear_reg_weight,
+                item_texts,
+                options.linear_text_weight,
                 self.device,
             )
-        self.texts: TextLayers | None = None
-        if options.use_text:
-            self.texts = prepare(options, data).to(self.device)
-            self.projections = nn.ModuleList(self._projection() for _ in range(len(self.texts)))
         self.restored: tuple[Tensor, Tensor] | None = None  # fused embeddings, for evaluation only
         self.register_load_state_dict_post_hook(_forget_restored)
         self.apply(xavier_uniform_initialization)
@@ -112,7 +119,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         else:
             nodes = torch.arange(len(ids), device=self.device)
             hops = propagate(self.adjacency, ids, n_layers)
-            fused = fuse(hops, self.project(nodes), self.options.text_weight)
+            texts = self.project(nodes) if self.options.text_weight > 0 else []
+            fused = fuse(hops, texts, self.options.text_weight)
         return fused[: self.n_users], fused[self.n_users :]
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
@@ -125,26 +133,33 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         blocks = [user, positive + self.n_users, negative + self.n_users]  # nodes
         ids = self.node_embeddings()
         alignment: Tensor | None = None
-        if self.texts is None:
+        if self.texts is None and is_bpr:
             fused = propagate_mean(self.adjacency, ids, options.n_layers)
             places = blocks
         else:
-            # Each node of the batch once: its texts are projected once, however often it occurs.
+            # Each node of the batch once, users first, however often it occurs.
             nodes, place = torch.unique(torch.cat(blocks), return_inverse=True)  # [n], [2B + C]
             places = list(place.tensor_split([len(user), 2 * len(user)]))
+            n_users = int((nodes < self.n_users).sum())
             hops = propagate(self.adjacency, ids, options.n_layers, nodes)  # [n, d] each
-            texts = self.project(nodes)  # [n, d] each
+            texts = self.project(nodes) if options.text_weight > 0 else []  # [n, d] each
             fused = fuse(hops, texts, options.text_weight)
-            if options.align_weight > 0:
-                n_users = int((nodes < self.n_users).sum())  # sorted: users first
-                alignment = self._alignment(hops, texts, n_users)
-        z_user, z_positive, z_negative = (fused.index_select(0, place) for place in places)
+            if options.align_weight > 0 and self.texts is not None:
+                alignment = self._alignment(nodes, n_users, hops, texts)
+        z_positive, z_negative = (fused.index_select(0, place) for place in places[1:])
         if is_bpr:
+            z_user = fused.index_select(0, places[0])
             loss = losses.bpr((z_user * z_positive).sum(1), (z_user * z_negative).sum(1))
         else:
-            hits = negative[None, :] == positive[:, None]  # [B, C]
+            is_negative = torch.zeros(self.n_items, dtype=torch.bool, device=self.device)
+            is_negative[negative] = True
             loss = losses.sampled_softmax(
-                z_user, z_positive, z_negative, hits, options.ssm_temperature
+                fused[:n_users],
+                places[0],
+                z_positive,
+                z_negative,
+                is_negative[positive],
+                options.ssm_temperature,
             )
         if alignment is not None:
             loss = loss + options.align_weight * alignment
@@ -157,21 +172,36 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         )
 
     def _draw_negatives(self) -> Tensor:
-        """Items that SSM puts beside the matching one: uniform draws, or all if that is no more."""
+        """Distinct items that SSM puts beside the matching one, drawn uniformly; at most all."""
         n = self.options.ssm_n_negatives
         if n >= self.n_items - 1:
             return torch.arange(1, self.n_items, device=self.device)
-        return torch.randint(1, self.n_items, (n,), device=self.device)
+        return 1 + torch.randperm(self.n_items - 1, device=self.device)[:n]
 
-    def _alignment(self, hops: list[Tensor], texts: list[Tensor], n_users: int) -> Tensor:
-        """Mean over sides and hops of the alignment loss on distinct nodes, users first."""
-        temperature = self.options.align_temperature
-        n_items = len(texts[0]) - n_users
-        sides = [self._draw_aligned(n_users), n_users + self._draw_aligned(n_items)]
+    def _alignment(
+        self, nodes: Tensor, n_users: int, hops: list[Tensor], texts: list[Tensor]
+    ) -> Tensor:
+        """Mean over sides and hops of the alignment loss on distinct nodes, users first.
+
+        Shapes:
+            nodes ``[n]``; each of hops and texts ``[n, d]``; texts may be empty: then the nodes
+            that are aligned are projected here.
+        """
+        drawn = [self._draw_aligned(n_users), self._draw_aligned(len(nodes) - n_users)]
+        n_drawn = len(drawn[0])  # users
+        places = torch.cat([drawn[0], n_users + drawn[1]])
+        if texts:
+            texts = [text.index_select(0, places) for text in texts]
+        else:
+            texts = self.project(nodes.index_select(0, places))
         terms = [
-            losses.alignment(hop.index_select(0, side), text.index_select(0, side), temperature)
+            losses.alignment(ids, of_ids, self.options.align_temperature)
             for hop, text in zip(hops, texts, strict=False)
-            for side in sides
+            for ids, of_ids in zip(
+                hop.index_select(0, places).tensor_split([n_drawn]),
+                text.tensor_split([n_drawn]),
+                strict=True,
+            )
         ]
         return torch.stack(terms).mean()
 

@@ -8,17 +8,19 @@ leakage audit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import logging
+import os
 import platform
-import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import colorama  # type: ignore[import-untyped]
 import torch
 import torch.distributed
 from recbole.config import Config
@@ -33,13 +35,13 @@ from recbole.utils import (
     init_seed,
     set_color,
 )
-from torch import multiprocessing
 
 from recbole_gacllm import __version__, artifacts
 from recbole_gacllm.descriptions.audit import audit_leakage
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.model import GaCLLM
 from recbole_gacllm.run_config import build_config
+from recbole_gacllm.tracking import track_stages
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,8 @@ def run(
     config = build_config(model, dataset, config_files, config_dict)
     runs_folder = _writable(config["checkpoint_dir"])
     init_seed(config["seed"], config["reproducibility"])
+    if os.environ.get("NO_COLOR"):
+        colorama.init(strip=True)  # under RecBole's own, which colours all it logs
     init_logger(config)
     root_logger = logging.getLogger()
     root_logger.info(sys.argv)
@@ -124,6 +128,10 @@ def run(
     trainer = get_trainer(config["MODEL_TYPE"], model)(config, recommender)
     if observer is not None:
         observer.on_trainer(trainer)
+    history = _recorded_history(trainer)
+    with_text = isinstance(recommender, GaCLLM) and recommender.texts is not None
+    if with_text and config["local_rank"] == 0:
+        track_stages(trainer, _manifests(recommender.texts.run_files))
     begin = time.time()
     best_valid_score, best_valid_result = trainer.fit(
         train_data, valid_data, saved=saved, show_progress=config["show_progress"]
@@ -150,6 +158,7 @@ def run(
             "seed": config["seed"],
             "valid": dict(best_valid_result or {}),
             "test": dict(test_result),
+            "history": history,
             "seconds": {
                 "total": round(time.time() - started, 1),
                 "train": round(train_seconds, 1),
@@ -163,7 +172,7 @@ def run(
             "config": _plain(config.final_config_dict),
         }
         record["config_fingerprint"] = artifacts.fingerprint(record["config"])
-        if isinstance(recommender, GaCLLM) and recommender.texts is not None:
+        if with_text:
             record |= _text_record(recommender, config, valid_data, test_data, started)
         run_file = runs_folder / f"{dataset}-{Path(trainer.saved_model_file).stem}" / "run.json"
         run_file.parent.mkdir(exist_ok=True)
@@ -176,40 +185,21 @@ def run(
     return Run(result, run_file, record)
 
 
-def run_distributed(
-    model: str, dataset: str, config_files: Sequence[str | Path], nproc: int
-) -> Path:
-    """:func:`run` in several processes with RecBole's DDP, on one machine.
+def _recorded_history(trainer: Any) -> list[dict[str, Any]]:
+    """Training loss and validation metrics of each evaluated epoch, filled during training."""
+    history: list[dict[str, Any]] = []
+    valid_epoch = trainer._valid_epoch
 
-    Returns:
-        The ``run.json``.
+    @functools.wraps(valid_epoch)
+    def recording(*args: Any, **keys: Any) -> Any:
+        score, result = valid_epoch(*args, **keys)
+        losses = getattr(trainer, "train_loss_dict", {})  # decision trees have none
+        epoch = max(losses, default=0)
+        history.append({"epoch": epoch, "train_loss": losses.get(epoch), "valid": dict(result)})
+        return score, result
 
-    Raises:
-        ValueError: Bad input of the configuration; a failure in a process comes as it was raised
-            there, with its traceback.
-    """
-    build_config(model, dataset, config_files)  # a mistake is told once, not by every process
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    queue = multiprocessing.get_context("spawn").SimpleQueue()
-    arguments = (model, dataset, [str(file) for file in config_files], nproc, port, queue)
-    torch.multiprocessing.spawn(  # type: ignore[attr-defined,no-untyped-call]
-        _run_rank, args=arguments, nprocs=nproc, join=True
-    )
-    run_file: Path = queue.get()
-    return run_file
-
-
-def _run_rank(
-    rank: int, model: str, dataset: str, files: list[str], nproc: int, port: str, queue: Any
-) -> None:
-    ddp = {"world_size": nproc, "nproc": nproc, "ip": "localhost", "port": port, "offset": 0}
-    done = run(model, dataset, files, {**ddp, "local_rank": rank})
-    if rank == 0:
-        queue.put(
-            done.run_file
-        )  # a path, not the record: a pipe that nobody reads yet holds 64 KiB
+    trainer._valid_epoch = recording
+    return history
 
 
 def _writable(checkpoint_dir: str) -> Path:
@@ -236,7 +226,7 @@ def _text_record(
     assert recommender.texts is not None
     folders = recommender.texts.run_files
     stages: dict[str, Any] = {"artifacts": {stage: str(path) for stage, path in folders.items()}}
-    manifests = {stage: artifacts.read_manifest(path) or {} for stage, path in folders.items()}
+    manifests = _manifests(folders)
     stages["stages"] = {
         stage: {
             "reused": (folders[stage] / artifacts.MANIFEST_FILE).stat().st_mtime < started,
@@ -256,6 +246,10 @@ def _text_record(
         )
         logger.info("leakage audit: %s", json.dumps(stages["leakage_audit"]))
     return stages
+
+
+def _manifests(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    return {stage: artifacts.read_manifest(path) or {} for stage, path in folders.items()}
 
 
 def _versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ ALLOWED = {
         "registration.py",
         "runner.py",
         "model.py",
+        "report/scoring.py",
         "benchmark/",
     },
     "vllm": {"llm/vllm_engine.py"},
@@ -29,7 +30,7 @@ ALLOWED = {
     "recbole_gacllm.cli": {"__main__.py"},
     "recbole_gacllm.llm.vllm_engine": {"llm/engines.py"},
     "recbole_gacllm.llm.transformers_engine": {"llm/engines.py"},
-    "recbole_gacllm.runner": {"cli.py", "benchmark/"},
+    "recbole_gacllm.runner": {"cli.py", "distributed.py", "benchmark/"},
 }
 
 

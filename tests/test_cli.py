@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
-from recbole_gacllm import artifacts
+from recbole_gacllm import artifacts, cli_common
 from recbole_gacllm.cli import main
 from recbole_gacllm.descriptions.layers import Layer
 from recbole_gacllm.descriptions.neighbors import TrainGraph
@@ -146,3 +148,98 @@ def test_help_names_the_presets_and_the_other_commands_and_is_quick_to_load():
     )
     assert "{best,paper,quick}" in done.stdout
     assert "export-descriptions" in done.stdout
+
+
+COMMANDS = [
+    *("leaderboard", "tune", "report", "describe", "audit", "export-descriptions"),
+    *("import-descriptions", "export-embeddings"),
+]
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_every_help_has_an_example_and_ends_with_code_0(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*filter(None, [command]), "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    example = out[out.index("example") :]
+    assert f"recbole_gacllm{'.py' if 'run_recbole' in example else ''} {command or '--'}" in example
+
+
+def completions(line):
+    """What argcomplete prints on its file descriptor 8 for a line with the cursor at its end."""
+    code = (
+        "import os, sys; os.dup2(1, 8); os.dup2(1, 9)\nfrom recbole_gacllm.cli import main; main()"
+    )
+    environment = {
+        **os.environ,
+        **{"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SHELL": "bash"},
+        **{"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": ""},
+        "_ARGCOMPLETE_COMP_WORDBREAKS": " =:",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    return done.stdout.split("\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("recbole-gacllm lead", ["leaderboard "]),
+        ("recbole-gacllm --llm_mod", ["--llm_model="]),
+        ("recbole-gacllm --eval_b", ["--eval_batch_size="]),
+        ("recbole-gacllm --preset=qu", ["quick "]),
+        ("recbole-gacllm leaderboard --mod", ["--models=", "--model_list="]),
+        ("recbole-gacllm describe --us", ["--user="]),
+    ],
+)
+def test_a_shell_completes_commands_flags_and_keys(line, expected):
+    pytest.importorskip("argcomplete")
+    assert sorted(completions(line)) == sorted(expected)
+
+
+def test_quiet_prints_the_result_alone_and_keeps_the_rest_in_a_file(tmp_path, capfd):
+    with cli_common.quiet_output("name", quiet=True):
+        print("result")
+        os.write(2, b"from a library or a child\n")
+    printed = capfd.readouterr()
+    assert printed.out == "result\n"
+    assert printed.err == ""
+    [file] = (tmp_path / "log").iterdir()
+    assert file.read_text() == "from a library or a child\n"
+
+
+def test_quiet_names_the_file_when_something_fails(tmp_path, capfd):
+    with pytest.raises(ValueError, match="bad"), cli_common.quiet_output("name", quiet=True):
+        raise ValueError("bad")
+    [file] = (tmp_path / "log").iterdir()
+    assert f"what was not printed lies in log/{file.name}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_no_color_leaves_no_escape_sequence_on_a_terminal(settings, tmp_path, no_color, coloured):
+    """Under a pseudo-terminal, where RecBole colours its messages and bars."""
+    import pty
+
+    config = {key: value for key, value in settings.items() if key != "show_progress"}
+    (tmp_path / "keys.yaml").write_text(yaml.safe_dump({**config, "epochs": 1}))
+    parent, child = pty.openpty()
+    command = [
+        *(sys.executable, str(ROOT / "run_recbole_gacllm.py"), "--model=Pop", "--dataset=tiny"),
+        "--config_files=keys.yaml",
+    ]
+    run = subprocess.Popen(
+        command, stdout=child, stderr=child, env={**os.environ, "NO_COLOR": no_color}
+    )
+    os.close(child)
+    output = b""
+    while True:
+        try:
+            output += os.read(parent, 65536)
+        except OSError:  # Linux ends a pseudo-terminal so
+            break
+    os.close(parent)
+    assert run.wait() == 0, output
+    assert b"test result" in output
+    assert (b"\x1b[1;3" in output) == coloured

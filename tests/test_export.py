@@ -14,7 +14,7 @@ from recbole.data.utils import data_preparation
 from recbole.utils import get_model
 
 from recbole_gacllm import artifacts
-from recbole_gacllm.benchmark.embeddings import export_embeddings
+from recbole_gacllm.benchmark.embeddings import export_embeddings, find_embeddings
 from recbole_gacllm.benchmark.export import export, to_latex, to_markdown
 from recbole_gacllm.benchmark.results import Board, summarize
 from recbole_gacllm.benchmark.submission import write_submission
@@ -90,6 +90,7 @@ def board(tmp_path):
         "protocol": "general",
         "given": {"epochs": "1", "worker": "1"},
         "config_files": [],
+        "nproc": 1,
         "tuned": {f"tiny/{model}": {"files": [], "values": {}} for model in models},
         "properties": {"tiny": CONFIG},
         "smaller_is_better": ["averagepopularity"],
@@ -271,3 +272,16 @@ def test_embeddings_of_a_data_set_without_any_say_what_to_do(tmp_path, capsys):
     assert end.value.code == 2
     assert "Run GaCLLM on it first" in capsys.readouterr().err
     assert not list(Path(tmp_path).glob("*.useremb"))
+
+
+def test_the_newest_embeddings_that_have_the_layer_are_exported(embeddings):
+    """A later run with raw texts, such as an ablation's, has layer 0 alone."""
+    raw = embeddings.parent / "embeddings-raw"
+    raw.mkdir()
+    (raw / "layer_0.npy").write_bytes((embeddings / "layer_0.npy").read_bytes())
+    artifacts.write_manifest(raw, {"stage": "embeddings"})
+    artifact_dir = embeddings.parent.parent
+    assert find_embeddings(artifact_dir, "tiny", None, 0) == raw
+    assert find_embeddings(artifact_dir, "tiny", None, 1) == embeddings
+    with pytest.raises(ValueError, match="layer: 2 is in none of 2 text embeddings of 'tiny'"):
+        find_embeddings(artifact_dir, "tiny", None, 2)

@@ -16,9 +16,10 @@ from filelock import FileLock
 
 from recbole_gacllm import runner
 from recbole_gacllm.benchmark import leaderboard
+from recbole_gacllm.benchmark.group import write_latex
 from recbole_gacllm.benchmark.job import Recorder
 from recbole_gacllm.benchmark.leaderboard import run_leaderboard
-from recbole_gacllm.benchmark.plan import baseline_files, make_plan
+from recbole_gacllm.benchmark.plan import baseline_files, make_plan, split_models
 from recbole_gacllm.benchmark.results import Board
 from recbole_gacllm.cli import main
 from recbole_gacllm.config import shipped_path
@@ -90,13 +91,14 @@ def test_a_sequential_model_is_refused_on_a_random_split(keys):
     [
         ((["BPR"], ["tiny"], 1, "other"), "protocol: 'other' is not one of general, sequential"),
         ((["BPR"], ["tiny"], 0), "seeds: 0"),
+        ((["BPR"], ["tiny"], 1, "general", (), {}, 0), "nproc: 0"),
         ((["BPR", "BPR"], ["tiny"], 1), "models: 'BPR,BPR'"),
         ((["BRP"], ["tiny"], 1), "model: 'BRP' is neither GaCLLM"),
     ],
 )
 def test_a_bad_plan_is_refused_before_any_run(keys, arguments, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(*arguments, config_dict=keys)
+        make_plan(*arguments, **({} if len(arguments) > 5 else {"config_dict": keys}))
 
 
 def names(keys, **more):
@@ -113,6 +115,42 @@ def test_a_run_is_addressed_by_what_determines_it_and_by_nothing_else(keys, data
     assert names(keys) != before
 
 
+def test_a_variant_is_a_row_of_its_own_with_its_keys_over_the_users(keys):
+    rows = split_models("GaCLLM,GaCLLM:n_layers=1:topk_=[5,10],EASE:reg_weight=7")
+    assert rows == ["GaCLLM", "GaCLLM:n_layers=1:topk_=[5,10]", "EASE:reg_weight=7"]
+    rows[1] = "GaCLLM:n_layers=1:reg_weight=0.1"
+    plan = make_plan(rows, ["tiny"], 1, config_dict={**keys, "n_layers": 3, "reg_weight": 2})
+    configs = {job.model: job.key["config"] for job in plan.jobs}
+    assert [configs[row]["n_layers"] for row in rows[:2]] == [3, 1]
+    assert [configs[row]["reg_weight"] for row in rows] == [2, 0.1, 7]
+    assert plan.summary["models"] == rows
+    folders = {job.name for job in plan.jobs}
+    assert len(folders) == 3
+    assert all("/" not in name and ":" not in name for name in folders)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["GaCLLM:use_text"], "'use_text' of 'GaCLLM:use_text' is not key=value"),
+        (["BPR", "BPR:topk=5"], "topk of 'BPR:topk=5' must be the same for all"),
+        (["BPR", "BPR:learning_rate=1.0e-4"], "'BPR' and 'BPR:learning_rate=1.0e-4' are the same"),
+        (["GaCLLM:llm_modle=x"], "unknown key 'llm_modle'"),
+    ],
+)
+def test_a_bad_variant_is_refused(keys, rows, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(rows, ["tiny"], 1, config_dict=keys)
+
+
+def test_the_number_of_processes_is_part_of_a_runs_address(keys):
+    def name(nproc):
+        return make_plan(["BPR"], ["tiny"], 1, config_dict=keys, nproc=nproc).jobs[0].name
+
+    assert name(1) == names(keys)[0]
+    assert name(2) != name(1)
+
+
 def test_committed_hyper_parameters_are_used_and_the_users_win(keys):
     plan = make_plan(["EASE"], ["tiny"], 1, config_dict=keys)
     assert plan.jobs[0].key["config"]["reg_weight"] == 1000.0
@@ -123,7 +161,7 @@ def test_committed_hyper_parameters_are_used_and_the_users_win(keys):
 def test_every_committed_file_of_hyper_parameters_fits_its_model(keys):
     folder = shipped_path("properties", "baselines")
     models = sorted(file.stem for file in folder.glob("*.yaml"))
-    plan = make_plan(models, ["tiny"], 1, config_dict=keys)
+    plan = make_plan(models, ["tiny"], 1, "sequential", config_dict=keys)
     for job in plan.jobs:
         assert baseline_files(job.model, "tiny")
         assert "# Source:" in Path(baseline_files(job.model, "tiny")[0]).read_text("utf-8")
@@ -134,7 +172,7 @@ def test_every_committed_file_of_hyper_parameters_fits_its_model(keys):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A board of GaCLLM, Pop and a model that fails (it wants a knowledge graph), made once."""
+    """A board of GaCLLM, a variant, Pop, and CKE, which fails for want of a knowledge graph."""
     from tests.conftest import write_dataset
 
     root = tmp_path_factory.mktemp("board")
@@ -146,7 +184,8 @@ def finished(tmp_path_factory):
         "embedding_size": 8,
         "use_gpu": False,
     }
-    plan = make_plan(["GaCLLM", "CKE", "Pop"], ["tiny"], 1, config_dict=keys)
+    rows = ["GaCLLM", "GaCLLM:n_layers=0", "CKE", "Pop"]
+    plan = make_plan(rows, ["tiny"], 1, config_dict=keys)
     working = Path.cwd()
     os.chdir(root)
     try:
@@ -159,7 +198,8 @@ def finished(tmp_path_factory):
 def test_a_failed_run_is_recorded_and_the_others_go_on(finished):
     folder, _ = finished
     board = Board.read(folder)
-    assert [run.record["model"] for run in board.runs] == ["GaCLLM", "Pop"]
+    rows = ["GaCLLM", "GaCLLM:n_layers=0", "Pop"]
+    assert [run.record["model"] for run in board.runs] == rows
     assert [failure["model"] for failure in board.failures] == ["CKE"]
     assert "[tiny.kg] not found" in board.failures[0]["error"]
     assert any("Error" in line for line in board.failures[0]["log_tail"])
@@ -174,6 +214,42 @@ def test_the_numbers_are_those_of_a_run_alone(finished, tmp_path):
     run = next(run for run in Board.read(folder).runs if run.name == job.name)
     assert run.record["test"] == alone.record["test"]
     assert run.record["valid"] == alone.record["valid"]
+
+
+def test_a_variant_is_tested_against_the_baseline_like_any_row(finished, tmp_path):
+    import shutil
+
+    from recbole_gacllm.benchmark.export import export
+
+    shutil.copytree(finished[0], tmp_path / "out")
+    export(tmp_path / "out", baseline="GaCLLM:n_layers=0")
+    table = json.loads((tmp_path / "out" / "results.json").read_text())["datasets"]["tiny"]
+    assert table["baseline"] == "GaCLLM:n_layers=0"
+    assert table["models"]["GaCLLM"]["metrics"]["ndcg@10"]["test"]["n_users"] == 24
+    page = (tmp_path / "out" / "results" / "tiny.md").read_text()
+    assert "n_layers=0 | GaCLLM.yaml and its preset" in page.replace("  ", " ")
+
+
+def test_recboles_latex_tables_hold_validation_and_test_metrics(finished, tmp_path):
+    for part in ("valid", "test"):
+        write_latex(Board.read(finished[0]), "tiny", part, tmp_path / "latex" / f"{part}.tex")
+        text = (tmp_path / "latex" / f"{part}.tex").read_text()
+        board = Board.read(finished[0])
+        values = [run.record[part]["ndcg@10"] for run in board.runs]
+        assert f"\\bfseries {max(values):.4f}" in text
+        assert all(f"{value:.4f}" in text for value in values)
+        assert "GaCLLM:n\\_layers=0 &" in text
+
+
+@pytest.mark.slow
+def test_runs_in_two_processes_have_exact_metrics_of_every_user(keys, tmp_path):
+    plan = make_plan(["BPR"], ["tiny"], 1, config_dict=keys, nproc=2)
+    run_leaderboard(plan, tmp_path / "out", show_progress=False)
+    [run] = Board.read(tmp_path / "out").runs
+    values = run.per_user("ndcg@10")
+    assert len(values) == 24
+    assert round(values.mean(), 4) == run.record["test"]["ndcg@10"]
+    assert run.record["config"]["nproc"] == 2
 
 
 def test_nothing_finished_is_run_twice(finished, monkeypatch):
@@ -264,8 +340,18 @@ def test_a_killed_leaderboard_goes_on_where_it_was(settings, tmp_path):
     assert "| **Pop**" in last.stdout
 
 
-def test_recboles_flag_for_models_works_and_mistakes_end_with_code_2(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_list=BRP", "--datasets=ml-100k"], "model: 'BRP'"),
+        (["-m", "BRP:learning_rate=0.1", "-d", "ml-100k"], "model: 'BRP'"),
+        (["-m=BPR", "--baseline=EASE", "--dataset=ml-100k"], "baseline: 'EASE' is not one of"),
+        (["-m=BPR", "-d=ml-100k,ml-1m", "--test_latex=a.tex"], "take one data set"),
+        (["-m=BPR", "-d=ml-100k", "--epochs", "3"], "'--epochs' is not of the form"),
+    ],
+)
+def test_recboles_flags_work_and_mistakes_end_with_code_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
-        main(["leaderboard", "--model_list=BRP", "--datasets=ml-100k"])
+        main(["leaderboard", *arguments])
     assert end.value.code == 2
-    assert "model: 'BRP'" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

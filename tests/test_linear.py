@@ -36,6 +36,33 @@ def test_the_weights_minimise_the_ridge_loss_without_a_diagonal():
     assert np.abs(gradient).max() < 1e-4
 
 
+def test_texts_are_further_rows_that_the_weights_reconstruct():
+    rng = np.random.default_rng(2)
+    matrix = (rng.random((30, 6)) < 0.4).astype(np.float64)
+    texts = rng.standard_normal((6, 4))
+    model = ItemItemModel(*np.nonzero(matrix), 30, 6, 3.0, torch.from_numpy(texts), 5.0)
+    rows = texts - texts.mean(0)
+    rows /= np.sqrt((rows**2).sum(1).mean())
+    stacked = np.concatenate([matrix, np.sqrt(5.0) * rows.T])
+    plain = stacked.T @ stacked
+    weights = model._weights.numpy().astype(np.float64)
+    gradient = plain @ weights - plain + 3.0 * weights
+    np.fill_diagonal(gradient, 0)  # the constraint's multipliers stand there
+    assert np.abs(gradient).max() < 1e-4
+
+
+def test_an_item_without_interactions_is_scored_by_its_text():
+    users, items = np.array([1, 1, 2, 2]), np.array([1, 2, 3, 4])
+    texts = torch.zeros(6, 3)  # row 0 is padding
+    texts[1:] = torch.tensor([[1.0, 0, 0], [1, 0.1, 0], [0, 1, 0], [0, 1, 0.1], [1, 0, 0.1]])
+    liked = torch.tensor([1, 2])
+    scores = ItemItemModel(users, items, 3, 6, 0.5, texts, 1.0).scores(liked)
+    assert scores[0, 5] > 0.1 > scores[1, 5]  # item 5 reads like those of user 1
+    assert scores[:, 0].tolist() == [0, 0]  # no text, no interactions: no score
+    without = ItemItemModel(users, items, 3, 6, 0.5).scores(liked)
+    assert without[:, 5].tolist() == [0, 0]
+
+
 def test_standardized_rows_have_mean_zero_and_deviation_one():
     rows = standardize(torch.randn(3, 50) * 7 + 2)
     assert torch.allclose(rows.mean(1), torch.zeros(3), atol=1e-5)

@@ -13,6 +13,7 @@ from recbole.utils import get_model, init_seed
 
 from recbole_gacllm import model as model_module
 from recbole_gacllm.data import TextLayers
+from recbole_gacllm.linear import ItemItemModel, standardize
 from recbole_gacllm.run_config import build_config
 
 
@@ -151,7 +152,7 @@ def test_few_items_are_all_negatives_and_many_are_sampled(settings):
     assert model._draw_negatives().tolist() == list(range(1, model.n_items))
     model, _, _, _ = build("GaCLLM", settings, use_text=False, ssm_n_negatives=5)
     drawn = torch.cat([model._draw_negatives() for _ in range(200)])
-    assert len(model._draw_negatives()) == 5
+    assert len(model._draw_negatives().unique()) == 5
     assert set(drawn.tolist()) == set(range(1, model.n_items))
 
 
@@ -181,3 +182,49 @@ def test_a_limit_on_aligned_nodes_draws_that_many_of_each_side(settings, fake_te
     assert seen == [7, 7, 7, 7]
     assert len(set(model._draw_aligned(20).tolist())) == 7
     assert model._draw_aligned(5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_without_fused_text_only_the_aligned_nodes_are_projected(settings, fake_texts, monkeypatch):
+    model, train, _, _ = build("GaCLLM", settings, text_weight=0.0, align_n_nodes=7)
+    seen, project = [], model.project
+    monkeypatch.setattr(model, "project", lambda nodes: seen.append(len(nodes)) or project(nodes))
+    model.calculate_loss(next(iter(train))).backward()
+    assert seen == [14]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    model.eval()
+    model.full_sort_predict(next(iter(train)))
+    assert seen == [14]
+
+
+def test_raw_texts_reach_the_linear_scores(settings, fake_texts):
+    plain, train, _, _ = build("GaCLLM", settings, linear_weight=1e6)
+    with_texts, _, _, _ = build("GaCLLM", settings, linear_weight=1e6, linear_text_weight=50.0)
+    batch = next(iter(train))
+    scores = with_texts.full_sort_predict(batch).view(len(batch), -1)
+    assert not torch.allclose(plain.full_sort_predict(batch).view(len(batch), -1), scores)
+    inter = train._dataset.inter_feat
+    nodes = torch.arange(plain.n_users, plain.n_users + plain.n_items)
+    expected = ItemItemModel(
+        inter["user_id"].numpy(),
+        inter["item_id"].numpy(),
+        plain.n_users,
+        plain.n_items,
+        plain.options.linear_reg_weight,
+        plain.texts.rows(0, nodes),
+        50.0,
+    )
+    assert torch.allclose(scores / 1e6, standardize(expected.scores(batch["user_id"])), atol=1e-3)
+
+
+def test_the_softmax_loss_of_a_batch_is_the_cross_entropy_over_all_items(settings, fake_texts):
+    keys = {"ssm_n_negatives": 1000, "reg_weight": 0.0, "align_weight": 0.0, "text_dropout": 0.0}
+    model, train, _, _ = build("GaCLLM", settings, **keys)
+    batch = next(iter(train))
+    users, items = model.forward()
+    cosine = torch.nn.functional.cosine_similarity(
+        users[batch["user_id"]][:, None], items[None, 1:], dim=2
+    )
+    expected = torch.nn.functional.cross_entropy(
+        cosine / model.options.ssm_temperature, batch["item_id"] - 1
+    )
+    assert torch.allclose(model.calculate_loss(batch), expected, atol=1e-5)

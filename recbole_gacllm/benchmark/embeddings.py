@@ -19,8 +19,8 @@ _CONFIG = {
 }
 
 
-def find_embeddings(artifact_dir: Path, dataset: str | None, run: Path | None) -> Path:
-    """The embeddings folder of a run, or the newest one of a data set.
+def find_embeddings(artifact_dir: Path, dataset: str | None, run: Path | None, layer: int) -> Path:
+    """The embeddings folder of a run, or the newest one of a data set that has a layer.
 
     Raises:
         ValueError: If there is none.
@@ -33,12 +33,14 @@ def find_embeddings(artifact_dir: Path, dataset: str | None, run: Path | None) -
         if folder is None:
             raise ValueError(f"the run of {file} had no text embeddings.")
         return Path(folder)
-    manifests = (artifact_dir / str(dataset)).glob("embeddings-*/manifest.json")
-    newest = max(manifests, key=lambda file: file.stat().st_mtime, default=None)
+    manifests = list((artifact_dir / str(dataset)).glob("embeddings-*/manifest.json"))
+    with_layer = [file for file in manifests if (file.parent / f"layer_{layer}.npy").is_file()]
+    newest = max(with_layer, key=lambda file: file.stat().st_mtime, default=None)
     if newest is None:
+        what = f"layer: {layer} is in none of {len(manifests)}" if manifests else "no"
         raise ValueError(
-            f"no text embeddings of {dataset!r} under {artifact_dir}. Run GaCLLM on it first, or "
-            "give the artifact_dir of the run."
+            f"{what} text embeddings of {dataset!r} under {artifact_dir}. Run GaCLLM on it first, "
+            "or give the artifact_dir of the run."
         )
     return newest.parent
 

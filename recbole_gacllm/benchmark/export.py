@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from recbole_gacllm import artifacts
+from recbole_gacllm.benchmark.plan import split_variant
 from recbole_gacllm.benchmark.results import DECIMALS, Board, summarize
 
 RESULTS_FILE = "results.json"
@@ -241,11 +242,13 @@ def _hyper_parameters(plan: dict[str, Any], table: dict[str, Any], dataset: str)
     rows = []
     for model in table["models"]:
         tuned = plan["tuned"][f"{dataset}/{model}"]
-        values = {**tuned["values"], **given}
+        own = split_variant(model)[1]
+        values = {**tuned["values"], **given, **own}
         source = "<br/>".join(tuned["files"])
         if not source:
-            source = "GaCLLM.yaml and its preset" if model == "GaCLLM" else "RecBole's defaults"
-        if given:
+            ours = model.partition(":")[0] == "GaCLLM"
+            source = "GaCLLM.yaml and its preset" if ours else "RecBole's defaults"
+        if given or own:
             source += "<br/>the command line"
         if plan["config_files"]:
             source += "<br/>" + "<br/>".join(plan["config_files"])

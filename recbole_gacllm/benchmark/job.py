@@ -162,11 +162,16 @@ def _work(folder: Path) -> None:
         "checkpoint_dir": str(folder / "saved"),
         "show_progress": False,
     }
-    done = runner.run(job["model"], job["dataset"], job["config_files"], keys, observer=recorder)
-    record = done.record
+    model = job["model"].partition(":")[0]  # a variant is named Model:key=value
+    if job["nproc"] == 1:
+        done = runner.run(model, job["dataset"], job["config_files"], keys, observer=recorder)
+        record = done.record
+    else:
+        record = _run_distributed(model, job, keys, recorder)
     content = recorder.per_user(record["test"], record["config"]["metric_decimal_place"])
     artifacts.write_atomic(folder / PER_USER_FILE, content)
     record |= {
+        "model": job["model"],
         "split": recorder.split,
         "statistics": recorder.statistics,
         "code": code_version(),
@@ -174,6 +179,36 @@ def _work(folder: Path) -> None:
     }
     text = json.dumps(record, indent=2, ensure_ascii=False)
     artifacts.write_atomic(folder / RUN_FILE, text.encode())
+
+
+def _run_distributed(
+    model: str, job: dict[str, Any], keys: dict[str, Any], recorder: Recorder
+) -> dict[str, Any]:
+    """Train with RecBole's DDP; test the best checkpoint in this process.
+
+    DDP gives every process the same number of users and repeats some for it, so that its test
+    metrics are not exact and no user's are known.
+
+    Returns:
+        The ``run.json``, with the exact test metrics.
+    """
+    from recbole.data import create_dataset, data_preparation
+    from recbole.utils import get_model, get_trainer, init_seed
+
+    from recbole_gacllm.distributed import run_distributed
+    from recbole_gacllm.run_config import build_config
+
+    config = build_config(model, job["dataset"], job["config_files"], dict(keys))
+    init_seed(config["seed"], config["reproducibility"])
+    train_data, valid_data, test_data = data_preparation(config, create_dataset(config))
+    recorder.on_split(train_data, valid_data, test_data)
+    run_file = run_distributed(model, job["dataset"], job["config_files"], job["nproc"], keys)
+    record: dict[str, Any] = json.loads(run_file.read_text("utf-8"))
+    recommender = get_model(model)(config, train_data._dataset).to(config["device"])
+    trainer = get_trainer(config["MODEL_TYPE"], model)(config, recommender)
+    recorder.on_trainer(trainer)
+    result = trainer.evaluate(test_data, model_file=record["checkpoint"])
+    return record | {"test": dict(result)}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 PLAN_FILE = "leaderboard.json"
 FAILED_FILE = "failed.json"
-_SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_LOOKS = 1.0
 _LOG_TAIL_LINES = 20
 # As RecBole's trainer writes it: "epoch 3 evaluating [time: 0.1s, valid_score: 0.2]", in colours.
 _EPOCH = re.compile(r"epoch (\d+) evaluating.*?valid_score\S*: (-?[\d.]+)")
@@ -71,29 +71,42 @@ def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> Pat
     text = json.dumps(plan.summary, indent=2, ensure_ascii=False)
     artifacts.write_atomic(output / PLAN_FILE, text.encode())
     runs = [(job, output / "runs" / job.name) for job in plan.jobs]
-    failed_before = {folder: _read(folder / FAILED_FILE) for _, folder in runs}
+    failed_before = {folder: read_if_there(folder / FAILED_FILE) for _, folder in runs}
     n_done = sum((folder / RUN_FILE).is_file() for _, folder in runs)
     with tqdm(total=len(runs), initial=n_done, unit="run", disable=not show_progress) as bar:
         waiting = [(job, folder) for job, folder in runs if not (folder / RUN_FILE).is_file()]
         while waiting:
             busy = []
             for job, folder in waiting:
-                with _watched(bar, job, folder):
-                    outcome = _attempt(job, folder, failed_before[folder], plan, output)
+                label = f"{job.dataset} {job.model} seed {job.seed}"
+                with watched(bar, label, folder):
+                    same_split = [
+                        other_folder
+                        for other, other_folder in runs
+                        if (other.dataset, other.seed) == (job.dataset, job.seed)
+                    ]
+                    outcome = attempt(job, folder, failed_before[folder], same_split)
                 if outcome is Outcome.BUSY:
                     busy.append((job, folder))
                 else:
                     bar.update()
             if len(busy) == len(waiting):
-                time.sleep(_SECONDS_BETWEEN_LOOKS)  # others work on all that is left
+                time.sleep(SECONDS_BETWEEN_LOOKS)  # others work on all that is left
             waiting = busy
     return output
 
 
-def _attempt(
-    job: Job, folder: Path, failed_before: bytes | None, plan: Plan, output: Path
+def attempt(
+    job: Job, folder: Path, failed_before: bytes | None, same_split: Iterable[Path]
 ) -> Outcome:
-    """Make one run, unless it is made already or another process is at it."""
+    """Make one run, unless it is made already or another process is at it.
+
+    Args:
+        job: The run.
+        folder: Its folder.
+        failed_before: Content of its ``failed.json`` when we started; it is tried once more.
+        same_split: Folders of runs that must have the same split.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -103,7 +116,7 @@ def _attempt(
     try:
         if (folder / RUN_FILE).is_file():
             return Outcome.DONE
-        if (failed := _read(folder / FAILED_FILE)) is not None and failed != failed_before:
+        if (failed := read_if_there(folder / FAILED_FILE)) is not None and failed != failed_before:
             return Outcome.FAILED  # another process has just tried
         shutil.rmtree(folder / "saved", ignore_errors=True)  # of a killed attempt
         (folder / LOG_FILE).unlink(missing_ok=True)
@@ -114,31 +127,33 @@ def _attempt(
             "config_files": job.config_files,
             "config_dict": job.config_dict,
             "key": job.key,
-            "expected": _finished_neighbor(job, plan, output),
+            "nproc": job.nproc,
+            "expected": _known_split(same_split),
         }
         artifacts.write_atomic(folder / "job.json", json.dumps(description, indent=2).encode())
+        logger.info("%s starts; its log: %s", job.name, folder / LOG_FILE)
         try:
             artifacts.run_child(job.name, folder, module="recbole_gacllm.benchmark.job")
         except (ValueError, GaCLLMError) as error:
             _record_failure(job, folder, str(error))
             return Outcome.FAILED
         (folder / FAILED_FILE).unlink(missing_ok=True)
+        logger.info("%s is done", job.name)
         return Outcome.DONE
     finally:
         lock.release()
 
 
-def _finished_neighbor(job: Job, plan: Plan, output: Path) -> dict[str, Any] | None:
-    """A finished run of the same data set and seed: its split must be this run's."""
-    for other in plan.jobs:
-        file = output / "runs" / other.name / RUN_FILE
-        if (other.dataset, other.seed) == (job.dataset, job.seed) and file.is_file():
-            return {"run": other.name, "split": json.loads(file.read_text("utf-8"))["split"]}
+def _known_split(folders: Iterable[Path]) -> dict[str, Any] | None:
+    """Name and split hashes of the first finished run."""
+    for folder in folders:
+        if (content := read_if_there(folder / RUN_FILE)) is not None:
+            return {"run": folder.name, "split": json.loads(content)["split"]}
     return None
 
 
 def _record_failure(job: Job, folder: Path, error: str) -> None:
-    log = (_read(folder / LOG_FILE) or b"").decode("utf-8", "replace")
+    log = (read_if_there(folder / LOG_FILE) or b"").decode("utf-8", "replace")
     record = {
         "model": job.model,
         "dataset": job.dataset,
@@ -154,14 +169,13 @@ def _record_failure(job: Job, folder: Path, error: str) -> None:
 
 
 @contextmanager
-def _watched(bar: tqdm[Any], job: Job, folder: Path) -> Iterator[None]:
-    """Show the run's epoch and validation score beside the bar while it goes on."""
+def watched(bar: tqdm[Any], label: str, folder: Path) -> Iterator[None]:
+    """Show a run's epoch and validation score beside the bar while it goes on."""
     stop = threading.Event()
-    label = f"{job.dataset} {job.model} seed {job.seed}"
 
     def follow() -> None:
-        while not stop.wait(_SECONDS_BETWEEN_LOOKS):
-            tail = (_read(folder / LOG_FILE) or b"")[-20_000:].decode("utf-8", "replace")
+        while not stop.wait(SECONDS_BETWEEN_LOOKS):
+            tail = (read_if_there(folder / LOG_FILE) or b"")[-20_000:].decode("utf-8", "replace")
             epochs = _EPOCH.findall(tail)
             state = f", epoch {epochs[-1][0]}, valid {epochs[-1][1]}" if epochs else ""
             bar.set_postfix_str(label + state)
@@ -178,7 +192,8 @@ def _watched(bar: tqdm[Any], job: Job, folder: Path) -> Iterator[None]:
             thread.join()
 
 
-def _read(file: Path) -> bytes | None:
+def read_if_there(file: Path) -> bytes | None:
+    """Content of a file, None if there is none."""
     try:
         return file.read_bytes()
     except FileNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,14 +33,20 @@ _NOT_DETERMINING = frozenset(
 )
 
 
+# What all rows of a table must share; the split is compared by its hash besides.
+_SHARED_KEYS = frozenset({"seed", "eval_args", "metrics", "topk", "valid_metric"})
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of a leaderboard.
 
     Attributes:
+        model: As the tables name it: a model, or a variant such as ``GaCLLM:use_text=False``.
         config_files: Yaml files, later ones win: protocol, tuned hyper-parameters, the user's.
         config_dict: The user's keys, and the seed; they win over the files.
         key: All that determines the result: the resolved configuration, digests of data and code.
+        nproc: Processes of RecBole's DDP.
     """
 
     model: str
@@ -48,11 +55,13 @@ class Job:
     config_files: tuple[str, ...]
     config_dict: Mapping[str, Any]
     key: Mapping[str, Any]
+    nproc: int = 1
 
     @property
     def name(self) -> str:
         """Folder of the run: readable, and different for everything that determines it."""
-        return f"{self.dataset}-{self.model}-{self.seed}-{artifacts.fingerprint(self.key)[:12]}"
+        model = re.sub(r"[^\w.=-]+", "_", self.model)[:80]
+        return f"{self.dataset}-{model}-{self.seed}-{artifacts.fingerprint(self.key)[:12]}"
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,32 @@ def baseline_files(model: str, dataset: str) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
+def split_models(text: str) -> list[str]:
+    """``BPR,GaCLLM:topk=[5,10]`` -> its rows; a comma within brackets does not separate."""
+    return re.split(r",(?![^\[({]*[\])}])", text)
+
+
+def split_variant(row: str) -> tuple[str, dict[str, str]]:
+    """``GaCLLM:use_text=False:n_layers=1`` -> ``GaCLLM`` and the variant's own keys.
+
+    Raises:
+        ValueError: If a part is not ``key=value``, or a key must be the same for all rows.
+    """
+    model, *parts = row.split(":")
+    keys = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(
+                f"models: {part!r} of {row!r} is not key=value. A variant is written "
+                "Model:key=value:key=value; a value that holds ':' goes into a config file."
+            )
+        if key in _SHARED_KEYS:
+            raise ValueError(f"models: {key} of {row!r} must be the same for all; give --{key}=….")
+        keys[key] = value
+    return model, keys
+
+
 def make_plan(
     models: Sequence[str],
     datasets: Sequence[str],
@@ -82,25 +117,30 @@ def make_plan(
     protocol: str = "general",
     config_files: Sequence[str | Path] = (),
     config_dict: Mapping[str, Any] | None = None,
+    nproc: int = 1,
 ) -> Plan:
     """Resolve every run's configuration, so that bad input ends here and not after hours.
 
     Args:
-        models: GaCLLM and models of RecBole; the order of the tables.
+        models: GaCLLM, models of RecBole and variants of them, in the order of the tables.
         datasets: Names of data sets.
         n_seeds: Seeds ``s, s + 1, …`` with s the key ``seed`` (2020). A seed is RecBole's: it moves
             the random split of the general protocol, and initialisation in both.
         protocol: A name of ``properties/protocols``.
         config_files: The user's yaml files, over protocol and tuned hyper-parameters.
-        config_dict: The user's keys, over all files; strings as on the command line.
+        config_dict: The user's keys, over all files; strings as on the command line. A variant's
+            own keys win over them.
+        nproc: Processes of each run, by RecBole's DDP.
 
     Raises:
-        ValueError: Unknown name or bad key, or a sequential model on a split that is not by time.
+        ValueError: Unknown name or bad key, two rows that are the same run, or a sequential model
+            on a split that is not by time.
     """
     if protocol not in protocol_names():
         raise ValueError(f"protocol: {protocol!r} is not one of {', '.join(protocol_names())}.")
-    if n_seeds < 1:
-        raise ValueError(f"seeds: {n_seeds} is not a number of seeds; give at least 1.")
+    for key, number in (("seeds", n_seeds), ("nproc", nproc)):
+        if number < 1:
+            raise ValueError(f"{key}: {number} is not allowed; give at least 1.")
     for key, names in (("models", models), ("datasets", datasets)):
         if not names or len(set(names)) < len(names):
             raise ValueError(
@@ -113,11 +153,14 @@ def make_plan(
     properties: dict[str, dict[str, Any]] = {}
     for dataset in datasets:
         data: dict[str, str] | None = None
-        for model in models:
+        rows: dict[str, str] = {}
+        for row in models:
+            model, own = split_variant(row)
             tuned = baseline_files(model, dataset)
             files = (shipped_path("properties", "protocols", f"{protocol}.yaml"), *tuned)
             paths = tuple(str(file) for file in (*files, *config_files))
-            config = build_config(model, dataset, paths, {**given, "seed": first_seed})
+            keys = {**given, **own}
+            config = build_config(model, dataset, paths, {**keys, "seed": first_seed})
             _check_order(model, config)
             if data is None:
                 data = _data_digests(config)
@@ -131,19 +174,26 @@ def make_plan(
                 "recbole": importlib.metadata.version("recbole"),
                 "code": code_digest() if model == "GaCLLM" else None,
             }
-            sources[f"{dataset}/{model}"] = {
+            if nproc > 1:  # the batches of DDP are others
+                determines["nproc"] = nproc
+            same = rows.setdefault(artifacts.fingerprint(determines), row)
+            if same != row:
+                raise ValueError(f"models: {same!r} and {row!r} are the same run; leave one out.")
+            determines["model"] = row
+            sources[f"{dataset}/{row}"] = {
                 "files": [_short(path) for path in tuned],
                 "values": {k: v for path in tuned for k, v in _load(path).items()},
             }
             properties.setdefault(dataset, determines["config"])
             jobs += [
                 Job(
-                    model,
+                    row,
                     dataset,
                     seed,
                     paths,
-                    {**given, "seed": seed},
+                    {**keys, "seed": seed},
                     {**determines, "seed": seed},
+                    nproc,
                 )
                 for seed in range(first_seed, first_seed + n_seeds)
             ]
@@ -155,6 +205,7 @@ def make_plan(
         "protocol": protocol,
         "given": given,
         "config_files": [str(file) for file in config_files],
+        "nproc": nproc,
         "tuned": sources,
         "properties": properties,
         "smaller_is_better": list(smaller_metrics),
@@ -170,7 +221,7 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
         name = file.relative_to(package).as_posix()
-        if not name.startswith(("benchmark/", "cli", "__main__")):
+        if not name.startswith(("benchmark/", "report/", "cli", "tracking", "__main__")):
             digest.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -136,6 +136,8 @@ def _command(board: Board) -> str:
         f"--seed={plan['seeds'][0]}",
         *(f"--{key}={value}" for key, value in plan["given"].items()),
     ]
+    if plan["nproc"] > 1:
+        flags.append(f"--nproc={plan['nproc']}")
     if plan["config_files"]:
         flags.append(f'--config_files="{" ".join(plan["config_files"])}"')
     return "python run_recbole_gacllm.py leaderboard " + " ".join(flags)

@@ -1,0 +1,203 @@
+"""The commands ``leaderboard`` and ``tune`` of the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recbole_gacllm import cli_common
+from recbole_gacllm.errors import GaCLLMError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from recbole_gacllm.benchmark.tuning import Search
+
+_LEADERBOARD_EPILOG = """\
+Every run is made once, in a process of its own: start the same command again after a kill, with
+more models or seeds, or on several machines that share OUTPUT. Tuned hyper-parameters come from
+properties/baselines; every key of RecBole and of GaCLLM is a flag, for all models. A variant of a
+model is a row of its own: Model:key=value:key=value.
+
+examples:
+  python run_recbole_gacllm.py leaderboard --models=GaCLLM,EASE,BPR --datasets=ml-100k --seeds=5
+  python run_recbole_gacllm.py leaderboard --datasets=ml-100k --seeds=5 \\
+      --models=GaCLLM,GaCLLM:use_text=False,GaCLLM:text_source=shuffled,EASE
+  python run_recbole_gacllm.py leaderboard --models=GaCLLM,SASRec --datasets=ml-100k \\
+      --protocol=sequential --output=saved/sequential
+  python run_recbole_gacllm.py leaderboard -m BPR,EASE -d ml-100k --test_latex=latex/test.tex
+"""
+_TUNE_EPILOG = """\
+The validation metric selects. Each trial is made once, in a process of its own: start the same
+command again after a kill. GaCLLM's text stages run once for all trials that share them. Spaces
+are shipped in properties/spaces; every key of RecBole and of GaCLLM is a flag.
+
+examples:
+  python run_recbole_gacllm.py tune --model=EASE --dataset=ml-100k
+  python run_recbole_gacllm.py tune --model=GaCLLM --dataset=ml-100k --algo=bayes --max_evals=30
+  python run_recbole_gacllm.py tune --model=LightGCN --dataset=ml-100k --space=mine.hyper
+"""
+_PROTOCOL_HELP = (
+    "general (random 8:1:1 split of each user; default) or sequential (leave one out by time, for "
+    "general and sequential models)"
+)
+
+
+def leaderboard(arguments: list[str]) -> None:
+    """Make every run, write the tables and print them."""
+    parser = cli_common.command_parser(
+        "run_recbole_gacllm.py leaderboard",
+        "Compare models: make every run, test the differences, write the tables.",
+        _LEADERBOARD_EPILOG,
+    )
+    parser.add_argument(
+        "--models",
+        "--model_list",
+        "-m",
+        required=True,
+        help="names with commas, such as GaCLLM,LightGCN,EASE: GaCLLM, RecBole's models, variants",
+    )
+    parser.add_argument(
+        "--datasets", "--dataset", "-d", required=True, help="names of data sets, with commas"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="how many, from --seed (2020) on; default 1"
+    )
+    parser.add_argument("--protocol", default="general", help=_PROTOCOL_HELP)
+    parser.add_argument(
+        "--output", type=Path, default=Path("saved/leaderboard"), help="folder of the leaderboard"
+    )
+    parser.add_argument(
+        "--baseline", help="model that the others are tested against; default the first"
+    )
+    parser.add_argument("--nproc", type=int, default=1, help="processes of RecBole's DDP, each run")
+    for part in ("valid", "test"):
+        parser.add_argument(
+            f"--{part}_latex",
+            type=Path,
+            help=f"file for the {part} table of RecBole's run_recbole_group.py; one data set",
+        )
+    cli_common.add_config_files(parser)
+    cli_common.add_verbosity(parser)
+    known, keys = cli_common.parse_with_keys(parser, arguments)
+    datasets = known.datasets.split(",")
+    if (known.valid_latex or known.test_latex) and len(datasets) > 1:
+        parser.error("--valid_latex and --test_latex take one data set")
+
+    from recbole_gacllm.benchmark import group, plan, results, submission
+    from recbole_gacllm.benchmark import leaderboard as board_runs
+
+    sys.argv[1:] = []  # RecBole reads it; the keys reach each run by its job
+    show_progress = _show_progress(known, keys)
+    made = plan.make_plan(
+        plan.split_models(known.models),
+        datasets,
+        known.seeds,
+        known.protocol,
+        known.config_files.split(),
+        keys,
+        known.nproc,
+    )
+    if known.baseline is not None and known.baseline not in made.summary["models"]:
+        raise ValueError(
+            f"baseline: {known.baseline!r} is not one of the models: "
+            f"{', '.join(made.summary['models'])}."
+        )
+    with cli_common.quiet_output("leaderboard", known.quiet):
+        board_runs.run_leaderboard(made, known.output, show_progress)
+        folder = submission.write_submission(known.output, known.baseline)
+    for page in sorted((known.output / "results").glob("*.md")):
+        text = page.read_text("utf-8")
+        start = text.index("# Evaluation Results")
+        print("\n" + text[start : text.index("# Hyper-parameters")].strip())
+        print(f"\n{page}")
+    print(folder)
+    board = results.Board.read(known.output)
+    for part, file in (("valid", known.valid_latex), ("test", known.test_latex)):
+        if file is not None:
+            group.write_latex(board, datasets[0], part, file)
+            print(file)
+    if board.failures:
+        raise GaCLLMError(
+            f"{len(board.failures)} of {len(made.jobs)} runs failed; start again to try them once "
+            "more. Their logs: " + ", ".join(failure["log"] for failure in board.failures)
+        )
+
+
+def tune(arguments: list[str]) -> None:
+    """Search hyper-parameters, print the best trials, write the best one's yaml file."""
+    parser = cli_common.command_parser(
+        "run_recbole_gacllm.py tune",
+        "Search hyper-parameters of GaCLLM or a RecBole model with RecBole's HyperTuning.",
+        _TUNE_EPILOG,
+    )
+    parser.add_argument("--model", default="GaCLLM", help="GaCLLM (default) or a RecBole model")
+    parser.add_argument("--dataset", required=True, help="name of the data set, such as ml-100k")
+    parser.add_argument(
+        "--space",
+        "--params_file",
+        type=Path,
+        help="RecBole's .hyper file, or the yaml of its params_dict; default the shipped one",
+    )
+    parser.add_argument(
+        "--algo",
+        default="exhaustive",
+        help="exhaustive (all combinations, in random order; default), random or bayes (TPE)",
+    )
+    parser.add_argument(
+        "--max_evals", type=int, default=20, help="trials of random and bayes; default 20"
+    )
+    parser.add_argument(
+        "--early_stop",
+        type=int,
+        help="end after so many trials without a better one; default never",
+    )
+    parser.add_argument("--protocol", default="general", help=_PROTOCOL_HELP)
+    parser.add_argument(
+        "--output", type=Path, help="folder of the search; default saved/tuning/DATASET-MODEL"
+    )
+    parser.add_argument("--nproc", type=int, default=1, help="processes of RecBole's DDP, each run")
+    cli_common.add_config_files(parser)
+    cli_common.add_verbosity(parser)
+    known, keys = cli_common.parse_with_keys(parser, arguments)
+
+    from recbole_gacllm.benchmark import space, tuning
+    from recbole_gacllm.config import shipped_path
+
+    sys.argv[1:] = []
+    show_progress = _show_progress(known, keys)
+    shipped = shipped_path("properties", "spaces", f"{known.model}.hyper")
+    search = tuning.Search(
+        known.model,
+        known.dataset,
+        space.read_space(known.space or shipped),
+        known.output or Path("saved/tuning") / f"{known.dataset}-{known.model}",
+        known.protocol,
+        known.config_files.split(),
+        keys,
+        known.nproc,
+    )
+    with cli_common.quiet_output("tune", known.quiet):
+        best = tuning.tune(search, known.algo, known.max_evals, known.early_stop, show_progress)
+    _print_search(search, best)
+    if failed := [trial for trial in search.trials if trial.score is None]:
+        raise GaCLLMError(
+            f"{len(failed)} of {len(search.trials)} trials failed; start again to try them once "
+            "more. Their folders: " + ", ".join(str(trial.folder) for trial in failed)
+        )
+
+
+def _show_progress(known: argparse.Namespace, keys: dict[str, str]) -> bool:
+    cli_common.show_messages(known)
+    return keys.pop("show_progress", "True") == "True" and not known.quiet
+
+
+def _print_search(search: Search, best: Path) -> None:
+    finished = [trial for trial in search.trials if trial.score is not None]
+    print(f"\n{search.model} on {search.dataset}, {len(finished)} trials\n")
+    print(best.read_text("utf-8"))
+    print(f"{'trials':<10}{search.output / 'trials.csv'}")
+    print(f"{'best':<10}{best}")
+    print(f"{'use it':<10}--config_files={best}, or copy it to")
+    print(f"{'':<10}properties/baselines/{search.dataset}/{best.name}")

@@ -1,0 +1,159 @@
+"""What the commands share: their parsers, keys as flags, how much is printed, shell completion."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_VERBOSITY = ("--quiet", "--verbose")
+
+
+def command_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser as all commands have it; ``epilog`` holds at least one example."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_config_files(parser: argparse.ArgumentParser) -> None:
+    """The flag ``--config_files``, as RecBole has it."""
+    parser.add_argument("--config_files", default="", help='yaml files, as "a.yaml b.yaml"')
+
+
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """The flags ``--quiet`` and ``--verbose``."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--quiet", action="store_true", help="print the result alone; all else goes to a file"
+    )
+    group.add_argument("--verbose", action="store_true", help="print debugging messages, too")
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """All flags of a command that takes no keys."""
+    _complete(parser)
+    return parser.parse_args(arguments)
+
+
+def parse_with_keys(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The parser's own flags, and all others as keys of RecBole and GaCLLM."""
+    _complete(parser, with_keys=True)
+    known, others = parser.parse_known_args(arguments)
+    require_key_value(parser, others)
+    keys = dict(flag[2:].split("=") for flag in others)
+    for key in keys:
+        if not key.isidentifier():
+            parser.error(f"'--{key}': the key must be a name of letters, digits and underscores")
+    return known, keys
+
+
+def require_key_value(parser: argparse.ArgumentParser, flags: Iterable[str]) -> None:
+    """Refuse what RecBole would not read, which is all but ``--key=value``."""
+    for flag in flags:
+        if not flag.startswith("--") or flag.count("=") != 1:
+            parser.error(
+                f"{flag!r} is not of the form --key=value, all that RecBole reads; a value "
+                "that holds '=' goes into a file for --config_files"
+            )
+
+
+def for_recbole(arguments: Iterable[str]) -> list[str]:
+    """Arguments without the flags that RecBole does not know."""
+    return [argument for argument in arguments if argument not in _VERBOSITY]
+
+
+@contextmanager
+def quiet_output(name: str, quiet: bool) -> Iterator[None]:
+    """With ``quiet``, standard error of this process and its children goes to a file in ``log/``.
+
+    The file is named when something fails; an error itself is told by the caller, afterwards.
+    """
+    if not quiet:
+        yield
+        return
+    file = Path("log") / f"{name}-{time.strftime('%Y-%m-%d_%H-%M-%S')}-{os.getpid()}.log"
+    file.parent.mkdir(exist_ok=True)
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with open(file, "ab") as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    except BaseException:
+        os.write(terminal, f"what was not printed lies in {file}\n".encode())
+        raise
+    finally:
+        sys.stderr.flush()
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+def show_messages(known: argparse.Namespace) -> None:
+    """With ``--verbose``, what this package logs in this process goes to standard error."""
+    if known.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+
+
+# Shell completion: argcomplete starts the program with these variables at
+# each press of the tab key, and ends it once it has printed what fits.
+
+
+def completing() -> bool:
+    """Whether a shell asks what could follow."""
+    return "_ARGCOMPLETE" in os.environ
+
+
+def words_to_complete(commands: Mapping[str, Any]) -> list[str]:
+    """The command on the line that is being completed, if any, as the only argument."""
+    line = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
+    n_program_words = int(os.environ["_ARGCOMPLETE"])
+    words = line.split()[n_program_words:]
+    if words and words[0] in commands and (len(words) > 1 or line[-1].isspace()):
+        os.environ["_ARGCOMPLETE"] = str(n_program_words + 1)
+        return words[:1]
+    return []
+
+
+def _complete(parser: argparse.ArgumentParser, with_keys: bool = False) -> None:
+    if not completing():
+        return
+    import argcomplete
+
+    if with_keys:
+        for key in _keys():
+            if f"--{key}" not in parser._option_string_actions:
+                parser.add_argument(f"--{key}")
+    for action in parser._actions:
+        if action.nargs != 0:  # RecBole takes --key=value only
+            action.option_strings = [f"{option}=" for option in action.option_strings]
+    argcomplete.autocomplete(parser, always_complete_options="long")
+
+
+def _keys() -> list[str]:
+    """All keys of GaCLLM and those of RecBole that go for any model."""
+    import importlib.util
+
+    import yaml
+
+    from recbole_gacllm.config import model_defaults
+
+    keys = set(model_defaults())
+    found = importlib.util.find_spec("recbole")  # its import would take seconds
+    assert found is not None
+    for folder in found.submodule_search_locations or []:
+        overall = Path(folder) / "properties" / "overall.yaml"
+        keys |= set(yaml.safe_load(overall.read_text("utf-8")))
+    return sorted(keys)

@@ -1,0 +1,56 @@
+"""One run in several processes, with RecBole's DDP."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+from recbole_gacllm.run_config import build_config
+from recbole_gacllm.runner import run
+
+
+def run_distributed(
+    model: str,
+    dataset: str,
+    config_files: Sequence[str | Path],
+    nproc: int,
+    config_dict: dict[str, Any] | None = None,
+) -> Path:
+    """:func:`.runner.run` in several processes with RecBole's DDP, on one machine.
+
+    Returns:
+        The ``run.json``.
+
+    Raises:
+        ValueError: Bad input of the configuration; a failure in a process comes as it was raised
+            there, with its traceback.
+    """
+    keys = dict(config_dict or {})
+    # A mistake is told once, not by every process.
+    build_config(model, dataset, config_files, dict(keys))
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    ddp = {"world_size": nproc, "nproc": nproc, "ip": "localhost", "port": port, "offset": 0}
+    files = [str(file) for file in config_files]
+    arguments = (model, dataset, files, {**keys, **ddp}, queue)
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined,no-untyped-call]
+        _run_rank, args=arguments, nprocs=nproc, join=True
+    )
+    run_file: Path = queue.get()
+    return run_file
+
+
+def _run_rank(
+    rank: int, model: str, dataset: str, files: list[str], keys: dict[str, Any], queue: Any
+) -> None:
+    done = run(model, dataset, files, {**keys, "local_rank": rank})
+    if rank == 0:
+        # A path, not the record: a pipe that nobody reads yet holds 64 KiB.
+        queue.put(done.run_file)

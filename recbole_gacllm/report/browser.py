@@ -1,0 +1,144 @@
+"""Data of the description browser and the map, compact: lists by node number, compressed."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from typing import Any
+
+import numpy as np
+
+from recbole_gacllm.descriptions.layers import SIDES, Side
+from recbole_gacllm.report.charts import N_COLOURS, scaled
+from recbole_gacllm.report.source import Source, Texts
+
+# A data set with more users or items is shown by a sample, so that the page stays a page.
+MAX_NODES = {"user": 10_000, "item": 12_000}
+
+
+def packed(data: Any) -> str:
+    """JSON, compressed and in base64: small, and nothing of it is ever read as markup."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    raw = text.encode("utf-8", "backslashreplace")
+    return base64.b64encode(gzip.compress(raw, 9, mtime=0)).decode()
+
+
+def browser_data(source: Source) -> dict[str, Any]:
+    """Texts, neighbours and recommendations of every node.
+
+    Returns:
+        ``user`` and ``item``, each with one list entry a node: token ``t``, training interactions
+        ``d``, texts of each layer ``x``, neighbours ``n``; for items names ``c`` and categories
+        ``g``; for users recommended items ``r`` and held-out items ``h``. Nodes are named by their
+        place in these lists. ``s`` holds the statuses that are not the usual ones.
+    """
+    texts, scored = source.texts, source.scored
+    assert isinstance(texts, Texts)
+    kept = {side: _sample(texts, side) for side in SIDES}
+    tokens = {side: texts.layers[0].tokens[side] for side in kept}
+    place = {
+        side: {tokens[side][node]: number for number, node in enumerate(nodes)}
+        for side, nodes in kept.items()
+    }
+    data: dict[str, Any] = {
+        "layers": len(texts.layers),
+        "total": {side: len(tokens[side]) for side in kept},
+    }
+    for side, nodes in kept.items():
+        other: Side = "item" if side == "user" else "user"
+        data[side] = {
+            "t": [tokens[side][node] for node in nodes],
+            "d": [int(texts.degrees[side][node]) for node in nodes],
+            "x": [[layer.texts[side][node] for node in nodes] for layer in texts.layers],
+            "s": [_statuses(layer, side, nodes) for layer in texts.layers],
+        }
+        if texts.neighbors:
+            lists = texts.neighbors[side]
+            around = [[tokens[other][n] for n in lists.of(node)] for node in nodes]
+            data[side]["n"] = [_places(one, place[other]) for one in around]
+    data["item"]["c"] = [texts.names.get(token, token) for token in data["item"]["t"]]
+    if texts.category is not None:
+        values = texts.category[1]
+        data["item"]["g"] = [", ".join(values.get(token, ())) for token in data["item"]["t"]]
+    if not isinstance(scored, str):
+        users = data["user"]
+        if scored.top:
+            users["r"] = [_places(scored.top.get(token, []), place["item"]) for token in users["t"]]
+        users["h"] = [_places(scored.heldout.get(token, []), place["item"]) for token in users["t"]]
+    data["start"] = _start(data["user"])
+    return data
+
+
+def map_data(texts: Texts) -> dict[str, Any] | None:
+    """Item texts of every layer in two dimensions, by the principal axes that all layers share.
+
+    Returns:
+        ``layers``: for each layer the points of all items, in their order; ``groups``: names of the
+        colours, the last for all others; ``group``: colour of each item; ``items``: their tokens;
+        ``share``: part of the variance that the two axes hold. None without embeddings.
+    """
+    if len(texts.embeddings) < len(texts.layers):
+        return None
+    n_users = len(texts.layers[0].tokens["user"])
+    tokens = texts.layers[0].tokens["item"]
+    rng = np.random.default_rng(0)
+    nodes = np.arange(len(tokens))
+    if len(nodes) > MAX_NODES["item"]:
+        nodes = np.sort(rng.choice(nodes, MAX_NODES["item"], replace=False))
+    tables = [np.asarray(table[n_users + nodes], np.float64) for table in texts.embeddings]
+    # The step from raw to generated prose is the largest of all, and says nothing about items.
+    stacked = np.concatenate([table - table.mean(axis=0) for table in tables])
+    values, vectors = np.linalg.eigh(stacked.T @ stacked)  # ascending
+    points = scaled(stacked @ vectors[:, :-3:-1])  # [n_layers * n_items, 2]
+    chosen = [tokens[node] for node in nodes]
+    names, group = _groups(texts, chosen)
+    return {
+        "layers": [points[at * len(nodes) : (at + 1) * len(nodes)] for at in range(len(tables))],
+        "groups": names,
+        "group": group,
+        "items": chosen,
+        "share": float(values[-2:].sum() / max(values.sum(), 1e-12)),
+    }
+
+
+def _groups(texts: Texts, tokens: list[str]) -> tuple[list[str], list[int]]:
+    """Colours: the most frequent first values of the category."""
+    values = texts.category[1] if texts.category is not None else {}
+    first = [values[token][0] if values.get(token) else "" for token in tokens]
+    frequent = sorted({name for name in first if name}, key=lambda name: (-first.count(name), name))
+    names = frequent[:N_COLOURS]
+    number = {name: place for place, name in enumerate(names)}
+    return [*names, "other"], [number.get(name, len(names)) for name in first]
+
+
+def _sample(texts: Texts, side: Side) -> list[int]:
+    n = len(texts.layers[0].tokens[side])
+    if n <= MAX_NODES[side]:
+        return list(range(n))
+    drawn = np.random.default_rng(0).choice(n, MAX_NODES[side], replace=False)
+    return [int(node) for node in np.sort(drawn)]
+
+
+def _places(tokens: list[str], place: dict[str, int]) -> list[int | str]:
+    """Numbers of nodes; a node outside the sample is named by its token."""
+    return [place.get(token, token) for token in tokens]
+
+
+def _statuses(layer: Any, side: Side, nodes: list[int]) -> dict[int, str]:
+    """Statuses and reasons of the nodes whose text is not simply raw or generated."""
+    found = {}
+    for number, node in enumerate(nodes):
+        status, reason = layer.statuses[side][node], layer.reasons[side][node]
+        if status not in ("raw", "generated"):
+            found[number] = f"{status.replace('_', ' ')}{': ' if reason else ''}{reason}"
+    return found
+
+
+def _start(users: dict[str, Any]) -> int:
+    """A user to open the page with: several hits among the recommendations, if there is one."""
+    if "r" not in users:
+        return 0
+    hits = [len(set(top) & set(held)) for top, held in zip(users["r"], users["h"], strict=True)]
+    good = [number for number, count in enumerate(hits) if 2 <= count <= 4]
+    return good[0] if good else int(np.argmax(hits))

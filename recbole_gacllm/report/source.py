@@ -1,0 +1,194 @@
+"""What a report is made of: a run's record, its texts and its scores, as far as they are there."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from recbole_gacllm.benchmark.job import PER_USER_FILE, RUN_FILE
+from recbole_gacllm.benchmark.results import FinishedRun
+from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
+from recbole_gacllm.descriptions.neighbors import NeighborLists, TrainGraph
+from recbole_gacllm.descriptions.reading import RunDescriptions
+from recbole_gacllm.descriptions.text import read_features
+from recbole_gacllm.errors import GaCLLMError
+
+logger = logging.getLogger(__name__)
+
+_CATEGORY_WORDS = ("genre", "class", "categor", "type", "tag")
+_MAX_CATEGORIES = 60
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Descriptions of a run.
+
+    Attributes:
+        layers: Layers 0..L.
+        names: Name of each item, by token.
+        degrees: Training interactions of each node, by side, in the order of the tokens.
+        neighbors: Neighbours in the prompts, by side; empty if nothing was generated.
+        embeddings: One array a layer, users first; fewer than layers if they are gone.
+        category: What items are coloured by: field name, and values of each item.
+    """
+
+    layers: list[Layer]
+    names: dict[str, str]
+    degrees: dict[Side, np.ndarray]
+    neighbors: dict[Side, NeighborLists]
+    embeddings: list[np.ndarray]
+    category: tuple[str, dict[str, tuple[str, ...]]] | None
+
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> Texts:
+        """Read the artefacts that a run names.
+
+        Raises:
+            ValueError: If they are not there.
+        """
+        folders = {stage: Path(folder) for stage, folder in record.get("artifacts", {}).items()}
+        if "inputs" not in folders:
+            raise ValueError(f"the run of {record['model']} used no texts")
+        inputs = folders["inputs"]
+        if not (inputs / "graph.npz").is_file():
+            raise ValueError(f"the artefacts are gone: there is no {inputs}")
+        graph = TrainGraph.load(inputs / "graph.npz")
+        layers, neighbors = [Layer.read(inputs / "layer_0.parquet")], {}
+        if "descriptions" in folders:
+            found = RunDescriptions(folders["descriptions"])
+            layers = found.layers
+            neighbors = {side: found.neighbor_lists(side) for side in SIDES}
+        files = [folders["embeddings"] / f"layer_{number}.npy" for number in range(len(layers))]
+        return cls(
+            layers=layers,
+            names=json.loads((inputs / "item_names.json").read_text("utf-8")),
+            degrees={side: graph.degrees(side) for side in SIDES},
+            neighbors=neighbors,
+            embeddings=[np.load(file, mmap_mode="r") for file in files if file.is_file()],
+            category=_category(record["config"]),
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run as the report sees it.
+
+    Attributes:
+        record: Its ``run.json``.
+        texts: Its descriptions, or why there are none.
+        scored: What its model does for every user, or why that is not known.
+        test: Per-user test metrics, from the model or from the leaderboard's file.
+    """
+
+    record: dict[str, Any]
+    folder: Path
+    texts: Texts | str
+    scored: Any
+    test: dict[str, pd.Series[float]]
+
+    @classmethod
+    def read(cls, run: Path) -> Source:
+        """Read a run and load its model once more.
+
+        Args:
+            run: A ``run.json``, or the folder of it.
+
+        Raises:
+            ValueError: If there is no such file.
+        """
+        file = run / RUN_FILE if run.is_dir() else run
+        if not file.is_file():
+            raise ValueError(
+                f"{run} is neither a run (a folder with {RUN_FILE}) nor the folder of a "
+                "leaderboard; a run's last line of output names it."
+            )
+        record = json.loads(file.read_text("utf-8"))
+        if "test" not in record or "config" not in record:
+            raise ValueError(f"{file} is not the record of a run: it has no 'test' or 'config'.")
+        try:
+            texts: Texts | str = Texts.read(record)
+        except (ValueError, GaCLLMError, OSError, KeyError) as error:
+            texts = _reason(error)
+        scored = scored_again(record, file.parent)
+        return cls(record, file.parent, texts, scored, _per_user(record, file.parent, scored))
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that chose the epoch."""
+        return main_metric(self.record)
+
+
+def main_metric(record: dict[str, Any]) -> str:
+    """The metric that chose the epoch, if it was tested; else the first."""
+    chosen = str(record["config"].get("valid_metric", "")).lower()
+    return chosen if chosen in record["test"] else next(iter(record["test"]))
+
+
+def scored_again(record: dict[str, Any], folder: Path) -> Any:
+    """The run's :class:`.scoring.Scored`, or the reason why its model cannot be loaded."""
+    if record.get("checkpoint") is None:
+        return "the run kept no checkpoint"
+    checkpoint = Path(record["checkpoint"])
+    if not checkpoint.is_file():  # run.json lies in CHECKPOINT_DIR/runs/RUN, and may have moved
+        checkpoint = folder.parent.parent / checkpoint.name
+    if not checkpoint.is_file():
+        return f"the checkpoint is gone: there is no {record['checkpoint']}"
+    from recbole_gacllm.report.scoring import score  # starts RecBole
+
+    try:
+        return score(record, checkpoint)
+    except Exception as error:  # whatever RecBole's 90 models raise, the rest of the page stands
+        logger.warning("%s cannot be scored again: %s", checkpoint, error)
+        logger.debug("", exc_info=True)
+        return _reason(error)
+
+
+def _per_user(record: dict[str, Any], folder: Path, scored: Any) -> dict[str, pd.Series[float]]:
+    if not isinstance(scored, str):
+        return dict(scored.test)
+    if not (folder / PER_USER_FILE).is_file():
+        return {}
+    run = FinishedRun(folder.name, folder, record)
+    found = {metric: run.per_user(metric) for metric in record["test"]}
+    return {metric: values for metric, values in found.items() if values is not None}
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _category(config: dict[str, Any]) -> tuple[str, dict[str, tuple[str, ...]]] | None:
+    """Genres of the items, or the first field of few values in the item file."""
+    file = Path(config["data_path"]) / f"{config['dataset']}.item"
+    if not file.is_file():
+        return None
+    frame = read_features(
+        file,
+        config["ITEM_ID_FIELD"],
+        config["field_separator"],
+        config.get("encoding") or "utf-8",
+        config["seq_separator"],
+    )
+    values = {
+        str(field): {
+            str(token): (cell,) if isinstance(cell, str) else tuple(cell)
+            for token, cell in frame[field].items()
+            if cell is not None
+        }
+        for field in frame.columns
+    }
+    named = [field for word in _CATEGORY_WORDS for field in values if word in field.lower()]
+    for field in [*named, *values]:
+        if (
+            2
+            <= len({value for cell in values[field].values() for value in cell})
+            <= _MAX_CATEGORIES
+        ):
+            return field, values[field]
+    return None
