@@ -6,13 +6,17 @@ standardised per user, is better than either (see results/). Ours; the paper has
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
 
-# The Gram matrix and its inverse take 8 bytes an entry: 7 GB at this size.
-MAX_ITEMS = 30_000
+logger = logging.getLogger(__name__)
+
+# Matrix, inverse and weights take 20 bytes an entry: 8 GB at this size, and minutes to invert.
+MAX_ITEMS = 20_000
 
 
 class ItemItemModel:
@@ -31,6 +35,8 @@ class ItemItemModel:
     (RecSys 2020). Not part of a model's state: it follows from training edges and texts, and
     copying a model shares it.
 
+    Of more than ``MAX_ITEMS`` items it covers those with most interactions; the others score 0.
+
     Args:
         users: User index of each training edge.
         items: Item index of each training edge.
@@ -43,9 +49,6 @@ class ItemItemModel:
 
     Shapes:
         users, items: ``[n_edges]``; texts: ``[n_items, width]``.
-
-    Raises:
-        ValueError: If there are more items than fit.
     """
 
     def __init__(
@@ -59,22 +62,31 @@ class ItemItemModel:
         text_weight: float = 0.0,
         device: torch.device | str = "cpu",
     ) -> None:
-        if n_items > MAX_ITEMS:
-            raise ValueError(
-                f"linear_weight: the item-item weights of {n_items} items do not fit (at most "
-                f"{MAX_ITEMS}). Set linear_weight: 0."
-            )
         ones = np.ones(len(users), dtype=np.float32)
-        self._interactions = sparse.csr_array((ones, (users, items)), shape=(n_users, n_items))
-        self._interactions.data[:] = 1.0  # duplicates were summed
-        gram = (self._interactions.T @ self._interactions).toarray().astype(np.float64)
+        interactions = sparse.csr_array((ones, (users, items)), shape=(n_users, n_items))
+        interactions.data[:] = 1.0  # duplicates were summed
+        self._covered: Tensor | None = None  # [MAX_ITEMS] at most; None for all items
+        if n_items > MAX_ITEMS:
+            degrees = np.bincount(interactions.indices, minlength=n_items)
+            covered = np.sort(np.argsort(-degrees, kind="stable")[:MAX_ITEMS])
+            logger.warning(
+                "linear_weight: of %d items the linear model covers the %d with most interactions",
+                n_items,
+                MAX_ITEMS,
+            )
+            interactions = interactions[:, covered]
+            self._covered = torch.from_numpy(covered).to(device)
+            texts = None if texts is None else texts[self._covered.to(texts.device)]
+        self._interactions, self._n_items = interactions, n_items
+        gram = (interactions.T @ interactions).toarray().astype(np.float64)
         if texts is not None:
             rows = _centred(texts.double().cpu().numpy())
             gram += text_weight * (rows @ rows.T)
-        gram[np.diag_indices(n_items)] += reg_weight
+        diagonal = np.diag_indices(len(gram))
+        gram[diagonal] += reg_weight
         inverse = np.linalg.inv(gram)
         weights = -inverse / np.diag(inverse)[None, :]
-        weights[np.diag_indices(n_items)] = 0.0
+        weights[diagonal] = 0.0
         self._weights = torch.from_numpy(weights.astype(np.float32)).to(device)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ItemItemModel:
@@ -87,7 +99,10 @@ class ItemItemModel:
             users: ``[B]``; result ``[B, n_items]``.
         """
         rows = torch.from_numpy(self._interactions[users.cpu().numpy()].toarray())
-        return rows.to(self._weights.device) @ self._weights
+        scores = rows.to(self._weights.device) @ self._weights
+        if self._covered is None:
+            return scores
+        return scores.new_zeros(len(users), self._n_items).index_copy_(1, self._covered, scores)
 
 
 def _centred(texts: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import numpy as np
-import pytest
 import torch
 
 from recbole_gacllm import linear
@@ -85,9 +84,20 @@ def test_its_weight_moves_the_scores_between_both_models(settings):
     assert torch.allclose(mixed.predict(batch), picked)
 
 
-def test_copying_shares_it_and_too_many_items_are_refused(monkeypatch):
+def test_copying_shares_it():
     model = ItemItemModel(np.array([0]), np.array([0]), 1, 2, 1.0)
     assert copy.deepcopy([model])[0] is model
-    monkeypatch.setattr(linear, "MAX_ITEMS", 1)
-    with pytest.raises(ValueError, match="linear_weight: the item-item weights of 2 items"):
-        ItemItemModel(np.array([0]), np.array([0]), 1, 2, 1.0)
+
+
+def test_of_too_many_items_those_with_most_interactions_are_covered(monkeypatch, caplog):
+    rng = np.random.default_rng(5)
+    matrix = rng.random((40, 6)) < np.array([0.1, 0.7, 0.5, 0.05, 0.6, 0.4])
+    texts = torch.from_numpy(rng.standard_normal((6, 4)))
+    kept = [1, 2, 4, 5]
+    users = torch.tensor([0, 3, 7])
+    expected = ItemItemModel(*np.nonzero(matrix[:, kept]), 40, 4, 3.0, texts[kept], 2.0)
+    monkeypatch.setattr(linear, "MAX_ITEMS", 4)
+    found = ItemItemModel(*np.nonzero(matrix), 40, 6, 3.0, texts, 2.0).scores(users)
+    assert torch.allclose(found[:, kept], expected.scores(users))
+    assert not found[:, [0, 3]].any()
+    assert "of 6 items the linear model covers the 4 with most" in caplog.text
