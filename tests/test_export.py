@@ -59,11 +59,11 @@ def board(tmp_path):
                 "seed": seed,
                 "test": {metric: round(float(v.mean()), 4) for metric, v in values.items()},
                 "valid": {},
-                "seconds": {"total": 1.0},
+                "seconds": {"total": 1.0 + seed % 2, "train": 0.5},
                 "device": "cpu",
                 "versions": {"recbole": "1.2.1"},
                 "config": CONFIG,
-                "code": {"version": "0"},
+                "code": {"version": "0", "commit": None},
                 "split": {
                     part: hashlib.sha256(f"{part}{seed}".encode()).hexdigest()
                     for part in ("train", "valid", "test")
@@ -112,7 +112,7 @@ def cells(markdown, model):
 
 def test_the_page_has_the_sections_of_a_recbole_gnn_page(board):
     read = Board.read(board)
-    page = to_markdown(summarize(read), read.plan, "tiny")
+    page = to_markdown(summarize(read), read, "tiny")
     heads = [line for line in page.splitlines() if line.startswith("# ")]
     assert heads[:4] == [
         "# Experimental Setting",
@@ -131,7 +131,7 @@ def test_the_page_has_the_sections_of_a_recbole_gnn_page(board):
 
 def test_best_is_bold_and_second_underlined_in_the_direction_of_the_metric(board):
     read = Board.read(board)
-    page = to_markdown(summarize(read), read.plan, "tiny")
+    page = to_markdown(summarize(read), read, "tiny")
     assert cells(page, "EASE")[1].startswith("**0.3")
     assert cells(page, "GaCLLM")[1].startswith("<u>0.3")
     assert cells(page, "Pop_2")[2].startswith("**1.")  # less popular is better
@@ -171,6 +171,27 @@ def test_csv_and_json_hold_the_same_numbers(board):
         assert row["n_seeds"] == "2"
         if cell["test"]:
             assert float(row["t_p"]) == pytest.approx(cell["test"]["t_p"])
+
+
+def test_costs_are_means_over_runs_and_every_run_has_its_row(board):
+    read = Board.read(board)
+    page = to_markdown(summarize(read), read, "tiny").partition("# Cost")[2]
+    assert cells(page, "GaCLLM") == ["**GaCLLM**", "2", "1.5", "0.5", "200", "14"]
+    assert cells(page, "EASE")[4:] == ["0", "0"]
+    assert "leaderboard --models=GaCLLM,Pop_2,EASE,NCL --datasets=tiny --seeds=2" in page
+    export(board)
+    with (board / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["model"], row["seed"]) for row in rows][:2] == [
+        ("GaCLLM", "2020"),
+        ("Pop_2", "2020"),
+    ]
+    for row in rows:
+        record = json.loads(
+            (board / "runs" / f"tiny-{row['model']}-{row['seed']}-0" / "run.json").read_text()
+        )
+        assert float(row["test_ndcg@10"]) == record["test"]["ndcg@10"]
+        assert float(row["seconds_total"]) == record["seconds"]["total"]
 
 
 def test_a_board_without_results_says_where_to_look(board):

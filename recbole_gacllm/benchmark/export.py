@@ -1,6 +1,6 @@
 """A leaderboard's tables: Markdown in RecBole-GNN's page format, LaTeX (booktabs), CSV, JSON.
 
-OUTPUT/results.json  results.csv  results/<data set>.md  results/<data set>.tex
+OUTPUT/results.json  results.csv  runs.csv  results/<data set>.md  results/<data set>.tex
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from recbole_gacllm import artifacts
+from recbole_gacllm.benchmark.costs import command, cost_rows, runs_to_csv
 from recbole_gacllm.benchmark.plan import split_variant
 from recbole_gacllm.benchmark.results import DECIMALS, Board, summarize
 
@@ -47,9 +48,13 @@ def export(folder: Path, baseline: str | None = None) -> list[Path]:
     if not summary["datasets"]:
         logs = ", ".join(failure["log"] for failure in board.failures)
         raise ValueError(f"{folder}: no run has finished. Logs: {logs or 'none'}.")
-    pages = {RESULTS_FILE: json.dumps(summary, indent=2), "results.csv": to_csv(summary)}
+    pages = {
+        RESULTS_FILE: json.dumps(summary, indent=2),
+        "results.csv": to_csv(summary),
+        "runs.csv": runs_to_csv(board),
+    }
     for dataset in summary["datasets"]:
-        pages[f"results/{dataset}.md"] = to_markdown(summary, board.plan, dataset)
+        pages[f"results/{dataset}.md"] = to_markdown(summary, board, dataset)
         pages[f"results/{dataset}.tex"] = to_latex(summary, dataset)
     (folder / "results").mkdir(exist_ok=True)
     for name, text in pages.items():
@@ -118,9 +123,9 @@ def to_latex(summary: dict[str, Any], dataset: str) -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
 
 
-def to_markdown(summary: dict[str, Any], plan: dict[str, Any], dataset: str) -> str:
-    """A page as RecBole-GNN publishes them, with the tests and the proof of equal splits below."""
-    table = summary["datasets"][dataset]
+def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
+    """A page as RecBole-GNN publishes them; below: tests, costs, the proof of equal splits."""
+    table, plan = summary["datasets"][dataset], board.plan
     config = plan["properties"][dataset]
     properties = {key: config[key] for key in _PROPERTIES if config.get(key) is not None}
     filters = ("val_interval", "user_inter_num_interval", "item_inter_num_interval")
@@ -158,6 +163,13 @@ def to_markdown(summary: dict[str, Any], plan: dict[str, Any], dataset: str) -> 
         _table(["", "Hyper-parameters", "Source"], _hyper_parameters(plan, table, dataset)),
         "# Paired Tests\n",
         _tests(table),
+        "# Cost\n",
+        f"Made by `{command(board)}`; means over the runs of a model. Every run's own numbers: "
+        "runs.csv.\n",
+        _table(
+            ["Method", "Runs", "Seconds", "Of these, training", "LLM tokens in", "LLM tokens out"],
+            cost_rows(board, dataset),
+        ),
         "# Splits\n",
         "All models of a seed had the same split: SHA-256 of the sorted (user, item) pairs.\n",
         _table(

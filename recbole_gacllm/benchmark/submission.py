@@ -19,14 +19,14 @@ import json
 import platform
 import shutil
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from recbole_gacllm import artifacts
+from recbole_gacllm.benchmark.costs import command, costs
 from recbole_gacllm.benchmark.export import export
 from recbole_gacllm.benchmark.job import PER_USER_FILE, RUN_FILE
-from recbole_gacllm.benchmark.results import Board, FinishedRun
+from recbole_gacllm.benchmark.results import Board
 
 _README = """\
 # Submission
@@ -34,6 +34,7 @@ _README = """\
 | | |
 |---|---|
 | `results/`, `results.csv`, `results.json` | tables, tests, intervals |
+| `runs.csv` | every run's metrics and seconds |
 | `runs/<run>/run.json` | metrics, seconds, versions, resolved configuration, split hashes |
 | `runs/<run>/per_user.npz` | every user's test metrics: `users` and one array for each metric |
 | `runs/<run>/config.yaml` | the resolved configuration alone |
@@ -102,42 +103,10 @@ def _write(board: Board, target: Path, tables: list[Path]) -> None:
     }
     for name, content in pages.items():
         (target / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
-    (target / "README.md").write_text(_README.format(command=_command(board)), "utf-8")
+    (target / "README.md").write_text(_README.format(command=command(board)), "utf-8")
     sums = [
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(target).as_posix()}\n"
         for file in sorted(target.rglob("*"))
         if file.is_file()
     ]
     (target / "SHA256SUMS").write_text("".join(sums), "utf-8")
-
-
-def costs(run: FinishedRun) -> dict[str, Any]:
-    """Seconds of a run, and the tokens that its LLM stages took when they were made.
-
-    A stage that several runs share is counted in each of them.
-    """
-    tokens: dict[str, int] = {}
-    for stage, manifest in run.record.get("stages", {}).items():
-        reports = [manifest, *manifest.get("layers", [])]
-        for report in reports:
-            for key, value in report.items():
-                if "tokens" in key and isinstance(value, int):
-                    tokens[f"{stage}.{key}"] = tokens.get(f"{stage}.{key}", 0) + value
-    return {"seconds": run.record["seconds"], "tokens": tokens, "device": run.record["device"]}
-
-
-def _command(board: Board) -> str:
-    plan = board.plan
-    flags = [
-        f"--models={','.join(plan['models'])}",
-        f"--datasets={','.join(plan['datasets'])}",
-        f"--seeds={len(plan['seeds'])}",
-        f"--protocol={plan['protocol']}",
-        f"--seed={plan['seeds'][0]}",
-        *(f"--{key}={value}" for key, value in plan["given"].items()),
-    ]
-    if plan["nproc"] > 1:
-        flags.append(f"--nproc={plan['nproc']}")
-    if plan["config_files"]:
-        flags.append(f'--config_files="{" ".join(plan["config_files"])}"')
-    return "python run_recbole_gacllm.py leaderboard " + " ".join(flags)
