@@ -6,14 +6,10 @@ standardised per user, is better than either (see results/). Ours; the paper has
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 # Matrix, inverse and weights take 20 bytes an entry: 8 GB at this size, and minutes to invert.
 MAX_ITEMS = 20_000
@@ -47,6 +43,9 @@ class ItemItemModel:
         text_weight: ``gamma``.
         device: Where the weights live.
 
+    Attributes:
+        n_covered: Items that have a score.
+
     Shapes:
         users, items: ``[n_edges]``; texts: ``[n_items, width]``.
     """
@@ -69,15 +68,11 @@ class ItemItemModel:
         if n_items > MAX_ITEMS:
             degrees = np.bincount(interactions.indices, minlength=n_items)
             covered = np.sort(np.argsort(-degrees, kind="stable")[:MAX_ITEMS])
-            logger.warning(
-                "linear_weight: of %d items the linear model covers the %d with most interactions",
-                n_items,
-                MAX_ITEMS,
-            )
             interactions = interactions[:, covered]
             self._covered = torch.from_numpy(covered).to(device)
             texts = None if texts is None else texts[self._covered.to(texts.device)]
         self._interactions, self._n_items = interactions, n_items
+        self.n_covered = interactions.shape[1]
         gram = (interactions.T @ interactions).toarray().astype(np.float64)
         if texts is not None:
             rows = _centred(texts.double().cpu().numpy())

@@ -75,6 +75,11 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
                 options.linear_text_weight,
                 self.device,
             )
+            if self.linear.n_covered < self.n_items:
+                self.logger.warning(
+                    f"linear_weight: of {self.n_items} items the linear model covers the "
+                    f"{self.linear.n_covered} with most interactions"
+                )
         self.restored: tuple[Tensor, Tensor] | None = None  # fused embeddings, for evaluation only
         self.register_load_state_dict_post_hook(_forget_restored)
         self.apply(xavier_uniform_initialization)

@@ -89,7 +89,7 @@ def test_copying_shares_it():
     assert copy.deepcopy([model])[0] is model
 
 
-def test_of_too_many_items_those_with_most_interactions_are_covered(monkeypatch, caplog):
+def test_of_too_many_items_those_with_most_interactions_are_covered(monkeypatch):
     rng = np.random.default_rng(5)
     matrix = rng.random((40, 6)) < np.array([0.1, 0.7, 0.5, 0.05, 0.6, 0.4])
     texts = torch.from_numpy(rng.standard_normal((6, 4)))
@@ -97,7 +97,15 @@ def test_of_too_many_items_those_with_most_interactions_are_covered(monkeypatch,
     users = torch.tensor([0, 3, 7])
     expected = ItemItemModel(*np.nonzero(matrix[:, kept]), 40, 4, 3.0, texts[kept], 2.0)
     monkeypatch.setattr(linear, "MAX_ITEMS", 4)
-    found = ItemItemModel(*np.nonzero(matrix), 40, 6, 3.0, texts, 2.0).scores(users)
+    model = ItemItemModel(*np.nonzero(matrix), 40, 6, 3.0, texts, 2.0)
+    found = model.scores(users)
+    assert (model.n_covered, expected.n_covered) == (4, 4)
     assert torch.allclose(found[:, kept], expected.scores(users))
     assert not found[:, [0, 3]].any()
-    assert "of 6 items the linear model covers the 4 with most" in caplog.text
+
+
+def test_a_model_says_what_its_linear_part_leaves_out(settings, monkeypatch, caplog):
+    monkeypatch.setattr(linear, "MAX_ITEMS", 4)
+    model, train, _, _ = build("GaCLLM", settings, use_text=False, linear_weight=1.0)
+    assert f"of {model.n_items} items the linear model covers the 4 with most" in caplog.text
+    assert torch.isfinite(model.full_sort_predict(next(iter(train)))).all()
