@@ -164,8 +164,8 @@ def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
         "# Paired Tests\n",
         _tests(table),
         "# Cost\n",
-        f"Made by `{command(board)} --baseline={table['baseline']}`; means over the runs of a model. Every run's own numbers: "
-        "runs.csv.\n",
+        f"Made by `{command(board)} --baseline={table['baseline']}`; means over the runs of a "
+        "model. Every run's own numbers: runs.csv.\n",
         _table(
             ["Method", "Runs", "Seconds", "Of these, training", "LLM tokens in", "LLM tokens out"],
             cost_rows(board, dataset),
