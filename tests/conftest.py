@@ -72,11 +72,16 @@ def dataset_root(tmp_path: Path) -> Path:
 @pytest.fixture
 def settings(dataset_root: Path, tmp_path: Path) -> dict:
     """Keys that every run on ``tiny`` takes."""
+    return tiny_settings(dataset_root, tmp_path)
+
+
+def tiny_settings(dataset_root: Path, root: Path) -> dict:
+    """The same for a fixture of wider scope: data in ``dataset_root``, all else under ``root``."""
     return {
         "data_path": str(dataset_root),
         "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
-        "artifact_dir": str(tmp_path / "artifacts"),
-        "checkpoint_dir": str(tmp_path / "saved"),
+        "artifact_dir": str(root / "artifacts"),
+        "checkpoint_dir": str(root / "saved"),
         "show_progress": False,
         "use_gpu": False,
         "epochs": 2,

@@ -21,7 +21,7 @@ import pytest
 from recbole_gacllm.descriptions.layers import SIDES, Layer
 from recbole_gacllm.runner import run
 
-from .conftest import write_dataset
+from .conftest import tiny_settings, write_dataset
 from .test_generator_contract import save_tiny_model
 
 pytestmark = pytest.mark.slow  # every test here runs the pipeline or a part of it for real
@@ -56,14 +56,7 @@ def finished(tmp_path_factory, tiny_model):
     """One uninterrupted run, shared by the tests that only look at what it left."""
     root = tmp_path_factory.mktemp("finished")
     keys = {
-        "data_path": str(write_dataset(root / "data")),
-        "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
-        "artifact_dir": str(root / "artifacts"),
-        "checkpoint_dir": str(root / "saved"),
-        "show_progress": False,
-        "use_gpu": False,
-        "epochs": 2,
-        "embedding_size": 8,
+        **tiny_settings(write_dataset(root / "data"), root),
         "llm_model": tiny_model,
         **TINY,
     }

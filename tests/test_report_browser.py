@@ -11,7 +11,7 @@ import time
 import pytest
 
 from recbole_gacllm.report.page import write_report
-from tests.conftest import write_dataset
+from tests.conftest import tiny_settings, write_dataset
 from tests.test_report import SCRIPT, run_with_texts
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -37,16 +37,7 @@ FLAGS = (
 def report(tmp_path_factory):
     """The page of a run with made-up texts; one of them holds a script."""
     root = tmp_path_factory.mktemp("report")
-    settings = {
-        "data_path": str(write_dataset(root / "data")),
-        "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
-        "artifact_dir": str(root / "artifacts"),
-        "checkpoint_dir": str(root / "saved"),
-        "show_progress": False,
-        "use_gpu": False,
-        "epochs": 2,
-        "embedding_size": 8,
-    }
+    settings = tiny_settings(write_dataset(root / "data"), root)
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(root):
         patch.setattr(sys, "argv", ["pytest"])  # RecBole reads it
         return write_report(run_with_texts(settings), root / "report.html")

@@ -10,6 +10,7 @@ import yaml
 
 from recbole_gacllm import artifacts
 from recbole_gacllm.descriptions.layers import SIDES, Layer
+from recbole_gacllm.descriptions.reading import folder_of_run
 
 _CONFIG = {
     "additional_feat_suffix": ["useremb", "itememb"],
@@ -26,13 +27,7 @@ def find_embeddings(artifact_dir: Path, dataset: str | None, run: Path | None, l
         ValueError: If there is none.
     """
     if run is not None:
-        file = run / "run.json" if run.is_dir() else run
-        if not file.is_file():
-            raise ValueError(f"{file} is not a file; a run's last line of output names it.")
-        folder = json.loads(file.read_text("utf-8")).get("artifacts", {}).get("embeddings")
-        if folder is None:
-            raise ValueError(f"the run of {file} had no text embeddings.")
-        return Path(folder)
+        return folder_of_run(run, "embeddings", "text embeddings")
     manifests = list((artifact_dir / str(dataset)).glob("embeddings-*/manifest.json"))
     with_layer = [file for file in manifests if (file.parent / f"layer_{layer}.npy").is_file()]
     newest = max(with_layer, key=lambda file: file.stat().st_mtime, default=None)

@@ -86,13 +86,7 @@ class RunDescriptions:
         """
         if (run / artifacts.MANIFEST_FILE).is_file():
             return cls(run)
-        file = run / "run.json" if run.is_dir() else run
-        if not file.is_file():
-            raise ValueError(f"{file} is not a file; a run's last line of output names it.")
-        folder = json.loads(file.read_text("utf-8")).get("artifacts", {}).get("descriptions")
-        if folder is None:
-            raise ValueError(f"the run of {file} had no generated descriptions.")
-        return cls(Path(folder))
+        return cls(folder_of_run(run, "descriptions", "generated descriptions"))
 
     def page(self, side: Side, token: str) -> NodePage:
         """Everything about one node.
@@ -152,3 +146,23 @@ class RunDescriptions:
                 for node, token in enumerate(layer.tokens[side])
             ]
         )
+
+
+def folder_of_run(run: Path, stage: str, what: str) -> Path:
+    """The artefact folder of a stage that a run recorded.
+
+    Args:
+        run: A ``run.json``, or its folder.
+        stage: Name of the stage in ``run.json``.
+        what: What the stage makes, for the message.
+
+    Raises:
+        ValueError: If there is no such file, or the run had no such stage.
+    """
+    file = run / "run.json" if run.is_dir() else run
+    if not file.is_file():
+        raise ValueError(f"{file} is not a file; a run's last line of output names it.")
+    folder = json.loads(file.read_text("utf-8")).get("artifacts", {}).get(stage)
+    if folder is None:
+        raise ValueError(f"the run of {file} had no {what}.")
+    return Path(folder)
