@@ -7,18 +7,20 @@ filelock only, so that a child process has this module before it loads anything 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,8 +32,13 @@ from recbole_gacllm.errors import GaCLLMError
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
-ERROR_FILE = "error.txt"
+JOB_FILE = "job.json"
 _SECONDS_TO_STOP = 10.0  # how long an interrupted child may tidy up before it is killed
+_MAX_ERROR_BYTES = 60_000  # fits the socket's buffer: the parent reads when the child has ended
+# How safetensors (the first) and torch.save tell a full disk.
+_DISK_TEXTS = (os.strerror(errno.ENOSPC), "unexpected pos", "PytorchStreamWriter failed")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_to_parent: int | None = None  # of a child: where its error goes
 
 
 def fingerprint(obj: Mapping[str, Any]) -> str:
@@ -68,10 +75,31 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
     except OSError as error:
-        raise GaCLLMError(
-            f"cannot write {path}: {error}. Free space or rights there, or set artifact_dir to "
-            "another folder, and start again: what was finished is kept."
-        ) from error
+        raise _cannot_write(path, error) from error
+
+
+@contextmanager
+def explaining_disk_errors(path: Path) -> Iterator[None]:
+    """Tell a full, read-only or failing disk by the path that was written and the next step.
+
+    Raises:
+        GaCLLMError: For an error of the disk. safetensors and PyTorch raise their own classes,
+            which are known by their text. Any other error passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        of_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+        if of_disk or any(text in str(error) for text in _DISK_TEXTS):
+            raise _cannot_write(path, error) from error
+        raise
+
+
+def _cannot_write(path: Path, error: Exception) -> GaCLLMError:
+    return GaCLLMError(
+        f"cannot write {path}: {error}. Free space or rights there, or set artifact_dir to "
+        "another folder, and start again: what was finished is kept."
+    )
 
 
 def sync_folder(folder: Path) -> None:
@@ -144,37 +172,37 @@ def stage_lock(folder: Path) -> Iterator[None]:
 def run_child(stage: str, folder: Path, *, module: str = "recbole_gacllm.stage") -> None:
     """Run ``python -m module stage folder`` to its end, in a process group of its own.
 
-    The child inherits standard output and error and a copy of the environment. Standard input,
-    which this process holds open, tells it when this process dies (:func:`die_with_parent`). Ctrl-C
-    here interrupts the child, waits for it and goes on here. Whatever the child started and left
-    behind, such as a vLLM engine, is killed when it ends.
+    The child inherits standard output and error and a copy of the environment. Its standard input
+    is a socket to this process: its end tells the child when this process dies
+    (:func:`die_with_parent`), and the child's error comes back on it, so that a full disk cannot
+    swallow it. Ctrl-C here interrupts the child, waits for it and goes on here. Whatever the child
+    started and left behind, such as a vLLM engine, is killed when it ends.
 
     Raises:
         ValueError: What the child raised as ``ValueError``, with the same text.
         GaCLLMError: What it raised from the ``GaCLLMError`` family, same class and text; or any
             other end than exit code 0, with stage, exit code or signal and the last error.
     """
-    error_file = folder / ERROR_FILE
-    error_file.unlink(missing_ok=True)
-    child = subprocess.Popen(
-        [sys.executable, "-m", module, stage, str(folder)],
-        stdin=subprocess.PIPE,
-        env=_child_environment(),
-        process_group=0,
-    )
-    assert child.stdin is not None
-    try:
-        # Wait without reaping: until then the group's number cannot belong to anybody else.
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    except BaseException:
-        _interrupt(child)
-        raise
-    finally:
-        _kill_group(child.pid)
-        child.wait()
-        child.stdin.close()
-    if child.returncode != 0:
-        _raise_child_error(stage, error_file, child.returncode)
+    ours, of_child = socket.socketpair()
+    with ours:
+        with of_child:
+            child = subprocess.Popen(
+                [sys.executable, "-m", module, stage, str(folder)],
+                stdin=of_child.fileno(),
+                env=_child_environment(),
+                process_group=0,
+            )
+        try:
+            # Wait without reaping: until then the group's number cannot belong to anybody else.
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        except BaseException:
+            _interrupt(child)
+            raise
+        finally:
+            _kill_group(child.pid)
+            child.wait()
+        if child.returncode != 0:
+            _raise_child_error(stage, _received(ours), child.returncode)
 
 
 def die_with_parent() -> None:
@@ -183,7 +211,8 @@ def die_with_parent() -> None:
     To be called first in a child that :func:`run_child` started. A forked guard blocks on standard
     input and kills the whole group at its end. A thread and PR_SET_PDEATHSIG would end this process
     only, and the first only between bytecodes: vLLM's engine processes do not notice the death of
-    their parent and would keep their memory. Standard input of this process becomes empty.
+    their parent and would keep their memory. Standard input of this process becomes empty, and the
+    socket it was is kept for :func:`reporting_errors`.
 
     Raises:
         GaCLLMError: If the process was not started by :func:`run_child`.
@@ -195,29 +224,35 @@ def die_with_parent() -> None:
         try:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
-            while os.read(0, 4096):
-                pass
+            with suppress(OSError):  # the parent died with something of ours unread
+                while os.read(0, 4096):
+                    pass
             os.killpg(group, signal.SIGKILL)
         finally:
             os._exit(1)
+    global _to_parent
+    _to_parent = os.dup(0)
     with open(os.devnull, "rb") as empty:
         os.dup2(empty.fileno(), 0)
 
 
 @contextmanager
 def reporting_errors(folder: Path) -> Iterator[None]:
-    """The child's side of errors: write them to ``error.txt`` and exit with code 1.
+    """The child's side of errors: send them to the parent and exit with code 1.
 
-    ``ValueError`` itself and the ``GaCLLMError`` family are told once, by the parent; anything else
-    is a defect, and its traceback goes to standard error here.
+    ``ValueError`` itself and the ``GaCLLMError`` family, errors of the disk under ``folder`` among
+    them, are told once, by the parent; anything else is a defect, and its traceback goes to
+    standard error here.
     """
     try:
-        yield
+        with explaining_disk_errors(folder):
+            yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        write_atomic(folder / ERROR_FILE, text.encode("utf-8", "backslashreplace"))
+        text = f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace")
+        assert _to_parent is not None, "die_with_parent comes first"
+        os.write(_to_parent, text[:_MAX_ERROR_BYTES])
         if type(error) is ValueError or isinstance(error, GaCLLMError):
             sys.exit(1)
         raise
@@ -254,25 +289,34 @@ def _kill_group(group: int, number: signal.Signals = signal.SIGKILL) -> None:
         return  # nobody is left (macOS: nobody but the unreaped leader), which is what is wanted
 
 
-def _raise_child_error(stage: str, error_file: Path, returncode: int) -> NoReturn:
+def _received(socket_of_child: socket.socket) -> str:
+    """What a child that has ended had sent."""
+    socket_of_child.setblocking(False)
+    parts = []
+    with suppress(OSError):
+        while part := socket_of_child.recv(1 << 16):
+            parts.append(part)
+    return b"".join(parts).decode("utf-8", "replace")
+
+
+def _raise_child_error(stage: str, sent: str, returncode: int) -> NoReturn:
     if returncode < 0:
         end = f"was killed by {signal.Signals(-returncode).name}"
     else:
         end = f"ended with exit code {returncode}"
-    try:
-        name, _, text = error_file.read_text("utf-8").partition(": ")
-    except FileNotFoundError:
+    if not sent:
         memory = " (out of memory?)" if returncode == -signal.SIGKILL else ""
         raise GaCLLMError(
             f"stage {stage} {end}{memory} and left no error; its last lines are in the log above. "
             "Start again to resume: what was finished is kept."
-        ) from None
+        )
+    name, _, text = sent.partition(": ")
     if name == "ValueError":
         raise ValueError(text)
     known = getattr(errors, name, None)
     if isinstance(known, type) and issubclass(known, GaCLLMError):
         raise known(text)
-    last_line = f"{name}: {text}".strip().splitlines()[-1]
+    last_line = sent.strip().splitlines()[-1]
     raise GaCLLMError(f"stage {stage} {end}: {last_line} (traceback in the log above)")
 
 

@@ -27,7 +27,8 @@ other commands (each has --help):
   leaderboard           models x data sets x seeds on identical splits, with tests and tables
   tune                  search hyper-parameters with RecBole's HyperTuning
   report                write a page about a run or a leaderboard: one HTML file
-  describe              print what was written about a user or an item, layer by layer
+  describe              print what was written about a user or an item, layer by layer; or make
+                        the descriptions of a run, here or by way of a cluster (batch files)
   audit                 print failures, lengths, copies, names and samples of every layer
   export-descriptions   write all descriptions to one Parquet or CSV file
   import-descriptions   check texts from elsewhere, and how a run uses them

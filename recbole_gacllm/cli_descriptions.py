@@ -5,28 +5,56 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recbole_gacllm import cli_common
+from recbole_gacllm import cli_batch, cli_common
+from recbole_gacllm.descriptions.layers import SIDES
 
 if TYPE_CHECKING:
     from recbole_gacllm.descriptions.quality import LayerQuality, SideQuality
 
+_ARTIFACT_DIR = Path("saved/gacllm")
+_MAX_PRINTED_CHARS = 600  # of a sample
+_MAX_SHARES = 5
+
+
+_DESCRIBE_EPILOG = """\
+Without --user or --item it makes the descriptions of a run, with the run's keys as flags: features,
+fine-tuning, LLM, no training. --export-batch and --import-batch let a cluster answer the prompts,
+one layer after the other; README, "Bigger than one machine", has the whole way.
+
+examples:
+  python -m recbole_gacllm describe --dataset=ml-100k --user=196
+  python -m recbole_gacllm describe --dataset=ml-100k --llm_n_layers=1
+  python -m recbole_gacllm describe --dataset=ml-100k --export-batch batch
+  python -m recbole_gacllm describe --dataset=ml-100k --import-batch answers
+"""
+
 
 def describe(arguments: list[str]) -> None:
-    """Print what was written about a user or an item."""
+    """Print what was written about a user or an item, or make the descriptions of a run."""
     parser = _artifact_parser(
         "describe",
-        "Print what was written about a node at every layer, and the neighbours it was made from.",
-        "python -m recbole_gacllm describe --dataset=ml-100k --user=196",
+        "Print what was written about a node at every layer, and the neighbours it was made from; "
+        "or make descriptions.",
+        _DESCRIBE_EPILOG,
     )
-    node = parser.add_mutually_exclusive_group(required=True)
-    node.add_argument("--user", help="raw token of a user, as in the .inter file")
-    node.add_argument("--item", help="raw token of an item")
-    known = cli_common.parse(parser, arguments)
+    parser.set_defaults(artifact_dir=None)
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument("--user", help="raw token of a user, as in the .inter file")
+    actions.add_argument("--item", help="raw token of an item")
+    cli_batch.add_arguments(parser, actions)
+    known, keys = cli_common.parse_with_keys(parser, arguments)
+    if known.user is None and known.item is None:
+        cli_batch.make_descriptions(parser, known, keys)
+        return
+    if keys:
+        parser.error(f"--{next(iter(keys))}: --user and --item take no keys of a run")
+    known.artifact_dir = known.artifact_dir or _ARTIFACT_DIR
     found = _artifacts(parser, known)
     side, token = ("user", known.user) if known.user is not None else ("item", known.item)
     page = found.page(side, token)
@@ -77,35 +105,42 @@ def audit(arguments: list[str]) -> None:
 
 
 def import_descriptions(arguments: list[str]) -> None:
-    """Check texts from elsewhere against a data set and say how a run uses them."""
+    """Fill the layers of a run with texts from elsewhere."""
     parser = cli_common.command_parser(
         "python -m recbole_gacllm import-descriptions",
-        "Check a file of descriptions (columns side, token, layer, text) against a "
-        "data set. A run takes its layers from the file with --text_import_file, which makes "
-        "the same checks.",
+        "Check a file of descriptions (columns side, token, layer, text) against a data set and "
+        "fill its layers. Where the file lacks a layer of the run, the run itself fills them, as "
+        "the LLM is needed.",
         "example:\n  python -m recbole_gacllm import-descriptions texts.parquet --dataset=ml-100k",
     )
     parser.add_argument("file", type=Path, help=".parquet or .csv")
     parser.add_argument("--dataset", required=True, help="name of the data set")
     cli_common.add_config_files(parser)
-    known, _ = cli_common.parse_with_keys(parser, arguments)
+    known, keys = cli_common.parse_with_keys(parser, arguments)
     flags = [flag for flag in arguments if flag.startswith("--")]
     cli_common.require_key_value(parser, flags)
 
     from recbole_gacllm.descriptions.imported import ImportedTexts, describe
 
     imported = ImportedTexts.read(known.file.resolve())
+    flags.append(f"--text_import_file={known.file}")
+    if max(imported.layers) > 0 and "llm_n_layers" not in keys:
+        flags.append(f"--llm_n_layers={max(imported.layers)}")
 
-    from recbole_gacllm.run_config import node_tokens
+    from recbole_gacllm import pipeline
+    from recbole_gacllm.run_config import training_data
 
     sys.argv[1:] = flags  # RecBole reads sys.argv itself
-    tokens = node_tokens(known.dataset, known.config_files.split())
-    n_layers = max(imported.layers)
-    for report in imported.check(tokens, n_layers):
+    options, data = training_data(known.dataset, known.config_files.split())
+    tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
+    for report in imported.check(tokens, options.llm_n_layers):
         print(describe(report))
-    more = f" --llm_n_layers={n_layers}" if n_layers else ""
-    print("\nto use it\n  python run_recbole_gacllm.py", *flags, end="")
-    print(f" --text_import_file={known.file}{more}")
+    to_make = set(range(1, options.llm_n_layers + 1)) - set(imported.layers)
+    if to_make:
+        print("left to the LLM of the run: layer", ", ".join(map(str, sorted(to_make))))
+    else:
+        print(f"written to {pipeline.describe(options, data)}")
+    print(f"\nto train on them\n  python run_recbole_gacllm.py {shlex.join(flags)}")
 
 
 def export_descriptions(arguments: list[str]) -> None:
@@ -113,7 +148,8 @@ def export_descriptions(arguments: list[str]) -> None:
     parser = _artifact_parser(
         "export-descriptions",
         "Write all descriptions to one file: side, token, layer, text, status, reason, tokens.",
-        "python -m recbole_gacllm export-descriptions --dataset=ml-100k --output=texts.parquet",
+        "example:\n"
+        "  python -m recbole_gacllm export-descriptions --dataset=ml-100k --output=texts.parquet",
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="file to write; .parquet or .csv"
@@ -136,7 +172,8 @@ def export_embeddings(arguments: list[str]) -> None:
     parser = _artifact_parser(
         "export-embeddings",
         "Write the text embeddings of a layer as RecBole's files of pretrained embeddings.",
-        "python -m recbole_gacllm export-embeddings --dataset=ml-1m --layer=1 --output=data/ml-1m",
+        "example:\n"
+        "  python -m recbole_gacllm export-embeddings --dataset=ml-1m --layer=1 --output=ml-1m",
     )
     parser.add_argument(
         "--layer", type=int, required=True, help="0: raw texts; l: after l layers of convolution"
@@ -156,15 +193,11 @@ def export_embeddings(arguments: list[str]) -> None:
     print(f"from {folder}")
 
 
-def _artifact_parser(prog: str, description: str, example: str) -> argparse.ArgumentParser:
-    parser = cli_common.command_parser(
-        f"python -m recbole_gacllm {prog}", description, f"example:\n  {example}"
-    )
+def _artifact_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    parser = cli_common.command_parser(f"python -m recbole_gacllm {prog}", description, epilog)
     parser.add_argument("--dataset", help="the newest descriptions of this data set")
     parser.add_argument("--run", type=Path, help="or those of a run: a run.json or its folder")
-    parser.add_argument(
-        "--artifact_dir", type=Path, default=Path("saved/gacllm"), help="as in the run"
-    )
+    parser.add_argument("--artifact_dir", type=Path, default=_ARTIFACT_DIR, help="as in the run")
     return parser
 
 
@@ -190,7 +223,10 @@ def _print_layer(layer: LayerQuality) -> None:
     print(f"\nlayer {layer.number}")
     report = layer.report
     if report.get("imported"):
-        print(f"  imported        {report['n_imported']} nodes, {report['n_missing']} missing")
+        print(
+            f"  imported        {report['n_imported']} nodes, {report['n_missing']} missing, "
+            f"{report['n_unknown']} rows about unknown nodes"
+        )
     elif report:
         print(
             f"  generated       {report['n_generated']} prompts, {report['n_from_store']} from "
@@ -209,8 +245,9 @@ def _print_layer(layer: LayerQuality) -> None:
     print("\n  samples")
     for sample in (sample for quality in layer.sides.values() for sample in quality.samples):
         head = f"{sample.node}, {sample.n_neighbors} neighbours: {sample.below}"
-        print(textwrap.fill(head, 96, initial_indent="  - ", subsequent_indent="    "))
-        print(textwrap.fill(sample.text, 96, initial_indent="    → ", subsequent_indent="      "))
+        for words, sign in ((head, "  - "), (sample.text, "    → ")):
+            short = textwrap.shorten(words, _MAX_PRINTED_CHARS, placeholder=" …")
+            print(textwrap.fill(short, 96, initial_indent=sign, subsequent_indent=" " * len(sign)))
 
 
 def _print_side(quality: SideQuality) -> None:
@@ -223,7 +260,8 @@ def _print_side(quality: SideQuality) -> None:
         f"{quality.neighbor_copies:.1%} of a neighbour's",
         "repeated": f"{quality.repeated:.1%} share their text with another node",
         "distinct": f"{quality.distinct[0]:.3f} of words, {quality.distinct[1]:.3f} of word pairs",
-        "scripts": ", ".join(f"{name} {value:.1%}" for name, value in quality.scripts.items()),
+        "scripts": _shares(quality.scripts),
+        "languages": _shares(quality.languages),
     }
     if quality.own_names is not None:
         lines["own name"] = f"in {quality.own_names:.1%}"
@@ -231,6 +269,14 @@ def _print_side(quality: SideQuality) -> None:
         lines["item names"] = f"of a neighbour in {quality.neighbor_names:.1%}"
     for name, value in lines.items():
         print(f"    {name:<12}  {value}")
+
+
+def _shares(shares: dict[str, float]) -> str:
+    """The largest ones; small texts in many languages are noise."""
+    shown = list(shares.items())[:_MAX_SHARES]
+    rest = sum(shares.values()) - sum(share for _, share in shown)
+    parts = [f"{name} {share:.1%}" for name, share in shown]
+    return ", ".join([*parts, f"others {rest:.1%}"] if len(shares) > len(shown) else parts)
 
 
 def _counts(counts: dict[str, int]) -> str:

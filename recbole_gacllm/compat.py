@@ -4,8 +4,8 @@ RecBole 1.2.1 (February 2025) runs as it is on NumPy < 2, SciPy < 1.13 and PyTor
 repair is a small function that acts on one module of RecBole right after its import, so nothing is
 imported early and what other libraries see stays as it is, except where a docstring says so. A
 repair goes when a RecBole release makes it unnecessary; ``tests/test_compat.py`` shows that each
-is needed now. More stand in ``compat_distributed.py`` and ``compat_anomaly.py``; the tables at the
-end of this module name all of them.
+is needed now. More stand in ``compat_distributed.py``, ``compat_evaluation.py`` and
+``compat_anomaly.py``; the tables at the end of this module name all of them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from recbole_gacllm.compat_distributed import (
     gloo_on_cpu,
     repaired_children,
 )
+from recbole_gacllm.compat_evaluation import counts_beside_tensors, plain_metrics
 from recbole_gacllm.import_hooks import after_import, around_import
 
 _logger = logging.getLogger(__name__)
@@ -115,34 +116,18 @@ def torch_load_default(_utils: ModuleType) -> None:
     torch.load = load
 
 
-def plain_metrics(evaluator: ModuleType) -> None:
-    """Make metrics Python floats, so that a result reads ``0.1234``, not ``np.float64(0.1234)``.
-
-    Cause: NumPy 2 shows the type of its scalars; RecBole logs results by their ``repr``.
-    Upstream: none reported. End: a RecBole release that runs on NumPy 2.
-    """
-    evaluate = evaluator.Evaluator.evaluate
-
-    @functools.wraps(evaluate)
-    def evaluate_plainly(self: Any, dataobject: Any) -> Any:
-        result = evaluate(self, dataobject)
-        for metric, value in result.items():
-            result[metric] = float(value)
-        return result
-
-    evaluator.Evaluator.evaluate = evaluate_plainly
-
-
 def known_warnings(_utils: ModuleType) -> None:
-    """Keep two warnings that say nothing to a user out of every run.
+    """Keep warnings that say nothing to a user out of every run.
 
     Causes: pandas 2.2 announces that chained ``fillna(inplace=True)`` ends with pandas 3 (this
     package requires pandas < 3, see ``pyproject.toml``); PyTorch 2.4 renamed
-    ``torch.cuda.amp.GradScaler``. Only these messages, and only from RecBole's modules. Python's
-    own filters still come first where a user or pytest sets them later.
+    ``torch.cuda.amp.GradScaler`` and ``torch.cuda.amp.autocast``. Only these messages, and only
+    from RecBole's modules. Python's own filters still come first where a user or pytest sets them
+    later.
     Upstream: issue 2215. End: a RecBole release that runs on pandas 3 and PyTorch 2.4.
     """
-    for message in ("A value is trying to be set on a copy", r"`torch\.cuda\.amp\.GradScaler"):
+    amp = r"`torch\.cuda\.amp\.(GradScaler|autocast)"
+    for message in ("A value is trying to be set on a copy", amp):
         warnings.filterwarnings("ignore", message, FutureWarning, r"recbole\.")
 
 
@@ -283,6 +268,7 @@ REPAIRS: dict[Callable[[Any], None], tuple[str, ...]] = {
     ),
     torch_load_default: ("recbole.utils.utils",),
     plain_metrics: ("recbole.evaluator.evaluator",),
+    counts_beside_tensors: ("recbole.evaluator.collector",),
     known_warnings: ("recbole.utils.utils",),
     hyperopt_random_state: ("recbole.trainer.hyper_tuning",),
     gloo_on_cpu: ("recbole.config.configurator",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from recbole_gacllm.descriptions.imported import ImportedTexts
 from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
 from recbole_gacllm.descriptions.names import item_names
 from recbole_gacllm.descriptions.neighbors import TrainGraph
+
+#: So many text embeddings are taken to float32 at once: 100 MB of width 384.
+MAX_ROWS = 2**16
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class TextLayers:
     """Constant text embeddings ``x^(0) .. x^(L)`` of all nodes, looked up by RecBole's node ids.
 
     Kept outside the model's state: they are files on disk, memory-mapped, in half precision.
+    Processes on one machine share the pages; on another device they lie there in half precision.
 
     Args:
         tables: One array a layer, ``[n_rows, width]``, float16, L2-normalised rows.
@@ -131,7 +136,18 @@ class TextLayers:
             nodes: ``[n]``; result ``[n, width]``, float32.
         """
         rows = self.row_of_node[nodes]
-        return self.tables[layer][rows.clamp(min=0)].float() * (rows >= 0)[:, None]
+        return self.tables[layer][rows.clamp(min=0)].float().mul_((rows >= 0)[:, None])
+
+    def projected(
+        self, layer: int, nodes: Tensor, projection: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """A projection of :meth:`rows`, some nodes at a time: never all of them in float32.
+
+        Shapes:
+            nodes: ``[n]``; projection maps ``[m, width]`` to ``[m, d]``; result ``[n, d]``.
+        """
+        blocks = torch.split(nodes, MAX_ROWS)
+        return torch.cat([projection(self.rows(layer, some)) for some in blocks])
 
 
 def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, dict[str, str]]:

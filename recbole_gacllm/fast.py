@@ -21,15 +21,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.data import RandomSampler, SequentialSampler
 
 from recbole_gacllm.fast_graph import (
     dgcf_products,
     normalised_adjacency,
     sgl_products,
 )
+from recbole_gacllm.fast_metrics import add_to_metrics
 
-#: A full-sort batch holds at least this many scores (4 MB), whatever ``eval_batch_size`` says.
-MIN_SCORES = 2**20
+#: A full-sort batch holds at least this many scores (2 MB), whatever ``eval_batch_size`` says,
+MIN_SCORES = 2**19
+#: and at least this many users: below, the item embeddings are read again for each few of them.
+MIN_USERS = 16
 #: Up to this many user-item pairs are looked up in a table of bytes, more by binary search.
 MAX_TABLE = 2**25
 
@@ -150,9 +154,21 @@ def _add_to_loader(module: ModuleType) -> None:
 
 
 def _batches(loader: Any) -> Iterator[Any]:
-    order = np.fromiter(loader.sampler, np.int64)
+    order = _order(loader.sampler)
     for start in range(0, len(order), loader.batch_size):
         yield loader.collate_fn(order[start : start + loader.batch_size])
+
+
+def _order(sampler: Any) -> npt.NDArray[np.int64]:
+    """All indices of an epoch; PyTorch's samplers would hand them out one by one."""
+    n = len(sampler)
+    if type(sampler) is SequentialSampler:
+        return np.arange(n)
+    if type(sampler) is RandomSampler and not sampler.replacement:
+        order = torch.randperm(n, generator=sampler.generator)
+        torch.randperm(n, generator=sampler.generator)  # its own way to draw the zero that are left
+        return order.numpy()
+    return np.fromiter(sampler, np.int64)  # DistributedSampler has them in a list
 
 
 def _rows_at(index: Any) -> tuple[Tensor]:
@@ -178,7 +194,7 @@ def _add_to_general_loaders(module: ModuleType) -> None:
         init_batch(self)
         if self.config["fast_paths"] and not self.is_sequential:
             n_items = self._dataset.item_num
-            self.step = max(self.step, MIN_SCORES // n_items)
+            self.step = max(self.step, MIN_USERS, MIN_SCORES // n_items)
             self.set_batch_size(self.step * n_items)
 
     @functools.wraps(collate_full)
@@ -209,7 +225,7 @@ class ItemLists:
 
     def __init__(self, items: npt.NDArray[np.object_]) -> None:
         self.flat = torch.cat(list(items))
-        self.length = torch.tensor([len(some) for some in items])
+        self.length = torch.from_numpy(np.fromiter(map(torch.numel, items), np.int64, len(items)))
         self.start = self.length.cumsum(0) - self.length
 
     def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,6 +319,7 @@ FAST_PATHS: dict[str, Callable[[ModuleType], None]] = {
     "recbole.data.dataloader.abstract_dataloader": _add_to_loader,
     "recbole.data.dataloader.general_dataloader": _add_to_general_loaders,
     "recbole.evaluator.collector": _add_to_collector,
+    "recbole.evaluator.metrics": add_to_metrics,
     "recbole.trainer.trainer": _add_to_trainer,
     f"{_MODELS}.lightgcn": _add_to_model("LightGCN", normalised_adjacency),
     f"{_MODELS}.ngcf": _add_to_model("NGCF", normalised_adjacency),

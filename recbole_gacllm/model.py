@@ -28,7 +28,13 @@ from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.data import TextLayers, TrainingData
 from recbole_gacllm.linear import ItemItemModel, standardize
 from recbole_gacllm.pipeline import prepare
-from recbole_gacllm.propagation import Adjacency, fuse, propagate, propagate_mean
+from recbole_gacllm.propagation import (
+    Adjacency,
+    PeriodicPropagation,
+    fuse,
+    propagate,
+    propagate_mean,
+)
 
 
 class GaCLLM(GeneralRecommender):  # type: ignore[misc]
@@ -54,6 +60,11 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         self.adjacency = Adjacency.from_edges(
             data.graph.users + 1, data.graph.items + 1, self.n_users, self.n_items, self.device
         )
+        self.periodic: PeriodicPropagation | None = None
+        if options.propagate_every > 1:
+            self.periodic = PeriodicPropagation(
+                self.adjacency, options.n_layers, options.propagate_every
+            )
         self.texts: TextLayers | None = None
         if options.use_text:
             self.texts = prepare(options, data).to(self.device)
@@ -108,7 +119,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         if self.texts is None:
             return []
         return [
-            projection(self.texts.rows(layer, nodes))
+            self.texts.projected(layer, nodes, projection)
             for layer, projection in enumerate(self.projections)
         ]
 
@@ -136,9 +147,10 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         is_bpr = options.loss_type == "BPR"
         negative = interaction[self.NEG_ITEM_ID] if is_bpr else self._draw_negatives()  # [C]
         blocks = [user, positive + self.n_users, negative + self.n_users]  # nodes
-        ids = self.node_embeddings()
         alignment: Tensor | None = None
-        if self.texts is None and is_bpr:
+        if self.periodic is None:
+            ids = self.node_embeddings()
+        if self.texts is None and is_bpr and self.periodic is None:
             fused = propagate_mean(self.adjacency, ids, options.n_layers)
             places = blocks
         else:
@@ -146,7 +158,12 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             nodes, place = torch.unique(torch.cat(blocks), return_inverse=True)  # [n], [2B + C]
             places = list(place.tensor_split([len(user), 2 * len(user)]))
             n_users = int((nodes < self.n_users).sum())
-            hops = propagate(self.adjacency, ids, options.n_layers, nodes)  # [n, d] each
+            if self.periodic is None:
+                hops = propagate(self.adjacency, ids, options.n_layers, nodes)  # [n, d] each
+            else:
+                users, items = self.user_embedding.weight, self.item_embedding.weight
+                hops = self.periodic(users, items, nodes)  # [n, d] each
+                ids, blocks = hops[0], places  # of these nodes
             texts = self.project(nodes) if options.text_weight > 0 else []  # [n, d] each
             fused = fuse(hops, texts, options.text_weight)
             if options.align_weight > 0 and self.texts is not None:
@@ -168,7 +185,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             )
         if alignment is not None:
             loss = loss + options.align_weight * alignment
-        squares = ids.square().sum(1)  # [n_users + n_items]
+        squares = ids.square().sum(1)  # [n_users + n_items], or [n]
         regularised = [
             squares.index_select(0, nodes) for nodes in (blocks if is_bpr else blocks[:2])
         ]
@@ -282,6 +299,8 @@ class _Dropout(nn.Module):
 
 
 def _forget_restored(module: nn.Module, _incompatible_keys: Any) -> None:
-    """After a checkpoint is loaded, scores must come from its weights."""
+    """After a checkpoint is loaded, scores and hops must come from its weights."""
     assert isinstance(module, GaCLLM)
     module.restored = None
+    if module.periodic is not None:
+        module.periodic.forget()

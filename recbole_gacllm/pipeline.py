@@ -28,20 +28,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_gacllm import artifacts
+from recbole_gacllm import artifacts, integrity
 from recbole_gacllm.config import GaCLLMConfig, shipped_path
 from recbole_gacllm.data import TextLayers, TrainingData, imported_texts, raw_descriptions
 from recbole_gacllm.descriptions.cleaning import CLEANING_VERSION
-from recbole_gacllm.descriptions.convolution import RETRY_TEMPERATURE
 from recbole_gacllm.descriptions.imported import ImportedTexts
 from recbole_gacllm.descriptions.layers import SIDES, Layer
 from recbole_gacllm.descriptions.neighbors import TrainGraph, check_rule
 from recbole_gacllm.descriptions.prompts import PromptTemplates
+from recbole_gacllm.descriptions.requests import RETRY_TEMPERATURE
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm import weights
 from recbole_gacllm.llm.engines import choose_backend, resolve_dtype
 
 logger = logging.getLogger(__name__)
+
+# Key, job and outputs of the stage that makes the descriptions, as _run takes them.
+_StageOfTexts = tuple[dict[str, Any], dict[str, Any], list[str]]
 
 
 def prepare(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
@@ -53,6 +56,44 @@ def prepare(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
     """
     with _own_randomness():
         return _prepare(options, data)
+
+
+def describe(options: GaCLLMConfig, data: TrainingData) -> Path:
+    """Run or reuse the stages up to the descriptions.
+
+    Returns:
+        The folder of these.
+
+    Raises:
+        ValueError, GaCLLMError: As :func:`prepare`.
+    """
+    with _own_randomness():
+        root, _, descriptions = _before_descriptions(options, data)
+        return _run(root, "descriptions", *_some(descriptions))
+
+
+def description_job(options: GaCLLMConfig, data: TrainingData) -> tuple[Path, dict[str, Any]]:
+    """Run or reuse the stages before the descriptions.
+
+    Returns:
+        The folder of the descriptions, finished or not, and the job of their stage.
+
+    Raises:
+        ValueError, GaCLLMError: As :func:`prepare`.
+    """
+    with _own_randomness():
+        root, _, descriptions = _before_descriptions(options, data)
+        key, job, _ = _some(descriptions)
+        return _folder(root, "descriptions", key), job
+
+
+def _some(descriptions: _StageOfTexts | None) -> _StageOfTexts:
+    if descriptions is None:
+        raise ValueError(
+            "text_source: 'raw' takes the texts of layer 0 as they are, so there is nothing to "
+            "describe; set it to generated."
+        )
+    return descriptions
 
 
 @contextmanager
@@ -72,33 +113,45 @@ def _own_randomness() -> Iterator[None]:
 
 def _prepare(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
     # Whatever can be wrong is found before the stages that take long.
-    check_rule(data.graph, options.neighbor_rule)
     encoder = weights.resolve_encoder(options.encoder_model)
+    root, folders, descriptions = _before_descriptions(options, data)
+    layer_files = [folders["inputs"] / "layer_0.parquet"]
+    if descriptions is not None:
+        folders["descriptions"] = _run(root, "descriptions", *descriptions)
+        layer_files += [folders["descriptions"] / name for name in descriptions[2]]
+    folders["embeddings"] = _encode(root, layer_files, encoder, options, data)
+    return TextLayers.load(folders, len(layer_files), options, data)
+
+
+def _before_descriptions(
+    options: GaCLLMConfig, data: TrainingData
+) -> tuple[Path, dict[str, Path], _StageOfTexts | None]:
+    """Root and folders of all stages before the descriptions, and what that stage needs.
+
+    The last is None where the texts of layer 0 are all that the run takes.
+    """
+    check_rule(data.graph, options.neighbor_rule)
     raw, names = raw_descriptions(options, data)
     imported = imported_texts(options, raw)
     if imported is not None and 0 in imported.layers:
         raw = imported.fill(0, raw)
     root = Path(options.artifact_dir).resolve() / data.dataset
     folders = {"inputs": _write_inputs(root, data.graph, raw, names)}
-    layer_files = [folders["inputs"] / "layer_0.parquet"]
-    if options.text_source != "raw":
-        numbers = range(1, options.llm_n_layers + 1)
-        model = adapter = None
-        if imported is None or not set(numbers) <= set(imported.layers):
-            model = _LanguageModel.resolve(options)
-            _templates(options)
-            if options.llm_adapter is not None:
-                adapter = Path(options.llm_adapter).resolve()
-                weights.check_adapter(model.folder, adapter)
-            elif options.sft:
-                folders["sft"] = _finetune(root, folders["inputs"], options, data, model)
-                adapter = folders["sft"] / "adapter"
-            if adapter is not None and options.llm_merge_adapter:
-                folders["merged"] = _merge(root, adapter, options, data, model)
-        folders["descriptions"] = _describe(root, folders, adapter, options, data, model, imported)
-        layer_files += [folders["descriptions"] / f"layer_{layer}.parquet" for layer in numbers]
-    folders["embeddings"] = _encode(root, layer_files, encoder, options, data)
-    return TextLayers.load(folders, len(layer_files), options, data)
+    if options.text_source == "raw":
+        return root, folders, None
+    model = adapter = None
+    if imported is None or not set(range(1, options.llm_n_layers + 1)) <= set(imported.layers):
+        model = _LanguageModel.resolve(options)
+        _templates(options)
+        if options.llm_adapter is not None:
+            adapter = Path(options.llm_adapter).resolve()
+            weights.check_adapter(model.folder, adapter)
+        elif options.sft:
+            folders["sft"] = _finetune(root, folders["inputs"], options, data, model)
+            adapter = folders["sft"] / "adapter"
+        if adapter is not None and options.llm_merge_adapter:
+            folders["merged"] = _merge(root, adapter, options, data, model)
+    return root, folders, _describe(folders, adapter, options, data, model, imported)
 
 
 @dataclass(frozen=True)
@@ -140,17 +193,20 @@ def _options_with(options: GaCLLMConfig, *prefixes: str) -> dict[str, Any]:
 def _write_inputs(root: Path, graph: TrainGraph, raw: Layer, names: dict[str, str]) -> Path:
     """Write the training graph and layer 0, which every stage starts from."""
     key = {"graph": graph.fingerprint(), "texts": raw.digest()}
+    outputs = ["graph.npz", "layer_0.parquet"]
     folder = root / f"inputs-{artifacts.fingerprint(key)[:16]}"
-    with artifacts.stage_lock(folder):
+    with artifacts.stage_lock(folder), artifacts.explaining_disk_errors(folder):
         # Only shown and looked for, never a cause of results: not in the key.
         artifacts.write_atomic(folder / "item_names.json", json.dumps(names).encode())
-        if artifacts.read_manifest(folder) is None:
+        if not integrity.finished(folder, key, outputs):
             graph.save(folder / "graph.npz")
             raw.write(folder / "layer_0.parquet")
-            counts = {f"n_{side}s": len(raw.tokens[side]) for side in SIDES}
+            manifest: dict[str, Any] = {f"n_{side}s": len(raw.tokens[side]) for side in SIDES}
             n_imported = sum(raw.statuses[side].count("imported") for side in SIDES)
-            counts |= {"n_edges": graph.n_edges, "n_imported": n_imported}
-            artifacts.write_manifest(folder, {"stage": "inputs", **counts})
+            manifest |= {"n_edges": graph.n_edges, "n_imported": n_imported}
+            manifest |= {"stage": "inputs", "key": key}
+            manifest["files"] = integrity.digests(folder, outputs)
+            artifacts.write_manifest(folder, manifest)
     return folder
 
 
@@ -164,29 +220,32 @@ def _run(
         stage: Name of the stage in ``stage.py``.
         key: All that determines the stage's results; names the folder.
         job: What the child process needs besides.
-        outputs: Files of the folder that a finished stage has; if one is gone it runs again.
+        outputs: Files and folders that the stage makes; if one is gone or changed it runs again.
     """
-    folder = root / f"{stage}-{artifacts.fingerprint(key)[:16]}"
+    folder = _folder(root, stage, key)
     with artifacts.stage_lock(folder):
-        manifest = artifacts.read_manifest(folder)
-        if manifest is None or not all((folder / name).is_file() for name in outputs):
-            logger.info("stage %s starts in %s", stage, folder)
-            text_of_job = json.dumps({**job, "key": key}, indent=2)
-            artifacts.write_atomic(folder / "job.json", text_of_job.encode())
-            artifacts.run_child(stage, folder)
-            manifest = artifacts.read_manifest(folder)
-            if manifest is None:
-                raise GaCLLMError(f"stage {stage} ended without a manifest in {folder}")
-            logger.info("stage %s is done: %s", stage, folder)
-        else:
+        if integrity.finished(folder, key, outputs):
             logger.info("stage %s was done before and is reused: %s", stage, folder)
+        else:
+            logger.info("stage %s starts in %s", stage, folder)
+            text_of_job = json.dumps({**job, "key": key, "outputs": outputs}, indent=2)
+            artifacts.write_atomic(folder / artifacts.JOB_FILE, text_of_job.encode())
+            artifacts.run_child(stage, folder)
+            logger.info("stage %s is done: %s", stage, folder)
+        manifest = artifacts.read_manifest(folder)
+        if manifest is None:
+            raise GaCLLMError(f"stage {stage} ended without a manifest in {folder}")
         logger.info("stage %s: %s", stage, json.dumps(_figures(manifest)))
     return folder
 
 
+def _folder(root: Path, stage: str, key: dict[str, Any]) -> Path:
+    return root / f"{stage}-{artifacts.fingerprint(key)[:16]}"
+
+
 def _figures(manifest: dict[str, Any]) -> dict[str, Any]:
     """What a person wants of a manifest in the log."""
-    left_out = ("stage", "key", "train_losses")
+    left_out = ("stage", "key", "files", "train_losses")
     return {name: value for name, value in manifest.items() if name not in left_out}
 
 
@@ -204,7 +263,7 @@ def _finetune(
     }
     del key["sft_checkpoint_steps"]  # how often, not what
     job = _job(options, data, inputs, model)
-    return _run(root, "sft", key, job, ["adapter/adapter_model.safetensors"])
+    return _run(root, "sft", key, job, ["adapter"])
 
 
 def _merge(
@@ -212,19 +271,18 @@ def _merge(
 ) -> Path:
     key = {"model": model.fingerprint, "adapter": weights.fingerprint(adapter)}
     job = {"model_dir": str(model.folder), "adapter_dir": str(adapter)}
-    return _run(root, "merged", key, job, ["model/config.json"])
+    return _run(root, "merged", key, job, ["model"])
 
 
 def _describe(
-    root: Path,
     folders: dict[str, Path],
     adapter: Path | None,
     options: GaCLLMConfig,
     data: TrainingData,
     model: _LanguageModel | None,
     imported: ImportedTexts | None,
-) -> Path:
-    """Generate or import layers 1..L; ``model`` is None if all are imported."""
+) -> _StageOfTexts:
+    """To generate or import layers 1..L; ``model`` is None if all are imported."""
     key: dict[str, Any] = {
         "inputs": folders["inputs"].name,
         "n_layers": options.llm_n_layers,
@@ -260,8 +318,7 @@ def _describe(
         name = job["generator_dir"] if merged else model.name
         job["served_model"] = options.llm_served_model or name
     job["store"] = str(Path(options.artifact_dir).resolve() / "store.sqlite")
-    outputs = [f"layer_{number}.parquet" for number in range(1, options.llm_n_layers + 1)]
-    return _run(root, "descriptions", key, job, outputs)
+    return key, job, [f"layer_{number}.parquet" for number in range(1, options.llm_n_layers + 1)]
 
 
 def _job(
@@ -290,6 +347,7 @@ def _encode(
         "texts": [layer.digest() for layer in layers],
         "encoder": weights.fingerprint(encoder),
         "dtype": resolve_dtype(options.encoder_dtype),
+        "prompt": options.encoder_prompt,
         # Not in the digests: rows follow the order of the nodes.
         "order": artifacts.fingerprint({side: layers[0].tokens[side] for side in SIDES}),
     }

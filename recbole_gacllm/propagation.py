@@ -228,6 +228,93 @@ def propagate(
     return hops
 
 
+class PeriodicPropagation:
+    r"""Hops of some nodes, carried through the graph every ``k`` batches only.
+
+    .. math:: e^{(l)}_t = \hat A^l e^{(0)}_s, \qquad
+        \nabla e^{(0)}_t = g^{(0)}_t + [t = s + k - 1]
+        \sum_{l=1}^{K} \hat A^l \sum_{r=s}^{t} g^{(l)}_r
+
+    where ``s`` is the first batch of the cycle of ``k`` that batch ``t`` belongs to, and ``g^(l)``
+    the gradient that reaches hop ``l``. Hop 0 is as in :func:`propagate` in every batch. Hops above
+    it are those of the cycle's first batch; their gradients are summed over the cycle and carried
+    down in its last batch: none is lost, some come late. With ``k = 1`` this is :func:`propagate`.
+    A loss scaler must not change its scale within a cycle for that sum to be right. Ours: the paper
+    propagates in every batch.
+
+    Holds ``2 K`` tables of the size of the embeddings, which are no part of a model's state.
+
+    Args:
+        adjacency: The normalised graph.
+        n_layers: Number of hops, ``K``.
+        every: ``k``.
+    """
+
+    def __init__(self, adjacency: Adjacency, n_layers: int, every: int) -> None:
+        self.adjacency, self.n_layers, self.every = adjacency, n_layers, every
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a new cycle with the next batch; gradients not carried down yet are dropped."""
+        self.n_batches = 0
+        self.hops: list[Tensor] = []  # e^(1) .. e^(K) of all nodes
+        self.gradients: list[Tensor] = []  # theirs, summed over the cycle
+
+    def __call__(self, users: Tensor, items: Tensor, nodes: Tensor) -> list[Tensor]:
+        """Hops ``0 .. K`` of the nodes of a batch, without a pass over all nodes but one a cycle.
+
+        Args:
+            users: ``e^(0)`` of all users.
+            items: ``e^(0)`` of all items.
+            nodes: Whose hops are wanted, users first.
+
+        Shapes:
+            users ``[n_users, d]``; items ``[n_items, d]``; nodes ``[n]``; each result ``[n, d]``.
+        """
+        with torch.autocast(device_type=users.device.type, enabled=False):
+            dtype = self.adjacency.matrix.dtype
+            return list(_PeriodicHops.apply(self, users.to(dtype), items.to(dtype), nodes))  # type: ignore[no-untyped-call]
+
+
+class _PeriodicHops(torch.autograd.Function):
+    """The forward and backward of a batch of :class:`PeriodicPropagation`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, cycle: PeriodicPropagation, users: Tensor, items: Tensor, nodes: Tensor
+    ) -> Any:
+        if cycle.n_batches % cycle.every == 0:
+            x = torch.cat([users, items])
+            cycle.hops = propagate(cycle.adjacency, x, cycle.n_layers)[1:]
+            cycle.gradients = [torch.zeros_like(x) for _ in cycle.hops]
+        cycle.n_batches += 1
+        ctx.cycle, ctx.is_last = cycle, cycle.n_batches % cycle.every == 0
+        ctx.shapes = users.shape, items.shape
+        n_users = int((nodes < len(users)).sum())
+        user, item = nodes[:n_users], nodes[n_users:] - len(users)
+        ctx.save_for_backward(nodes, user, item)
+        own = torch.cat([users.index_select(0, user), items.index_select(0, item)])
+        return own, *(hop.index_select(0, nodes) for hop in cycle.hops)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        (nodes, user, item), cycle = ctx.saved_tensors, ctx.cycle
+        own, *others = gradients
+        for total, gradient in zip(cycle.gradients, others, strict=True):
+            total.index_add_(0, nodes, gradient)
+        if ctx.is_last and others:
+            matrix = cycle.adjacency.matrix
+            result = cycle.gradients[-1]
+            for gradient in reversed(cycle.gradients[:-1]):
+                result = product(matrix, result).add_(gradient)
+            users, items = product(matrix, result).tensor_split([ctx.shapes[0][0]])
+        else:
+            users, items = (own.new_zeros(shape) for shape in ctx.shapes)
+        users.index_add_(0, user, own[: len(user)])
+        items.index_add_(0, item, own[len(user) :])
+        return None, users, items, None
+
+
 def fuse(hops: Sequence[Tensor], texts: Sequence[Tensor], text_weight: float) -> Tensor:
     r"""Fused embedding: each hop's text is added to its embedding, then the hops are averaged.
 

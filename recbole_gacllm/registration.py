@@ -25,6 +25,7 @@ FAST_MODULES = (
     "recbole.data.dataloader.abstract_dataloader",
     "recbole.data.dataloader.general_dataloader",
     "recbole.evaluator.collector",
+    "recbole.evaluator.metrics",
     "recbole.trainer.trainer",
     *(f"{_GENERAL}.{name}" for name in ("lightgcn", "ngcf", "ncl", "sgl", "dgcf")),
 )

@@ -10,11 +10,11 @@ from typing import Any
 import recbole
 import yaml
 from recbole.config import Config
-from recbole.data import create_dataset
-from recbole.utils import ModelType, get_model
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import ModelType, get_model, init_seed
 
-from recbole_gacllm.config import shipped_path
-from recbole_gacllm.descriptions.layers import Side
+from recbole_gacllm.config import GaCLLMConfig, shipped_path
+from recbole_gacllm.data import TrainingData
 
 _RECBOLE = Path(recbole.__file__).parent
 # RecBole's documentation of each: "this model is a non-sampling model, so you must set
@@ -114,12 +114,16 @@ def _external_and_internal(
     return dict(probe.external_config_dict), dict(probe.internal_config_dict)
 
 
-def node_tokens(dataset: str, config_files: Sequence[str | Path] = ()) -> dict[Side, list[str]]:
-    """Raw tokens of all users and items that a run on a data set has, in RecBole's order.
+def training_data(
+    dataset: str, config_files: Sequence[str | Path] = ()
+) -> tuple[GaCLLMConfig, TrainingData]:
+    """Options and training split that a run of GaCLLM has, without its model.
 
     Raises:
         ValueError: As :func:`build_config`.
     """
-    data = create_dataset(build_config("GaCLLM", dataset, config_files))
-    fields: dict[Side, str] = {"user": data.uid_field, "item": data.iid_field}
-    return {side: data.field2id_token[field][1:].tolist() for side, field in fields.items()}
+    config = build_config("GaCLLM", dataset, config_files)
+    init_seed(config["seed"], config["reproducibility"])
+    train_data, _, _ = data_preparation(config, create_dataset(config))
+    options = GaCLLMConfig.from_mapping(config.final_config_dict)
+    return options, TrainingData.from_recbole(config, train_data._dataset)

@@ -1,8 +1,9 @@
 """The stages that run in child processes: ``python -m recbole_gacllm.stage NAME FOLDER``.
 
-Started by :func:`recbole_gacllm.artifacts.run_child`, never by hand. A stage reads
-``FOLDER/job.json``, goes on where an earlier process stopped, and writes its
-manifest last.
+Started by :func:`recbole_gacllm.artifacts.run_child`. A stage reads ``FOLDER/job.json``, goes on
+where an earlier process stopped, and writes its manifest last. By hand only ``torchrun … -m
+recbole_gacllm.stage sft FOLDER`` makes sense, for a fine-tuning on several machines whose run was
+interrupted after it had written the job.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recbole_gacllm import artifacts
+from recbole_gacllm import artifacts, integrity
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.descriptions import text
-from recbole_gacllm.descriptions.convolution import Convolution, ConvolutionOptions, renderer_for
+from recbole_gacllm.descriptions.convolution import Convolution
 from recbole_gacllm.descriptions.imported import ImportedTexts, describe, manifest_of
 from recbole_gacllm.descriptions.layers import Layer, Side
 from recbole_gacllm.descriptions.neighbors import TrainGraph
 from recbole_gacllm.descriptions.neutralize import neutralize
 from recbole_gacllm.descriptions.pairs import sample_pairs
 from recbole_gacllm.descriptions.prompts import PromptTemplates
+from recbole_gacllm.descriptions.requests import ConvolutionOptions, renderer_for
 from recbole_gacllm.descriptions.store import DescriptionStore
 from recbole_gacllm.llm.engines import choose_backend, open_generator
 from recbole_gacllm.llm.generator import Backend, Sampling, TextGenerator
@@ -40,11 +42,14 @@ logger = logging.getLogger("recbole_gacllm.stage")
 
 def sft(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """LoRA fine-tuning on matched pairs: ``adapter/``."""
-    from recbole_gacllm.llm.sft import finetune
+    from recbole_gacllm.llm.sft import PROGRESS_FILE
+    from recbole_gacllm.llm.sft_processes import finetune_on_all_cards
     from recbole_gacllm.llm.sft_trainer import SFTOptions
 
+    if _is_first_process() and not (folder / "adapter").is_dir():
+        _forget_report(folder / PROGRESS_FILE)
     options = _options(job)
-    graph, raw = _inputs(job)
+    graph, raw = inputs_of(job)
     special = _tokenizer(job, job["model_dir"]).special_tokens
     for side, texts in raw.texts.items():
         raw.texts[side] = [neutralize(text, special) for text in texts]
@@ -52,7 +57,7 @@ def sft(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         graph, raw, _templates(job), options.sft_n_pairs, options.sft_n_heldout, job["seed"]
     )
     modules = options.sft_target_modules
-    report = finetune(
+    report = finetune_on_all_cards(
         Path(job["model_dir"]),
         learn,
         heldout,
@@ -77,6 +82,17 @@ def sft(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     return dataclasses.asdict(report)
 
 
+def _is_first_process() -> bool:
+    """Of those that ``torchrun`` started; a stage that the pipeline starts is one process."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+
+
+def _forget_report(progress: Path) -> None:
+    """An adapter that was finished and is lost must be trained again."""
+    if progress.is_file() and "report" in json.loads(progress.read_bytes()):
+        progress.unlink()
+
+
 def merged(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """The base model with the adapter merged into its weights: ``model/``."""
     from recbole_gacllm.llm.sft import merge
@@ -88,12 +104,9 @@ def merged(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 def descriptions(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Description convolution, or import: ``layer_1.parquet`` to ``layer_L.parquet``."""
     options = _options(job)
-    graph, layer = _inputs(job)
+    graph, layer = inputs_of(job)
     imported = ImportedTexts.read(Path(job["import_file"])) if job["import_file"] else None
-    nothing_known: dict[Side, str] = {
-        "user": text.nothing_known(options.text_user_noun),
-        "item": text.nothing_known(options.text_item_noun),
-    }
+    nothing_known = nothing_known_of(job)
     manifest: dict[str, Any] = {"layers": []}
     convolution: Convolution | None = None
     with ExitStack() as stack:
@@ -109,7 +122,7 @@ def descriptions(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
                     logger.info("llm_backend: %s (%s)", backend, reason)
                     manifest |= {"backend": backend, "backend_reason": reason}
                     store = stack.enter_context(DescriptionStore(Path(job["store"])))
-                    convolution = _convolution(job, graph, store, backend)
+                    convolution = convolution_of(job, graph, store, backend)
                     stack.callback(convolution.close)
                 layer, report = convolution.next_layer(layer, nothing_known, number)
                 manifest["layers"].append(dataclasses.asdict(report))
@@ -130,7 +143,7 @@ def descriptions(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def _convolution(
+def convolution_of(
     job: dict[str, Any], graph: TrainGraph, store: DescriptionStore, backend: Backend
 ) -> Convolution:
     """The convolution of a job, which loads its engine when it is needed."""
@@ -201,7 +214,10 @@ def embeddings(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
     options = _options(job)
     encoder = TextEncoder(
-        Path(job["encoder_dir"]), options.encoder_dtype, options.encoder_batch_size
+        Path(job["encoder_dir"]),
+        options.encoder_dtype,
+        options.encoder_batch_size,
+        prompt=options.encoder_prompt,
     )
     reports = []
     for number, file in enumerate(job["layer_files"]):
@@ -248,9 +264,19 @@ def _options(job: dict[str, Any]) -> GaCLLMConfig:
     return GaCLLMConfig.from_mapping(job["options"])
 
 
-def _inputs(job: dict[str, Any]) -> tuple[TrainGraph, Layer]:
+def inputs_of(job: dict[str, Any]) -> tuple[TrainGraph, Layer]:
+    """The training graph and layer 0 of a job."""
     folder = Path(job["inputs"])
     return TrainGraph.load(folder / "graph.npz"), Layer.read(folder / "layer_0.parquet")
+
+
+def nothing_known_of(job: dict[str, Any]) -> dict[Side, str]:
+    """The text of a node of which a job knows nothing."""
+    options = _options(job)
+    return {
+        "user": text.nothing_known(options.text_user_noun),
+        "item": text.nothing_known(options.text_item_noun),
+    }
 
 
 def _templates(job: dict[str, Any]) -> PromptTemplates:
@@ -262,7 +288,9 @@ def _templates(job: dict[str, Any]) -> PromptTemplates:
 
 def main() -> None:
     """Run one stage of one folder."""
-    artifacts.die_with_parent()
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if not by_torchrun:
+        artifacts.die_with_parent()
     name, folder = sys.argv[1], Path(sys.argv[2])
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
@@ -271,15 +299,16 @@ def main() -> None:
     # Models are local folders by now; no library asks a hub about them.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with artifacts.reporting_errors(folder):
-        job = json.loads((folder / "job.json").read_text())
+    guard = artifacts.stage_lock if by_torchrun else artifacts.reporting_errors
+    with guard(folder) if _is_first_process() else nullcontext():
+        job = json.loads((folder / artifacts.JOB_FILE).read_text())
         started = time.perf_counter()
         report = STAGES[name](folder, job)
         # Of this process; what an earlier, killed one took is not counted.
         seconds = round(time.perf_counter() - started, 2)
-        artifacts.write_manifest(
-            folder, {**report, "stage": name, "key": job["key"], "seconds": seconds}
-        )
+        if _is_first_process():
+            made = {"key": job["key"], "files": integrity.digests(folder, job["outputs"])}
+            artifacts.write_manifest(folder, {**report, "stage": name, **made, "seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ ALLOWED = {
         "report/scoring.py",
         "benchmark/",
     },
-    "vllm": {"llm/vllm_engine.py"},
+    "vllm": {"llm/vllm_engine.py", "llm/vllm_options.py"},
     "peft": {"llm/sft.py", "llm/sft_data.py", "llm/sft_trainer.py", "llm/transformers_engine.py"},
     "transformers": {"llm/"},
     "httpx": {"llm/server.py", "llm/traffic.py"},
@@ -27,6 +27,7 @@ ALLOWED = {
     # Registration hands it RecBole's modules; it loads PyTorch, which the children must not.
     "recbole_gacllm.fast": {"fast.py"},
     "recbole_gacllm.fast_graph": {"fast.py"},
+    "recbole_gacllm.fast_metrics": {"fast.py"},
     "recbole_gacllm.cli": {"__main__.py"},
     "recbole_gacllm.llm.vllm_engine": {"llm/engines.py"},
     "recbole_gacllm.llm.transformers_engine": {"llm/engines.py"},

@@ -231,7 +231,6 @@ def is_alive(pid: int) -> bool:
 
 def test_a_stage_gets_its_name_and_folder_and_runs_to_its_end(tmp_path: Path, stage: Stage) -> None:
     before = dict(os.environ)
-    (tmp_path / "folder" / "error.txt").write_text("StoreError: of an earlier run")
     stage("(folder / 'done').write_text(stage + repr(sys.stdin.read()))")
     assert (tmp_path / "folder" / "done").read_text() == "tiny''"
     assert os.listdir(tmp_path / "folder") == ["done"]
@@ -252,7 +251,9 @@ def test_a_stage_finds_the_package_from_any_folder(
         ("ValueError('llm_model: a: b\\nnext é')", ValueError("llm_model: a: b\nnext é")),
         ("GaCLLMError('no memory')", GaCLLMError("no memory")),
         ("StoreError('damaged')", StoreError("damaged")),
+        ("GaCLLMError('long ' * 100_000)", GaCLLMError(("long " * 100_000)[: 60_000 - 13])),
     ],
+    ids=["bad input", "failed stage", "store", "longer than a socket holds"],
 )
 def test_a_stage_s_own_errors_come_back_with_type_and_text(
     stage: Stage, capfd: pytest.CaptureFixture[str], raised: str, expected: Exception
@@ -262,6 +263,25 @@ def test_a_stage_s_own_errors_come_back_with_type_and_text(
     assert type(caught.value) is type(expected)
     assert str(caught.value) == str(expected)
     assert capfd.readouterr().err == "", "told once, by the parent"
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "OSError(28, 'No space left on device')",
+        "OSError(30, 'Read-only file system')",
+        "RuntimeError('I/O error: No space left on device (os error 28)')",
+        "RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0')",
+    ],
+)
+def test_a_full_or_read_only_disk_is_told_with_the_folder_and_the_next_step(
+    tmp_path: Path, stage: Stage, capfd: pytest.CaptureFixture[str], raised: str
+) -> None:
+    match = rf"cannot write {re.escape(str(tmp_path / 'folder'))}: .*Free space or rights"
+    with pytest.raises(GaCLLMError, match=match):
+        stage(f"raise {raised}")
+    assert capfd.readouterr().err == ""
+    assert os.listdir(tmp_path / "folder") == [], "nothing is needed on the disk to tell it"
 
 
 def test_a_defect_in_a_stage_is_a_failed_stage_with_a_traceback(
@@ -359,7 +379,6 @@ def test_ctrl_c_reaches_the_stage_and_then_the_parent(tmp_path: Path) -> None:
     assert parent.communicate()[0] == "interrupted\n"
     assert (tmp_path / "folder" / "tidied").exists()
     wait_until(lambda: not any(is_alive(pid) for pid in pids), seconds=2)
-    assert not (tmp_path / "folder" / "error.txt").exists()
 
 
 def test_a_stage_that_ignores_ctrl_c_is_killed(

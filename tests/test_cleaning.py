@@ -32,6 +32,7 @@ def text_of(raw: str, finish_reason: str = "stop") -> str:
         "Fans of M*A*S*H and user_name stay as they are.",
         "Star Wars: A New Hope is a space opera.",
         "This viewer enjoys: comedies, dramas and crime.",
+        "He likes comedy, dark comedy, comedy of errors, and crime. She likes comedy, and crime.",
         "He likes the description of life in small towns: slow and warm.",
         '"Heat" and "Casino" are favourites here: "Heat" first.',
         "It suits those who don't mind a dogs' tale.",
@@ -86,6 +87,30 @@ def test_a_list_becomes_one_line() -> None:
 def test_repeated_sentences_are_collapsed_to_one() -> None:
     raw = "They like comedy. They love crime! they like COMEDY. They like comedy. They like comedy"
     assert text_of(raw) == "They like comedy. They love crime!"
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("He likes comedy, drama, drama, and comedy.", "He likes comedy, drama."),
+        ("He likes war, war, war, war, and crime.", "He likes war, and crime."),
+        (
+            "He likes Comedy; drama; comedy! He likes crime.",
+            "He likes Comedy, drama! He likes crime.",
+        ),
+        (
+            "He likes a film of war, a film of love, a film of war",
+            "He likes a film of war, a film of love",
+        ),
+    ],
+)
+def test_a_list_names_nothing_twice(raw: str, expected: str) -> None:
+    assert text_of(raw) == expected
+
+
+def test_an_answer_that_loops_until_the_limit_keeps_what_it_said_once() -> None:
+    raw = "He likes war, science fiction, crime, science fiction, crime, science fict"
+    assert text_of(raw, "length") == "He likes war, science fiction, crime…"
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def completions(line):
         ("recbole-gacllm --eval_b", ["--eval_batch_size="]),
         ("recbole-gacllm --preset=qu", ["quick "]),
         ("recbole-gacllm leaderboard --mod", ["--models=", "--model_list="]),
-        ("recbole-gacllm describe --us", ["--user="]),
+        ("recbole-gacllm describe --us", ["--use_gpu=", "--use_text=", "--user="]),
     ],
 )
 def test_a_shell_completes_commands_flags_and_keys(line, expected):

@@ -148,6 +148,16 @@ else:
         "plain_metrics",
         'assert "np.float64" not in repr(run("BPR", saved=False)["test_result"])',
     ),
+    "a run evaluates the metrics that count items of the training data": (
+        "counts_beside_tensors",
+        """
+metrics = ["ItemCoverage", "GiniIndex", "AveragePopularity", "TailPercentage", "ShannonEntropy"]
+result = run("BPR", topk=[2, 3], metrics=["Recall", *metrics], valid_metric="Recall@3")
+# Each of 15 items is somebody's; RecBole counts its padding item among the 16.
+assert 0.5 < result["test_result"]["itemcoverage@3"] <= 15 / 16
+assert len(result["test_result"]) == 12
+""",
+    ),
     "a run does not show warnings about RecBole's own code": (
         "known_warnings",
         """

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
 from recbole_gacllm.config import shipped_path
-from recbole_gacllm.descriptions.convolution import (
-    RETRY_TEMPERATURE,
-    Convolution,
-    ConvolutionOptions,
-)
+from recbole_gacllm.descriptions.convolution import Convolution, record_of
 from recbole_gacllm.descriptions.layers import SIDES, Layer
 from recbole_gacllm.descriptions.neighbors import TrainGraph
 from recbole_gacllm.descriptions.pairs import sample_pairs
 from recbole_gacllm.descriptions.prompts import PromptTemplates
+from recbole_gacllm.descriptions.requests import RETRY_TEMPERATURE, ConvolutionOptions, RequestMaker
 from recbole_gacllm.descriptions.store import DescriptionStore
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.generator import Sampling
@@ -137,6 +137,123 @@ def test_after_a_failure_only_the_missing_descriptions_are_generated(convolve):
     assert above.texts == reference.texts
 
 
+@pytest.fixture
+def convolution(tmp_path, templates):
+    """Makes a convolution whose engine must not be opened, over an empty store."""
+
+    def make(graph, tokenizer=None):
+        return Convolution(
+            graph,
+            templates,
+            tokenizer or WordTokenizer(),
+            store,
+            {"model": "fake"},
+            lambda: pytest.fail("an engine was opened"),
+            ConvolutionOptions("rare_first", 3, 300, 32, Sampling(64), 2020, False),
+        )
+
+    with DescriptionStore(tmp_path / "store.sqlite") as store:
+        yield make
+
+
+def test_the_missing_requests_of_a_layer_are_those_that_a_run_makes_first(convolution, convolve):
+    graph = graph_of(40, 60)
+    below = raw_layer(graph)
+    with pytest.raises(GenerationError):
+        convolve(graph, below, FakeGenerator(fail_after=20))
+    made = convolution(graph)
+    missing = list(made.missing_requests(below, NOTHING, 1))
+    _, report, generator = convolve(graph, below)
+    assert missing == generator.requests
+    assert len(missing) == report.n_generated == 80
+    assert list(made.missing_requests(below, NOTHING, 1)) == []
+
+
+def test_a_record_made_from_outside_is_what_the_run_finds(convolution, convolve):
+    graph = graph_of()
+    made = convolution(graph)
+    requests = list(made.missing_requests(raw_layer(graph), NOTHING, 1))
+    answers = FakeGenerator().generate(requests)
+    by_id = {request.id: request for request in requests}
+    made.store.put_many(record_of(answer, by_id[answer.id].messages, 1) for answer in answers)
+    layer, report, generator = convolve(graph, raw_layer(graph))
+    assert generator.requests == []
+    assert report.n_from_store == 14
+    assert layer.texts == convolve(graph, raw_layer(graph), key={"model": "other"})[0].texts
+
+
+def test_prompts_do_not_depend_on_how_many_nodes_are_rendered_at_once(convolution, monkeypatch):
+    graph = graph_of(17, 11)
+    below = raw_layer(graph)
+    below.texts["item"][3] = f"A film <|end|> of {'many ' * 40}words."
+
+    def prompts():
+        return list(convolution(graph).maker.prompts(below, NOTHING, 1))
+
+    whole = prompts()
+    assert len(whole) == 28
+    for size in (1, 5, 17):
+        monkeypatch.setattr("recbole_gacllm.descriptions.requests.CHUNK", size)
+        assert prompts() == whole
+
+
+def test_the_first_prompt_needs_the_texts_of_its_own_chunk_only(convolution, monkeypatch):
+    class Counting(WordTokenizer):
+        counted: ClassVar[list[str]] = []
+
+        def count_tokens(self, texts):
+            self.counted += texts
+            return super().count_tokens(texts)
+
+    monkeypatch.setattr("recbole_gacllm.descriptions.requests.CHUNK", 4)
+    graph = graph_of(300, 30)
+    below = raw_layer(graph)
+    tokenizer = Counting()
+    maker = convolution(graph, tokenizer).maker
+    tokenizer.counted.clear()
+    prompts = maker.prompts(below, NOTHING, 1)
+    next(prompts)
+    assert len(tokenizer.counted) <= 2 * (4 + 4 * 3)  # and once more where cut for a neighbour
+    list(prompts)
+    counts = Counter(tokenizer.counted)
+    assert all(counts[text] == 1 for side in SIDES for text in below.texts[side])
+
+
+def test_a_layer_of_any_size_needs_no_list_of_its_prompts(convolve, monkeypatch):
+    monkeypatch.setattr("recbole_gacllm.descriptions.requests.CHUNK", 8)
+    monkeypatch.setattr("recbole_gacllm.descriptions.convolution.CHUNK", 8)
+    generator, ahead = FakeGenerator(window=4), []
+    rendered = RequestMaker.request
+
+    def request(self, messages):
+        ahead.append(len(ahead) - generator.n_completed)
+        return rendered(self, messages)
+
+    monkeypatch.setattr(RequestMaker, "request", request)
+    convolve(graph_of(200, 100), raw_layer(graph_of(200, 100)), generator)
+    assert len(ahead) == 300
+    assert max(ahead) < 4 + 2 * 8
+
+
+@pytest.mark.parametrize(
+    ("seconds", "full", "sizes"), [(0, 1024, [32, 32, 32, 4]), (9e9, 40, [40, 40, 20])]
+)
+def test_a_durable_write_comes_when_it_is_due_or_the_batch_is_full(
+    convolve, monkeypatch, seconds, full, sizes
+):
+    monkeypatch.setattr("recbole_gacllm.descriptions.convolution._BATCH_SECONDS", seconds)
+    monkeypatch.setattr("recbole_gacllm.descriptions.convolution._FULL_BATCH", full)
+    written, put_many = [], DescriptionStore.put_many
+
+    def put(self, records):
+        written.append(len(records))
+        put_many(self, records)
+
+    monkeypatch.setattr(DescriptionStore, "put_many", put)
+    convolve(graph_of(40, 60), raw_layer(graph_of(40, 60)))
+    assert [n for n in written if n] == sizes
+
+
 def test_another_model_key_generates_again(convolve):
     graph = graph_of()
     convolve(graph, raw_layer(graph))
@@ -144,14 +261,16 @@ def test_another_model_key_generates_again(convolve):
     assert report.n_generated == 14
 
 
-def test_equal_prompts_are_generated_once(convolve):
+def test_equal_prompts_are_generated_once(convolution, convolve):
     graph = TrainGraph(np.array(["u0", "u1"]), np.array(["i0"]), np.array([0, 1]), np.array([0, 0]))
     below = Layer.raw(
         {"user": ["u0", "u1"], "item": ["i0"]},
         {"user": ["A nurse by trade."] * 2, "item": ["A film about rain."]},
     )
+    missing = list(convolution(graph).missing_requests(below, NOTHING, 1))
     above, report, generator = convolve(graph, below)
-    assert len(generator.requests) == 2
+    assert missing == generator.requests
+    assert len(missing) == 2
     assert (report.n_generated, report.n_from_store, report.n_duplicates) == (2, 0, 1)
     assert above.texts["user"][0] == above.texts["user"][1]
 
@@ -197,7 +316,7 @@ def test_a_recorded_failure_is_not_generated_again(convolve):
     convolve(graph, raw_layer(graph), silent)
     above, report, generator = convolve(graph, raw_layer(graph))
     assert generator.requests == []
-    assert report.n_failed == 14
+    assert report.n_failed == report.n_retried == 14
     assert set(above.statuses["user"]) == {"failed"}
 
 

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,61 @@ def out_file(tmp_path: Path) -> Path:
     return tmp_path / "layer_0.npy"
 
 
+@pytest.fixture
+def tiny_encoder(model_dir: Path, tmp_path: Path) -> Path:
+    """A sentence-transformers folder of a random model, 16 wide, with mean pooling."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path / "tiny"
+    shutil.copytree(model_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        initializer_range=0.5,
+    )
+    BertModel(config).eval().save_pretrained(folder)
+    edit(folder / "1_Pooling" / "config.json", remove="pooling_mode", word_embedding_dimension=16)
+    return folder
+
+
+def replace_by_decoder(folder: Path) -> None:
+    """Random weights of a decoder in the place of an encoder's."""
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=30522,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        initializer_range=0.5,
+    )
+    LlamaModel(config).eval().save_pretrained(folder)
+    edit(folder / "tokenizer_config.json", padding_side="left")
+
+
+def edit(file: Path, remove: str = "\0", **changes: object) -> None:
+    """Change keys of a JSON file; those that begin with ``remove`` go first."""
+    old = json.loads(file.read_text())
+    kept = {key: value for key, value in old.items() if not key.startswith(remove)}
+    file.write_text(json.dumps(kept | changes))
+
+
+def token_vectors(folder: Path, text: str) -> npt.NDArray[np.float32]:
+    """The transformer's output for one text: [n_tokens, width]."""
+    from transformers import AutoModel, AutoTokenizer
+
+    inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
+    with torch.inference_mode():
+        output = AutoModel.from_pretrained(folder).eval()(**inputs).last_hidden_state
+    return output[0].numpy().copy()
+
+
 def load(file: Path) -> npt.NDArray[np.float32]:
     vectors = np.load(file)
     assert vectors.dtype == np.float16
@@ -128,11 +184,27 @@ def test_identical_texts_are_encoded_once(
         TextEncoder, "_encode", lambda self, texts: encoded.extend(texts) or encode(self, texts)
     )
     encoder.encode_to_file(TEXTS, out_file)
-    assert encoded == sorted(
-        {text for text in TEXTS if text.strip()}, key=lambda text: (-len(text), text)
-    )
+    assert sorted(encoded) == sorted({text for text in TEXTS if text.strip()})
     vectors = np.load(out_file)
     np.testing.assert_array_equal(vectors[0], vectors[4])
+
+
+def test_a_batch_holds_texts_of_like_numbers_of_tokens(
+    encoder: TextEncoder, out_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [f"{word} international understanding" for word in ("Yesterday", "Tomorrow", "Forever")]
+    many = [f"{letter} b c d e f g h" for letter in "xyz"]
+    assert min(map(len, few)) > max(map(len, many))
+    batches: list[set[str]] = []
+    encode = encoder._model.encode
+    monkeypatch.setattr(
+        encoder._model,
+        "encode",
+        lambda texts, **keys: batches.append(set(texts)) or encode(texts, **keys),
+    )
+    monkeypatch.setattr(encoder, "batch_size", 3)
+    encoder.encode_to_file([*few, *many], out_file)
+    assert batches == [set(many), set(few)]
 
 
 def test_a_killed_encoding_resumes_to_the_same_bytes(
@@ -242,6 +314,78 @@ def test_a_plain_hugging_face_folder_gets_mean_pooling(
     encoder.encode_to_file(TEXTS, tmp_path / "a.npy")
     TextEncoder(plain, "float32", 4, "cpu").encode_to_file(TEXTS, tmp_path / "b.npy")
     np.testing.assert_allclose(load(tmp_path / "a.npy"), load(tmp_path / "b.npy"), atol=1e-3)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+@pytest.mark.parametrize("kind", ["encoder", "decoder padded on the left"])
+def test_pooling_is_what_the_folder_states(
+    tiny_encoder: Path, out_file: Path, pooling: str, kind: str
+) -> None:
+    edit(tiny_encoder / "1_Pooling" / "config.json", pooling_mode=pooling)
+    if kind != "encoder":
+        replace_by_decoder(tiny_encoder)
+    TextEncoder(tiny_encoder, "float32", 4, "cpu").encode_to_file(TEXTS, out_file)
+    vectors = load(out_file)
+    for row, text in enumerate(TEXTS):
+        if text.strip():
+            tokens = token_vectors(tiny_encoder, text)  # [n_tokens, 16], nothing is padded
+            expected = {"mean": tokens.mean(0), "cls": tokens[0], "lasttoken": tokens[-1]}[pooling]
+            expected /= np.linalg.norm(expected)
+            np.testing.assert_allclose(vectors[row], expected, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("default", "asked", "before"),
+    [
+        (None, None, ""),
+        (None, "query", "search this: "),
+        (None, "Instruct: what is it? ", "Instruct: what is it? "),
+        ("query", None, "search this: "),
+        ("query", "passage", "found: "),
+        ("query", "", ""),
+    ],
+)
+def test_the_prompt_that_an_encoder_needs_goes_before_each_text(
+    tiny_encoder: Path, tmp_path: Path, default: str | None, asked: str | None, before: str
+) -> None:
+    bare = tmp_path / "bare.npy"
+    texts = [text for text in TEXTS if text.strip()]
+    TextEncoder(tiny_encoder, "float32", 4, "cpu").encode_to_file(
+        [before + text for text in texts], bare
+    )
+    edit(
+        tiny_encoder / "config_sentence_transformers.json",
+        prompts={"query": "search this: ", "passage": "found: "},
+        default_prompt_name=default,
+    )
+    prompted = tmp_path / "prompted.npy"
+    encoder = TextEncoder(tiny_encoder, "float32", 4, "cpu", prompt=asked)
+    encoder.encode_to_file(texts, prompted)
+    np.testing.assert_allclose(load(prompted), load(bare), atol=2e-3)
+
+
+def test_a_folder_whose_prompts_are_not_used_is_reported(
+    tiny_encoder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    prompts = {"query": "search this: ", "document": ""}
+    edit(
+        tiny_encoder / "config_sentence_transformers.json",
+        prompts=prompts,
+        default_prompt_name=None,
+    )
+    TextEncoder(tiny_encoder, "float32", 4, "cpu", prompt="query")
+    assert "encoder_prompt" not in caplog.text
+    TextEncoder(tiny_encoder, "float32", 4, "cpu")
+    assert re.search(r"encoder_prompt: none is set; .* has the prompts query\n", caplog.text)
+
+
+def test_another_prompt_encodes_anew(tiny_encoder: Path, out_file: Path) -> None:
+    TextEncoder(tiny_encoder, "float32", 4, "cpu").encode_to_file(TEXTS, out_file)
+    before = load(out_file)
+    encoder = TextEncoder(tiny_encoder, "float32", 4, "cpu", prompt="query: ")
+    assert encoder.encode_to_file(TEXTS, out_file).n_resumed == 0
+    assert np.abs(load(out_file) - before).max() > 0.01
 
 
 def test_a_folder_without_safetensors_is_refused(model_dir: Path, tmp_path: Path) -> None:

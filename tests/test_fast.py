@@ -23,8 +23,8 @@ RANKING = ["Recall", "MRR", "NDCG", "Hit", "MAP", "Precision", "GAUC"]
 class Setup:
     """Data, model and trainer as RecBole makes them."""
 
-    def __init__(self, model: str, settings: dict, **keys: object) -> None:
-        self.config = build_config(model, "tiny", config_dict={**settings, **keys})
+    def __init__(self, model: str, settings: dict, dataset: str = "tiny", **keys: object) -> None:
+        self.config = build_config(model, dataset, config_dict={**settings, **keys})
         init_seed(self.config["seed"], True)
         dataset = create_dataset(self.config)
         self.train, self.valid, self.test = data_preparation(self.config, dataset)
@@ -180,6 +180,26 @@ def test_collected_ranks_are_recboles_bit_for_bit_ties_included(seed, levels):
         assert same(structs[0][name], structs[1][name])
 
 
+@given(data=st.data(), k=st.integers(1, 6))
+def test_ranking_metrics_are_recboles_bit_for_bit(data, k):
+    from recbole.evaluator import metrics
+
+    rows = st.lists(st.lists(st.booleans(), min_size=k, max_size=k), min_size=1, max_size=8)
+    hits = np.array(data.draw(rows))
+    n_more = data.draw(st.lists(st.integers(0, 7), min_size=len(hits), max_size=len(hits)))
+    n_positive = hits.sum(1) + n_more
+    for name, found in (
+        ("MRR", (hits,)),
+        ("MAP", (hits, n_positive)),
+        ("NDCG", (hits, n_positive)),
+    ):
+        ours, theirs = (
+            getattr(metrics, name)({"topk": [k], "metric_decimal_place": 4, "fast_paths": on})
+            for on in (True, False)
+        )
+        assert np.array_equal(ours.metric_info(*found), theirs.metric_info(*found)), name
+
+
 @pytest.mark.parametrize(
     ("mode", "metrics"),
     [
@@ -270,6 +290,52 @@ def test_ncl_has_the_same_loss_and_gradient(settings):
         diagonal = model.diag
         results[-1] += (diagonal,)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results, strict=True))
+
+
+# NCL's own 1,000 clusters are more than there are users, and it trains on them after 20 epochs.
+ON_ML_100K = {
+    "LightGCN": {},
+    "NGCF": {"node_dropout": 0.0},
+    "SGL": {},
+    "NCL": {"num_clusters": 50, "warm_up_step": 0},
+    "DGCF": {},
+}
+
+
+def recorded_losses(model: torch.nn.Module) -> list[float]:
+    """The loss of each batch from now on, filled while the model trains."""
+    losses, calculate = [], model.calculate_loss
+
+    def recording(batch):
+        loss = calculate(batch)
+        parts = loss if isinstance(loss, tuple) else (loss,)
+        losses.append(sum(part.item() for part in parts))
+        return loss
+
+    model.calculate_loss = recording
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ON_ML_100K)
+def test_recboles_graph_models_give_their_losses_and_metrics_on_ml_100k(tmp_path, model):
+    """In RecBole's own widths and depths, every batch of an epoch; NCL with its clustering."""
+    if model == "NCL":
+        pytest.importorskip("faiss", reason="NCL clusters with faiss (pip install faiss-cpu)")
+    settings = {"checkpoint_dir": str(tmp_path), "show_progress": False, "use_gpu": False}
+    settings |= {"train_batch_size": 8192, "learning_rate": 0.01, "epochs": 1}
+    keys = {"dataset": "ml-100k", "metric_decimal_place": 12, **ON_ML_100K[model]}
+    losses, metrics = [], []
+    for one in both(model, settings, **keys):
+        has_product = any(isinstance(v, ConstantMatrix) for v in vars(one.model).values())
+        assert has_product is one.config["fast_paths"]
+        one.seed()
+        losses.append(recorded_losses(one.model))
+        metrics.append(one.trainer.fit(one.train, one.valid, verbose=False)[1])
+    assert len(losses[0]) == 10
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert dict(metrics[0]) == pytest.approx(dict(metrics[1]), abs=1e-3)
+    assert metrics[0]["recall@10"] > 0.05  # so that this says something
 
 
 def test_fast_paths_are_off_for_other_models_unless_asked_for(settings):

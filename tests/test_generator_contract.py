@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +18,10 @@ import torch
 
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.engines import choose_backend, open_generator, resolve_dtype
+from recbole_gacllm.llm.fleet import Fleet
 from recbole_gacllm.llm.generator import Completion, Message, Request, Sampling, TextGenerator
 
+from .fake_engine import load as load_fake_engine
 from .fake_generator import FakeGenerator
 from .fake_server import FakeServer
 
@@ -159,7 +164,13 @@ def vllm_generator(smollm2: Path, adapter: Path, contacted_hosts: list[Any]) -> 
 
 
 @pytest.fixture(
-    params=["fake", "transformers", "server", pytest.param("vllm", marks=pytest.mark.engine)],
+    params=[
+        "fake",
+        "transformers",
+        "server",
+        "fleet",
+        pytest.param("vllm", marks=pytest.mark.engine),
+    ],
     scope="module",
 )
 def generator(request: pytest.FixtureRequest) -> Iterator[TextGenerator]:
@@ -168,6 +179,10 @@ def generator(request: pytest.FixtureRequest) -> Iterator[TextGenerator]:
     elif request.param == "transformers":
         folder = request.getfixturevalue("tiny_model")
         made = open_generator("transformers", model_dir=folder, dtype="float32", batch_size=3)
+        yield made
+        made.close()
+    elif request.param == "fleet":
+        made = Fleet([({}, load_fake_engine)] * 2)
         yield made
         made.close()
     elif request.param == "server":
@@ -353,6 +368,59 @@ def test_transformers_ignores_the_sampling_defaults_of_the_model(tiny_model: Pat
     assert sum(n_tokens for _, n_tokens in found.values()) > 40
 
 
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_out_of_memory_halves_the_batch_until_it_fits(
+    tiny_model: Path,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = open_generator("transformers", model_dir=tiny_model, dtype="float32", batch_size=8)
+    requests = make_requests(21)
+    expected = texts_of(made.generate(requests))
+    generate, sizes = made._model.generate, []
+
+    def with_little_memory(**kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise error
+        return generate(**kwargs)
+
+    monkeypatch.setattr(made._model, "generate", with_little_memory)
+    assert texts_of(made.generate(requests)) == expected
+    assert sizes == [8, 4] + [2] * 10 + [1]
+    assert "memory ran out on a batch of 4 prompts; going on with 2 at once" in caplog.text
+
+
+def test_out_of_memory_on_one_prompt_is_one_error_and_what_came_before_is_good(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = open_generator("transformers", model_dir=tiny_model, dtype="float32", batch_size=8)
+    requests = make_requests(8)
+    expected = texts_of(made.generate(requests))
+    generate, n_calls = made._model.generate, itertools.count()
+
+    def until_memory_is_gone(**kwargs: Any) -> Any:
+        if len(kwargs["input_ids"]) > 1 or next(n_calls) == 3:
+            raise OUT_OF_MEMORY[0]
+        return generate(**kwargs)
+
+    monkeypatch.setattr(made._model, "generate", until_memory_is_gone)
+    found = {}
+    running = made.generate(requests)
+    with pytest.raises(GenerationError, match=r"one prompt of \d+ tokens.*llm_max_prompt_tokens"):
+        found.update((c.id, c.text) for c in running)
+    assert found.items() <= expected.items()
+    assert len(found) == 3
+
+
 def test_an_adapter_of_another_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -513,3 +581,99 @@ def test_a_failure_inside_vllm_becomes_a_generation_error(
         list(vllm_generator.generate(make_requests(1)))
     with pytest.raises(GenerationError, match="has stopped"):
         list(vllm_generator.generate(make_requests(1)))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("error", OUT_OF_MEMORY[1:], ids=lambda error: type(error).__name__)
+def test_out_of_memory_in_vllm_starts_it_again_with_half_the_sequences(
+    error: Exception,
+    vllm_generator: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    requests = make_requests(40)
+    expected = texts_of(vllm_generator.generate(requests))
+    before, n_steps = vllm_generator.window, itertools.count()
+    step = vllm_generator._engine.step
+
+    def with_little_memory() -> Any:
+        if next(n_steps) == 5:
+            raise error
+        return step()
+
+    monkeypatch.setattr(vllm_generator._engine, "step", with_little_memory)
+    found = {}
+    for completion in vllm_generator.generate(requests):
+        assert completion.id not in found
+        found[completion.id] = completion.text
+    assert found == expected
+    assert vllm_generator.window == before // 2
+    assert f"vLLM starts again with {before // 2} sequences at once" in caplog.text
+
+
+@pytest.mark.engine
+def test_vllm_that_finds_no_memory_at_the_start_tries_less_and_then_says_what_helps(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if choose_backend("auto")[0] != "vllm":
+        pytest.skip("vLLM cannot run here")
+    import vllm
+
+    tried: list[tuple[int, int]] = []
+
+    def no_room(**options: Any) -> None:
+        tried.append((options["max_num_seqs"], options["kv_cache_memory_bytes"]))
+        raise OUT_OF_MEMORY[1]
+
+    monkeypatch.setattr(vllm, "LLM", no_room)
+    with pytest.raises(GenerationError, match=r"did not start on .*Memory ran out: lower llm_max"):
+        open_generator("vllm", model_dir=tiny_model, dtype="float32")
+    assert [n for n, _ in tried] == [32, 16, 8, 4]
+    assert all(b < 0.7 * a for (_, a), (_, b) in itertools.pairwise(tried))
+
+
+# vLLM's engine in a process of its own, as on GPUs; on CPU we keep it in ours otherwise.
+KILLED_ENGINE = """
+import json, os, signal, sys
+from pathlib import Path
+
+sys.path.insert(0, {root!r})
+import recbole_gacllm
+from recbole_gacllm.llm.engines import open_generator
+from tests.test_generator_contract import make_requests, texts_of
+
+if __name__ == "__main__":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    generator = open_generator(
+        "vllm", model_dir=Path({model!r}), dtype="float32", max_model_len=512
+    )
+    requests = make_requests(48, max_new_tokens=24)
+    expected = texts_of(generator.generate(requests))
+    [engine] = generator._engine.engine_core.resources.engine_manager.processes
+    found = []
+    for completion in generator.generate(requests):
+        found.append((completion.id, completion.text))
+        if len(found) == 8:
+            os.kill(engine.pid, signal.SIGKILL)
+    generator.close()
+    Path({out!r}).write_text(json.dumps([expected, found, generator.window]))
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_killed_engine_process_is_started_again_and_nothing_is_lost(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    if choose_backend("auto")[0] != "vllm":
+        pytest.skip("vLLM cannot run here")
+    root, out = str(Path(__file__).resolve().parent.parent), tmp_path / "texts.json"
+    script = tmp_path / "script.py"
+    script.write_text(KILLED_ENGINE.format(root=root, model=str(smollm2), out=str(out)))
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    expected, found, window = json.loads(out.read_text())
+    assert len(found) == 48
+    assert dict(found) == expected
+    assert window == 16
+    assert "vLLM starts again with 16 sequences at once: EngineDeadError" in ran.stderr

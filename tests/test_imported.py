@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from recbole_gacllm import artifacts
 from recbole_gacllm.cli import main
 from recbole_gacllm.descriptions.imported import ImportedTexts
 from recbole_gacllm.descriptions.layers import SIDES, Layer
@@ -96,20 +98,59 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, row, message):
         ImportedTexts.read(file)
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no column text; .* found are side, token, layer"):
-        ImportedTexts.read(
-            write(tmp_path / "a.csv", [("item", "1", 1)], ("side", "token", "layer"))
-        )
-    with pytest.raises(ValueError, match=r"must end in \.parquet or \.csv"):
-        ImportedTexts.read(tmp_path / "a.txt")
+HEADER = b"side,token,layer,text\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"side,token,layer\nitem,1,1\n", "each once; it has side, token, layer"),
+        ("a.csv", b"side,token,layer,text,text\nitem,1,1,a,b\n", "each once; it has side, token"),
+        ("a.csv", b"side;token;layer;text\nitem;1;1;a\n", "it has side;token;layer;text"),
+        ("a.csv", b"", "it has none"),
+        ("a.csv", HEADER, "holds no row"),
+        ("a.csv", HEADER + b"item,1,1,a, b\n", "line 2 has 5 fields, the header 4; put texts"),
+        ("a.csv", HEADER + b"item,1,1\n", "line 2 has 3 fields"),
+        ("a.csv", HEADER + b'item,1,1,"a\nitem,2,1,b\n', "unexpected end of data"),
+        ("a.csv", HEADER + b"item,1,1,caf\xe9\n", "is not UTF-8 text .* save it as UTF-8"),
+        ("a.csv", HEADER + b"item,1,1,\x00\x1b\n", "row 1: the text of item 1 is empty"),
+        ("a.txt", HEADER, r"must end in \.parquet or \.csv"),
+        ("a.parquet", b"PAR1 no more", r"a\.parquet cannot be read"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        ImportedTexts.read(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
     with pytest.raises(ValueError, match=r"none\.csv cannot be read"):
         ImportedTexts.read(tmp_path / "none.csv")
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(ValueError, match=r"bad\.parquet cannot be read"):
-        ImportedTexts.read(tmp_path / "bad.parquet")
-    with pytest.raises(ValueError, match="holds no row"):
-        ImportedTexts.read(write(tmp_path / "empty.csv", []))
+
+
+def test_a_csv_as_spreadsheets_write_it_is_read(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_bytes(
+        b'\xef\xbb\xbfside,token,layer,text\r\nitem,007,1,"Rain, a ""wet"" one\n  of 1995"\r\n\r\n'
+    )
+    assert ImportedTexts.read(file).layers[1]["item"] == {"007": 'Rain, a "wet" one of 1995'}
+
+
+def test_a_row_of_a_parquet_file_that_lacks_a_value_is_named(tmp_path):
+    for row, message in (
+        (("item", None, 1, "x"), "row 2: token is empty"),
+        (("item", "2", None, "x"), "row 2: layer is"),
+        (("item", "2", 1, None), "row 2: the text of item 2 is no text"),
+        ((None, "2", 1, "x"), "row 2: side is None"),
+    ):
+        file = write(tmp_path / "texts.parquet", [ROWS[1], row])
+        with pytest.raises(ValueError, match=message):
+            ImportedTexts.read(file)
+
+
+def test_texts_are_kept_whole_whatever_they_hold(tmp_path):
+    for name in ("a.parquet", "a.csv"):
+        file = write(tmp_path / name, [("item", "1", 1, "A\x00 \u202ewet\u202c\x1b film.")])
+        assert ImportedTexts.read(file).layers[1]["item"] == {"1": "A wet film."}
 
 
 def test_a_file_of_another_data_set_or_of_more_layers_is_refused(tmp_path):
@@ -170,17 +211,51 @@ def test_a_layer_that_is_not_imported_is_generated_from_the_imported_one(setting
     assert generated["n_generated"] == 54
 
 
-def test_the_command_checks_a_file_against_the_data_set(settings, tmp_path, capsys):
+def test_the_command_fills_the_layers_that_a_run_then_finds(settings, tmp_path, capsys):
     file = full_import(tmp_path / "texts.csv")
     with file.open("a") as rows:
         rows.write("user,u99,1,Nobody.\n")
-    data_path = f"--data_path={settings['data_path']}"
-    main(["import-descriptions", str(file), "--dataset=tiny", data_path])
+    keys = [f"--{name}={settings[name]}" for name in ("data_path", "artifact_dir")]
+    main(["import-descriptions", str(file), "--dataset=tiny", *keys])
     out = capsys.readouterr().out
     assert "layer 1: 53 nodes have an imported text" in out
     assert "1 are not in the file and keep the text of the layer below (item i3)" in out
     assert "1 rows are about nodes that the training graph lacks (user u99)" in out
     assert f"--text_import_file={file} --llm_n_layers=1" in out
+    folder = Path(re.search("^written to (.*)$", out, re.MULTILINE)[1])
+    manifest = artifacts.read_manifest(folder)
+    assert manifest["layers"][0]["imported"]
+    assert (manifest["layers"][0]["n_imported"], manifest["layers"][0]["n_unknown"]) == (53, 1)
+
+    del settings["load_col"]  # the times of interactions are part of the graph
+    done = run("GaCLLM", "tiny", config_dict={**settings, "text_import_file": str(file)})
+    assert done.record["artifacts"]["descriptions"] == str(folder)
+    assert done.record["stages"]["descriptions"]["reused"]
+
+
+def test_the_command_leaves_layers_that_the_file_lacks_to_the_run(settings, tmp_path, capsys):
+    file = write(tmp_path / "texts.csv", [("item", "i1", 0, "A film."), ("item", "i1", 2, "Wet.")])
+    keys = [f"--{name}={settings[name]}" for name in ("data_path", "artifact_dir")]
+    main(["import-descriptions", str(file), "--dataset=tiny", *keys])
+    out = capsys.readouterr().out
+    assert "left to the LLM of the run: layer 1\n" in out
+    assert "written to" not in out
+    assert "--llm_n_layers=2" in out
+
+
+def test_the_command_refuses_layers_that_no_run_can_have(settings, tmp_path, capsys):
+    file = write(tmp_path / "texts.csv", [("item", "i1", 3, "Wet.")])
+    with pytest.raises(SystemExit) as end:
+        main(
+            [
+                "import-descriptions",
+                str(file),
+                "--dataset=tiny",
+                f"--data_path={settings['data_path']}",
+            ]
+        )
+    assert end.value.code == 2
+    assert "llm_n_layers: 3 is above n_layers: 2" in capsys.readouterr().err
 
 
 def test_the_command_refuses_a_bad_file_with_exit_code_2(tmp_path, capsys):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from recbole.data import create_dataset, data_preparation
-from recbole.utils import get_model, init_seed
+from recbole.utils import get_model, get_trainer, init_seed
 
 from recbole_gacllm import model as model_module
 from recbole_gacllm.data import TextLayers
 from recbole_gacllm.linear import ItemItemModel, standardize
+from recbole_gacllm.propagation import PeriodicPropagation
 from recbole_gacllm.run_config import build_config
 
 
@@ -228,3 +229,54 @@ def test_the_softmax_loss_of_a_batch_is_the_cross_entropy_over_all_items(setting
         cosine / model.options.ssm_temperature, batch["item_id"] - 1
     )
     assert torch.allclose(model.calculate_loss(batch), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["BPR", "SSM"])
+@pytest.mark.parametrize("use_text", [True, False])
+def test_propagating_every_one_batch_is_the_exact_loss(settings, fake_texts, loss_type, use_text):
+    keys = {"loss_type": loss_type, "use_text": use_text, "text_dropout": 0.0, "reg_weight": 1e-2}
+    model, train, _, _ = build("GaCLLM", settings, **keys)
+    assert model.periodic is None
+    batch, results = next(iter(train)), []
+    for periodic in (None, PeriodicPropagation(model.adjacency, model.options.n_layers, 1)):
+        model.periodic = periodic
+        model.zero_grad()
+        torch.manual_seed(3)  # negatives
+        loss = model.calculate_loss(batch)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for exact, periodic in zip(*results, strict=True):
+        assert torch.allclose(exact, periodic, atol=1e-6)
+
+
+def test_between_propagations_scores_are_those_of_the_current_weights(settings, fake_texts):
+    model, train, _, _ = build("GaCLLM", settings, propagate_every=3)
+    batch = next(iter(train))
+    model.calculate_loss(batch).backward()
+    hops = model.periodic.hops
+    with torch.no_grad():
+        model.item_embedding.weight.normal_()
+    model.calculate_loss(batch)
+    assert model.periodic.hops is hops
+    clone, _, _, _ = build("GaCLLM", settings)
+    assert model.state_dict().keys() == clone.state_dict().keys(), "hops are not in checkpoints"
+    clone.load_state_dict(model.state_dict())
+    model.eval(), clone.eval()
+    assert torch.equal(model.full_sort_predict(batch), clone.full_sort_predict(batch))
+    model.load_state_dict(clone.state_dict())
+    assert model.periodic.n_batches == 0, "a checkpoint begins a new cycle"
+
+
+def test_training_goes_on_from_a_checkpoint_between_propagations(settings, fake_texts):
+    keys = {"propagate_every": 5, "train_batch_size": 16, "stopping_step": 9}
+    model, train, valid, _ = build("GaCLLM", settings, **keys, epochs=2)
+    assert len(train) % 5 != 0
+    trainer = get_trainer(train.config["MODEL_TYPE"], "GaCLLM")(train.config, model)
+    trainer.fit(train, valid, saved=True, show_progress=False)
+    assert model.periodic.n_batches == 2 * len(train)
+    again, train, valid, _ = build("GaCLLM", settings, **keys, epochs=4)
+    trainer_again = get_trainer(train.config["MODEL_TYPE"], "GaCLLM")(train.config, again)
+    trainer_again.resume_checkpoint(trainer.saved_model_file)
+    score, _ = trainer_again.fit(train, valid, saved=False, show_progress=False)
+    assert again.periodic.n_batches > 0
+    assert np.isfinite(score)

@@ -133,6 +133,33 @@ def test_lists_hold_distinct_training_neighbors_and_as_many_as_there_are_up_to_n
             assert set(chosen) <= set(graph.ends(other)[graph.ends(side) == node])
 
 
+@given(graphs(), st.sampled_from(RULES), st.integers(1, 5))
+def test_lists_do_not_depend_on_how_many_edges_are_sorted_at_once(graph, rule, n_edges):
+    for side in ("user", "item"):
+        whole = select_neighbors(graph, side, rule, 2, seed=0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("recbole_gacllm.descriptions.neighbors._EDGES_A_BLOCK", n_edges)
+            parts = select_neighbors(graph, side, rule, 2, seed=0)
+        assert parts.indptr.tolist() == whole.indptr.tolist()
+        assert parts.indices.tolist() == whole.indices.tolist()
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.floats(0, 9)), max_size=30))
+def test_each_of_many_repeated_interactions_is_one_edge_at_its_latest_time(interactions):
+    latest = {}
+    for user, item, time in interactions:
+        latest[user, item] = max(time, latest.get((user, item), time))
+    users, items, times = (
+        (np.array(column) for column in zip(*interactions, strict=True))
+        if (interactions)
+        else (np.array([], dtype=int),) * 3
+    )
+    tokens = np.array(["a", "b", "c"])
+    made = TrainGraph(tokens, tokens, users, items, times)
+    edges = zip(made.users.tolist(), made.items.tolist(), made.timestamps.tolist(), strict=True)
+    assert list(edges) == [(*pair, time) for pair, time in sorted(latest.items())]
+
+
 def test_a_list_does_not_depend_on_other_nodes():
     whole = graph(times=False)
     users = whole.users == ANA

@@ -164,14 +164,14 @@ def test_planted_held_out_interactions_leave_no_trace_after_a_real_split(
 ):
     """Marked films that only validation and test hold: none in graph, pairs, prompts or texts."""
     from recbole_gacllm.descriptions import pairs
-    from recbole_gacllm.descriptions.convolution import Convolution
     from recbole_gacllm.descriptions.neighbors import TrainGraph
+    from recbole_gacllm.descriptions.requests import RequestMaker
 
     plant_split(dataset_root)
     planted = {**keys, "benchmark_filename": ["train", "valid", "test"]}
     monkeypatch.setattr("recbole_gacllm.artifacts.run_child", in_process)
     learnt, prompts = [], []
-    sample, key_of = pairs.sample_pairs, Convolution._key
+    sample, key_of = pairs.sample_pairs, RequestMaker.key
 
     def sampling(*args):
         for part in sample(*args):
@@ -183,7 +183,7 @@ def test_planted_held_out_interactions_leave_no_trace_after_a_real_split(
         return key_of(self, messages)
 
     monkeypatch.setattr("recbole_gacllm.stage.sample_pairs", sampling)
-    monkeypatch.setattr(Convolution, "_key", keying)
+    monkeypatch.setattr(RequestMaker, "key", keying)
     done = run("GaCLLM", "tiny", config_dict=planted)
 
     folders = {stage: Path(path) for stage, path in done.record["artifacts"].items()}

@@ -11,6 +11,7 @@ from scipy.sparse import csr_array
 
 from recbole_gacllm.propagation import (
     Adjacency,
+    PeriodicPropagation,
     constant_product,
     csr_tensor,
     fuse,
@@ -120,3 +121,67 @@ def test_gradient_of_a_product_with_a_rectangular_matrix_passes_gradcheck():
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.allclose(constant_product(matrix, transposed, x), dense @ x)
     assert torch.autograd.gradcheck(lambda y: constant_product(matrix, transposed, y), (x,))
+
+
+def test_a_cycle_of_two_batches_on_the_2x3_graph():
+    adjacency = Adjacency.from_edges(USERS, ITEMS, 2, 3)
+    propagation = PeriodicPropagation(adjacency, 1, every=2)
+
+    def periodic(x, nodes):
+        return propagation(x[:2], x[2:], nodes)
+
+    first = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]], requires_grad=True)
+    hops = periodic(first, torch.tensor([0, 3]))  # user 0 and item 1
+    assert torch.equal(hops[0], torch.tensor([[1.0], [4.0]]))
+    assert torch.allclose(hops[1], torch.tensor([[3 * 2**-0.5 + 2], [0.5 + 1]]))
+    (hops[0].sum() + hops[1].sum()).backward()
+    assert torch.equal(first.grad, torch.tensor([[1.0], [0], [0], [1], [0]]))
+
+    second = torch.full((5, 1), 10.0, requires_grad=True)
+    hops = periodic(second, torch.tensor([0]))
+    assert torch.equal(hops[0], torch.tensor([[10.0]])), "hop 0 is of this batch"
+    assert torch.allclose(hops[1], torch.tensor([[3 * 2**-0.5 + 2]])), "hop 1 of the first"
+    (hops[0] + hops[1]).sum().backward()
+    # Hop 1 of user 0 was asked for twice, that of item 1 once.
+    expected = [[1 + 0.5], [0.5], [2 * 2**-0.5], [2 * 0.5], [0]]
+    assert torch.allclose(second.grad, torch.tensor(expected))
+
+    third = torch.full((5, 1), 10.0, requires_grad=True)
+    for _ in range(2):
+        hops = periodic(third, torch.tensor([0]))
+        assert torch.allclose(hops[1], torch.tensor([[10 * 2**-0.5 + 5]])), "a new cycle"
+        hops[1].sum().backward()
+    expected = [[0.0], [0], [2 * 2**-0.5], [2 * 0.5], [0]]
+    assert torch.allclose(third.grad, torch.tensor(expected)), "nothing of the cycle before"
+
+
+@given(st.integers(0, 2**31), st.integers(0, 3), st.integers(1, 5))
+def test_over_a_cycle_no_gradient_is_lost_and_a_cycle_of_one_is_exact(seed, n_layers, every):
+    generator = torch.Generator().manual_seed(seed)
+    adjacency = Adjacency.from_edges(USERS, ITEMS, 2, 3)
+    periodic = PeriodicPropagation(adjacency, n_layers, every)
+    x = torch.randn(5, 4, generator=generator)
+    totals = [torch.zeros_like(x), torch.zeros_like(x)]
+    for _ in range(every):
+        nodes = torch.randperm(5, generator=generator)[:3].sort().values
+        pull = torch.randn(n_layers + 1, 3, 4, generator=generator)
+        y, z = x.clone().requires_grad_(), x.clone().requires_grad_()
+        some, exact = periodic(y[:2], y[2:], nodes), propagate(adjacency, z, n_layers, nodes)
+        assert all(torch.equal(one, other) for one, other in zip(some, exact, strict=True))
+        for total, leaf, hops in zip(totals, (y, z), (some, exact), strict=True):
+            torch.autograd.backward(hops, list(pull))
+            total += leaf.grad
+    assert torch.allclose(*totals, atol=1e-5)
+    assert every > 1 or torch.equal(*totals)
+
+
+def test_a_cycle_that_is_forgotten_begins_anew_and_stays_in_float32_under_autocast():
+    periodic = PeriodicPropagation(Adjacency.from_edges(USERS, ITEMS, 2, 3), 2, every=100)
+    nodes = torch.arange(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ones = periodic(torch.ones(2, 2), torch.ones(3, 2), nodes)
+        assert {hop.dtype for hop in ones} == {torch.float32}
+        zeros = torch.zeros(2, 2), torch.zeros(3, 2)
+        assert torch.equal(periodic(*zeros, nodes)[1], ones[1])
+    periodic.forget()
+    assert torch.equal(periodic(*zeros, nodes)[1], torch.zeros(5, 2))

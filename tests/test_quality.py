@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 
 import numpy as np
 import pytest
 
-from recbole_gacllm import artifacts
+from recbole_gacllm import artifacts, cli_descriptions
 from recbole_gacllm.cli import main
 from recbole_gacllm.descriptions.layers import Layer, layer_files
 from recbole_gacllm.descriptions.neighbors import TrainGraph
-from recbole_gacllm.descriptions.quality import layer_qualities
+from recbole_gacllm.descriptions.quality import _languages, layer_qualities
 from recbole_gacllm.descriptions.reading import RunDescriptions
 
 REPORT = {
@@ -78,6 +79,8 @@ def test_figures_of_a_layer_are_those_counted_by_hand(folder):
     assert (items.own_names, items.neighbor_names) == (0.25, None)
     assert items.repeated == 0.5
     assert items.scripts == {"LATIN": 0.75, "CYRILLIC": 0.25}
+    assert items.languages["ru"] == 0.25
+    assert sum(items.languages.values()) == 1
     assert users.n_words == {"min": 1, "p10": 1, "median": 2, "p90": 5, "max": 5}
     # likes rain man and more / fog / a pilot: 8 words, all different; 5 pairs, all different.
     assert users.distinct == (1.0, 1.0)
@@ -111,6 +114,8 @@ def test_audit_prints_every_figure_and_the_leakage_audit_of_the_run(folder, tmp_
         "2 retried, 1 nodes failed, 3 cut by the length limit",
         "700 in (80 from the prefix cache), 90 out, 12 s",
         "echo 1",
+        "LATIN 75.0%, CYRILLIC 25.0%",
+        "ru 25.0%",
         "0.0% of the own text below, 33.3% of a neighbour's",
         "user u1, 2 neighbours: A nurse.",
         "→ Likes Rain Man and more.",
@@ -121,13 +126,69 @@ def test_audit_prints_every_figure_and_the_leakage_audit_of_the_run(folder, tmp_
     assert written["layers"][0]["sides"]["item"]["own_names"] == 0.25
 
 
+def test_languages_are_told_apart_and_a_text_without_letters_has_none():
+    texts = [
+        "This person enjoys a mix of comedy and drama.",
+        "Cette personne aime les comédies et les drames.",
+        "Diese Person mag Komödien und Dramen.",
+        "这个人喜欢喜剧和戏剧。",
+        "1995 – 7!",
+    ]
+    languages = _languages(texts, random.Random(0))
+    assert languages == dict.fromkeys(("en", "fr", "de", "zh", "none"), 0.2)
+
+
+def test_audit_prints_the_five_most_frequent_languages_and_the_start_of_a_long_text(folder, capsys):
+    layer = Layer.read(folder / "layer_1.parquet")
+    layer.texts["item"][0] = "Repeat this forever. " * 5_000
+    layer.write(folder / "layer_1.parquet")
+    main(["audit", str(folder)])
+    assert len(capsys.readouterr().out) < 5_000
+    shares = dict.fromkeys(("en", "fr", "de", "it", "es", "nl", "sv", "da"), 0.125)
+    shown = "en 12.5%, fr 12.5%, de 12.5%, it 12.5%, es 12.5%, others 37.5%"
+    assert cli_descriptions._shares(shares) == shown
+
+
+def test_audit_of_imported_layers_says_how_many_texts_come_from_where(folder, capsys):
+    layer = Layer.read(folder / "layer_1.parquet")
+    layer.statuses = {"user": ["imported", "imported", "missing"], "item": ["imported"] * 4}
+    layer.write(folder / "layer_1.parquet")
+    report = {"imported": True, "n_imported": 6, "n_missing": 1, "n_unknown": 3}
+    artifacts.write_manifest(folder, {"stage": "descriptions", "layers": [report]})
+    main(["audit", str(folder)])
+    out = capsys.readouterr().out
+    assert "imported        6 nodes, 1 missing, 3 rows about unknown nodes" in out
+    assert "statuses      imported 2, missing 1" in out
+    assert "→ Likes Rain Man and more." in out
+
+
+def refused(argument, capsys) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(["audit", str(argument)])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
 def test_audit_takes_a_descriptions_folder_and_refuses_anything_else(folder, tmp_path, capsys):
     main(["audit", str(folder)])
     assert "layer 1" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as end:
-        main(["audit", str(tmp_path / "none")])
-    assert end.value.code == 2
-    assert "none is not a file" in capsys.readouterr().err
+    assert "none is not a file" in refused(tmp_path / "none", capsys)
+    assert "is not a file" in refused(tmp_path, capsys)
+    (tmp_path / "run.json").write_text("{")
+    assert "is not what a run wrote" in refused(tmp_path, capsys)
+    (tmp_path / "run.json").write_text('{"model": "LightGCN"}')
+    assert "had no generated descriptions" in refused(tmp_path, capsys)
+    artifacts.write_manifest(tmp_path / "inputs-1", {"stage": "inputs"})
+    assert "the folder of the stage inputs" in refused(tmp_path / "inputs-1", capsys)
+
+
+def test_audit_of_a_run_that_was_killed_says_that_it_goes_on(folder, tmp_path, capsys):
+    (folder / artifacts.MANIFEST_FILE).unlink()  # written last
+    assert "are not finished yet: start the run, or start it again" in refused(folder, capsys)
+    (tmp_path / "run.json").write_text(json.dumps({"artifacts": {"descriptions": str(folder)}}))
+    assert "are not finished yet" in refused(tmp_path, capsys)
+    (folder / artifacts.JOB_FILE).unlink()
+    assert "are not there" in refused(tmp_path, capsys)
 
 
 def test_the_tenth_layer_comes_after_the_ninth(tmp_path):

@@ -213,6 +213,39 @@ def test_requests_carry_the_sampling_and_the_name(serve, connect):
     assert body["messages"][0]["role"] == "system"
 
 
+def test_requests_name_a_lora_adapter_that_an_endpoint_serves_beside_its_base(serve, tiny_model):
+    """As `vllm serve BASE --enable-lora --lora-modules adapter-1=FOLDER` lists them."""
+    servers = [serve(models=("base", "adapter-1")), serve(models=("base", "adapter-1"))]
+    generator = ServerGenerator(tiny_model, [server.url for server in servers], "adapter-1")
+    assert texts_of(generator.generate(make_requests(12))) == expected_texts(12)
+    bodies = [body for server in servers for body in server.bodies]
+    assert len(bodies) == 12
+    assert {body["model"] for body in bodies} == {"adapter-1"}
+
+
+def test_an_endpoint_that_fails_is_tried_less_and_less_often(serve, connect, monkeypatch):
+    pauses: list[float] = []
+    sleep = traffic.asyncio.sleep
+
+    async def recording(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(traffic.asyncio, "sleep", recording)
+    monkeypatch.setattr(traffic, "_FIRST_PAUSE", 1.0)
+    monkeypatch.setattr(traffic, "_LONGEST_PAUSE", 8.0)
+    sick = serve(lambda body: 503)
+    generator = connect(sick, patience_seconds=2.0)
+    sick.stop()
+    running = generator.generate(make_requests(1))
+    with pytest.raises(GenerationError, match="no endpoint of llm_endpoints has answered"):
+        next(running)
+    assert len(pauses) > 4
+    for number, pause in enumerate(pauses):
+        longest = min(2.0**number, 8.0)
+        assert 0.7 * longest <= pause <= longest
+
+
 def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))

@@ -365,11 +365,14 @@ def test_interrupted_at_a_boundary_it_ends_with_the_same_adapter(
 
 
 def test_a_half_written_checkpoint_is_skipped(tmp_path):
-    for step, state in ((8, "{}"), (10, "{}"), (12, '{"global_step": 12, "log_hi'), (14, None)):
+    states = {8: "{}", 9: "{}", 10: "{}", 12: '{"global_step": 12, "log_hi', 14: None}
+    for step, state in states.items():
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        if step != 10:
-            (folder / "rng_state.pth").touch()
+        if step == 9:
+            (folder / "rng_state.pth").write_bytes(b"PK half")
+        elif step != 10:
+            torch.save({}, folder / "rng_state.pth")
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path, 1) == tmp_path / "checkpoint-8"
@@ -445,12 +448,20 @@ def test_a_loss_that_is_not_finite_stops_training(model_dir, tmp_path, monkeypat
         finetune(model_dir, PAIRS, HELDOUT, tmp_path / "run", OPTIONS)
 
 
-def test_out_of_memory_names_the_batch_size(model_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_the_batch_size(model_dir, tmp_path, monkeypatch, error):
     def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr("recbole_gacllm.llm.sft.completion_loss", fail)
-    with pytest.raises(GaCLLMError, match="GPU memory at sft_batch_size=4"):
+    with pytest.raises(GaCLLMError, match="ran out of memory at sft_batch_size=4"):
         finetune(model_dir, PAIRS, HELDOUT, tmp_path / "run", OPTIONS)
 
 

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_gacllm.descriptions.neutralize import neutralize
+from recbole_gacllm.descriptions.neutralize import _pattern, neutralize
 from recbole_gacllm.descriptions.text import (
     cut_at_word,
     nothing_known,
@@ -21,6 +21,13 @@ MOVIES = (
     "1\tToy Story\t1995\tAnimation Children's Comedy\n"
     "2\tNet, The\t\tThriller\n"
     "3\t\t\t\n"
+)
+# Any text, and texts of pieces that may add up to a token.
+_TEXTS = st.one_of(
+    st.text(),
+    st.lists(st.sampled_from(["<", "＜", "|", "｜", "s", ">", "＞", " ", "[", "INST]"])).map(
+        "".join
+    ),
 )
 CONFIGS = Path(__file__).parents[1] / "dataset_configs"
 
@@ -199,7 +206,10 @@ def test_long_text_is_cut_at_a_word(tmp_path):
 
 @pytest.mark.parametrize(
     "token",
-    ["<|im_end|>", "<s>", "</s>", "<start_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "<|eot_id|>"],
+    [
+        *("<|im_end|>", "<s>", "</s>", "<start_of_turn>", "[INST]", "[/INST]", "<<SYS>>"),
+        *("<|eot_id|>", "<|turn>", "<turn|>", "<unused42>", "<｜end▁of▁sentence｜>"),
+    ],
 )
 def test_chat_template_tokens_in_a_value_are_broken_but_readable(tmp_path, token):
     features = read(tmp_path, f"item_id:token\tname:token\n1\tbefore{token}after\n")
@@ -211,6 +221,18 @@ def test_chat_template_tokens_in_a_value_are_broken_but_readable(tmp_path, token
 def test_a_special_token_that_only_the_model_knows_is_broken():
     assert neutralize("a ⟦END⟧ b", ["⟦END⟧"]) == "a ⟦ END ⟧ b"
     assert neutralize("a ⟦END⟧ b") == "a ⟦END⟧ b"
+
+
+def test_a_token_that_only_the_compatibility_form_holds_is_broken():
+    assert neutralize("Ｔｈｅ Ｅｎｄ ＜|im_end|＞") == "The End < |im_end| >"
+    assert neutralize("<s> ＜s＞") == "< s > < s >"
+    assert neutralize("Ｔｈｅ Ｅｎｄ") == "Ｔｈｅ Ｅｎｄ"
+
+
+def test_a_model_with_thousands_of_special_tokens_takes_no_longer_pattern():
+    tokens = frozenset(f"<unused{n}>" for n in range(5_000)) | {"⟦END⟧"}
+    assert neutralize("<unused4999>⟦END⟧", tokens) == "< unused4999 >⟦ END ⟧"
+    assert len(_pattern(tokens).pattern) < len(_pattern(frozenset()).pattern) + 10
 
 
 def test_two_harmless_values_do_not_add_up_to_a_token(tmp_path):
@@ -227,7 +249,7 @@ def test_invisible_characters_go_and_white_space_is_one_blank():
     assert neutralize("I <3 [REC] & 2 < 3 > 1") == "I <3 [REC] & 2 < 3 > 1"
 
 
-@given(st.text(), st.lists(st.sampled_from(["<s>", "</s>", "<|x|>", "ab", "##"]), max_size=3))
+@given(_TEXTS, st.lists(st.sampled_from(["<s>", "</s>", "<|x|>", "ab", "##"]), max_size=3))
 def test_neutral_text_stays_as_it_is_and_is_one_clean_line(text, special_tokens):
     once = neutralize(text, special_tokens)
     assert neutralize(once, special_tokens) == once

@@ -207,6 +207,7 @@ def _run_distributed(
     recommender = get_model(model)(config, train_data._dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], model)(config, recommender)
     recorder.on_trainer(trainer)
+    trainer.eval_collector.data_collect(train_data)  # what some metrics count; RecBole: in fit
     result = trainer.evaluate(test_data, model_file=record["checkpoint"])
     return record | {"test": dict(result)}
 

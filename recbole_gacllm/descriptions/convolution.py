@@ -14,73 +14,31 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from recbole_gacllm import artifacts
-from recbole_gacllm.descriptions.cleaning import CLEANING_VERSION, CleaningContext, clean
+from recbole_gacllm.descriptions.cleaning import CleaningContext, clean
 from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
-from recbole_gacllm.descriptions.neighbors import NeighborLists, TrainGraph, select_neighbors
-from recbole_gacllm.descriptions.neutralize import neutralize
-from recbole_gacllm.descriptions.prompts import PromptRenderer, PromptTemplates
+from recbole_gacllm.descriptions.neighbors import TrainGraph
+from recbole_gacllm.descriptions.prompts import PromptTemplates
+from recbole_gacllm.descriptions.requests import (
+    CHUNK,
+    ConvolutionOptions,
+    Messages,
+    RequestMaker,
+    Tokenizer,
+)
 from recbole_gacllm.descriptions.store import DescriptionStore, Record
-from recbole_gacllm.llm.generator import Completion, Message, Request, Sampling, TextGenerator
+from recbole_gacllm.llm.generator import Completion, Request, TextGenerator
 
 logger = logging.getLogger(__name__)
 
-RETRY_TEMPERATURE = 0.7
-_CHUNK = 512  # nodes rendered and looked up in the store at once
-_BATCH = 32  # finished descriptions a durable write
-
-
-class Tokenizer(Protocol):
-    """What the convolution asks of a model's tokenizer."""
-
-    special_tokens: frozenset[str]
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a chat."""
-        ...
-
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text on its own."""
-        ...
-
-    def truncate(self, texts: Sequence[str], max_tokens: int) -> list[str]:
-        """Each text cut to a number of tokens."""
-        ...
-
-
-def renderer_for(
-    templates: PromptTemplates, tokenizer: Tokenizer, max_prompt_tokens: int
-) -> PromptRenderer:
-    """A renderer that knows what the model's chat template adds to a prompt.
-
-    Raises:
-        ValueError: If the token budget is below the instruction.
-    """
-    probe = templates.messages("user", "", [])
-    contents = [message["content"] for message in probe]
-    chat_tokens = len(tokenizer.encode_chat(probe)) - sum(tokenizer.count_tokens(contents))
-    return PromptRenderer(templates, tokenizer.count_tokens, max(chat_tokens, 0), max_prompt_tokens)
-
-
-@dataclass(frozen=True)
-class ConvolutionOptions:
-    """Keys of ``GaCLLM.yaml`` without their ``llm_`` prefix, and RecBole's seed."""
-
-    neighbor_rule: Any
-    n_neighbors: int
-    max_prompt_tokens: int
-    max_neighbor_tokens: int
-    sampling: Sampling
-    seed: int
-    show_progress: bool
+# Finished descriptions a durable write: at least so many and so long after the last one, or many.
+_BATCH, _BATCH_SECONDS, _FULL_BATCH = 32, 1.0, 1024
 
 
 @dataclass
@@ -92,7 +50,7 @@ class LayerReport:
         n_generated: Prompts that the LLM answered in this run, retries not counted.
         n_from_store: Nodes whose description an earlier process had made.
         n_duplicates: Nodes whose prompt equals another node's of this layer.
-        n_retried: Prompts asked a second time, at another temperature.
+        n_retried: Nodes whose prompt was asked a second time, at another temperature, whenever.
         n_failed: Nodes that carry the text of the layer below because no answer was usable.
         n_nothing_known: Nodes without features and neighbours, carried over without a call.
         n_truncated: Good answers that the length limit cut.
@@ -118,9 +76,9 @@ class LayerReport:
 
 @dataclass
 class _Waiting:
-    """A prompt under way and the nodes that wait for its description."""
+    """A request under way and the nodes that wait for its description."""
 
-    messages: tuple[Message, ...]
+    request: Request
     nodes: list[tuple[Side, int]]
 
 
@@ -134,7 +92,7 @@ class Convolution:
         store: Finished descriptions of all runs.
         generator_key: What identifies the weights that generate: fingerprints, not names.
         open_generator: Loads the engine; called only when there is something to generate.
-        options: See :class:`ConvolutionOptions`.
+        options: See :class:`.requests.ConvolutionOptions`.
 
     Raises:
         ValueError: If the token budget is below the instruction, or the rule does not fit the data.
@@ -150,28 +108,32 @@ class Convolution:
         open_generator: Callable[[], TextGenerator],
         options: ConvolutionOptions,
     ) -> None:
-        self.graph, self.templates, self.tokenizer = graph, templates, tokenizer
-        self.store, self.options = store, options
-        self.open_generator = open_generator
+        self.store, self.options, self.open_generator = store, options, open_generator
+        self.maker = RequestMaker(graph, templates, tokenizer, generator_key, options)
         self._generator: TextGenerator | None = None
-        self.renderer = renderer_for(templates, tokenizer, options.max_prompt_tokens)
-        self.neighbors: dict[Side, NeighborLists] = {
-            side: select_neighbors(
-                graph, side, options.neighbor_rule, options.n_neighbors, options.seed
-            )
-            for side in SIDES
-        }
-        self._key_of_all = {
-            "generator": generator_key,
-            "prompts": templates.version(),
-            "cleaning": CLEANING_VERSION,
-        }
 
     def close(self) -> None:
         """Free the engine, if one was loaded."""
         if self._generator is not None:
             self._generator.close()
             self._generator = None
+
+    def missing_requests(
+        self, below: Layer, nothing_known: dict[Side, str], number: int
+    ) -> Iterator[Request]:
+        """First attempts at the descriptions of a layer that are not in the store, each once.
+
+        Arguments are those of :meth:`next_layer`. No engine is loaded.
+        """
+        named: set[str] = set()
+        for _, _, request, record in self._looked_up(below, nothing_known, number):
+            if request is not None and record is None and request.id not in named:
+                named.add(request.id)
+                yield request
+
+    def retry_of(self, request: Request) -> Request:
+        """The second attempt at a request whose first answer was not usable."""
+        return self.maker.retry_of(request)
 
     def next_layer(
         self, below: Layer, nothing_known: dict[Side, str], number: int
@@ -205,6 +167,7 @@ class Convolution:
         def settle(record: Record, nodes: list[tuple[Side, int]]) -> None:
             for side, node in nodes:
                 _settle(above, side, node, record)
+            report.n_retried += len(nodes) * (record.n_attempts > 1)
             if record.status == "failed":
                 report.n_failed += len(nodes)
                 report.failures[record.reason] = report.failures.get(record.reason, 0) + len(nodes)
@@ -214,32 +177,38 @@ class Convolution:
 
         def requests() -> Iterator[Request]:
             """Prompts that are not in the store, each once; what is in it settles at once."""
-            prompts = self._prompts(below, nothing_known, number, report, bar)
-            while chunk := list(islice(prompts, _CHUNK)):
-                keys = [self._key(messages) for _, _, messages in chunk]
-                records = self.store.get_many(keys)
-                for key, (side, node, messages) in zip(keys, chunk, strict=True):
-                    if key in waiting:
-                        waiting[key].nodes.append((side, node))
-                        report.n_duplicates += 1
-                    elif key in records or key in done:
-                        record = records.get(key) or self.store.get_many([key])[key]
-                        report.n_duplicates += key in done
-                        report.n_from_store += key not in done
-                        settle(record, [(side, node)])
-                    else:
-                        waiting[key] = _Waiting(messages, [(side, node)])
-                        yield Request(key, messages, self._sampling(key))
+            for side, node, request, record in self._looked_up(below, nothing_known, number):
+                if request is None:
+                    report.n_nothing_known += 1
+                    bar.update(1)
+                elif request.id in waiting:
+                    waiting[request.id].nodes.append((side, node))
+                    report.n_duplicates += 1
+                elif request.id in done:  # maybe since it was looked up
+                    record = record or self.store.get_many([request.id])[request.id]
+                    report.n_duplicates += 1
+                    settle(record, [(side, node)])
+                elif record is not None:
+                    report.n_from_store += 1
+                    settle(record, [(side, node)])
+                else:
+                    waiting[request.id] = _Waiting(request, [(side, node)])
+                    yield request
 
         finished: list[Record] = []
+        written = started
 
         def write() -> None:
             """Durable first, then settled: nothing counts before it is on disk."""
+            nonlocal written
             self.store.put_many(finished)
-            for record in finished:
-                done.add(record.key)
-                settle(record, waiting.pop(record.key).nodes)
+            # Another run may have stored a key first; then its text is the one that stays.
+            stored = self.store.get_many([record.key for record in finished])
+            for key, record in stored.items():
+                done.add(key)
+                settle(record, waiting.pop(key).nodes)
             finished.clear()
+            written = time.perf_counter()
 
         to_retry: deque[str] = deque()
         retried: set[str] = set()
@@ -248,8 +217,7 @@ class Convolution:
             """First attempts, and retries among them as soon as one is called for."""
             for request in chain(first_attempts, [None]):
                 while to_retry:
-                    key = to_retry.popleft()
-                    yield Request(key, waiting[key].messages, self._retry_sampling(key))
+                    yield self.retry_of(waiting[to_retry.popleft()].request)
                 if request is not None:
                     yield request
 
@@ -258,16 +226,18 @@ class Convolution:
             report.n_prompt_tokens += completion.n_prompt_tokens
             report.n_cached_tokens += completion.n_cached_tokens
             report.n_output_tokens += completion.n_output_tokens
-            seconds = max(time.perf_counter() - started, 1e-9)
-            bar.set_postfix_str(f"{report.n_output_tokens / seconds:.0f} tokens/s", False)
-            record = self._record(completion, waiting[key].messages, 1 + (key in retried))
+            now = time.perf_counter()
+            rate = report.n_output_tokens / max(now - started, 1e-9)
+            bar.set_postfix_str(f"{rate:.0f} tokens/s", False)
+            record = record_of(completion, waiting[key].request.messages, 1 + (key in retried))
             report.n_generated += record.n_attempts == 1
             if record.status == "failed" and record.n_attempts == 1:
                 retried.add(key)
                 to_retry.append(key)
                 return
             finished.append(record)
-            if len(finished) >= _BATCH:
+            is_due = len(finished) >= _BATCH and now - written >= _BATCH_SECONDS
+            if is_due or len(finished) >= _FULL_BATCH:
                 write()
 
         first_attempts = requests()
@@ -279,50 +249,29 @@ class Convolution:
                 take(completion)
         finally:
             write()
-        report.n_retried = len(retried)
         bar.close()
         assert not waiting, f"{len(waiting)} prompts were never answered"
         report.seconds = round(time.perf_counter() - started, 2)
         return above, report
 
     def _prompts(
-        self,
-        below: Layer,
-        nothing_known: dict[Side, str],
-        number: int,
-        report: LayerReport,
-        bar: Any,
-    ) -> Iterator[tuple[Side, int, tuple[Message, ...]]]:
-        """Every node's prompt, rendered when it is asked for."""
-        special = self.tokenizer.special_tokens
-        limit = self.options.max_neighbor_tokens
-        safe = {side: [neutralize(text, special) for text in below.texts[side]] for side in SIDES}
-        as_neighbor = {side: self.tokenizer.truncate(safe[side], limit) for side in SIDES}
-        neighbor_counts = {
-            side: np.asarray(self.tokenizer.count_tokens(as_neighbor[side])) for side in SIDES
-        }
-        for side in SIDES:
-            other: Side = "item" if side == "user" else "user"
-            own = self.tokenizer.truncate(safe[side], self.renderer.own_text_limit(side, number))
-            own_counts = self.tokenizer.count_tokens(own)
-            for node in range(len(own)):
-                around = self.neighbors[side].of(node)
-                if len(around) == 0 and below.texts[side][node] == nothing_known[side]:
-                    report.n_nothing_known += 1
-                    bar.update(1)
-                    continue
-                yield (
-                    side,
-                    node,
-                    self.renderer.render(
-                        side,
-                        own[node],
-                        own_counts[node],
-                        [as_neighbor[other][neighbor] for neighbor in around],
-                        neighbor_counts[other][around].tolist(),
-                        number,
-                    ),
-                )
+        self, below: Layer, nothing_known: dict[Side, str], number: int
+    ) -> Iterator[tuple[Side, int, Messages | None]]:
+        return self.maker.prompts(below, nothing_known, number)
+
+    def _looked_up(
+        self, below: Layer, nothing_known: dict[Side, str], number: int
+    ) -> Iterator[tuple[Side, int, Request | None, Record | None]]:
+        """Every node's request, if there is something to ask, and its record, if it is stored."""
+        prompts = self._prompts(below, nothing_known, number)
+        while chunk := list(islice(prompts, CHUNK)):
+            requests = [
+                None if messages is None else self.maker.request(messages)
+                for _, _, messages in chunk
+            ]
+            records = self.store.get_many([request.id for request in requests if request])
+            for (side, node, _), request in zip(chunk, requests, strict=True):
+                yield side, node, request, records.get(request.id) if request else None
 
     def _stream(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions of all requests; the engine is loaded when the first request comes."""
@@ -334,42 +283,28 @@ class Convolution:
             self._generator = self.open_generator()
         yield from self._generator.generate(chain([first], requests))
 
-    def _key(self, messages: tuple[Message, ...]) -> str:
-        """Address of the description that this prompt gives."""
-        sampling = dataclasses.asdict(self.options.sampling)
-        if sampling["temperature"] > 0:
-            sampling["seed"] = self.options.seed
-        return artifacts.fingerprint(
-            {**self._key_of_all, "sampling": sampling, "messages": [dict(m) for m in messages]}
-        )
 
-    def _sampling(self, key: str) -> Sampling:
-        """Drawn with a seed of the prompt's own, so that order does not matter."""
-        return dataclasses.replace(self.options.sampling, seed=int(key[:8], 16))
+def record_of(completion: Completion, messages: Messages, attempt: int) -> Record:
+    """A completion cleaned and judged.
 
-    def _retry_sampling(self, key: str) -> Sampling:
-        return dataclasses.replace(
-            self._sampling(key),
-            temperature=max(RETRY_TEMPERATURE, self.options.sampling.temperature),
-            seed=int(key[8:16], 16),
-        )
-
-    def _record(
-        self, completion: Completion, messages: tuple[Message, ...], attempt: int
-    ) -> Record:
-        prompt = "\n".join(message["content"] for message in messages)
-        cleaned = clean(completion.text, completion.finish_reason, CleaningContext(prompt))
-        return Record(
-            key=completion.id,
-            text=cleaned.text,
-            status="failed" if cleaned.problem else "ok",
-            reason=cleaned.problem or "",
-            finish_reason=completion.finish_reason,
-            n_prompt_tokens=completion.n_prompt_tokens,
-            n_cached_tokens=completion.n_cached_tokens,
-            n_output_tokens=completion.n_output_tokens,
-            n_attempts=attempt,
-        )
+    Args:
+        completion: The answer; its id is the address of the description.
+        messages: What it answers.
+        attempt: 1, or 2 for a retry.
+    """
+    prompt = "\n".join(message["content"] for message in messages)
+    cleaned = clean(completion.text, completion.finish_reason, CleaningContext(prompt))
+    return Record(
+        key=completion.id,
+        text=cleaned.text,
+        status="failed" if cleaned.problem else "ok",
+        reason=cleaned.problem or "",
+        finish_reason=completion.finish_reason,
+        n_prompt_tokens=completion.n_prompt_tokens,
+        n_cached_tokens=completion.n_cached_tokens,
+        n_output_tokens=completion.n_output_tokens,
+        n_attempts=attempt,
+    )
 
 
 def _settle(above: Layer, side: Side, node: int, record: Record) -> None:

@@ -1,7 +1,7 @@
 """Descriptions to vectors: ``x_v^(l) = Enc(T_v^(l))``, with sentence-transformers.
 
-Enc is the folder's own: its pooling, its default prompt, its length limit; a plain Hugging Face
-folder gets mean pooling. Rows are normalised to unit length.
+Enc is the folder's own: its pooling (mean, CLS, last token, …), its default prompt, its length
+limit; a plain Hugging Face folder gets mean pooling. Rows are normalised to unit length.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from recbole_gacllm.errors import GaCLLMError, WeightsError
 logger = logging.getLogger(__name__)
 
 _BATCHES_A_CHUNK = 8  # what a kill costs at most
+_TOKENIZED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class TextEncoder:
             Only the transformer runs in it; pooling and normalisation are in float32.
         batch_size: Texts a batch.
         device: ``cpu``, ``cuda`` (or ``cuda:1`` …), or ``auto``: a GPU if there is one.
+        prompt: Name of one of the folder's prompts, or a text, that goes before each text; None is
+            the folder's default prompt, if it names one.
 
     Attributes:
         dim: Width of an embedding.
@@ -70,7 +73,14 @@ class TextEncoder:
         WeightsError: If the folder holds no encoder that can be loaded from safetensors.
     """
 
-    def __init__(self, model_dir: Path, dtype: str, batch_size: int, device: str = "auto") -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        dtype: str,
+        batch_size: int,
+        device: str = "auto",
+        prompt: str | None = None,
+    ) -> None:
         if not model_dir.is_dir():
             raise ValueError(f"encoder_model: {model_dir} is not a folder")
         _refuse_pickles(model_dir)
@@ -93,6 +103,12 @@ class TextEncoder:
                 "without code of its own."
             ) from error
         self._model[0].register_forward_hook(_to_float32)
+        named = {name: text for name, text in self._model.prompts.items() if text}
+        if prompt is None and named and not self._model.default_prompt_name:
+            logger.info(
+                "encoder_prompt: none is set; %s has the prompts %s", model_dir, ", ".join(named)
+            )
+        self._prompt = None if prompt is None else named.get(prompt, prompt)
         self.dim = self._encode(["dim"]).shape[1]
         logger.info("encoder %s: %s on %s, %d wide", model_dir, self.dtype, device, self.dim)
 
@@ -101,7 +117,8 @@ class TextEncoder:
     ) -> EncodeStats:
         """Write the embeddings of texts as a float16 ``.npy`` file, resuming a killed attempt.
 
-        Different texts are sorted by length and encoded in chunks. After each chunk, rows and then
+        Different texts are sorted by their number of tokens, so that batches are padded little, and
+        encoded in chunks. After each chunk, rows and then
         ``<out_file>.journal`` are made durable; batches are cut the same way wherever an attempt
         stopped, so the file does not depend on it. Called again when all is done, it does nothing.
 
@@ -115,7 +132,7 @@ class TextEncoder:
         if not texts:
             raise ValueError(f"{out_file}: there are no texts to encode")
         started = time.perf_counter()
-        ranks, unique = _rank_by_length(texts)  # [len(texts)]
+        ranks, unique = self._rank_by_length(texts)  # [len(texts)]
         with _explaining(out_file):
             attempt = _Attempt(out_file, self._key(texts))
             if attempt.is_finished(len(unique)):
@@ -169,14 +186,39 @@ class TextEncoder:
                 attempt.advance(vectors, start + len(chunk))
                 bar.update(len(chunk))
 
+    def _rank_by_length(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
+        """Different texts that are not empty, longest first; each row's place in them, or -1."""
+        different = list({text for text in texts if text.strip()})
+        lengths = dict(zip(different, self._lengths(different), strict=True))
+        unique = sorted(different, key=lambda text: (-lengths[text], text))
+        place = {text: rank for rank, text in enumerate(unique)}
+        return np.array([place.get(text, -1) for text in texts], dtype=np.int64), unique
+
+    def _lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of each text; characters where the encoder has no tokenizer of the usual kind."""
+        tokenizer = self._model.tokenizer
+        if not callable(tokenizer):
+            return list(map(len, texts))
+        lengths: list[int] = []
+        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+            some = texts[start : start + _TOKENIZED_AT_ONCE]
+            lengths += map(len, tokenizer(some, verbose=False)["input_ids"])
+        return lengths
+
     def _encode(self, texts: list[str]) -> npt.NDArray[np.float32]:
-        encoded: npt.NDArray[np.float32] = self._model.encode(
-            texts,
-            batch_size=self.batch_size,
-            show_progress_bar=False,
-            convert_to_numpy=True,
-            normalize_embeddings=True,
-        )
+        batches = [
+            # One by one: given several, it would cut them anew, by characters.
+            self._model.encode(
+                texts[start : start + self.batch_size],
+                prompt=self._prompt,
+                batch_size=self.batch_size,
+                show_progress_bar=False,
+                convert_to_numpy=True,
+                normalize_embeddings=True,
+            )
+            for start in range(0, len(texts), self.batch_size)
+        ]
+        encoded: npt.NDArray[np.float32] = np.concatenate(batches)
         return encoded
 
     def _key(self, texts: Sequence[str]) -> str:
@@ -196,6 +238,7 @@ class TextEncoder:
                 "model": files,
                 "dtype": str(self.dtype),
                 "batch_size": self.batch_size,
+                "prompt": self._prompt,
             }
         )
 
@@ -223,10 +266,18 @@ class _Attempt:
     def open(self, shape: tuple[int, int]) -> tuple[int, npt.NDArray[np.float16]]:
         """How many texts are durable, and the file they are in, made of zeros if need be."""
         if self._n_done is not None and self._partial.exists():
-            logger.info("%s: goes on after %d texts", self.out_file, self._n_done)
-            return self._n_done, np.load(self._partial, mmap_mode="r+")
+            try:
+                np.load(
+                    self._partial, mmap_mode="r"
+                )  # "r+" would fill up a file that was cut short
+                vectors = np.load(self._partial, mmap_mode="r+")
+            except ValueError as error:
+                logger.warning("%s is damaged (%s): encoding starts anew", self._partial, error)
+            else:
+                logger.info("%s: goes on after %d texts", self.out_file, self._n_done)
+                return self._n_done, vectors
         self._journal.unlink(missing_ok=True)  # before the file it speaks of is replaced
-        vectors: npt.NDArray[np.float16] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+        vectors = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
             self._partial, "w+", np.float16, shape
         )
         with open(self._partial, "r+b") as file:
@@ -247,13 +298,6 @@ class _Attempt:
             os.fsync(file.fileno())
         os.replace(self._partial, self.out_file)
         sync_folder(self.out_file.parent)
-
-
-def _rank_by_length(texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """Different texts that are not empty, longest first, and each row's place in them (or -1)."""
-    unique = sorted({text for text in texts if text.strip()}, key=lambda text: (-len(text), text))
-    place = {text: rank for rank, text in enumerate(unique)}
-    return np.array([place.get(text, -1) for text in texts], dtype=np.int64), unique
 
 
 def _to_float32(_module: object, _inputs: object, features: dict[str, Any]) -> dict[str, Any]:

@@ -8,18 +8,20 @@ others are generated as ever, from the layer below; other columns are ignored. S
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
 from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
+from recbole_gacllm.descriptions.neutralize import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class ImportedTexts:
 
     Attributes:
         file: Where they come from.
-        layers: Layer -> side -> raw token -> text, one line each.
+        layers: Layer -> side -> raw token -> text, one line of visible characters each.
     """
 
     file: Path
@@ -67,20 +69,18 @@ class ImportedTexts:
             ValueError: If it cannot be read, or names the first row that cannot be used.
         """
         frame = _read(file)
-        if lacking := [name for name in _COLUMNS if name not in frame]:
-            raise ValueError(
-                f"{file} has no column {', '.join(lacking)}; needed are {', '.join(_COLUMNS)}, "
-                f"found are {', '.join(map(str, frame.columns))}."
-            )
         layers: dict[int, dict[Side, dict[str, str]]] = {}
         rows = zip(*(frame[name].tolist() for name in _COLUMNS), strict=True)
-        for number, (side, token, layer, text) in enumerate(rows, start=1):
+        for number, (side, token, layer, given) in enumerate(rows, start=1):
+            text = one_line(given) if isinstance(given, str) else None
+            if isinstance(layer, float) and layer.is_integer():  # another row has none
+                layer = int(layer)
             problem = _problem(side, token, layer, text)
-            if problem is None:
+            if problem is None and text is not None:
                 texts = layers.setdefault(int(layer), {"user": {}, "item": {}})[side]
                 if token in texts:
                     problem = f"{side} {token} has two texts of layer {layer}"
-                texts[token] = " ".join(text.split())
+                texts[token] = text
             if problem is not None:
                 raise ValueError(f"{file}, row {number}: {problem}.")
         if not layers:
@@ -180,28 +180,50 @@ def _some(names: list[str], n: int) -> str:
 
 
 def _read(file: Path) -> pd.DataFrame:
-    """The table in a file, texts and tokens as strings."""
+    """The table in a file, tokens as strings; what is missing is None or NaN."""
     if file.suffix not in (".parquet", ".csv"):
         raise ValueError(f"{file}: the name of an import must end in .parquet or .csv.")
     try:
-        if file.suffix == ".csv":
-            return pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8")
-        frame = pd.read_parquet(file)
-        # Tokens that look like numbers come as numbers from other tools.
-        return frame.assign(token=frame["token"].astype(str)) if "token" in frame else frame
-    except (OSError, ValueError, pa.ArrowException) as error:
+        frame = _read_csv(file) if file.suffix == ".csv" else pd.read_parquet(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from error
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+    if any(list(frame.columns).count(name) != 1 for name in _COLUMNS):
+        raise ValueError(
+            f"{file} must have the columns {', '.join(_COLUMNS)}, each once; it has "
+            f"{', '.join(map(str, frame.columns)) or 'none'}."
+        )
+    # Tokens that look like numbers come as numbers from other tools.
+    tokens = frame["token"].astype(object)
+    frame["token"] = tokens.where(tokens.isna(), tokens.astype(str))
+    return frame
 
 
-def _problem(side: Any, token: Any, layer: Any, text: Any) -> str | None:
+def _read_csv(file: Path) -> pd.DataFrame:
+    """Every cell as it is: pandas would cut a text at a null byte, and Arrow close a quote."""
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        header = next(reader, [])
+        rows = []
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise ValueError(
+                    f"line {reader.line_num} has {len(row)} fields, the header {len(header)}; "
+                    "put texts that hold a comma or a line break between quotation marks"
+                )
+            rows.append(row)
+    return pd.DataFrame(rows, columns=header, dtype=object)
+
+
+def _problem(side: Any, token: Any, layer: Any, text: str | None) -> str | None:
     """Why a row cannot be used, if so."""
     if side not in SIDES:
         return f"side is {side!r}; allowed are user and item"
-    if not token:
+    if not isinstance(token, str) or not token:
         return "token is empty"
     if not str(layer).isdecimal():
         return f"layer is {layer!r}; allowed are 0, 1, 2, …"
-    if not isinstance(text, str) or not text.strip():
-        kind: Literal["empty", "no text"] = "empty" if isinstance(text, str) else "no text"
-        return f"the text of {side} {token} is {kind}"
+    if not text:
+        return f"the text of {side} {token} is {'no text' if text is None else 'empty'}"
     return None

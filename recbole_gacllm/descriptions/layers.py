@@ -78,7 +78,8 @@ class Layer:
             "n_output_tokens": np.concatenate([self.n_output_tokens[side] for side in SIDES]),
         }
         temporary = path.with_name(f".{path.name}.tmp")
-        pq.write_table(pa.table(columns), temporary, compression="zstd")
+        table = pa.table(columns)
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -91,7 +92,7 @@ class Layer:
             GaCLLMError: If the file is damaged.
         """
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(path, page_checksum_verification=True)
             sides = np.asarray(table["side"].to_pylist(), dtype=object)
             rows = {side: np.flatnonzero(sides == side) for side in SIDES}
 

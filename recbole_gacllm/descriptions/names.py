@@ -6,13 +6,19 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from recbole_gacllm.descriptions.neutralize import one_line
 from recbole_gacllm.descriptions.templates import compile_template
+from recbole_gacllm.descriptions.text import cut_at_word
+
+_MAX_CHARS = 200
 
 
 def item_names(
     tokens: Sequence[str], features: pd.DataFrame | None, field: str | None
 ) -> dict[str, str]:
-    """Names of items by raw token; an item without one is called by its token.
+    """Names of items by raw token, each one line; an item without one is called by its token.
+
+    They are printed and looked for in texts. One longer than 200 characters is cut at a word.
 
     Args:
         tokens: Raw tokens of the items.
@@ -35,7 +41,9 @@ def item_names(
     chosen = field or (titled or fields)[0]
     render = compile_template(f"{{{chosen}|title}}", fields)
     values = features[chosen].to_dict()
-    return {
-        token: (render({chosen: values[token]}) if values.get(token) is not None else None) or token
-        for token in tokens
-    }
+    names = {}
+    for token in tokens:
+        value = values.get(token)
+        name = None if value is None else render({chosen: value})
+        names[token] = cut_at_word(one_line(name or ""), _MAX_CHARS) or token
+    return names

@@ -7,27 +7,24 @@ import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
 
-# What chat templates and tokenizers of common models use: <|im_start|>, <s>, </s>, <start_of_turn>,
-# <<SYS>>, DeepSeek's fullwidth bars, [INST] and Mistral's other control words. `<b>` is broken too.
+# What chat templates and tokenizers of common models use: <|im_start|>, <|turn>, <s>, </s>,
+# <start_of_turn>, <<SYS>>, DeepSeek's fullwidth bars, [INST] and Mistral's other control words.
+# `<b>` is broken too.
 _TOKENS = (
-    r"<[|｜][^<>\n]{0,64}?[|｜]>",
+    r"<[|｜][^<>\n]{0,64}>",
     r"</?[a-z_][^<>\n]{0,64}>",
     r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|IMG|IMG_BREAK"
     r"|IMG_END|PREFIX|MIDDLE|SUFFIX|CLS|SEP|PAD|MASK|UNK|BOS|EOS|gMASK|THINK)\]",
 )
+_COMMON = re.compile("|".join(_TOKENS), re.IGNORECASE)
 
 
-def neutralize(text: str, special_tokens: Iterable[str] = ()) -> str:
-    """Make a text one plain line that no chat template or tokenizer reads as structure.
+def one_line(text: str) -> str:
+    """Make a text one line of visible characters.
 
     Control characters, bidirectional marks, zero-width and other invisible format characters go;
-    any white space becomes one blank; the rest is in Unicode NFC. Special tokens, of common models
-    and those given, are broken by blanks (``<|im_end|>`` becomes ``< |im_end| >``): readable, but
-    plain text to a tokenizer. Applying it twice changes nothing.
-
-    Args:
-        text: Any text, of any length.
-        special_tokens: The special tokens of the model's tokenizer.
+    any white space becomes one blank; the rest is in Unicode NFC. Applying it twice changes
+    nothing.
     """
     if not (text.isascii() and text.isprintable()):
         text = "".join(
@@ -36,25 +33,50 @@ def neutralize(text: str, special_tokens: Iterable[str] = ()) -> str:
             if char.isspace() or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
         )
         text = unicodedata.normalize("NFC", text)
-    text = " ".join(text.split())
-    pattern = _pattern(tuple(special_tokens))
-    broken = pattern.sub(_break, text)
-    while broken != text:
-        text, broken = broken, pattern.sub(_break, broken)
+    return " ".join(text.split())
+
+
+def neutralize(text: str, special_tokens: Iterable[str] = ()) -> str:
+    """Make a text one plain line that no chat template or tokenizer reads as structure.
+
+    :func:`one_line`, and special tokens, of common models and those given, are broken by blanks
+    (``<|im_end|>`` becomes ``< |im_end| >``): readable, but plain text to a tokenizer. Where only
+    the compatibility form of a text (NFKC, which some tokenizers apply) holds one, such as
+    ``＜s＞``, the text becomes that form. Applying it twice changes nothing.
+
+    Args:
+        text: Any text, of any length.
+        special_tokens: The special tokens of the model's tokenizer.
+    """
+    pattern = _pattern(frozenset(special_tokens))
+    text = _broken(one_line(text), pattern)
+    if not text.isascii():
+        compatible = one_line(unicodedata.normalize("NFKC", text))
+        if pattern.search(compatible):
+            text = _broken(compatible, pattern)
     return text
 
 
 @lru_cache(maxsize=8)
-def _pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
+def _pattern(special_tokens: frozenset[str]) -> re.Pattern[str]:
     # A token with a blank inside cannot be told from its broken form; one sign cannot be broken.
+    # Some models have thousands like <unused42>: those that are common anyway would cost time.
     given = {
-        token for token in special_tokens if len(token) > 1 and not any(map(str.isspace, token))
+        token
+        for token in special_tokens
+        if len(token) > 1 and not any(map(str.isspace, token)) and not _COMMON.fullmatch(token)
     }
     exact = [re.escape(token) for token in sorted(given, key=lambda token: (-len(token), token))]
     return re.compile("|".join([*exact, *_TOKENS]), re.IGNORECASE)
 
 
+def _broken(text: str, pattern: re.Pattern[str]) -> str:
+    while (broken := pattern.sub(_break, text)) != text:
+        text = broken
+    return text
+
+
 def _break(found: re.Match[str]) -> str:
     token = found[0]
-    inner = token[1:-1]
+    inner = token[1:-1].strip()
     return f"{token[0]} {inner} {token[-1]}" if inner else f"{token[0]} {token[-1]}"

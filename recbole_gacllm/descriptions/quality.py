@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import py3langid
 
 from recbole_gacllm.descriptions.layers import SIDES, Side
 from recbole_gacllm.descriptions.reading import RunDescriptions
 
 # Shorter names ("Go", "M") stand in any text.
 _MIN_NAME_CHARS = 4
+_MAX_TEXTS_OF_A_LANGUAGE = 20_000  # two seconds
 _QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
 
 
@@ -52,6 +54,8 @@ class SideQuality:
         repeated: Share of texts that another node of the side has, too.
         distinct: Different n-grams of words over all n-grams, for n = 1 and 2.
         scripts: Share of texts by the script that most of their letters are of.
+        languages: Share of texts by their most likely language, an ISO 639-1 code; none without a
+            letter. Of a random part where there are more than 20,000.
         own_names: Share of descriptions that name their own item; None for users.
         neighbor_names: Share that name an item of their prompt; None for items.
         samples: Descriptions drawn at random.
@@ -66,6 +70,7 @@ class SideQuality:
     repeated: float
     distinct: tuple[float, float]
     scripts: dict[str, float]
+    languages: dict[str, float]
     own_names: float | None
     neighbor_names: float | None
     samples: list[Sample]
@@ -148,6 +153,7 @@ def _side_quality(
             name: share(count)
             for name, count in Counter(map(_script, layer.texts[side])).most_common()
         },
+        languages=_languages(layer.texts[side], rng),
         own_names=share(sum(names_one(node, [node]) for node in made), len(made))
         if side == "item"
         else None,
@@ -188,3 +194,13 @@ def _script(text: str) -> str:
     """The script of most letters, as Unicode names it: LATIN, CYRILLIC, CJK, …; none without."""
     scripts = Counter(unicodedata.name(char, "?").split()[0] for char in text if char.isalpha())
     return scripts.most_common(1)[0][0] if scripts else "none"
+
+
+def _languages(texts: Sequence[str], rng: random.Random) -> dict[str, float]:
+    """Shares by py3langid, a naive Bayes over byte n-grams; texts of few words may mislead it."""
+    if len(texts) > _MAX_TEXTS_OF_A_LANGUAGE:
+        texts = rng.sample(texts, _MAX_TEXTS_OF_A_LANGUAGE)
+    found = Counter(
+        py3langid.classify(text)[0] if any(map(str.isalpha, text)) else "none" for text in texts
+    )
+    return {name: count / len(texts) for name, count in found.most_common()}

@@ -45,7 +45,17 @@ class RunDescriptions:
     def __init__(self, folder: Path) -> None:
         manifest = artifacts.read_manifest(folder)
         if manifest is None:
-            raise ValueError(f"{folder} holds no finished descriptions; run GaCLLM first.")
+            started = (folder / artifacts.JOB_FILE).is_file()
+            state = "are not finished yet" if started else "are not there"
+            raise ValueError(
+                f"the descriptions of {folder} {state}: start the run, or start it again, and it "
+                "goes on with what is missing."
+            )
+        if manifest.get("stage") != "descriptions":
+            raise ValueError(
+                f"{folder} is the folder of the stage {manifest.get('stage')}; descriptions lie in "
+                "descriptions-… beside it."
+            )
         self.folder = folder
         self.manifest = manifest
         self._job = json.loads((folder / "job.json").read_text())
@@ -84,7 +94,7 @@ class RunDescriptions:
         Raises:
             ValueError: If there is no such file, or the run had none.
         """
-        if (run / artifacts.MANIFEST_FILE).is_file():
+        if any((run / name).is_file() for name in (artifacts.MANIFEST_FILE, artifacts.JOB_FILE)):
             return cls(run)
         return cls(folder_of_run(run, "descriptions", "generated descriptions"))
 
@@ -157,12 +167,17 @@ def folder_of_run(run: Path, stage: str, what: str) -> Path:
         what: What the stage makes, for the message.
 
     Raises:
-        ValueError: If there is no such file, or the run had no such stage.
+        ValueError: If there is no such file, it is no run's, or the run had no such stage.
     """
     file = run / "run.json" if run.is_dir() else run
     if not file.is_file():
         raise ValueError(f"{file} is not a file; a run's last line of output names it.")
-    folder = json.loads(file.read_text("utf-8")).get("artifacts", {}).get(stage)
+    try:
+        folder = json.loads(file.read_bytes()).get("artifacts", {}).get(stage)
+    except (ValueError, AttributeError):
+        raise ValueError(
+            f"{file} is not what a run wrote; a run's last line of output names its run.json."
+        ) from None
     if folder is None:
         raise ValueError(f"the run of {file} had no {what}.")
     return Path(folder)

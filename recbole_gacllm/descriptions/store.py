@@ -11,10 +11,11 @@ import hashlib
 import json
 import logging
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -80,6 +81,7 @@ class Record:
 
 _NAMES = tuple(f.name for f in fields(Record))
 _COLUMNS = ", ".join(_NAMES)
+_values: Callable[[Record], tuple[Any, ...]] = attrgetter(*_NAMES)
 _SELECT = f"SELECT id, {_COLUMNS}, checksum FROM descriptions"
 _INSERT = (
     f"INSERT INTO descriptions ({_COLUMNS}, checksum) VALUES ({'?, ' * len(_NAMES)}?) "
@@ -101,6 +103,7 @@ class DescriptionStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._damage: StoreError | None = None
         with self._explained(), FileLock(f"{path}.lock"):
             salvaged = path.with_name(path.name + _SALVAGED)
             if not path.exists() and salvaged.exists():  # killed between the renames of salvage()
@@ -137,7 +140,7 @@ class DescriptionStore:
             ValueError: If a key is not 64 hexadecimal digits.
             StoreError: If the file cannot be written; then none of them is stored.
         """
-        rows = [(*astuple(record), _checksum(record)) for record in records]
+        rows = [(*_values(record), _checksum(record)) for record in records]
         for key, *_ in rows:
             if len(key) != 64 or not set(key) <= set("0123456789abcdef"):
                 raise ValueError(f"key {key!r}: allowed are 64 hexadecimal digits (a SHA-256)")
@@ -167,6 +170,8 @@ class DescriptionStore:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Turn SQLite's errors into ours; on a damaged file, save what is readable first."""
+        if self._damage is not None:
+            raise self._damage  # closed since; a caller's last write must not tell another story
         try:
             yield
         except OSError as error:
@@ -197,9 +202,10 @@ class DescriptionStore:
                 done = "another process has saved what was readable"
             else:
                 done = salvage(self.path)
-        return StoreError(
+        self._damage = StoreError(
             f"{self.path} was damaged ({error}): {done}. Start again: what is lost is made again."
         )
+        return self._damage
 
 
 def salvage(path: Path) -> str:
@@ -232,7 +238,7 @@ def salvage(path: Path) -> str:
     new = _open(new_path)
     with new:
         new.execute("BEGIN IMMEDIATE")
-        new.executemany(_INSERT, [(*astuple(record), _checksum(record)) for record in saved])
+        new.executemany(_INSERT, [(*_values(record), _checksum(record)) for record in saved])
     new.close()
     n = 1
     while (aside := path.with_name(f"{path.name}.damaged-{n}")).exists():
@@ -288,7 +294,7 @@ def _decode(data: bytes) -> str:
 
 
 def _checksum(record: Record) -> str:
-    return hashlib.sha256(json.dumps(astuple(record)).encode("ascii")).hexdigest()
+    return hashlib.sha256(json.dumps(_values(record)).encode("ascii")).hexdigest()
 
 
 def _checked(row: Sequence[Any]) -> Record | None:

@@ -216,7 +216,7 @@ def render_descriptions(
     Raises:
         ValueError: If the template is malformed or names a field that the file lacks.
     """
-    special = tuple(special_tokens)
+    special = frozenset(special_tokens)
     fields = [] if features is None else [str(name) for name in features.columns]
     render = default_sentence(fields) if template is None else compile_template(template, fields)
     table: dict[str, list[Value | None]] = {}
@@ -253,7 +253,7 @@ def cut_at_word(text: str, max_chars: int) -> str:
 
 
 def _words(
-    column: Iterable[Value | None], names: Mapping[str, str], special: tuple[str, ...]
+    column: Iterable[Value | None], names: Mapping[str, str], special: frozenset[str]
 ) -> list[Value | None]:
     """Name coded values and neutralize the rest; None for what is missing or becomes empty."""
     known: dict[str, str] = {}

@@ -79,15 +79,16 @@ class ChatTokenizer:
         """
         chat = self.adapted(messages)
         try:
-            ids = self._tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_dict=False, enable_thinking=False
+            prompt = self._tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
                 f"The model's chat template refuses messages of roles {roles}: {error}."
             ) from error
-        return [int(token) for token in ids]
+        ids: list[int] = self._encode([prompt])[0].ids
+        return ids
 
     def adapted(self, messages: Sequence[Message]) -> list[Message]:
         """The messages in roles that the chat template takes."""
@@ -99,7 +100,7 @@ class ChatTokenizer:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text on its own, without special tokens around it."""
-        return [len(offsets) for offsets in self._offsets(texts)]
+        return [len(encoding) for encoding in self._encode(texts)]
 
     def truncate(self, texts: Sequence[str], max_tokens: int) -> list[str]:
         """Each text's longest beginning that ends with a token and has at most ``max_tokens``.
@@ -159,6 +160,12 @@ class ChatTokenizer:
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+    def _encode(self, texts: Sequence[str]) -> Any:
+        """Encodings of texts as they are, by the Rust library itself: half the time."""
+        return self._tokenizer.backend_tokenizer.encode_batch_fast(
+            list(texts), add_special_tokens=False
+        )
 
     def _offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
         """Start and end character of each token of each text."""

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import math
+import os
 import platform
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from recbole_gacllm.llm.generator import Backend, TextGenerator
+
+if TYPE_CHECKING:
+    from recbole_gacllm.llm.vllm_engine import VLLMGenerator
+
+logger = logging.getLogger(__name__)
 
 DType = Literal["bfloat16", "float32"]
 
@@ -46,7 +55,7 @@ def choose_backend(requested: str) -> tuple[Backend, str]:
 
 
 def open_generator(backend: Backend, **kwargs: Any) -> TextGenerator:
-    """Load the engine's module and start it.
+    """Load the engine's module and start it; vLLM once for each group of cards.
 
     Args:
         backend: As :func:`choose_backend` returned it.
@@ -59,9 +68,14 @@ def open_generator(backend: Backend, **kwargs: Any) -> TextGenerator:
         ValueError: If the adapter does not fit the model, or the window is longer than the model's.
     """
     if backend == "vllm":
-        from recbole_gacllm.llm.vllm_engine import VLLMGenerator
+        sizes = (kwargs.get("tensor_parallel_size", 1), kwargs.get("pipeline_parallel_size", 1))
+        groups = card_groups(math.prod(sizes))
+        if len(groups) == 1:
+            return _open_vllm(kwargs)
+        from recbole_gacllm.llm.fleet import Fleet
 
-        return VLLMGenerator(**kwargs)
+        logger.info("vLLM: %d engines, %s", len(groups), groups)
+        return Fleet([(cards, partial(_open_vllm, kwargs)) for cards in groups])
     if backend == "server":
         from recbole_gacllm.llm.server import ServerGenerator
 
@@ -69,6 +83,37 @@ def open_generator(backend: Backend, **kwargs: Any) -> TextGenerator:
     from recbole_gacllm.llm.transformers_engine import TransformersGenerator
 
     return TransformersGenerator(**kwargs)
+
+
+def card_groups(n_cards: int) -> list[dict[str, str]]:
+    """The environments of as many engines of ``n_cards`` GPUs as there are GPUs for.
+
+    A list of one empty environment, that of this process, where there is one engine or no GPU.
+    """
+    import torch
+
+    n_visible = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = named.split(",")[:n_visible] if named else [str(card) for card in range(n_visible)]
+    groups = [cards[n : n + n_cards] for n in range(0, len(cards) - n_cards + 1, n_cards)]
+    if len(groups) < 2:
+        return [{}]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups]
+
+
+def _open_vllm(kwargs: dict[str, Any]) -> VLLMGenerator:
+    from recbole_gacllm.llm.vllm_engine import VLLMGenerator
+
+    return VLLMGenerator(**kwargs)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an engine failed because memory of the GPU or of the machine ran out."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    of_memory = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, of_memory) or bool(should_reduce_batch_size(error))
 
 
 def resolve_dtype(requested: str) -> DType:

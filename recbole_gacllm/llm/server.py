@@ -17,6 +17,7 @@ import httpx
 
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.chat import ChatTokenizer
+from recbole_gacllm.llm.chat_api import chat_body, completion_of
 from recbole_gacllm.llm.generator import Completion, Request
 from recbole_gacllm.llm.traffic import Client, EndpointError, Job, Session, said
 
@@ -101,25 +102,7 @@ class ServerGenerator:
         """Nothing stays open between calls of :meth:`generate`."""
 
     def _body(self, request: Request) -> dict[str, Any]:
-        """A request as the endpoint reads it.
-
-        What the OpenAI protocol lacks (repetition penalty, end tokens, no thinking) is in vLLM's
-        and SGLang's; sampling defaults of the served model are overridden.
-        """
-        sampling = request.sampling
-        return {
-            "model": self._served_model,
-            "messages": self._chat.adapted(request.messages),
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": 1.0,
-            "seed": sampling.seed,
-            "repetition_penalty": sampling.repetition_penalty,
-            "top_k": -1,
-            "min_p": 0.0,
-            "stop_token_ids": sorted(self._chat.stop_token_ids),
-            "chat_template_kwargs": {"enable_thinking": False},
-        }
+        return chat_body(request, self._chat, self._served_model)
 
     def _completion(self, job: Job, answer: Any) -> Completion:
         """What an endpoint made of a request.
@@ -128,14 +111,10 @@ class ServerGenerator:
             EndpointError: If it is not a finished completion.
         """
         try:
-            choice, usage = answer["choices"][0], answer["usage"]
-            text, reason = choice["message"]["content"] or "", choice["finish_reason"]
-            n_prompt, n_output = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise EndpointError(f"an answer that is no chat completion ({error!r})") from None
-        if reason not in ("stop", "length", "content_filter"):
-            raise EndpointError(f"an answer that ended with finish_reason {reason!r}")
+            completion = completion_of(job.request.id, answer)
+        except ValueError as error:
+            raise EndpointError(str(error)) from None
+        n_prompt = completion.n_prompt_tokens
         if not self._checked_prompt_length and n_prompt != job.n_prompt_tokens:
             logger.warning(
                 "The endpoints count %d tokens in a prompt that has %d by the tokenizer of "
@@ -144,14 +123,7 @@ class ServerGenerator:
                 job.n_prompt_tokens,
             )
         self._checked_prompt_length = True
-        return Completion(
-            id=job.request.id,
-            text=text,
-            finish_reason="length" if reason == "length" else "stop",
-            n_prompt_tokens=n_prompt,
-            n_cached_tokens=int(cached),
-            n_output_tokens=n_output,
-        )
+        return completion
 
     def _json(self, response: httpx.Response) -> Any:
         """The JSON of a response.

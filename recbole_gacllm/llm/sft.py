@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
@@ -30,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recbole_gacllm.artifacts import write_atomic
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.llm.engines import resolve_dtype
+from recbole_gacllm.llm.engines import out_of_memory, resolve_dtype
 from recbole_gacllm.llm.generator import SFTPair
 from recbole_gacllm.llm.sft_data import completion_loss, encode_pairs, pad_left, perplexity
 from recbole_gacllm.llm.sft_trainer import Progress, SFTOptions, last_checkpoint, training_arguments
@@ -83,8 +84,8 @@ def finetune(
     """Train a LoRA adapter on ``pairs`` into ``out_dir/adapter``.
 
     Started again on the same folder it goes on from its last complete checkpoint and ends with the
-    same adapter; a finished folder is read, not repeated. Under ``torchrun`` every process computes
-    and the first one writes.
+    same adapter; a finished folder is read, not repeated. Where several processes of one group call
+    this (:mod:`.sft_processes`), they share each update and the first one writes.
 
     Args:
         model_dir: Folder of the base model (safetensors, tokenizer with a chat template).
@@ -95,18 +96,22 @@ def finetune(
         model_name: Name of the base model for the adapter's config; the folder's name if None.
 
     Raises:
-        ValueError: If no pair fits ``max_tokens``, or ``target_modules`` match nothing.
+        ValueError: If no pair fits ``max_tokens``, ``target_modules`` match nothing, or the
+            processes cannot share an update equally.
         GaCLLMError: If the device runs out of memory or the loss is no longer finite.
     """
     started = time.perf_counter()
     args = training_arguments(out_dir, options)
-    progress_file = out_dir / PROGRESS_FILE
-    progress = json.loads(progress_file.read_bytes()) if progress_file.is_file() else {}
-    if "report" in progress:
+    # The first process looks, for all: it may write before another one has looked.
+    looked: list[Any] = [None, None, None]
+    if args.process_index == 0:
+        looked[0] = finished(out_dir)
+        looked[1] = _progress(out_dir)
+        looked[2] = last_checkpoint(out_dir / "checkpoints", args.world_size)
+    done, progress, checkpoint = broadcast_object_list(looked)
+    if isinstance(done, SFTReport):
         logger.info("SFT: done earlier, the adapter is in %s", out_dir / "adapter")
-        done = progress["report"]
-        return SFTReport(**done | {"train_losses": tuple(done["train_losses"])})
-    checkpoint = last_checkpoint(out_dir / "checkpoints", args.world_size)
+        return done
 
     train = encode_pairs(model_dir, pairs, options.max_tokens)
     test = encode_pairs(model_dir, heldout, options.max_tokens)
@@ -141,14 +146,16 @@ def finetune(
             with model.disable_adapter():
                 progress["perplexity_before"] = perplexity(model, test, options.batch_size)
             if args.process_index == 0:
-                _write_json(progress_file, progress)
+                _write_json(out_dir / PROGRESS_FILE, progress)
         before = progress["perplexity_before"]
         logger.info("SFT: held-out perplexity before: %s", before)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         after = perplexity(model, test, options.batch_size)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise GaCLLMError(
-            f"SFT ran out of GPU memory at sft_batch_size={options.batch_size}: lower it (raise "
+            f"SFT ran out of memory at sft_batch_size={options.batch_size}: lower it (raise "
             f"sft_accumulation_steps={options.accumulation_steps} by the same factor), or lower "
             f"sft_max_tokens={options.max_tokens} or sft_lora_rank={options.lora_rank}"
         ) from error
@@ -168,9 +175,20 @@ def finetune(
         logger.warning("SFT: held-out perplexity did not fall; try another sft_learning_rate")
     if args.process_index == 0:
         _save_adapter(model, out_dir / "adapter", model_name or model_dir.name)
-        _write_json(progress_file, progress | {"report": asdict(report)})
+        _write_json(out_dir / PROGRESS_FILE, progress | {"report": asdict(report)})
         shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
     return report
+
+
+def finished(out_dir: Path) -> SFTReport | None:
+    """The report of a finished fine-tuning."""
+    report = _progress(out_dir).get("report")
+    return report and SFTReport(**report | {"train_losses": tuple(report["train_losses"])})
+
+
+def _progress(out_dir: Path) -> dict[str, Any]:
+    file = out_dir / PROGRESS_FILE
+    return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
 
 def merge(model_dir: Path, adapter_dir: Path, out_dir: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 from transformers import AutoTokenizer
 
@@ -108,18 +108,25 @@ def completion_loss(
 
 @torch.no_grad()
 def perplexity(model: nn.Module, examples: Sequence[Example], batch_size: int) -> float | None:
-    """``exp(summed NLL / n)`` over all completion tokens of ``examples``; None without examples."""
+    """``exp(summed NLL / n)`` over all completion tokens of ``examples``; None without examples.
+
+    Several processes share the batches, and each gets the figure of all.
+    """
     if not examples:
         return None
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
-    total = 0.0
-    for start in range(0, len(ordered), batch_size):
+    together = distributed.is_initialized()
+    rank, n_ranks = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, len(ordered), batch_size)[rank::n_ranks]:
         batch = pad_left(ordered[start : start + batch_size])
         labels = batch.pop("labels").to(device)
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        total += completion_loss(model(**inputs), labels).item()
+        total += completion_loss(model(**inputs), labels)
     model.train(was_training)
-    return math.exp(total / sum(example.n_completion for example in examples))
+    if together:
+        distributed.all_reduce(total)
+    return math.exp(total.item() / sum(example.n_completion for example in examples))

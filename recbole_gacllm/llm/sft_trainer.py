@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +42,41 @@ class SFTOptions:
     show_progress: bool = True
 
 
+def batch_of_a_process(options: SFTOptions, n_processes: int) -> tuple[int, int]:
+    """Sequences a step and steps an update of each of several processes.
+
+    Together they take the sequences of one update that one process would take. Where a pass over
+    the pairs does not end with a full step of all, its first pairs fill that up, by accelerate's
+    rule.
+
+    Raises:
+        ValueError: If an update cannot be shared equally.
+    """
+    n_sequences = options.batch_size * options.accumulation_steps
+    share = n_sequences // n_processes
+    if n_sequences % n_processes:
+        raise ValueError(
+            f"an update of {n_sequences} sequences (sft_batch_size: {options.batch_size} x "
+            f"sft_accumulation_steps: {options.accumulation_steps}) cannot be shared equally by "
+            f"{n_processes} processes; start a number of processes that divides it."
+        )
+    batch_size = max(n for n in range(1, options.batch_size + 1) if share % n == 0)
+    return batch_size, share // batch_size
+
+
 def training_arguments(out_dir: Path, options: SFTOptions) -> TrainingArguments:
-    """Trainer's arguments; everything it writes goes to ``out_dir/checkpoints``."""
+    """Trainer's arguments; everything it writes goes to ``out_dir/checkpoints``.
+
+    Raises:
+        ValueError: As :func:`batch_of_a_process`.
+    """
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batch_size, accumulation_steps = batch_of_a_process(options, n_processes)
     args = TrainingArguments(
         output_dir=str(out_dir / "checkpoints"),
         num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulation_steps,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation_steps,
         learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=0.03,  # below 1: a share of all steps
@@ -109,8 +139,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 def last_checkpoint(folder: Path, world_size: int) -> Path | None:
     """The newest complete checkpoint; half-written ones are skipped.
 
-    Trainer writes ``trainer_state.json`` last: one that parses ends a complete checkpoint (of the
-    first process; the random states of the others are counted).
+    Trainer writes ``trainer_state.json`` last: one that parses ends a complete checkpoint of the
+    first process. The others write their random states only, so all of these must be there, whole.
     """
 
     def step(checkpoint: Path) -> int:
@@ -122,6 +152,7 @@ def last_checkpoint(folder: Path, world_size: int) -> Path | None:
         except (OSError, ValueError):
             logger.info("SFT: skipping the half-written %s", checkpoint)
             continue
-        if len(list(checkpoint.glob("rng_state*.pth"))) == world_size:
+        random_states = list(checkpoint.glob("rng_state*.pth"))
+        if len(random_states) == world_size and all(map(zipfile.is_zipfile, random_states)):
             return checkpoint
     return None

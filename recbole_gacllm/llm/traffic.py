@@ -165,7 +165,8 @@ class Session:
         """Try an endpoint that failed, less and less often, until it is up again."""
         while True:
             await endpoint.down.wait()
-            pause = min(_FIRST_PAUSE * 2 ** (endpoint.n_failures - 1), _LONGEST_PAUSE)
+            n_doublings = min(endpoint.n_failures - 1, 16)  # an endpoint may be down for days
+            pause = min(_FIRST_PAUSE * 2**n_doublings, _LONGEST_PAUSE)
             await asyncio.sleep(pause * random.uniform(0.7, 1.0))
             try:
                 response = await http.get(f"{endpoint.url}/models", timeout=10.0)

@@ -8,6 +8,7 @@ completion does not depend on the prompts beside it, up to rounding.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -24,9 +25,11 @@ from transformers import (
 
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.chat import ChatTokenizer
-from recbole_gacllm.llm.engines import resolve_dtype
+from recbole_gacllm.llm.engines import out_of_memory, resolve_dtype
 from recbole_gacllm.llm.generator import Completion, Request, Sampling
 from recbole_gacllm.llm.weights import check_adapter
+
+logger = logging.getLogger(__name__)
 
 # Batches read ahead, sorted by length and worked off: enough to make their lengths similar.
 _BATCHES_AHEAD: Final = 4
@@ -41,7 +44,7 @@ class TransformersGenerator:
         dtype: ``auto``, ``bfloat16`` or ``float32``.
         seed: Taken for symmetry with vLLM: every draw here has its request's own seed.
         max_model_len: Longest prompt plus completion in tokens; None is the model's window.
-        batch_size: Prompts completed at once.
+        batch_size: Prompts completed at once; halved for good whenever memory runs out.
 
     Raises:
         GenerationError: If the model cannot be loaded.
@@ -88,8 +91,19 @@ class TransformersGenerator:
                 for request in window
             ]
             prompts.sort(key=lambda prompt: len(prompt[1]))
-            for start in range(0, len(prompts), self._batch_size):
-                yield from self._complete(prompts[start : start + self._batch_size])
+            while prompts:
+                batch = prompts[: self._batch_size]
+                completions = self._complete(batch)
+                if completions is None:
+                    self._batch_size = len(batch) // 2
+                    logger.warning(
+                        "memory ran out on a batch of %d prompts; going on with %d at once",
+                        len(batch),
+                        self._batch_size,
+                    )
+                    continue
+                del prompts[: len(batch)]
+                yield from completions
 
     def close(self) -> None:
         """Drop the model and free its memory."""
@@ -97,8 +111,12 @@ class TransformersGenerator:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _complete(self, batch: Sequence[tuple[Request, list[int]]]) -> list[Completion]:
-        """Complete one batch."""
+    def _complete(self, batch: Sequence[tuple[Request, list[int]]]) -> list[Completion] | None:
+        """Complete one batch; None if it is too large for the memory.
+
+        Raises:
+            GenerationError: If memory does not do for one prompt, or anything else fails.
+        """
         width = max(len(ids) for _, ids in batch)
         ids = torch.full((len(batch), width), self._chat.pad_token_id)  # [batch, width]
         mask = torch.zeros_like(ids)  # [batch, width]
@@ -123,6 +141,15 @@ class TransformersGenerator:
                     logits_processor=LogitsProcessorList([rules]),
                 )
         except Exception as error:
+            if out_of_memory(error):
+                if len(batch) > 1:
+                    return None
+                raise GenerationError(
+                    f"memory does not do for one prompt of {width} tokens and "
+                    f"{samplings[0].max_new_tokens} new ones ({type(error).__name__}). Lower "
+                    "llm_max_prompt_tokens or llm_max_new_tokens, take a smaller llm_model or "
+                    "llm_dtype: bfloat16. Completions handed out before are good."
+                ) from error
             raise GenerationError(
                 f"transformers failed on a batch of {len(batch)} prompts of up to {width} tokens: "
                 f"{type(error).__name__}: {error}. Completions handed out before are good."

@@ -8,7 +8,6 @@ completions come out as token ids: both engines share one tokenizer and one deco
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -20,19 +19,23 @@ import torch
 
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.chat import ChatTokenizer
-from recbole_gacllm.llm.engines import resolve_dtype
+from recbole_gacllm.llm.engines import out_of_memory, resolve_dtype
 from recbole_gacllm.llm.generator import Completion, Request
-from recbole_gacllm.llm.weights import check_adapter
+from recbole_gacllm.llm.vllm_options import (
+    CPU_SEQUENCES,
+    cpu_options,
+    lora_options,
+    prepare_environment,
+    stay_in_this_process,
+    tell_of_death,
+)
 
 logger = logging.getLogger(__name__)
 
-# Requests in flight on a CPU: more brings no throughput and delays the first completions.
-_CPU_WINDOW: Final = 32
-# The KV cache on a CPU: this share of the memory that is free, at most so many bytes.
-_CPU_KV_SHARE: Final = 0.25
-_CPU_KV_BYTES: Final = 4 << 30
-# The ranks vLLM has LoRA kernels for.
-_LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
+# vLLM's own choice on most GPUs, known for sure once an engine has started.
+_GPU_SEQUENCES: Final = 256
+# Starts, with half the sequences each, after memory ran out or the engine's process died.
+_MAX_RESTARTS: Final = 3
 
 
 class VLLMGenerator:
@@ -48,6 +51,9 @@ class VLLMGenerator:
         tensor_parallel_size: GPUs that share each layer.
         pipeline_parallel_size: Groups of layers on different GPUs.
         gpu_memory_utilization: Share of GPU memory for weights and KV cache.
+
+    Attributes:
+        window: Requests in flight that keep the engine busy.
 
     Raises:
         GenerationError: If vLLM does not start; holds its message.
@@ -67,7 +73,7 @@ class VLLMGenerator:
     ) -> None:
         self._chat = ChatTokenizer(model_dir)
         self._max_model_len = self._chat.context_window(max_model_len)
-        options: dict[str, Any] = {
+        self._options: dict[str, Any] = {
             "model": str(model_dir),
             "skip_tokenizer_init": True,
             "dtype": resolve_dtype(dtype),
@@ -79,40 +85,23 @@ class VLLMGenerator:
             "generation_config": "vllm",
             "use_tqdm_on_load": False,
         }
+        self._gpu_memory_utilization = gpu_memory_utilization
+        self._adapter_dir = adapter_dir
         if adapter_dir is not None:
-            options |= _lora_options(model_dir, adapter_dir)
+            self._options |= lora_options(model_dir, adapter_dir)
+        self._llm: Any = None
+        self._engine: Any = None
+        self._n_sequences: int | None = None  # at once; None is vLLM's choice
+        self._n_restarts = 0
+        self._names = itertools.count()
+        self._busy = False
         environment, self._set_num_threads = dict(os.environ), torch.set_num_threads
-        _prepare_environment()
-        try:
-            from vllm import LLM
-            from vllm.lora.request import LoRARequest
-            from vllm.platforms import current_platform
-
-            if current_platform.is_cpu():
-                _stay_in_this_process()
-                options |= _cpu_options(self._max_model_len)
-            else:
-                options["gpu_memory_utilization"] = gpu_memory_utilization
-            self._llm: Any = LLM(**options)
-            self._engine: Any = self._llm.llm_engine
-            self._lora = None
-            if adapter_dir is not None:
-                self._lora = LoRARequest("adapter", 1, str(adapter_dir))
-                self._engine.add_lora(self._lora)
-        except Exception as error:
-            raise GenerationError(
-                f"vLLM did not start on {model_dir}: {type(error).__name__}: {error}. Its own log "
-                "above may say more. llm_backend: transformers needs no vLLM."
-            ) from error
+        prepare_environment()
+        self._start()
         self._new_variables = set(os.environ) - set(environment)
         self._old_variables = {
             name: old for name, old in environment.items() if os.environ.get(name) != old
         }
-        scheduler = self._engine.vllm_config.scheduler_config
-        self._window = _CPU_WINDOW if current_platform.is_cpu() else 2 * scheduler.max_num_seqs
-        self._names = itertools.count()
-        self._busy = False
-        self._alive = True
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Complete requests; see :class:`~recbole_gacllm.llm.generator.TextGenerator`."""
@@ -125,11 +114,22 @@ class VLLMGenerator:
         self._busy = True
         try:
             while True:
-                for request in itertools.islice(source, self._window - len(in_flight)):
-                    self._add(request, in_flight)
-                if not in_flight:
-                    return
-                for output in self._step():
+                outputs = None
+                try:
+                    for request in itertools.islice(source, self.window - len(in_flight)):
+                        self._add(request, in_flight)
+                    if not in_flight:
+                        return
+                    outputs = self._step()
+                except GenerationError as failure:
+                    self._check_restart(failure)
+                if outputs is None:  # not within `except`, as in `_start`
+                    self._stop()
+                    self._start()
+                    source = itertools.chain(list(in_flight.values()), source)
+                    in_flight.clear()
+                    continue
+                for output in outputs:
                     yield self._completion(in_flight.pop(output.request_id), output)
         finally:
             self._busy = False
@@ -139,17 +139,88 @@ class VLLMGenerator:
     def close(self) -> None:
         """Stop the engine, free its memory and put back what vLLM changed in this process."""
         if self._engine is not None:
-            from vllm.distributed import cleanup_dist_env_and_memory
+            self._stop()
+        # vLLM's CPU worker replaced the one, and set LD_PRELOAD and more in the other.
+        torch.set_num_threads = self._set_num_threads
+        for name in self._new_variables:
+            os.environ.pop(name, None)
+        os.environ.update(self._old_variables)
 
-            self._alive = False
+    def _start(self) -> None:
+        """Load the engine; where memory runs out, with half the batch, and again.
+
+        Raises:
+            GenerationError: If it does not start.
+        """
+        while True:
+            try:
+                self._load()
+                return
+            except Exception as error:
+                if not (out_of_memory(error) and self._halve(error)):
+                    raise GenerationError(
+                        f"vLLM did not start on {self._options['model']}: {_said(error)}. Its own "
+                        "log above may say more. llm_backend: transformers needs no vLLM."
+                    ) from error
+            self._stop()  # not within `except`, which keeps the engine's memory alive
+
+    def _load(self) -> None:
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+        from vllm.platforms import current_platform
+
+        options, on_cpu = dict(self._options), current_platform.is_cpu()
+        if on_cpu:
+            stay_in_this_process()
+            self._n_sequences = self._n_sequences or CPU_SEQUENCES
+            options |= cpu_options(self._max_model_len, self._n_sequences)
+        else:
+            options["gpu_memory_utilization"] = self._gpu_memory_utilization
+            if self._n_sequences is not None:
+                options["max_num_seqs"] = self._n_sequences
+        self._llm = LLM(**options)
+        self._engine = self._llm.llm_engine
+        tell_of_death(self._engine.engine_core)
+        self._lora = None
+        if self._adapter_dir is not None:
+            self._lora = LoRARequest("adapter", 1, str(self._adapter_dir))
+            self._engine.add_lora(self._lora)
+        self._n_sequences = n = int(self._engine.vllm_config.scheduler_config.max_num_seqs)
+        self.window = n if on_cpu else 2 * n
+        self._alive = True
+
+    def _halve(self, error: BaseException) -> bool:
+        """Half as many sequences at once from now on; False where that was tried often enough."""
+        if self._n_restarts == _MAX_RESTARTS:
+            return False
+        self._n_restarts += 1
+        self._n_sequences = max(1, (self._n_sequences or _GPU_SEQUENCES) // 2)
+        logger.warning(
+            "vLLM starts again with %d sequences at once: %s", self._n_sequences, _said(error)
+        )
+        return True
+
+    def _check_restart(self, failure: GenerationError) -> None:
+        """Prepare a new start, if that may help: memory ran out, or the engine's process is gone.
+
+        Raises:
+            GenerationError: The failure, if it may not.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        cause = failure.__cause__
+        gone = isinstance(cause, EngineDeadError) or (cause is not None and out_of_memory(cause))
+        if cause is None or not gone or not self._halve(cause):
+            raise failure
+
+    def _stop(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._alive = False
+        if self._engine is not None:
             self._engine.engine_core.shutdown()
-            self._engine = self._llm = None
-            cleanup_dist_env_and_memory()
-            # vLLM's CPU worker replaced the one, and set LD_PRELOAD and more in the other.
-            torch.set_num_threads = self._set_num_threads
-            for name in self._new_variables:
-                os.environ.pop(name, None)
-            os.environ.update(self._old_variables)
+        self._engine = self._llm = None
+        cleanup_dist_env_and_memory()
 
     def _add(self, request: Request, in_flight: dict[str, Request]) -> None:
         """Hand a request to the engine under a name of our own."""
@@ -168,11 +239,11 @@ class VLLMGenerator:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         name = str(next(self._names))
+        in_flight[name] = request
         with self._failures():
             self._engine.add_request(
                 name, {"prompt_token_ids": ids}, parameters, lora_request=self._lora
             )
-        in_flight[name] = request
 
     def _step(self) -> list[Any]:
         """One step of the engine; the requests it finished."""
@@ -199,62 +270,17 @@ class VLLMGenerator:
         except Exception as error:
             self._alive = False
             raise GenerationError(
-                f"vLLM stopped working: {type(error).__name__}: {error}. Completions handed out "
-                "before are good; start again to go on from there."
+                f"vLLM stopped working: {_said(error)}. Completions handed out before are good; "
+                "start again to go on from there."
             ) from error
 
 
-def _prepare_environment() -> None:
-    """Settings that vLLM reads from the environment; the user's own win.
-
-    vLLM gives a dozen warnings at each start that nobody here can act on: only errors pass.
-    """
-    level = "INFO" if logger.isEnabledFor(logging.DEBUG) else "ERROR"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
-
-
-def _stay_in_this_process() -> None:
-    """Keep vLLM's CPU engine, and its look at the model's class, in this process.
-
-    An engine process of its own takes three times as long to start, competes with this one for
-    cores, and is a fresh Python without what `compat.hide_broken_torchvision` hid here, in which
-    transformers cannot import its models. That is also why the look at the model's class, which
-    vLLM takes in another Python so as not to touch CUDA, is taken here. End: with that repair.
-    """
-    from vllm.model_executor.models import registry
-
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    registry._run_in_subprocess = lambda inspect: inspect()
-
-
-def _cpu_options(max_model_len: int) -> dict[str, Any]:
-    """What vLLM's CPU backend needs: no compilation, small cache blocks, a bounded KV cache.
-
-    Compiling takes a minute and a half and brings one percent; prefix caching works on whole
-    blocks, 128 tokens by default; without a bound the cache asks for nearly all memory. A step
-    takes every prompt whole: vLLM 0.32 fails on a split prompt that draws with a seed of its own,
-    as it would set back PyTorch's CPU generator, which cannot be set back.
-    """
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "enforce_eager": True,
-        "block_size": 32,
-        "max_num_seqs": _CPU_WINDOW,
-        "max_num_batched_tokens": _CPU_WINDOW * max_model_len,
-        "kv_cache_memory_bytes": min(int(free * _CPU_KV_SHARE), _CPU_KV_BYTES),
-    }
-
-
-def _lora_options(model_dir: Path, adapter_dir: Path) -> dict[str, Any]:
-    """LoRA settings for an adapter that has been checked against the model."""
-    check_adapter(model_dir, adapter_dir)
-    config = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
-    rank = next((rank for rank in _LORA_RANKS if rank >= config["r"]), None)
-    if rank is None:
-        raise ValueError(
-            f"The adapter {adapter_dir} has rank {config['r']}; vLLM serves ranks up to "
-            f"{_LORA_RANKS[-1]}. Merge it (llm_merge_adapter: True)."
+def _said(error: BaseException) -> str:
+    """An error in words, and what helps if memory ran out."""
+    text = f"{type(error).__name__}: {error}"
+    if out_of_memory(error):
+        text += (
+            ". Memory ran out: lower llm_max_prompt_tokens or llm_max_new_tokens, take a smaller "
+            "llm_model, or on GPUs more of them (llm_tensor_parallel_size)"
         )
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+    return text

@@ -143,6 +143,8 @@ def check_adapter(model_dir: Path, adapter_dir: Path) -> None:
     """
     from safetensors import safe_open
 
+    check_safetensors(model_dir)
+    check_safetensors(adapter_dir)
     file = adapter_dir / "adapter_model.safetensors"
     if not file.is_file() or not (adapter_dir / "adapter_config.json").is_file():
         raise ValueError(
@@ -165,6 +167,25 @@ def check_adapter(model_dir: Path, adapter_dir: Path) -> None:
                     f"shape {shape}, the model's {module}.weight has {expected or 'no entry'}. "
                     "Use the model it was trained on, or train again with sft: True."
                 )
+
+
+def check_safetensors(folder: Path) -> None:
+    """Find truncated and damaged weight files by their headers, which say how long a file is.
+
+    Raises:
+        WeightsError: Names the first file that does not hold what its header says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"{file} is truncated or damaged: {error}. Fetch or copy it again, then start "
+                "again: what was finished is kept."
+            ) from error
 
 
 def _local_or_hub(name: str, key: str) -> Path:
@@ -203,6 +224,7 @@ def _checked(folder: Path, name: str, key: str) -> Path:
         return folder
     safe = any(folder.rglob("*.safetensors"))
     if safe and ((folder / "config.json").is_file() or (folder / "modules.json").is_file()):
+        check_safetensors(folder)
         return folder
     pickles = sorted(
         file.name for ending in ("bin", "pt", "pth") for file in folder.glob(f"*.{ending}")
@@ -262,11 +284,11 @@ def _build_atomically(folder: Path, build: Callable[[Path], None]) -> None:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Whether every file of the manifest is there in its full size."""
+    """Whether every file of the manifest is there as it was made."""
     files: dict[str, list[Any]] = _read_json(folder / _MANIFEST).get("files", {})
     return bool(files) and all(
-        (folder / name).is_file() and (folder / name).stat().st_size == size
-        for name, (size, _) in files.items()
+        (folder / name).is_file() and hash_file(folder / name) == sha256
+        for name, (_, sha256) in files.items()
     )
 
 

@@ -82,6 +82,7 @@ def score(record: dict[str, Any], checkpoint: Path) -> Scored:
         # RecBole's trainer makes folders for logs and checkpoints.
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
         trainer.tensorboard.close()
+    trainer.eval_collector.data_collect(train)  # what some metrics count; RecBole does so in fit
     valid_scores, _ = _evaluate(trainer, train, valid, valid)
     collected = _collect_top(trainer)
     test_scores, result = _evaluate(trainer, train, valid, test)

@@ -1,0 +1,293 @@
+"""A layer's prompts out to a cluster, and its answers back into the description store.
+
+A request's id is the address under which the run that exported it looks its description up,
+whatever ``llm_backend`` the run has. So the run finds answers as if it had made them, and who
+answers vouches that the weights are those which ``batch.json`` names.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Self
+
+from recbole_gacllm import artifacts, stage
+from recbole_gacllm.descriptions.batch import (
+    MANIFEST_FILE,
+    Answers,
+    answer_files,
+    custom_id,
+    key_of,
+    request_line,
+    write_shards,
+)
+from recbole_gacllm.descriptions.convolution import Convolution, record_of
+from recbole_gacllm.descriptions.imported import ImportedTexts
+from recbole_gacllm.descriptions.store import DescriptionStore, Record
+from recbole_gacllm.llm.chat import ChatTokenizer
+from recbole_gacllm.llm.chat_api import chat_body, completion_of
+from recbole_gacllm.llm.engines import choose_backend
+from recbole_gacllm.llm.generator import Request
+
+logger = logging.getLogger(__name__)
+
+# Addresses whose first attempt gave no usable text, one a line: they are exported as second ones.
+_RETRY_FILE = "second_attempts.txt"
+# What a cluster needs besides the shards; see cluster/ray_describe.py.
+_JOB_FILES = ("ray_describe.py", "requirements.txt")
+_BATCH = 512  # records a durable write
+
+
+@dataclass
+class ImportReport:
+    """What an import did for one layer. The first five add up to the prompts that were missing.
+
+    Attributes:
+        layer: Its number.
+        n_imported: Descriptions that are now in the store.
+        n_failed: Prompts whose second answer was no description, too: the node keeps its text.
+        n_to_retry: Prompts whose answer was no description; the next export asks again.
+        n_errors: Requests that the batch job reports as failed.
+        n_unanswered: Prompts without any answer.
+    """
+
+    layer: int
+    n_imported: int = 0
+    n_failed: int = 0
+    n_to_retry: int = 0
+    n_errors: int = 0
+    n_unanswered: int = 0
+
+    @property
+    def n_missing(self) -> int:
+        """Prompts that the layer still lacks."""
+        return self.n_to_retry + self.n_errors + self.n_unanswered
+
+
+@dataclass
+class Imported:
+    """What an import did.
+
+    Attributes:
+        layers: By layer that was incomplete, from below, up to the first that still is.
+        complete: Whether all layers of the run are in the store now.
+        n_lines, n_damaged, n_duplicates: See :class:`Answers`.
+        n_known: Answers to prompts that the store had before; nothing of it is changed.
+        n_unknown: Answers to no prompt of this run up to its first incomplete layer.
+    """
+
+    layers: list[ImportReport]
+    complete: bool
+    n_lines: int
+    n_damaged: int
+    n_duplicates: int
+    n_known: int
+    n_unknown: int
+
+
+def export_batch(
+    folder: Path, job: dict[str, Any], to: Path, shard_size: int
+) -> dict[str, Any] | None:
+    """Write what the first incomplete layer lacks as request shards, with job and ``batch.json``.
+
+    Args:
+        folder: Of the descriptions stage.
+        job: Of that stage.
+        to: Folder to write to.
+        shard_size: Requests a file.
+
+    Returns:
+        What ``batch.json`` says; None if the store has all layers.
+
+    Raises:
+        ValueError: If the token budget does not fit the model.
+        GaCLLMError: If the store or the shards cannot be read or written.
+    """
+    with _Layers(folder, job) as layers:
+        requests = layers.missing()
+        if requests is None:
+            return None
+        chat = ChatTokenizer(Path(job["generator_dir"]))
+        second = layers.to_retry()
+        counts = {"n_requests": 0, "n_second_attempts": 0}
+
+        def lines() -> Iterator[str]:
+            for request in requests:
+                attempt = 2 if request.id in second else 1
+                counts["n_requests"] += 1
+                counts["n_second_attempts"] += attempt == 2
+                if attempt == 2:
+                    request = layers.convolution.retry_of(request)
+                body = chat_body(request, chat, job["served_model"])
+                yield request_line(custom_id(request.id, attempt), body)
+
+        shards = write_shards(to, layers.number, lines(), shard_size)
+        for name in _JOB_FILES:
+            shutil.copy(Path(__file__).parent / "cluster" / name, to)
+        manifest = {
+            "layer": layers.number,
+            "n_layers": layers.n_layers,
+            **counts,
+            "shards": [shard.name for shard in shards],
+            "model": job["served_model"],
+            "model_dir": job["generator_dir"],
+            "adapter_dir": job["adapter_dir"],
+            "generator": job["generator_key"],
+        }
+        text = json.dumps(manifest, indent=2) + "\n"
+        artifacts.write_atomic(to / MANIFEST_FILE, text.encode())
+        return manifest
+
+
+def import_batch(folder: Path, job: dict[str, Any], paths: list[Path]) -> Imported:
+    """Put answers into the store, cleaned and judged as the stage does.
+
+    Answers are looked for layer by layer, up to the first layer that still lacks some.
+
+    Args:
+        folder: Of the descriptions stage.
+        job: Of that stage.
+        paths: Files of answers, and folders of such.
+
+    Raises:
+        ValueError: If there are none, or one cannot be read.
+        GaCLLMError: If the store cannot be read or written.
+    """
+    answers = Answers.read(answer_files(paths))
+    reports: list[ImportReport] = []
+    added: set[str] = set()  # ids of answers that were looked at
+    with _Layers(folder, job) as layers:
+        second = layers.to_retry()
+        while (requests := layers.missing()) is not None:
+            report = ImportReport(layers.number)
+            reports.append(report)
+            records: list[Record] = []
+            for request in requests:
+                record = _record(request, answers, report, second, added)
+                if record is not None:
+                    records.append(record)
+                if len(records) == _BATCH:
+                    layers.store.put_many(records)
+                    records = []
+            layers.store.put_many(records)
+            if report.n_missing:
+                break
+        layers.write_to_retry(second)
+        n_known = n_unknown = 0
+        for name in chain(answers, answers.errors):
+            if name not in added:
+                key = key_of(name)
+                known = key is not None and bool(layers.store.get_many([key]))
+                n_known += known
+                n_unknown += not known
+    return Imported(
+        layers=reports,
+        complete=requests is None,
+        n_lines=answers.n_lines,
+        n_damaged=answers.n_damaged,
+        n_duplicates=answers.n_duplicates,
+        n_known=n_known,
+        n_unknown=n_unknown,
+    )
+
+
+def _record(
+    request: Request, answers: Answers, report: ImportReport, second: set[str], added: set[str]
+) -> Record | None:
+    """What the store is to hold for a prompt, if an answer settles it."""
+    names = {attempt: custom_id(request.id, attempt) for attempt in (1, 2)}
+    added.update(names.values())
+    error = any(name in answers.errors for name in names.values())
+    for attempt, name in names.items():
+        if name not in answers:
+            continue
+        try:
+            completion = completion_of(request.id, answers.body(name))
+        except ValueError as reason:
+            logger.warning("request %s: %s", name, reason)
+            error = True
+            continue
+        record = record_of(completion, request.messages, attempt)
+        if record.status == "ok" or attempt == 2:
+            report.n_imported += record.status == "ok"
+            report.n_failed += record.status == "failed"
+            return record
+        second.add(request.id)
+    if error:
+        report.n_errors += 1
+    elif request.id in second and names[1] in answers:
+        report.n_to_retry += 1
+    else:
+        report.n_unanswered += 1
+    return None
+
+
+class _Layers:
+    """The layers of a run, as far as the store has them; holds the stage's lock while open.
+
+    Attributes:
+        number: The first layer that is incomplete, once :meth:`missing` has found it.
+        n_layers: Of the run.
+    """
+
+    def __init__(self, folder: Path, job: dict[str, Any]) -> None:
+        self._folder, self._job = folder, job
+        self._stack = ExitStack()
+        self._convolution: Convolution | None = None
+        self.number, self.n_layers = 1, job["options"]["llm_n_layers"]
+
+    def __enter__(self) -> Self:
+        job = self._job
+        with ExitStack() as stack:
+            stack.enter_context(artifacts.stage_lock(self._folder))
+            self.store = stack.enter_context(DescriptionStore(Path(job["store"])))
+            self._graph, self._layer = stage.inputs_of(job)
+            file = job["import_file"]
+            self._imported = ImportedTexts.read(Path(file)) if file else None
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def missing(self) -> Iterator[Request] | None:
+        """First attempts that the first incomplete layer lacks; None if no layer lacks any."""
+        nothing_known = stage.nothing_known_of(self._job)
+        while self.number <= self.n_layers:
+            if self._imported is not None and self.number in self._imported.layers:
+                self._layer = self._imported.fill(self.number, self._layer)
+            else:
+                requests = self.convolution.missing_requests(
+                    self._layer, nothing_known, self.number
+                )
+                if (first := next(requests, None)) is not None:
+                    return chain([first], requests)
+                self._layer, _ = self.convolution.next_layer(
+                    self._layer, nothing_known, self.number
+                )
+            self.number += 1
+        return None
+
+    @property
+    def convolution(self) -> Convolution:
+        """The run's; it loads no engine, as it is never asked for a layer that lacks something."""
+        if self._convolution is None:
+            backend, _ = choose_backend(self._job["options"]["llm_backend"])
+            self._convolution = stage.convolution_of(self._job, self._graph, self.store, backend)
+        return self._convolution
+
+    def to_retry(self) -> set[str]:
+        """Addresses whose first attempt gave no usable text."""
+        file = self._folder / _RETRY_FILE
+        return set(file.read_text("ascii").split()) if file.is_file() else set()
+
+    def write_to_retry(self, keys: set[str]) -> None:
+        """Keep these addresses for the next export."""
+        text = "".join(f"{key}\n" for key in sorted(keys))
+        artifacts.write_atomic(self._folder / _RETRY_FILE, text.encode())

@@ -1,0 +1,420 @@
+"""A workshop that starts the preprocessing hook over and over, to be killed at chosen moments.
+
+Importing what the stages need takes seconds, a stage of a tiny model takes less. So one process
+imports once, keeps to one thread, and forks every run and, in the run, every stage: the same
+functions as in a real run, with ``fork`` in the place of a new interpreter. It reads a job a line
+(JSON) from standard input and answers with a line. As a subreaper it waits for all that a run left
+behind before it answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import mmap
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans of a run become ours
+_POLL_SECONDS = 0.001
+
+
+class Lab:
+    """The test's side: a workshop in a process of its own."""
+
+    def __init__(self, log: Path, prefix: Iterable[str] = ()) -> None:
+        self._log = open(log, "ab")  # noqa: SIM115  (the workshop's, until it is closed)
+        self._process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "tests.crash_lab"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def run(self, keys: dict[str, Any], data: Path, record: Path, **how: Any) -> dict[str, Any]:
+        """Run the hook once.
+
+        Args:
+            keys: That differ from the defaults.
+            data: Folder of the data set, ``data/tiny/tiny.inter`` and so on.
+            record: Gets a line for each request to the LLM, update of SFT, text encoded, event.
+            how: ``kill``: ``{"stage", "after", "whom"}`` or ``{"event", "nth"}``; ``full_at``: a
+                pattern of events at which the disk is full.
+
+        Returns:
+            ``status`` (``done``, ``killed`` or ``error``), ``stage`` and ``event`` that it was in,
+            ``error`` with ``type`` and text, ``seconds`` of each stage.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        job = {"keys": keys, "data": str(data), "record": str(record), **how}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, f"the workshop died; see {self._log.name}"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+
+def save_tiny_encoder(folder: Path) -> Path:
+    """A random BERT of one layer with a tokenizer of bytes."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<|pad|>", model_max_length=256
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def training_data(data: Path) -> Any:
+    """All interactions of the data set ``tiny`` as training edges."""
+    import pandas as pd
+
+    from recbole_gacllm.data import TrainingData
+    from recbole_gacllm.descriptions.neighbors import TrainGraph
+
+    frame = pd.read_csv(data / "tiny" / "tiny.inter", sep="\t")
+    users, user_tokens = pd.factorize(frame["user_id:token"])
+    items, item_tokens = pd.factorize(frame["item_id:token"])
+    return TrainingData(
+        dataset="tiny",
+        graph=TrainGraph(
+            user_tokens=user_tokens.to_numpy(dtype=str),
+            item_tokens=item_tokens.to_numpy(dtype=str),
+            users=users,
+            items=items,
+            timestamps=frame["timestamp:float"].to_numpy(dtype=float),
+        ),
+        feature_files={
+            "user": data / "tiny" / "tiny.user",
+            "item": data / "tiny" / "tiny.item",
+        },
+        id_fields={"user": "user_id", "item": "item_id"},
+        field_separator="\t",
+        seq_separator=" ",
+        encoding="utf-8",
+        seed=2020,
+        show_progress=False,
+    )
+
+
+def prepare(keys: dict[str, Any], data: Path) -> None:
+    """The hook, as ``GaCLLM.__init__`` calls it."""
+    from recbole_gacllm import pipeline
+    from recbole_gacllm.config import GaCLLMConfig, model_defaults
+
+    pipeline.prepare(GaCLLMConfig.from_mapping({**model_defaults(), **keys}), training_data(data))
+
+
+class _Shared:
+    """What a run's processes and the workshop tell each other: memory that forks share."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 4096)
+
+    def put(self, **values: Any) -> None:
+        content = json.dumps({**self.get(), **values}).encode().ljust(4096, b" ")
+        self._memory[:] = content
+
+    def get(self) -> dict[str, Any]:
+        text = self._memory[:].decode().strip(" \0")
+        try:
+            values: dict[str, Any] = json.loads(text) if text else {}
+        except ValueError:  # read while it was written
+            return {}
+        return values
+
+    def clear(self) -> None:
+        self._memory[:] = b" " * 4096
+
+
+class _Run:
+    """A run's side: events, kills, and forks in the place of new interpreters."""
+
+    def __init__(self, job: dict[str, Any], shared: _Shared) -> None:
+        self.shared = shared
+        self.root = str(job["keys"]["artifact_dir"])
+        self.record = job["record"]
+        self.kill = job.get("kill") or {}
+        self.full_at = job.get("full_at")
+        self.counts: Counter[str] = Counter()
+        self.leader = os.getpid()
+        self.stage = "inputs"
+
+    def note(self, kind: str, value: Any) -> None:
+        line = json.dumps([self.stage, kind, value]) + "\n"
+        descriptor = os.open(self.record, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(descriptor, line.encode())
+        os.close(descriptor)
+
+    def event(self, what: str) -> None:
+        """Something is about to happen on the disk; the moment of an exact kill."""
+        name = f"{self.stage}: {what}"
+        self.counts[name] += 1
+        self.note("event", what)
+        if self.kill.get("event") == name and self.kill["nth"] == self.counts[name]:
+            self.shared.put(stage=self.stage, event=name)
+            os.kill(self.leader, signal.SIGKILL)
+            os.killpg(0, signal.SIGKILL)
+        if self.full_at is not None and re.search(self.full_at, name):
+            self.shared.put(stage=self.stage, event=name)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def enter(self, stage: str) -> None:
+        self.stage = stage
+        self.counts.clear()
+        self.shared.put(stage=stage, child=os.getpid())
+
+    def watch(self) -> None:
+        """Make events of all that touches the artefacts."""
+        fsync = os.fsync
+
+        def audit(event: str, args: tuple[Any, ...]) -> None:
+            if event == "open" and isinstance(args[0], (str, os.PathLike)):
+                writes = args[2] & (os.O_WRONLY | os.O_RDWR) if len(args) > 2 else 0
+                if writes:
+                    self._touch("write", args[0])
+            elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+                self._touch(event[3:], args[1 if event == "os.rename" else 0])
+
+        def synced(descriptor: int) -> None:
+            self._touch("sync", os.readlink(f"/proc/self/fd/{descriptor}"))
+            fsync(descriptor)
+
+        sys.addaudithook(audit)
+        os.fsync = synced
+
+    def _touch(self, how: str, path: Any) -> None:
+        path = os.fspath(path)
+        if isinstance(path, str) and path.startswith(self.root) and not path.endswith(".lock"):
+            name = os.path.basename(path) if path != self.root else "root"
+            name = re.sub(r"[0-9a-f]{16,}", "#", name)
+            self.event(f"{how} {re.sub('checkpoint-[0-9]+', 'checkpoint', name)}")
+
+    def fork_stages(self) -> None:
+        """Let ``run_child`` fork, and let the stages tell what they generate, learn, encode."""
+        from recbole_gacllm import artifacts, stage
+        from recbole_gacllm.descriptions import convolution
+        from recbole_gacllm.descriptions.encoder import TextEncoder
+        from recbole_gacllm.descriptions.store import DescriptionStore
+        from recbole_gacllm.llm import sft_trainer
+
+        run = self
+        # A tiny layer takes less time than a real run lets pass between two writes.
+        assert convolution._BATCH_SECONDS > 0
+        convolution._BATCH, convolution._BATCH_SECONDS = 4, 0.0
+
+        class Forked:
+            """The part of ``subprocess.Popen`` that ``run_child`` needs."""
+
+            def __init__(self, command: list[str], stdin: int, **_: Any) -> None:
+                self.returncode: int | None = None
+                self.pid = os.fork()
+                if self.pid == 0:
+                    _end(lambda: self._be_a_stage(command, stdin))
+                os.setpgid(self.pid, self.pid)
+
+            def _be_a_stage(self, command: list[str], stdin: int) -> None:
+                os.setpgid(0, 0)
+                os.dup2(stdin, 0)
+                os.closerange(3, 1024)
+                run.enter(command[-2])
+                sys.argv = command[2:]
+                stage.main()
+
+            def wait(self) -> int:
+                if self.returncode is None:
+                    status = os.waitpid(self.pid, 0)[1]
+                    self.returncode = os.waitstatus_to_exitcode(status)
+                    run.enter("between")
+                return self.returncode
+
+        class Popen:
+            Popen = Forked
+
+        artifacts.subprocess = Popen  # type: ignore[assignment]
+        open_generator = stage.open_generator
+
+        def opened(*args: Any, **keys: Any) -> Any:
+            generator = open_generator(*args, **keys)
+            generate = generator.generate
+
+            def noting(requests: Iterable[Any]) -> Iterator[Any]:
+                def noted() -> Iterator[Any]:
+                    for request in requests:
+                        run.note("request", request.id)
+                        yield request
+
+                return generate(noted())
+
+            generator.generate = noting
+            return generator
+
+        stage.open_generator = opened
+        put_many = DescriptionStore.put_many
+
+        def putting(store: Any, records: Any) -> Any:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # closed: it was damaged
+                store._db.set_trace_callback(lambda sql: run.event(f"sql {sql.split()[0]}"))
+            return put_many(store, records)
+
+        DescriptionStore.put_many = putting  # type: ignore[method-assign]
+        on_log = sft_trainer.Progress.on_log
+
+        def logging_update(self: Any, args: Any, state: Any, control: Any, **keys: Any) -> None:
+            if "loss" in state.log_history[-1]:  # and not the summary at the end
+                run.note("update", state.global_step)
+            on_log(self, args, state, control, **keys)
+
+        sft_trainer.Progress.on_log = logging_update  # type: ignore[method-assign]
+        encode = TextEncoder._encode
+
+        def encoding(self: Any, texts: list[str]) -> Any:
+            run.note("encode", len(texts))
+            return encode(self, texts)
+
+        TextEncoder._encode = encoding  # type: ignore[method-assign]
+
+
+def _end(body: Callable[[], None]) -> None:
+    """Run the body of a forked process and end it, without what the workshop has on its stack."""
+    code = 1
+    try:
+        body()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _lead(job: dict[str, Any], shared: _Shared, answer: int) -> None:
+    os.setpgid(0, 0)
+    with open(os.devnull, "rb") as empty:
+        os.dup2(empty.fileno(), 0)
+    run = _Run(job, shared)
+    run.fork_stages()
+    run.watch()
+    try:
+        prepare(job["keys"], Path(job["data"]))
+    except Exception as error:
+        from recbole_gacllm.errors import GaCLLMError
+
+        known = type(error) is ValueError or isinstance(error, GaCLLMError)
+        text = {"type": type(error).__name__, "error": str(error), "known": known}
+        os.write(answer, json.dumps(text).encode()[:60_000])
+        if not known:
+            raise
+        sys.exit(1)
+
+
+def _supervise(leader: int, kill: dict[str, Any], shared: _Shared) -> tuple[dict[str, float], bool]:
+    """Wait for a run's end, or end it; returns the seconds of each stage, and whether it did."""
+    killed = False
+    seconds: Counter[str] = Counter()
+    began = last = time.monotonic()
+    stage, entered = "inputs", began
+    while os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        time.sleep(_POLL_SECONDS)
+        now = time.monotonic()
+        seconds[stage] += now - last
+        last = now
+        told = shared.get()
+        if told.get("stage", stage) != stage:
+            stage, entered = told["stage"], now
+        if kill.get("stage") == stage and now - entered >= kill["after"] and "event" not in kill:
+            killed = True
+            child = told.get("child") if stage not in ("inputs", "between") else None
+            if kill["whom"] != "stage" or child is None:
+                os.kill(leader, signal.SIGKILL)
+            if kill["whom"] != "leader" and child is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)
+            os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+    return dict(seconds), killed
+
+
+def _do(job: dict[str, Any], shared: _Shared) -> dict[str, Any]:
+    shared.clear()
+    Path(job["record"]).write_text("")
+    read, write = os.pipe()
+    leader = os.fork()
+    if leader == 0:
+        os.close(read)
+        _end(lambda: _lead(job, shared, write))
+    os.close(write)
+    seconds, killed = _supervise(leader, job.get("kill") or {}, shared)
+    code = os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1])
+    while True:  # guards and orphaned stages
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            break
+    with open(read, "rb") as pipe:
+        sent = pipe.read()
+    told = shared.get()
+    answer = {"seconds": seconds, "stage": told.get("stage", ""), "event": told.get("event", "")}
+    if killed or code == -signal.SIGKILL:
+        return {**answer, "status": "killed"}
+    if code == 0:
+        return {**answer, "status": "done"}
+    return {**answer, "status": "error", **(json.loads(sent) if sent else {"error": "none told"})}
+
+
+def main() -> None:
+    from recbole_gacllm import pipeline, stage  # noqa: F401  (hides a broken torchvision, so first)
+    from recbole_gacllm.descriptions import encoder  # noqa: F401
+    from recbole_gacllm.llm import chat, sft, transformers_engine  # noqa: F401
+
+    import transformers  # isort: skip
+
+    for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "BertModel"):
+        getattr(transformers, name)  # they load when they are first asked for
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+    shared = _Shared()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        answers.write(json.dumps(_do(json.loads(line), shared)) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Text embeddings stay files in half precision, whoever reads them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from recbole_gacllm import data as data_module
+from recbole_gacllm.data import TextLayers
+from recbole_gacllm.descriptions.layers import Layer
+
+N_USERS, N_ITEMS, WIDTH = 3000, 2000, 64
+
+
+@pytest.fixture
+def texts(tmp_path) -> TextLayers:
+    """Embeddings of 5,000 nodes as a finished stage leaves them, loaded for the CPU."""
+    tokens = {
+        "user": [f"u{i}" for i in range(N_USERS)],
+        "item": [f"i{i}" for i in range(N_ITEMS)],
+    }
+    folders = {name: tmp_path / name for name in ("inputs", "embeddings")}
+    for folder in folders.values():
+        folder.mkdir()
+    Layer.raw(tokens, tokens).write(folders["inputs"] / "layer_0.parquet")
+    table = np.random.default_rng(1).standard_normal((N_USERS + N_ITEMS, WIDTH))
+    np.save(folders["embeddings"] / "layer_0.npy", table.astype(np.float16))
+    graph = SimpleNamespace(tokens=lambda side: np.array(tokens[side]))
+    options = SimpleNamespace(text_source="generated")
+    return TextLayers.load(folders, 1, options, SimpleNamespace(graph=graph, seed=1)).to("cpu")
+
+
+def kibibytes(file: Path) -> dict[str, int]:
+    """What the mapping of a file takes in this process, as Linux counts it."""
+    sizes: dict[str, int] = {}
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):  # the head of a mapping: addresses, ..., file
+            inside = line.endswith(str(file))
+        elif inside and rest[-1] == "kB":
+            sizes[name[:-1]] = sizes.get(name[:-1], 0) + int(rest[0])
+    return sizes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_embeddings_are_pages_of_the_file_that_processes_share(texts, tmp_path):
+    file = tmp_path / "embeddings" / "layer_0.npy"
+    nodes = torch.arange(N_USERS + N_ITEMS + 2)
+    mean = texts.rows(0, nodes).mean()
+    assert mean != 0
+    mine = kibibytes(file)
+    assert mine["Rss"] * 1024 >= file.stat().st_size * 0.9  # all of it was read
+    assert mine["Anonymous"] == 0  # none of it was copied
+    child = os.fork()
+    if child == 0:
+        texts.tables[0].numpy().max()
+        other = kibibytes(file)
+        os._exit(not 0 < other["Pss"] <= 0.6 * other["Rss"])
+    assert os.waitpid(child, 0)[1] == 0  # each page is there once for both
+
+
+def test_rows_are_float32_of_the_file_in_the_order_of_the_nodes(texts):
+    table = texts.tables[0]
+    assert table.dtype == torch.float16
+    nodes = torch.tensor([N_USERS + 2, 1, 0, 3])  # first item, first user, padding, third user
+    expected = table[[N_USERS, 0, 0, 2]].float()
+    expected[2] = 0
+    assert torch.equal(texts.rows(0, nodes), expected)
+
+
+def test_no_projection_sees_more_than_some_rows_in_float32(texts, monkeypatch):
+    monkeypatch.setattr(data_module, "MAX_ROWS", 700)
+    seen: list[torch.Tensor] = []
+    projection = torch.nn.Linear(WIDTH, 4)
+    projection.register_forward_hook(lambda _module, found, _result: seen.append(found[0]))
+    nodes = torch.randperm(N_USERS + N_ITEMS + 2)
+    result = texts.projected(0, nodes, projection)
+    assert max(map(len, seen)) == 700
+    assert torch.allclose(result, projection(texts.rows(0, nodes)), atol=1e-6)

@@ -1,0 +1,291 @@
+"""SIGKILL at 50 moments of the preprocessing hook: nothing finished is lost, changed or repeated.
+
+Half of the moments are exact (the n-th rename, write, sync or SQL statement of a stage), half are
+random times; some kill the run alone, some its stage alone, some all at once. transformers in
+float32 is deterministic, so every interrupted run must end with the bytes of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recbole_gacllm import integrity
+from recbole_gacllm.artifacts import read_manifest
+from recbole_gacllm.descriptions.layers import Layer
+
+from .conftest import write_dataset
+from .crash_lab import Lab, save_tiny_encoder
+from .test_generator_contract import save_tiny_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+N_KILLS = 50
+KILLS_A_RUN = 8
+STAGES = ("inputs", "sft", "merged", "descriptions", "embeddings")
+OUTPUTS = {
+    "inputs": ["graph.npz", "layer_0.parquet"],
+    "sft": ["adapter"],
+    "merged": ["model"],
+    "descriptions": ["layer_1.parquet", "layer_2.parquet"],
+    "embeddings": ["layer_0.npy", "layer_1.npy", "layer_2.npy"],
+}
+TINY = {
+    "llm_backend": "transformers",
+    "llm_dtype": "float32",
+    "llm_n_layers": 2,
+    "llm_max_new_tokens": 8,
+    "llm_max_prompt_tokens": 480,
+    "n_neighbors": 2,
+    "sft_n_pairs": 24,
+    "sft_n_heldout": 4,
+    "sft_learning_rate": 0.003,
+    "sft_checkpoint_steps": 1,
+    "encoder_dtype": "float32",
+    "encoder_batch_size": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, an encoder and the data set ``tiny``."""
+    root = tmp_path_factory.mktemp("sweep")
+    save_tiny_model(root / "model")
+    save_tiny_encoder(root / "encoder")
+    write_dataset(root / "data")
+    return root
+
+
+@pytest.fixture(scope="module")
+def lab(place: Path) -> Iterator[Lab]:
+    lab = Lab(place / "lab.log")
+    yield lab
+    lab.close()
+
+
+class Folder:
+    """An artefact folder under test, and what may never change in it."""
+
+    def __init__(self, place: Path, name: str) -> None:
+        self.place, self.path = place, place / name
+        self.keys = TINY | {
+            "llm_model": str(place / "model"),
+            "encoder_model": str(place / "encoder"),
+            "artifact_dir": str(self.path),
+        }
+        self.rows: dict[str, tuple[Any, ...]] = {}
+        self.manifests: dict[Path, bytes] = {}
+        self.n_encoded: dict[Path, int] = {}
+        self.may_train_again = False
+
+    def run(self, lab: Lab, **how: Any) -> tuple[dict[str, Any], list[list[Any]]]:
+        """Run the hook once; hold it to what was finished before."""
+        record = self.place / "record.jsonl"
+        checkpoint = self._checkpoint()
+        trained = list(self.path.glob("tiny/sft-*/adapter")) and not self.may_train_again
+        answer = lab.run(self.keys, self.place / "data", record, **how)
+        lines = [json.loads(line) for line in record.read_text().splitlines()]
+        asked = {value for _, kind, value in lines if kind == "request"}
+        assert not asked & self.rows.keys(), "a finished description was generated again"
+        steps = [value for _, kind, value in lines if kind == "update"]
+        assert not steps or (min(steps) == checkpoint + 1 and not trained), "an update was repeated"
+        self._check()
+        return answer, lines
+
+    def _checkpoint(self) -> int:
+        """Updates of the last complete checkpoint."""
+        steps = [0]
+        for state in self.path.glob("tiny/sft-*/checkpoints/checkpoint-*/trainer_state.json"):
+            try:
+                steps.append(json.loads(state.read_text())["global_step"])
+            except ValueError:
+                continue
+        return max(steps)
+
+    def _check(self) -> None:
+        rows = stored(self.path, self.place / "scratch")
+        assert rows.items() >= self.rows.items(), "a finished description was lost or changed"
+        self.rows = rows
+        manifests = {file: file.read_bytes() for file in self.path.glob("tiny/*/manifest.json")}
+        assert manifests.items() >= self.manifests.items(), "a manifest was lost or changed"
+        self.manifests = manifests
+        for file, content in manifests.items():
+            manifest = read_manifest(file.parent)
+            assert manifest == json.loads(content)
+            found = integrity.digests(file.parent, OUTPUTS[manifest["stage"]])
+            assert found == manifest["files"], "a finished stage is not what its manifest says"
+        for file in self.path.glob("tiny/embeddings-*/*.journal"):
+            n_done = json.loads(file.read_bytes())["n_done"]
+            assert n_done >= self.n_encoded.get(file, 0), "finished embeddings were lost"
+            self.n_encoded[file] = n_done
+
+    def results(self) -> dict[str, Any]:
+        """All that the stages made, by name: bytes, or what a layer says."""
+        results: dict[str, Any] = {}
+        for stage, outputs in OUTPUTS.items():
+            (folder,) = self.path.glob(f"tiny/{stage}-*")
+            for name in integrity.digests(folder, outputs):
+                file = folder / name
+                if file.suffix == ".parquet":
+                    layer = Layer.read(file)
+                    content: Any = (layer.tokens, layer.texts, layer.statuses, layer.reasons)
+                else:
+                    content = file.read_bytes()
+                results[f"{folder.name}/{name}"] = content
+        results["store"] = {key: row[:3] for key, row in self.rows.items()}
+        return results
+
+
+def stored(artifact_dir: Path, scratch: Path) -> dict[str, tuple[Any, ...]]:
+    """The rows of the store, read from a copy: looking must not repair what a kill left."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    for file in artifact_dir.glob("store.sqlite*"):
+        shutil.copy(file, scratch)
+    if not (scratch / "store.sqlite").exists():
+        return {}
+    with sqlite3.connect(scratch / "store.sqlite") as db:
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'descriptions'").fetchone():
+            return {}
+        columns = "key, text, status, reason, n_prompt_tokens, n_output_tokens, created, checksum"
+        rows = {row[0]: row[1:] for row in db.execute(f"SELECT {columns} FROM descriptions")}
+    db.close()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, lab: Lab) -> tuple[dict[str, Any], dict[str, Any], list[list[Any]]]:
+    """Results, answer and record of a run that nobody killed."""
+    folder = Folder(place, "whole")
+    answer, lines = folder.run(lab)
+    assert answer["status"] == "done", answer
+    return folder.results(), answer, lines
+
+
+def plan(answer: dict[str, Any], lines: list[list[Any]], draw: random.Random) -> list[list[dict]]:
+    """Kills for each of several runs, in the order in which they can happen.
+
+    First exact moments, of kinds drawn from all that the whole run had, then random times.
+    """
+    times = Counter(f"{stage}: {what}" for stage, kind, what in lines if kind == "event")
+    names = [name for name in times if not name.startswith("between")]
+    must = {
+        name
+        for name in names
+        if re.search("rename manifest.json|sql COMMIT|rename .*journal", name)
+    }
+    others = [name for name in names if name not in must]
+    must.update(draw.sample(others, N_KILLS // 2 - len(must)))
+    chosen = [name for name in names if name in must]
+    n_runs = -(-len(chosen) // KILLS_A_RUN)
+    runs: list[list[dict[str, Any]]] = []
+    for number in range(n_runs):
+        here = chosen[number::n_runs]
+        stages = [name.split(":")[0] for name in here]
+        runs.append(
+            [
+                # Later times of a moment may be over when the stage was killed before.
+                {
+                    "event": name,
+                    "nth": 1 if stages.count(stage) > 1 else draw.randint(1, times[name]),
+                }
+                for name, stage in zip(here, stages, strict=True)
+            ]
+        )
+    for _ in range(N_KILLS // 2):
+        stages = sorted(
+            draw.choices(("sft", "merged", "descriptions", "embeddings"), (2, 1, 4, 3), k=4),
+            key=STAGES.index,
+        )
+        runs.append(
+            [
+                {
+                    "stage": stage,
+                    "after": draw.uniform(0, 0.9 * answer["seconds"][stage]),
+                    "whom": draw.choice(("all", "all", "leader", "stage")),
+                }
+                for stage in stages
+            ]
+        )
+    return runs
+
+
+def test_fifty_kills_lose_change_and_repeat_nothing(
+    place: Path, lab: Lab, whole: tuple[dict[str, Any], dict[str, Any], list[list[Any]]]
+) -> None:
+    results, answer, lines = whole
+    hits: Counter[str] = Counter()
+    for number, kills in enumerate(plan(answer, lines, random.Random(17))):
+        folder = Folder(place, f"killed-{number}")
+        for kill in kills[: N_KILLS - hits.total()]:
+            ended, _ = folder.run(lab, kill=kill)
+            assert ended["status"] in ("killed", "done"), ended
+            if ended["status"] == "done":
+                break
+            hits[ended["event"] or f"{ended['stage']} at a random time"] += 1
+        ended, _ = folder.run(lab)
+        assert ended["status"] == "done", ended
+        assert folder.results() == results
+        shutil.rmtree(folder.path)
+        if hits.total() == N_KILLS:
+            break
+    print(*sorted(f"{n} x {where}" for where, n in hits.items()), sep="\n")
+    assert hits.total() == N_KILLS
+    for stage in ("sft", "descriptions", "embeddings"):
+        assert hits[f"{stage} at a random time"] >= 3
+    for stage in STAGES:
+        assert hits[f"{stage}: rename manifest.json"] == 1
+    assert any("sql COMMIT" in where for where in hits)
+    assert any("journal" in where for where in hits)
+
+
+# A real run: an interpreter for the hook, one for each stage, a guard for each of those.
+REAL = """
+import json, logging, sys
+from pathlib import Path
+logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+from tests.crash_lab import prepare
+prepare(json.loads(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_real_processes_killed_in_every_stage_leave_nothing_behind_and_end_the_same(
+    place: Path, lab: Lab, whole: tuple[dict[str, Any], dict[str, Any], list[list[Any]]]
+) -> None:
+    """Only the run is killed: its stage and all that this started must die with it."""
+    psutil = pytest.importorskip("psutil")
+    folder = Folder(place, "real")
+    draw = random.Random(4)
+    for sign in (
+        "sft-*/checkpoints/*",
+        "merged-*/job.json",
+        "descriptions-*/job.json",
+        "*.journal",
+    ):
+        process = subprocess.Popen(
+            [sys.executable, "-c", REAL, json.dumps(folder.keys), str(place / "data")]
+        )
+        while not list(folder.path.glob(f"tiny/**/{sign}")):
+            assert process.poll() is None, f"it ended before {sign}"
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+        folder._check()
+    assert folder.run(lab)[0]["status"] == "done"
+    assert folder.results() == whole[0]

@@ -1,0 +1,159 @@
+"""Fine-tuning in several processes (gloo, on CPU): the same as in one, killed and resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import recbole_gacllm  # noqa: F401  (hides broken torchvision before transformers is imported)
+from recbole_gacllm import artifacts
+from recbole_gacllm.llm.sft import finetune
+from recbole_gacllm.llm.sft_processes import finetune_on_all_cards
+from recbole_gacllm.llm.sft_trainer import batch_of_a_process, last_checkpoint
+
+from .test_sft import HELDOUT, OPTIONS, PAIRS, adapter_of, make_model
+
+# Whole updates, and no dropout: it is drawn by each process for its own sequences.
+FEW, PLAIN = PAIRS[:32], replace(OPTIONS, lora_dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def alone(model_dir, tmp_path_factory):
+    """(folder, report) of the same fine-tuning in one process."""
+    out_dir = tmp_path_factory.mktemp("sft") / "alone"
+    return out_dir, finetune(model_dir, FEW, HELDOUT, out_dir, PLAIN, model_name="tiny")
+
+
+def assert_as_in_one_process(out_dir, report, alone):
+    expected_dir, expected = alone
+    assert report.n_steps == expected.n_steps == 8
+    assert report.train_losses == pytest.approx(expected.train_losses, rel=1e-4)
+    assert report.perplexity_before == pytest.approx(expected.perplexity_before, rel=1e-6)
+    assert report.perplexity_after == pytest.approx(expected.perplexity_after, rel=1e-3)
+    found, wanted = adapter_of(out_dir), adapter_of(expected_dir)
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
+    files = sorted(file.name for file in out_dir.rglob("*") if file.is_file())
+    assert files == ["adapter_config.json", "adapter_model.safetensors", "sft.json"]
+
+
+def test_two_processes_learn_what_one_learns(model_dir, alone, tmp_path):
+    report = finetune_on_all_cards(
+        model_dir, FEW, HELDOUT, tmp_path / "two", PLAIN, model_name="tiny", n_processes=2
+    )
+    assert_as_in_one_process(tmp_path / "two", report, alone)
+
+
+PARENT = """
+import os, sys
+from pathlib import Path
+
+sys.path[:0] = [{root!r}]
+from tests import test_sft_processes as here
+
+if __name__ == "__main__":
+    os.setpgid(0, 0)
+    here.finetune_on_all_cards(
+        Path({model!r}), here.FEW, here.HELDOUT, Path({out!r}), here.PLAIN, n_processes=2
+    )
+"""
+
+
+def test_two_processes_killed_and_started_again_learn_the_same(model_dir, alone, tmp_path):
+    out_dir, script = tmp_path / "two", tmp_path / "parent.py"
+    root = str(Path(__file__).resolve().parent.parent)
+    script.write_text(PARENT.format(root=root, model=str(model_dir), out=str(out_dir)))
+    parent = subprocess.Popen([sys.executable, str(script)])
+    end = time.monotonic() + 300
+    while last_checkpoint(out_dir / "checkpoints", 2) is None:
+        assert parent.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.killpg(parent.pid, signal.SIGKILL)
+    parent.wait()
+    checkpoint = last_checkpoint(out_dir / "checkpoints", 2)
+    assert checkpoint is not None
+    assert not (out_dir / "adapter").exists()
+    report = finetune_on_all_cards(
+        model_dir, FEW, HELDOUT, out_dir, PLAIN, model_name="tiny", n_processes=2
+    )
+    assert_as_in_one_process(out_dir, report, alone)
+
+
+def test_an_error_in_the_processes_is_told_once_and_as_it_is(model_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"^sft_max_tokens=5: none of the 32 SFT pairs fits"):
+        finetune_on_all_cards(
+            model_dir, FEW, HELDOUT, tmp_path, replace(PLAIN, max_tokens=5), n_processes=2
+        )
+
+
+def test_an_update_has_the_same_sequences_on_any_number_of_processes():
+    options = replace(OPTIONS, batch_size=8, accumulation_steps=2)
+    found = {n: batch_of_a_process(options, n) for n in (1, 2, 4, 8, 16)}
+    assert found == {1: (8, 2), 2: (8, 1), 4: (4, 1), 8: (2, 1), 16: (1, 1)}
+    assert batch_of_a_process(replace(OPTIONS, batch_size=4, accumulation_steps=3), 2) == (3, 2)
+    with pytest.raises(ValueError, match=r"16 sequences .* shared equally by 3 processes"):
+        batch_of_a_process(options, 3)
+
+
+def test_as_many_processes_start_as_can_share_an_update(model_dir, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    monkeypatch.setattr(
+        "recbole_gacllm.llm.sft_processes.multiprocessing.spawn",
+        lambda *args, nprocs, **kwargs: started.append(nprocs),
+    )
+    with pytest.raises(AssertionError):  # nobody wrote a report
+        finetune_on_all_cards(model_dir, FEW, HELDOUT, tmp_path, PLAIN)
+    assert started == [4]
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines_finishes_a_stage_that_a_run_then_takes(
+    settings, tmp_path, monkeypatch
+):
+    """The machines are two agents on loopback, each with one process."""
+    from recbole_gacllm.runner import run
+
+    from .test_generator_contract import save_tiny_model
+    from .test_pipeline import TINY
+
+    keys = {**settings, **TINY, "llm_model": str(save_tiny_model(tmp_path / "model"))}
+    real = artifacts.run_child
+
+    def interrupted(stage: str, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "run_child", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("GaCLLM", "tiny", config_dict=keys)
+    [folder] = tmp_path.glob("artifacts/tiny/sft-*")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29517", "--rdzv-id=sft"]
+    command += ["-m", "recbole_gacllm.stage", "sft", str(folder)]
+    machines = [subprocess.Popen(command) for _ in range(2)]
+    assert [machine.wait(500) for machine in machines] == [0, 0]
+
+    def other_stages(stage: str, folder: Path) -> None:
+        assert stage != "sft"
+        real(stage, folder)
+
+    monkeypatch.setattr(artifacts, "run_child", other_stages)
+    done = run("GaCLLM", "tiny", config_dict=keys)
+    assert done.record["stages"]["sft"]["reused"]
+    assert done.record["stages"]["sft"]["n_steps"] > 1
