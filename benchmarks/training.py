@@ -430,6 +430,18 @@ def with_text(arguments: argparse.Namespace, rates: dict[str, float]) -> dict[st
     return result
 
 
+def _without_paths(command: list[str]) -> list[str]:
+    """A command line without the folders and files of this machine."""
+    rest, skip = [], False
+    for word in command:
+        if not skip and not word.startswith(("--json=", "--data_path=")):
+            skip = word in ("--json", "--data_path")
+            rest += [] if skip else [word]
+        else:
+            skip = False
+    return rest
+
+
 def table(result: dict[str, Any]) -> str:
     """The figures as text."""
     lines = [f"{'':34}{'ours':>10}{'RecBole':>10}{'ratio':>8}{'goal':>7}{'floor':>10}"]
@@ -494,7 +506,12 @@ def main() -> None:
     print(table(result))
     if arguments.json:
         ratios = {name: round(result[name]["ratio"], 4) for name in GOALS if name in result}
-        content = {"dataset": arguments.dataset, "command": given, **ratios, "figures": result}
+        content = {
+            "dataset": arguments.dataset,
+            "command": _without_paths(given),
+            **ratios,
+            "figures": result,
+        }
         Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n")
 
 
