@@ -155,7 +155,7 @@ class GaCLLMConfig:
     linear_reg_weight: float = _key(_above(0))
     linear_text_weight: float = _key(_at_least(0))
     use_text: bool = _key()
-    text_source: str = _key(_one_of("generated", "raw", "shuffled"))
+    text_source: str = _key(_one_of("generated", "raw", "item_mean", "shuffled"))
     text_hidden_size: int = _key(_at_least(0))
     text_dropout: float = _key(_from_to(0, 1))
     text_weight: float = _key(_at_least(0))
@@ -226,12 +226,17 @@ class GaCLLMConfig:
                 "llm_merge_adapter: False. Name the adapter as the servers do "
                 "(vllm serve … --enable-lora --lora-modules NAME=FOLDER)."
             )
-        if self.use_text and self.text_source != "raw" and self.llm_n_layers > self.n_layers:
+        if self.use_text and self.is_described and self.llm_n_layers > self.n_layers:
             raise ValueError(
                 f"llm_n_layers: {self.llm_n_layers} is above n_layers: {self.n_layers}. Text "
                 "of hop l is fused with the embedding of hop l, so there must be as many hops of "
                 "graph convolution: raise n_layers or lower llm_n_layers."
             )
+
+    @property
+    def is_described(self) -> bool:
+        """Whether texts beyond the raw ones are wanted: an LLM or an import writes them."""
+        return self.text_source in ("generated", "shuffled")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> GaCLLMConfig:

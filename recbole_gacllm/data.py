@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from recbole_gacllm.config import GaCLLMConfig
@@ -116,6 +117,9 @@ class TextLayers:
             torch.from_numpy(np.load(folders["embeddings"] / f"layer_{layer}.npy", mmap_mode="c"))
             for layer in range(n_layers)
         ]
+        if options.text_source == "item_mean":
+            n_users = len(tokens["user"])
+            tables[0] = _users_as_item_means(tables[0], n_users, torch.tensor(row_of_node), data)
         return cls(tables, torch.tensor(row_of_node), folders)
 
     def __len__(self) -> int:
@@ -148,6 +152,27 @@ class TextLayers:
         """
         blocks = torch.split(nodes, MAX_ROWS)
         return torch.cat([projection(self.rows(layer, some)) for some in blocks])
+
+
+def _users_as_item_means(
+    table: Tensor, n_users: int, row_of_node: Tensor, data: TrainingData
+) -> Tensor:
+    """Each user's row is the mean of the rows of their training items, at unit length.
+
+    A control: a user's text without any LLM.
+
+    Shapes:
+        table and result: ``[n_users + n_items, width]``, float16, users first; row_of_node
+        ``[n_nodes + 2]``, a padding node before each side.
+    """
+    rows = row_of_node.numpy()
+    users = rows[data.graph.users + 1]
+    items = rows[data.graph.items + len(data.graph.user_tokens) + 2]
+    edges = sparse.csr_array(
+        (np.ones(len(users), np.float32), (users, items)), shape=(n_users, len(table))
+    )
+    means = torch.from_numpy(edges @ table.float().numpy())
+    return torch.cat([torch.nn.functional.normalize(means, dim=1).half(), table[n_users:]])
 
 
 def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, dict[str, str]]:
@@ -193,7 +218,7 @@ def imported_texts(options: GaCLLMConfig, raw: Layer) -> ImportedTexts | None:
     if options.text_import_file is None:
         return None
     imported = ImportedTexts.read(Path(options.text_import_file).resolve())
-    imported.check(raw.tokens, 0 if options.text_source == "raw" else options.llm_n_layers)
+    imported.check(raw.tokens, options.llm_n_layers if options.is_described else 0)
     return imported
 
 

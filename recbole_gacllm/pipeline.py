@@ -90,8 +90,8 @@ def description_job(options: GaCLLMConfig, data: TrainingData) -> tuple[Path, di
 def _some(descriptions: _StageOfTexts | None) -> _StageOfTexts:
     if descriptions is None:
         raise ValueError(
-            "text_source: 'raw' takes the texts of layer 0 as they are, so there is nothing to "
-            "describe; set it to generated."
+            "text_source: raw and item_mean take the texts of layer 0 as they are, so there is "
+            "nothing to describe; set it to generated."
         )
     return descriptions
 
@@ -137,7 +137,7 @@ def _before_descriptions(
         raw = imported.fill(0, raw)
     root = Path(options.artifact_dir).resolve() / data.dataset
     folders = {"inputs": _write_inputs(root, data.graph, raw, names)}
-    if options.text_source == "raw":
+    if not options.is_described:
         return root, folders, None
     model = adapter = None
     if imported is None or not set(range(1, options.llm_n_layers + 1)) <= set(imported.layers):

@@ -14,6 +14,7 @@ import torch
 from recbole_gacllm import data as data_module
 from recbole_gacllm.data import TextLayers
 from recbole_gacllm.descriptions.layers import Layer
+from recbole_gacllm.descriptions.neighbors import TrainGraph
 
 N_USERS, N_ITEMS, WIDTH = 3000, 2000, 64
 
@@ -84,3 +85,27 @@ def test_no_projection_sees_more_than_some_rows_in_float32(texts, monkeypatch):
     result = texts.projected(0, nodes, projection)
     assert max(map(len, seen)) == 700
     assert torch.allclose(result, projection(texts.rows(0, nodes)), atol=1e-6)
+
+
+def test_item_mean_gives_a_user_the_mean_of_the_training_items_and_leaves_items_alone(
+    texts, tmp_path
+):
+    folders = {name: tmp_path / name for name in ("inputs", "embeddings")}
+    # RecBole's order of tokens is another than the files'; user u7 has items i3 and i5.
+    users, items = ["u7", "u0"], ["i5", "i1", "i3"]
+    graph = TrainGraph(
+        user_tokens=np.array(users),
+        item_tokens=np.array(items),
+        users=np.array([0, 0, 1]),
+        items=np.array([0, 2, 1]),
+    )
+    options = SimpleNamespace(text_source="item_mean")
+    made = TextLayers.load(folders, 1, options, SimpleNamespace(graph=graph, seed=1))
+    table = np.load(folders["embeddings"] / "layer_0.npy").astype(np.float32)
+    of_item = table[N_USERS:]
+    mean = of_item[5] + of_item[3]
+    rows = made.rows(0, torch.arange(7)).numpy()  # padding, u7, u0, padding, i5, i1, i3
+    assert np.allclose(rows[1], mean / np.linalg.norm(mean), atol=1e-3)
+    assert np.allclose(rows[2], of_item[1] / np.linalg.norm(of_item[1]), atol=1e-3)
+    assert np.array_equal(rows[4:], of_item[[5, 1, 3]])
+    assert not rows[[0, 3]].any()
