@@ -91,7 +91,10 @@ def board(tmp_path):
         "given": {"epochs": "1", "worker": "1"},
         "config_files": [],
         "nproc": 1,
-        "tuned": {f"tiny/{model}": {"files": [], "values": {}} for model in models},
+        "tuned": {
+            f"tiny/{model}": {"files": [], "values": {}, "given": {"epochs": "1"}}
+            for model in models
+        },
         "properties": {"tiny": CONFIG},
         "smaller_is_better": ["averagepopularity"],
         "runs": [*names, failed.name],
@@ -100,6 +103,7 @@ def board(tmp_path):
     plan["tuned"]["tiny/EASE"] = {
         "files": ["properties/baselines/EASE.yaml"],
         "values": {"reg_weight": 7.0},
+        "given": {"epochs": "1"},
     }
     (folder / "leaderboard.json").write_text(json.dumps(plan))
     return folder

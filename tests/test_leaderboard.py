@@ -355,3 +355,20 @@ def test_recboles_flags_work_and_mistakes_end_with_code_2(arguments, message, ca
         main(["leaderboard", *arguments])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_keys_of_gacllm_change_nothing_for_other_models(settings):
+    ours = {"preset": "best", "use_text": "False", "epochs": "1", "n_layers": "4"}
+    models = ["EASE", "LightGCN", "GaCLLM"]
+
+    def plan(given):
+        made = make_plan(models, ["tiny"], 1, config_dict={**settings, **given})
+        return {job.model: job.name for job in made.jobs}, made.summary["tuned"]
+
+    names, tuned = plan(ours)
+    plain, _ = plan({"epochs": "1"})
+    assert names["EASE"] == plain["EASE"]
+    assert names["LightGCN"] != plain["LightGCN"]  # n_layers is a key of RecBole's, too
+    assert names["GaCLLM"] != plain["GaCLLM"]
+    assert not {"preset", "use_text", "n_layers"} & set(tuned["tiny/EASE"]["given"])
+    assert tuned["tiny/GaCLLM"]["given"].items() >= ours.items()

@@ -16,7 +16,6 @@ import yaml
 
 from recbole_gacllm import artifacts
 from recbole_gacllm.benchmark.costs import command, cost_rows, runs_to_csv
-from recbole_gacllm.benchmark.plan import split_variant
 from recbole_gacllm.benchmark.results import DECIMALS, Board, summarize
 
 RESULTS_FILE = "results.json"
@@ -249,18 +248,16 @@ def _tests(table: dict[str, Any]) -> str:
 
 
 def _hyper_parameters(plan: dict[str, Any], table: dict[str, Any], dataset: str) -> list[list[str]]:
-    # Without the keys that say where a run is computed.
-    given = {k: v for k, v in plan["given"].items() if k in plan["properties"][dataset]}
     rows = []
     for model in table["models"]:
         tuned = plan["tuned"][f"{dataset}/{model}"]
-        own = split_variant(model)[1]
-        values = {**tuned["values"], **given, **own}
+        given = tuned["given"]
+        values = {**tuned["values"], **given}
         source = "<br/>".join(tuned["files"])
         if not source:
             ours = model.partition(":")[0] == "GaCLLM"
             source = "GaCLLM.yaml and its preset" if ours else "RecBole's defaults"
-        if given or own:
+        if given:
             source += "<br/>the command line"
         if plan["config_files"]:
             source += "<br/>" + "<br/>".join(plan["config_files"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -18,7 +19,7 @@ from recbole.evaluator.register import smaller_metrics
 from recbole.utils import ModelType
 
 from recbole_gacllm import artifacts
-from recbole_gacllm.config import shipped_path
+from recbole_gacllm.config import GaCLLMConfig, shipped_path
 from recbole_gacllm.run_config import build_config
 
 FIRST_SEED = 2020  # RecBole's
@@ -161,6 +162,9 @@ def make_plan(
             paths = tuple(str(file) for file in (*files, *config_files))
             keys = {**given, **own}
             config = build_config(model, dataset, paths, {**keys, "seed": first_seed})
+            if foreign := _foreign(given, config):
+                keys = {k: v for k, v in given.items() if k not in foreign} | own
+                config = build_config(model, dataset, paths, {**keys, "seed": first_seed})
             _check_order(model, config)
             if data is None:
                 data = _data_digests(config)
@@ -183,6 +187,7 @@ def make_plan(
             sources[f"{dataset}/{row}"] = {
                 "files": [_short(path) for path in tuned],
                 "values": {k: v for path in tuned for k, v in _load(path).items()},
+                "given": {k: v for k, v in keys.items() if k in determines["config"]},
             }
             properties.setdefault(dataset, determines["config"])
             jobs += [
@@ -243,6 +248,14 @@ def code_version() -> dict[str, Any]:
         )
         version["commit"] = done.stdout.strip() or None
     return version
+
+
+def _foreign(given: Mapping[str, Any], config: Any) -> set[str]:
+    """Keys of GaCLLM among the given ones that mean nothing to another model."""
+    if config["model"] == "GaCLLM":
+        return set()
+    ours = {*(field.name for field in dataclasses.fields(GaCLLMConfig)), "preset"}
+    return (ours & set(given)) - set(config.internal_config_dict) - {"fast_paths"}
 
 
 def _check_order(model: str, config: Any) -> None:
