@@ -260,10 +260,13 @@ def _add_to_collector(module: ModuleType) -> None:
         top = torch.topk(scores, max(self.topk), dim=-1).indices  # [n, k]
         if need("rec.items"):
             self.data_struct.update_tensor("rec.items", top)
-        is_positive = torch.zeros_like(scores, dtype=torch.bool)
-        is_positive[positive_u, positive_i] = True
-        n_positive = is_positive.sum(dim=1, keepdim=True)  # [n, 1]; an item counts once
-        hits = torch.gather(is_positive, 1, top)
+        n, n_items = scores.shape
+        first = torch.arange(n, device=scores.device) * n_items  # of each user's pairs
+        positive_u, positive_i = positive_u.to(first.device), positive_i.to(first.device)
+        positive = torch.unique(positive_u * n_items + positive_i)  # an item counts once
+        users = torch.div(positive, n_items, rounding_mode="floor")
+        n_positive = torch.bincount(users, minlength=n)[:, None]
+        hits = torch.isin(top + first[:, None], positive, assume_unique=True)
         self.data_struct.update_tensor("rec.topk", torch.cat((hits.long(), n_positive), dim=1))
 
     collector.eval_batch_collect = eval_batch_collect
