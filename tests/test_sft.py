@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 
@@ -318,6 +318,7 @@ def test_killed_and_started_again_it_ends_with_the_same_adapter(
     assert last_checkpoint(out_dir / "checkpoints", 1).name == f"checkpoint-{4 if inside else 6}"
     assert (out_dir / "checkpoints" / "checkpoint-6" / "optimizer.pt").is_file()
 
+    spent = json.loads((out_dir / "sft.json").read_text())["seconds"]
     perplexities = []
     monkeypatch.setattr(
         "recbole_gacllm.llm.sft.perplexity",
@@ -329,6 +330,7 @@ def test_killed_and_started_again_it_ends_with_the_same_adapter(
     assert perplexities == [report.perplexity_after]  # the one before was remembered
     assert same(adapter_of(out_dir), adapter_of(trained[0]))
     assert replace(report, seconds=0) == replace(trained[1], seconds=0)
+    assert report.seconds > spent > 0
 
 
 def count_updates(monkeypatch):
@@ -364,20 +366,110 @@ def test_interrupted_at_a_boundary_it_ends_with_the_same_adapter(
     assert same(adapter_of(out_dir), adapter_of(trained[0]))
 
 
-def test_a_half_written_checkpoint_is_skipped(tmp_path):
-    states = {8: "{}", 9: "{}", 10: "{}", 12: '{"global_step": 12, "log_hi', 14: None}
-    for step, state in states.items():
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if step == 9:
-            (folder / "rng_state.pth").write_bytes(b"PK half")
-        elif step != 10:
-            torch.save({}, folder / "rng_state.pth")
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path, 1) == tmp_path / "checkpoint-8"
-    assert last_checkpoint(tmp_path, 2) is None
+def write_checkpoint(folder, n_processes=1):
+    """The files that training goes on from; of several processes each has a random state."""
+    folder.mkdir()
+    names = ["rng_state.pth"]
+    if n_processes > 1:
+        names = [f"rng_state_{rank}.pth" for rank in range(n_processes)]
+    for name in ["optimizer.pt", "scheduler.pt", *names]:
+        torch.save({"state": torch.arange(50.0)}, folder / name)
+    save_file({"a": torch.arange(50.0)}, folder / "adapter_model.safetensors")
+    state = {"global_step": 2, "log_history": [{"loss": 1.0, "n_processes": n_processes}]}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    return folder
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file):
+    """Change one byte of the last value that the file holds."""
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.tensor(49.0).numpy().tobytes())] ^= 1
+    file.write_bytes(content)
+
+
+ALL_FILES = (
+    *("trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"),
+    "rng_state.pth",
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        *((file, damage) for file in ALL_FILES for damage in (cut, Path.unlink)),
+        ("optimizer.pt", flip),
+        ("rng_state.pth", flip),
+    ],
+)
+def test_a_half_written_or_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    tmp_path, caplog, file, damage
+):
+    before, last = (write_checkpoint(tmp_path / f"checkpoint-{step}") for step in (8, 10))
+    assert last_checkpoint(tmp_path, 1) == last
+    assert caplog.text == ""
+    damage(last / file)
+    assert last_checkpoint(tmp_path, 1) == before
+    assert "checkpoint-10 is half-written or damaged" in caplog.text
+    damage(before / file)
+    assert last_checkpoint(tmp_path, 1) is None
+
+
+def test_without_a_checkpoint_there_is_none(tmp_path):
     assert last_checkpoint(tmp_path / "none", 1) is None
+
+
+@pytest.mark.parametrize(("wrote", "go_on"), [(1, 2), (2, 1), (2, 4), (4, 2)])
+def test_a_checkpoint_of_another_number_of_processes_will_do(tmp_path, caplog, wrote, go_on):
+    caplog.set_level("INFO")
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-2", wrote)
+    assert last_checkpoint(tmp_path, go_on) == checkpoint
+    assert f"is of {wrote} processes, now there are {go_on}" in caplog.text
+
+
+def test_as_many_processes_need_the_random_states_of_all(tmp_path, caplog):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-2", 4)
+    assert last_checkpoint(tmp_path, 4) == checkpoint
+    (checkpoint / "rng_state_3.pth").unlink()
+    assert last_checkpoint(tmp_path, 4) is None
+    assert "random states of 3 of 4 processes" in caplog.text
+    assert last_checkpoint(tmp_path, 3) == checkpoint
+
+
+@pytest.mark.parametrize(("damaged", "first"), [((6,), 5), ((4, 6), 1)])
+def test_with_a_damaged_checkpoint_it_ends_with_the_same_adapter(
+    model_dir, trained, tmp_path, monkeypatch, caplog, damaged, first
+):
+    out_dir = tmp_path / "run"
+    interrupt_after(6, model_dir, PAIRS, out_dir, OPTIONS)
+    for step in damaged:
+        cut(out_dir / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt")
+    spent = json.loads((out_dir / "sft.json").read_text())["seconds"]
+    steps = count_updates(monkeypatch)
+    report = finetune(model_dir, PAIRS, HELDOUT, out_dir, OPTIONS)
+    assert steps[0] == first
+    assert caplog.text.count("half-written or damaged") == len(damaged)
+    assert same(adapter_of(out_dir), adapter_of(trained[0]))
+    assert report.train_losses == trained[1].train_losses
+    assert report.seconds > spent > 0
+
+
+def interrupt_after(step, model_dir, pairs, out_dir, options):
+    """Train until a checkpoint is complete."""
+
+    class Interrupted(Progress):
+        def on_save(self, args, state, control, **kwargs):
+            super().on_save(args, state, control, **kwargs)
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recbole_gacllm.llm.sft.Progress", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(model_dir, pairs, HELDOUT, out_dir, options)
 
 
 def test_the_merged_model_has_the_logits_of_base_plus_adapter(model_dir, trained, tmp_path):

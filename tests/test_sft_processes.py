@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,15 @@ from recbole_gacllm.llm.sft import finetune
 from recbole_gacllm.llm.sft_processes import finetune_on_all_cards
 from recbole_gacllm.llm.sft_trainer import batch_of_a_process, last_checkpoint
 
-from .test_sft import HELDOUT, OPTIONS, PAIRS, adapter_of, make_model
+from .test_sft import (
+    HELDOUT,
+    OPTIONS,
+    PAIRS,
+    adapter_of,
+    count_updates,
+    interrupt_after,
+    make_model,
+)
 
 # Whole updates, and no dropout: it is drawn by each process for its own sequences.
 FEW, PLAIN = PAIRS[:32], replace(OPTIONS, lora_dropout=0.0)
@@ -73,7 +82,10 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_killed_and_started_again_learn_the_same(model_dir, alone, tmp_path):
+@pytest.mark.parametrize("go_on", [2, 1])
+def test_two_processes_killed_and_started_again_as_many_as_may_be_learn_the_same(
+    model_dir, alone, tmp_path, go_on, monkeypatch
+):
     out_dir, script = tmp_path / "two", tmp_path / "parent.py"
     root = str(Path(__file__).resolve().parent.parent)
     script.write_text(PARENT.format(root=root, model=str(model_dir), out=str(out_dir)))
@@ -85,13 +97,30 @@ def test_two_processes_killed_and_started_again_learn_the_same(model_dir, alone,
         time.sleep(0.01)
     os.killpg(parent.pid, signal.SIGKILL)
     parent.wait()
-    checkpoint = last_checkpoint(out_dir / "checkpoints", 2)
+    checkpoint = last_checkpoint(out_dir / "checkpoints", go_on)
     assert checkpoint is not None
     assert not (out_dir / "adapter").exists()
+    steps = count_updates(monkeypatch)
+    report = finetune_on_all_cards(
+        model_dir, FEW, HELDOUT, out_dir, PLAIN, model_name="tiny", n_processes=go_on
+    )
+    assert_as_in_one_process(out_dir, report, alone)
+    if go_on == 1:
+        assert steps[0] == int(checkpoint.name.removeprefix("checkpoint-")) + 1
+
+
+def test_what_one_process_began_two_go_on_with(model_dir, alone, tmp_path):
+    out_dir = tmp_path / "run"
+    interrupt_after(4, model_dir, FEW, out_dir, PLAIN)
+    state = out_dir / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    content = json.loads(state.read_text())
+    content["log_history"][0]["loss"] += 100  # a mark: it is kept by those who go on
+    state.write_text(json.dumps(content))
     report = finetune_on_all_cards(
         model_dir, FEW, HELDOUT, out_dir, PLAIN, model_name="tiny", n_processes=2
     )
-    assert_as_in_one_process(out_dir, report, alone)
+    losses = (report.train_losses[0] - 100, *report.train_losses[1:])
+    assert_as_in_one_process(out_dir, replace(report, train_losses=losses), alone)
 
 
 def test_an_error_in_the_processes_is_told_once_and_as_it_is(model_dir, tmp_path):

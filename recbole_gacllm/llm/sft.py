@@ -34,7 +34,13 @@ from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm.engines import out_of_memory, resolve_dtype
 from recbole_gacllm.llm.generator import SFTPair
 from recbole_gacllm.llm.sft_data import completion_loss, encode_pairs, pad_left, perplexity
-from recbole_gacllm.llm.sft_trainer import Progress, SFTOptions, last_checkpoint, training_arguments
+from recbole_gacllm.llm.sft_trainer import (
+    Progress,
+    SFTOptions,
+    last_checkpoint,
+    remove_newer,
+    training_arguments,
+)
 from recbole_gacllm.llm.weights import check_adapter
 
 logger = logging.getLogger(__name__)
@@ -57,7 +63,7 @@ class SFTReport:
         n_dropped: Pairs of either kind left out because they exceed ``max_tokens``.
         n_steps: Weight updates.
         n_tokens: Tokens read in training, padding left out.
-        seconds: Wall time of this process; after a kill, of the last one.
+        seconds: Wall time, that of killed processes until their last checkpoint included.
         train_losses: Loss of each weight update, in order.
     """
 
@@ -84,8 +90,10 @@ def finetune(
     """Train a LoRA adapter on ``pairs`` into ``out_dir/adapter``.
 
     Started again on the same folder it goes on from its last complete checkpoint and ends with the
-    same adapter; a finished folder is read, not repeated. Where several processes of one group call
-    this (:mod:`.sft_processes`), they share each update and the first one writes.
+    same adapter (where other dropout is drawn in another number of processes, one as good); a
+    damaged checkpoint is named, and the one before it taken, or the start. A finished folder is
+    read, not repeated. Where several processes of one group call this (:mod:`.sft_processes`), they
+    share each update and the first one writes.
 
     Args:
         model_dir: Folder of the base model (safetensors, tokenizer with a chat template).
@@ -108,7 +116,15 @@ def finetune(
         looked[0] = finished(out_dir)
         looked[1] = _progress(out_dir)
         looked[2] = last_checkpoint(out_dir / "checkpoints", args.world_size)
+        remove_newer(out_dir / "checkpoints", looked[2])
     done, progress, checkpoint = broadcast_object_list(looked)
+    earlier = progress.get("seconds", 0.0)
+
+    def keep_progress(**more: Any) -> None:
+        progress["seconds"] = round(earlier + time.perf_counter() - started, 2)
+        if args.process_index == 0:
+            _write_json(out_dir / PROGRESS_FILE, progress | more)
+
     if isinstance(done, SFTReport):
         logger.info("SFT: done earlier, the adapter is in %s", out_dir / "adapter")
         return done
@@ -138,15 +154,14 @@ def finetune(
         train_dataset=train,
         data_collator=pad_left,
         compute_loss_func=completion_loss,
-        callbacks=[Progress(options.show_progress and args.process_index == 0)],
+        callbacks=[Progress(options.show_progress and args.process_index == 0, keep_progress)],
     )
     trainer.remove_callback(transformers.PrinterCallback)  # Trainer adds it, and it prints
     try:
         if "perplexity_before" not in progress:
             with model.disable_adapter():
                 progress["perplexity_before"] = perplexity(model, test, options.batch_size)
-            if args.process_index == 0:
-                _write_json(out_dir / PROGRESS_FILE, progress)
+            keep_progress()
         before = progress["perplexity_before"]
         logger.info("SFT: held-out perplexity before: %s", before)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -167,7 +182,7 @@ def finetune(
         n_dropped=n_dropped,
         n_steps=trainer.state.global_step,
         n_tokens=options.epochs * sum(len(example.input_ids) for example in train),
-        seconds=time.perf_counter() - started,
+        seconds=round(earlier + time.perf_counter() - started, 2),
         train_losses=tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
     )
     logger.info("SFT: held-out perplexity after: %s (%d updates)", after, report.n_steps)
@@ -175,7 +190,7 @@ def finetune(
         logger.warning("SFT: held-out perplexity did not fall; try another sft_learning_rate")
     if args.process_index == 0:
         _save_adapter(model, out_dir / "adapter", model_name or model_dir.name)
-        _write_json(out_dir / PROGRESS_FILE, progress | {"report": asdict(report)})
+        keep_progress(report=asdict(report))
         shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
     return report
 
@@ -184,6 +199,11 @@ def finished(out_dir: Path) -> SFTReport | None:
     """The report of a finished fine-tuning."""
     report = _progress(out_dir).get("report")
     return report and SFTReport(**report | {"train_losses": tuple(report["train_losses"])})
+
+
+def seconds_so_far(out_dir: Path) -> float:
+    """What the processes of a fine-tuning took until they last kept something."""
+    return float(_progress(out_dir).get("seconds", 0.0))
 
 
 def _progress(out_dir: Path) -> dict[str, Any]:

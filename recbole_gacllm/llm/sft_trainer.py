@@ -6,18 +6,27 @@ import json
 import logging
 import math
 import os
+import shutil
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
 from recbole_gacllm.errors import GaCLLMError
 
 logger = logging.getLogger(__name__)
+
+# What reading a file that was cut short or changed raises.
+_DAMAGE = (
+    *(OSError, ValueError, LookupError, TypeError, RuntimeError),
+    *(SafetensorError, zipfile.BadZipFile),
+)
 
 
 @dataclass(frozen=True)
@@ -100,10 +109,15 @@ def training_arguments(out_dir: Path, options: SFTOptions) -> TrainingArguments:
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """One bar with the loss; stops training when the loss is not finite."""
+    """One bar with the loss; stops training when the loss is not finite.
 
-    def __init__(self, show: bool) -> None:
-        self._show = show
+    Args:
+        show: The bar.
+        on_checkpoint: Called when a checkpoint is complete.
+    """
+
+    def __init__(self, show: bool, on_checkpoint: Callable[[], None]) -> None:
+        self._show, self._on_checkpoint = show, on_checkpoint
         self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -117,7 +131,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         )
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar by one update."""
+        """Move the bar by one update; note for :func:`last_checkpoint` who made it."""
+        state.log_history[-1]["n_processes"] = args.world_size
         loss = state.log_history[-1].get("loss")
         if loss is None:
             return
@@ -130,29 +145,72 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self._bar.update()
             self._bar.set_postfix(loss=f"{loss:.3f}")
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what goes with the checkpoint."""
+        self._on_checkpoint()
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
-def last_checkpoint(folder: Path, world_size: int) -> Path | None:
-    """The newest complete checkpoint; half-written ones are skipped.
+def last_checkpoint(folder: Path, n_processes: int) -> Path | None:
+    """The newest checkpoint that is whole, of any number of processes; the others are logged.
 
-    Trainer writes ``trainer_state.json`` last: one that parses ends a complete checkpoint of the
-    first process. The others write their random states only, so all of these must be there, whole.
+    Of as many processes as go on now, the random states of all must be there: then training ends
+    as if it had not been interrupted. Another number reads the same sequences in each update, at
+    the same learning rates, and draws its own dropout.
     """
+    for checkpoint in _newest_first(folder):
+        try:
+            found = _written_by(checkpoint, n_processes)
+        except _DAMAGE as error:
+            logger.warning("SFT: %s is half-written or damaged (%s): not used", checkpoint, error)
+            continue
+        if found != n_processes:
+            logger.info(
+                "SFT: %s is of %d processes, now there are %d: it goes on with other dropout",
+                *(checkpoint, found, n_processes),
+            )
+        return checkpoint
+    return None
 
+
+def remove_newer(folder: Path, checkpoint: Path | None) -> None:
+    """Remove checkpoints that are not used, so that new ones do not mix with what is left."""
+    for unused in _newest_first(folder):
+        if unused == checkpoint:
+            return
+        shutil.rmtree(unused)
+
+
+def _newest_first(folder: Path) -> list[Path]:
     def step(checkpoint: Path) -> int:
         return int(checkpoint.name.rsplit("-", 1)[1])
 
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step, reverse=True):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.info("SFT: skipping the half-written %s", checkpoint)
-            continue
-        random_states = list(checkpoint.glob("rng_state*.pth"))
-        if len(random_states) == world_size and all(map(zipfile.is_zipfile, random_states)):
-            return checkpoint
-    return None
+    return sorted(folder.glob("checkpoint-*"), key=step, reverse=True)
+
+
+def _written_by(checkpoint: Path, n_processes: int) -> int:
+    """How many processes wrote a checkpoint, after a check of all that training needs of it.
+
+    Trainer writes ``trainer_state.json`` last, in the first process. The others write their random
+    states only.
+
+    Raises:
+        Any of _DAMAGE: If something is missing or is not what was written.
+    """
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    with safe_open(checkpoint / "adapter_model.safetensors", "pt"):
+        pass  # its header says how long it must be
+    random_states = sorted(checkpoint.glob("rng_state*.pth"))
+    for file in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random_states):
+        with zipfile.ZipFile(file) as parts:
+            if (part := parts.testzip()) is not None:
+                raise ValueError(f"{file.name}: {part} has another checksum")
+    # A release that did not note it: as many as have left something.
+    found = int(state["log_history"][-1].get("n_processes", len(random_states)))
+    if found == n_processes != len(random_states):
+        raise ValueError(f"random states of {len(random_states)} of {found} processes")
+    return found
