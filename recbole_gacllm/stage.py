@@ -23,6 +23,7 @@ from recbole_gacllm import artifacts, integrity
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.descriptions import text
 from recbole_gacllm.descriptions.convolution import Convolution
+from recbole_gacllm.descriptions.costs import stage_name
 from recbole_gacllm.descriptions.imported import ImportedTexts, describe, manifest_of
 from recbole_gacllm.descriptions.layers import Layer, Side
 from recbole_gacllm.descriptions.neighbors import TrainGraph
@@ -42,12 +43,13 @@ logger = logging.getLogger("recbole_gacllm.stage")
 
 def sft(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """LoRA fine-tuning on matched pairs: ``adapter/``."""
-    from recbole_gacllm.llm.sft import PROGRESS_FILE
+    from recbole_gacllm.llm.sft import PROGRESS_FILE, seconds_so_far
     from recbole_gacllm.llm.sft_processes import finetune_on_all_cards
     from recbole_gacllm.llm.sft_trainer import SFTOptions
 
     if _is_first_process() and not (folder / "adapter").is_dir():
         _forget_report(folder / PROGRESS_FILE)
+    earlier = seconds_so_far(folder)
     options = _options(job)
     graph, raw = inputs_of(job)
     special = _tokenizer(job, job["model_dir"]).special_tokens
@@ -79,7 +81,7 @@ def sft(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         ),
         model_name=job["model_name"],
     )
-    return dataclasses.asdict(report)
+    return {**dataclasses.asdict(report), "earlier_seconds": earlier}
 
 
 def _is_first_process() -> bool:
@@ -107,7 +109,7 @@ def descriptions(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     graph, layer = inputs_of(job)
     imported = ImportedTexts.read(Path(job["import_file"])) if job["import_file"] else None
     nothing_known = nothing_known_of(job)
-    manifest: dict[str, Any] = {"layers": []}
+    manifest: dict[str, Any] = {"layers": [], "earlier_seconds": 0.0}
     convolution: Convolution | None = None
     with ExitStack() as stack:
         for number in range(1, options.llm_n_layers + 1):
@@ -124,8 +126,11 @@ def descriptions(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
                     store = stack.enter_context(DescriptionStore(Path(job["store"])))
                     convolution = convolution_of(job, graph, store, backend)
                     stack.callback(convolution.close)
-                layer, report = convolution.next_layer(layer, nothing_known, number)
+                layer, report = convolution.next_layer(
+                    layer, nothing_known, number, stage_name(folder)
+                )
                 manifest["layers"].append(dataclasses.asdict(report))
+                manifest["earlier_seconds"] += report.earlier_seconds
                 logger.info(
                     "layer %d: %d of %d nodes generated, %d from the store, %d failed %s, "
                     "%d prompt and %d output tokens, %.0f s",
@@ -228,7 +233,8 @@ def embeddings(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
             show_progress=job["show_progress"],
         )
         reports.append(dataclasses.asdict(stats))
-    return {"dim": encoder.dim, "layers": reports}
+    earlier = sum(report["earlier_seconds"] for report in reports)
+    return {"dim": encoder.dim, "layers": reports, "earlier_seconds": earlier}
 
 
 def _tokenizer(job: dict[str, Any], model_dir: str) -> ChatTokenizer:
@@ -304,11 +310,15 @@ def main() -> None:
         job = json.loads((folder / artifacts.JOB_FILE).read_text())
         started = time.perf_counter()
         report = STAGES[name](folder, job)
-        # Of this process; what an earlier, killed one took is not counted.
-        seconds = round(time.perf_counter() - started, 2)
+        # Of this process and of earlier, killed ones, as far as these had made anything durable.
+        earlier = report.get("earlier_seconds", 0.0)
+        took = {
+            "seconds": round(earlier + time.perf_counter() - started, 2),
+            "earlier_seconds": round(earlier, 2),
+        }
         if _is_first_process():
             made = {"key": job["key"], "files": integrity.digests(folder, job["outputs"])}
-            artifacts.write_manifest(folder, {**report, "stage": name, **made, "seconds": seconds})
+            artifacts.write_manifest(folder, {**report, "stage": name, **made, **took})
 
 
 if __name__ == "__main__":

@@ -287,10 +287,10 @@ class _Run:
         stage.open_generator = opened
         put_many = DescriptionStore.put_many
 
-        def putting(store: Any, records: Any) -> Any:
+        def putting(store: Any, *arguments: Any) -> Any:
             with contextlib.suppress(sqlite3.ProgrammingError):  # closed: it was damaged
                 store._db.set_trace_callback(lambda sql: run.event(f"sql {sql.split()[0]}"))
-            return put_many(store, records)
+            return put_many(store, *arguments)
 
         DescriptionStore.put_many = putting  # type: ignore[method-assign]
         on_log = sft_trainer.Progress.on_log

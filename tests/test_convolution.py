@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import count
 from typing import ClassVar
 
 import numpy as np
@@ -73,8 +74,11 @@ def templates():
 def convolve(tmp_path, templates):
     """Runs one layer; returns the layer above, its report and the generator."""
 
-    def run(graph, below, generator=None, n_neighbors=3, key=None, temperature=0.0, words=64):
+    def run(
+        graph, below, generator=None, n_neighbors=3, key=None, temperature=0.0, words=64, stage=None
+    ):
         generator = generator or FakeGenerator()
+        stage = stage or f"stage of {key}"
         with DescriptionStore(tmp_path / "store.sqlite") as store:
             convolution = Convolution(
                 graph,
@@ -88,7 +92,7 @@ def convolve(tmp_path, templates):
                 ),
             )
             try:
-                return (*convolution.next_layer(below, NOTHING, 1), generator)
+                return (*convolution.next_layer(below, NOTHING, 1, stage), generator)
             finally:
                 convolution.close()
 
@@ -120,8 +124,50 @@ def test_a_second_run_generates_nothing_and_gives_the_same_texts(convolve):
     first, _, _ = convolve(graph, raw_layer(graph))
     second, report, generator = convolve(graph, raw_layer(graph))
     assert generator.requests == []
-    assert (report.n_generated, report.n_from_store) == (0, 14)
+    assert (report.n_generated, report.n_from_store) == (14, 0)
     assert second.texts == first.texts
+
+
+SPENT = ("n_generated", "n_prompt_tokens", "n_cached_tokens", "n_output_tokens", "n_retried")
+
+
+def test_the_cost_of_a_layer_is_that_of_all_processes_that_made_it(convolve, monkeypatch):
+    """Two end before their time; the answers that one of them had not stored are asked again."""
+    monkeypatch.setattr("recbole_gacllm.descriptions.convolution._BATCH_SECONDS", 0)
+    clock = count()  # a second passes whenever somebody looks
+    monkeypatch.setattr("recbole_gacllm.descriptions.convolution.time.perf_counter", clock.__next__)
+    graph = graph_of(40, 60)
+    below = raw_layer(graph)
+
+    def answer(request):
+        is_bad = "number 7 " in prompt_of(request) and request.sampling.temperature == 0
+        return "" if is_bad else f"A description of {len(prompt_of(request))} letters."
+
+    _, whole, _ = convolve(graph, below, FakeGenerator(answer=answer), key={"model": "whole"})
+    assert whole.n_retried > 0
+    assert whole.earlier_seconds == 0
+    for fail_after in (50, 20):
+        with pytest.raises(GenerationError):
+            convolve(graph, below, FakeGenerator(answer=answer, fail_after=fail_after))
+    _, report, _ = convolve(graph, below, FakeGenerator(answer=answer))
+    assert (report.n_generated, report.n_from_store) == (whole.n_generated, 0)
+    twice = report.n_prompt_tokens - whole.n_prompt_tokens  # bad ones, not yet asked again
+    assert 0 <= twice < whole.n_prompt_tokens / 10
+    assert report.n_retried == whole.n_retried
+    assert report.earlier_seconds > 70  # a look at the clock for each of so many answers
+    assert report.seconds > whole.seconds > 100
+
+    _, again, generator = convolve(graph, below)
+    assert generator.requests == []
+    assert [getattr(again, name) for name in SPENT] == [getattr(report, name) for name in SPENT]
+
+
+def test_what_another_stage_made_is_from_the_store_and_costs_nothing(convolve):
+    graph = graph_of()
+    convolve(graph, raw_layer(graph), stage="a")
+    _, report, _ = convolve(graph, raw_layer(graph), stage="b")
+    assert (report.n_generated, report.n_from_store) == (0, 14)
+    assert (report.n_prompt_tokens, report.n_output_tokens, report.earlier_seconds) == (0, 0, 0)
 
 
 def test_after_a_failure_only_the_missing_descriptions_are_generated(convolve):
@@ -131,7 +177,7 @@ def test_after_a_failure_only_the_missing_descriptions_are_generated(convolve):
         convolve(graph, raw_layer(graph), broken)
     assert broken.closed
     above, report, generator = convolve(graph, raw_layer(graph))
-    assert report.n_from_store == 70
+    assert (report.n_generated, report.n_from_store) == (100, 0)
     assert len(generator.requests) == 30
     reference, _, _ = convolve(graph, raw_layer(graph), key={"model": "same texts, other key"})
     assert above.texts == reference.texts
@@ -165,7 +211,7 @@ def test_the_missing_requests_of_a_layer_are_those_that_a_run_makes_first(convol
     missing = list(made.missing_requests(below, NOTHING, 1))
     _, report, generator = convolve(graph, below)
     assert missing == generator.requests
-    assert len(missing) == report.n_generated == 80
+    assert len(missing) == report.n_generated - 20 == 80
     assert list(made.missing_requests(below, NOTHING, 1)) == []
 
 
@@ -245,9 +291,9 @@ def test_a_durable_write_comes_when_it_is_due_or_the_batch_is_full(
     monkeypatch.setattr("recbole_gacllm.descriptions.convolution._FULL_BATCH", full)
     written, put_many = [], DescriptionStore.put_many
 
-    def put(self, records):
+    def put(self, records, cost):
         written.append(len(records))
-        put_many(self, records)
+        put_many(self, records, cost)
 
     monkeypatch.setattr(DescriptionStore, "put_many", put)
     convolve(graph_of(40, 60), raw_layer(graph_of(40, 60)))
@@ -271,7 +317,9 @@ def test_equal_prompts_are_generated_once(convolution, convolve):
     above, report, generator = convolve(graph, below)
     assert missing == generator.requests
     assert len(missing) == 2
-    assert (report.n_generated, report.n_from_store, report.n_duplicates) == (2, 0, 1)
+    again, other = (convolve(graph, below, stage=stage)[1] for stage in (None, "another"))
+    for found, made, taken in ((report, 2, 0), (again, 2, 0), (other, 0, 2)):
+        assert (found.n_generated, found.n_from_store, found.n_duplicates) == (made, taken, 1)
     assert above.texts["user"][0] == above.texts["user"][1]
 
 

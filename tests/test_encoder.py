@@ -217,12 +217,17 @@ def test_a_killed_encoding_resumes_to_the_same_bytes(
     )
     assert killed.returncode == -signal.SIGKILL
     assert not out_file.exists()
-    assert json.loads((tmp_path / "layer_0.npy.journal").read_text())["n_done"] == 8
+    journal = json.loads((tmp_path / "layer_0.npy.journal").read_text())
+    assert journal["n_done"] == 8
+    assert journal["seconds"] > 0
+    journal["seconds"] += 100  # it was a long one
+    (tmp_path / "layer_0.npy.journal").write_text(json.dumps(journal))
 
     monkeypatch.setattr(encoder_module, "_BATCHES_A_CHUNK", 2)
     encoder = TextEncoder(model_dir, "float32", 2, "cpu")
     stats = encoder.encode_to_file(MANY_TEXTS, out_file)
     assert (stats.n_resumed, stats.n_unique) == (8, 30)
+    assert stats.seconds >= stats.earlier_seconds == round(journal["seconds"], 2) > 100
     whole = tmp_path / "whole.npy"
     assert encoder.encode_to_file(MANY_TEXTS, whole).n_resumed == 0
     assert out_file.read_bytes() == whole.read_bytes()

@@ -381,10 +381,10 @@ def test_a_truncated_half_written_embedding_is_begun_anew(
     from recbole_gacllm.descriptions.encoder import _Attempt
 
     file = tmp_path / "layer_0.npy"
-    _, vectors = _Attempt(file, "key").open((50, 32))
-    _Attempt(file, "key").advance(vectors, 20)
+    _, vectors = _Attempt(file, "key", 0.0).open((50, 32))
+    _Attempt(file, "key", 0.0).advance(vectors, 20)
     os.truncate(tmp_path / "layer_0.npy.partial", 1000)
-    n_done, vectors = _Attempt(file, "key").open((50, 32))
+    n_done, vectors = _Attempt(file, "key", 0.0).open((50, 32))
     assert (n_done, vectors.shape) == (0, (50, 32))
     assert not np.asarray(vectors).any()
     assert "layer_0.npy.partial is damaged" in caplog.text

@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from recbole_gacllm.descriptions.cleaning import CleaningContext, clean
+from recbole_gacllm.descriptions.costs import Cost, LayerCost
 from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
 from recbole_gacllm.descriptions.neighbors import TrainGraph
 from recbole_gacllm.descriptions.prompts import PromptTemplates
@@ -43,19 +44,20 @@ _BATCH, _BATCH_SECONDS, _FULL_BATCH = 32, 1.0, 1024
 
 @dataclass
 class LayerReport:
-    """What one layer took. Tokens are those of this layer's records, from the store or new.
+    """What one layer took, of all processes that worked on it, killed ones included.
 
     Attributes:
         n_nodes: Nodes of both sides.
-        n_generated: Prompts that the LLM answered in this run, retries not counted.
-        n_from_store: Nodes whose description an earlier process had made.
+        n_generated: Prompts that the LLM answered for this stage, retries not counted.
+        n_from_store: Nodes whose description another stage had made, or came by import.
         n_duplicates: Nodes whose prompt equals another node's of this layer.
         n_retried: Nodes whose prompt was asked a second time, at another temperature, whenever.
         n_failed: Nodes that carry the text of the layer below because no answer was usable.
         n_nothing_known: Nodes without features and neighbours, carried over without a call.
         n_truncated: Good answers that the length limit cut.
-        n_prompt_tokens, n_cached_tokens, n_output_tokens: Of answers generated in this run.
+        n_prompt_tokens, n_cached_tokens, n_output_tokens: Of answers generated for this stage.
         seconds: Wall time.
+        earlier_seconds: Of it, that of earlier processes.
         failures: Reason -> count, over nodes.
     """
 
@@ -71,6 +73,7 @@ class LayerReport:
     n_cached_tokens: int = 0
     n_output_tokens: int = 0
     seconds: float = 0.0
+    earlier_seconds: float = 0.0
     failures: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -136,7 +139,11 @@ class Convolution:
         return self.maker.retry_of(request)
 
     def next_layer(
-        self, below: Layer, nothing_known: dict[Side, str], number: int
+        self,
+        below: Layer,
+        nothing_known: dict[Side, str],
+        number: int,
+        stage: str | None = None,
     ) -> tuple[Layer, LayerReport]:
         """Rewrite every node's description from its own and its neighbours'.
 
@@ -145,13 +152,19 @@ class Convolution:
             nothing_known: Text of a node without features; such a node without neighbours is
                 carried over, as there is nothing to ask the LLM about.
             number: Of the layer that is made, from 1.
+            stage: Whose cost it is; None keeps no account of it.
 
         Raises:
             GenerationError: If the engine fails; finished descriptions are in the store.
             StoreError: If they cannot be stored.
         """
         started = time.perf_counter()
-        report = LayerReport(n_nodes=sum(len(below.tokens[side]) for side in SIDES))
+        before = Cost() if stage is None else self.store.cost_of(stage, number)
+        report = LayerReport(
+            n_nodes=sum(len(below.tokens[side]) for side in SIDES),
+            earlier_seconds=round(before.seconds, 2),
+            **dataclasses.asdict(before),
+        )
         above = Layer.raw(below.tokens, {side: list(below.texts[side]) for side in SIDES})
         above.statuses = {side: ["nothing_known"] * len(below.tokens[side]) for side in SIDES}
         waiting: dict[str, _Waiting] = {}
@@ -190,6 +203,7 @@ class Convolution:
                     settle(record, [(side, node)])
                 elif record is not None:
                     report.n_from_store += 1
+                    done.add(request.id)
                     settle(record, [(side, node)])
                 else:
                     waiting[request.id] = _Waiting(request, [(side, node)])
@@ -201,7 +215,16 @@ class Convolution:
         def write() -> None:
             """Durable first, then settled: nothing counts before it is on disk."""
             nonlocal written
-            self.store.put_many(finished)
+            cost = Cost(
+                report.n_generated + len(finished),
+                report.n_prompt_tokens,
+                report.n_cached_tokens,
+                report.n_output_tokens,
+                before.seconds + time.perf_counter() - started,
+            )
+            row = None if stage is None else LayerCost(stage, number, cost)
+            self.store.put_many(finished, row)
+            report.n_generated, report.seconds = cost.n_generated, round(cost.seconds, 2)
             # Another run may have stored a key first; then its text is the one that stays.
             stored = self.store.get_many([record.key for record in finished])
             for key, record in stored.items():
@@ -227,10 +250,9 @@ class Convolution:
             report.n_cached_tokens += completion.n_cached_tokens
             report.n_output_tokens += completion.n_output_tokens
             now = time.perf_counter()
-            rate = report.n_output_tokens / max(now - started, 1e-9)
+            rate = (report.n_output_tokens - before.n_output_tokens) / max(now - started, 1e-9)
             bar.set_postfix_str(f"{rate:.0f} tokens/s", False)
             record = record_of(completion, waiting[key].request.messages, 1 + (key in retried))
-            report.n_generated += record.n_attempts == 1
             if record.status == "failed" and record.n_attempts == 1:
                 retried.add(key)
                 to_retry.append(key)
@@ -251,7 +273,8 @@ class Convolution:
             write()
         bar.close()
         assert not waiting, f"{len(waiting)} prompts were never answered"
-        report.seconds = round(time.perf_counter() - started, 2)
+        # Of a row that was damaged and made again there are two generated ones, but one node.
+        report.n_from_store = max(0, report.n_from_store - before.n_generated)
         return above, report
 
     def _prompts(

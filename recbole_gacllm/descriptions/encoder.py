@@ -42,7 +42,8 @@ class EncodeStats:
         n_empty: Texts without a visible character; their rows are zero.
         n_resumed: Of ``n_unique``, those an earlier process had encoded.
         dim: Columns of the file.
-        seconds: Wall time of this process.
+        seconds: Wall time, that of killed processes until their last durable chunk included.
+        earlier_seconds: Of it, that of earlier processes.
     """
 
     n_texts: int
@@ -51,6 +52,7 @@ class EncodeStats:
     n_resumed: int
     dim: int
     seconds: float
+    earlier_seconds: float
 
 
 class TextEncoder:
@@ -134,7 +136,7 @@ class TextEncoder:
         started = time.perf_counter()
         ranks, unique = self._rank_by_length(texts)  # [len(texts)]
         with _explaining(out_file):
-            attempt = _Attempt(out_file, self._key(texts))
+            attempt = _Attempt(out_file, self._key(texts), started)
             if attempt.is_finished(len(unique)):
                 n_resumed = len(unique)
             else:
@@ -147,7 +149,8 @@ class TextEncoder:
             n_empty=int((ranks < 0).sum()),
             n_resumed=n_resumed,
             dim=self.dim,
-            seconds=round(time.perf_counter() - started, 2),
+            seconds=round(attempt.seconds, 2),
+            earlier_seconds=round(attempt.earlier_seconds, 2),
         )
 
     def _fill(
@@ -244,10 +247,16 @@ class TextEncoder:
 
 
 class _Attempt:
-    """A half-written file, and the journal that says how far it is."""
+    """A half-written file, and the journal that says how far it is and what it took.
 
-    def __init__(self, out_file: Path, key: str) -> None:
+    Attributes:
+        earlier_seconds: What earlier processes took until their last durable chunk.
+    """
+
+    def __init__(self, out_file: Path, key: str, started: float) -> None:
         self.out_file = out_file
+        self.earlier_seconds = 0.0
+        self._started = started  # by time.perf_counter()
         self._key = key
         self._partial = out_file.with_name(out_file.name + ".partial")
         self._journal = out_file.with_name(out_file.name + ".journal")
@@ -255,9 +264,16 @@ class _Attempt:
         if self._journal.exists():
             try:
                 entry = json.loads(self._journal.read_bytes())
-                self._n_done = int(entry["n_done"]) if entry["key"] == key else None
+                if entry["key"] == key:
+                    self._n_done = int(entry["n_done"])
+                    self.earlier_seconds = float(entry.get("seconds", 0.0))
             except (ValueError, KeyError, TypeError) as error:
                 logger.warning("%s is damaged (%s): encoding starts anew", self._journal, error)
+
+    @property
+    def seconds(self) -> float:
+        """What all processes took until now."""
+        return self.earlier_seconds + time.perf_counter() - self._started
 
     def is_finished(self, n_unique: int) -> bool:
         renamed = self.out_file.exists() and not self._partial.exists()
@@ -291,7 +307,8 @@ class _Attempt:
         """Make rows durable, then the word that they are."""
         assert isinstance(vectors, np.memmap)
         vectors.flush()
-        write_atomic(self._journal, json.dumps({"key": self._key, "n_done": n_done}).encode())
+        entry = {"key": self._key, "n_done": n_done, "seconds": self.seconds}
+        write_atomic(self._journal, json.dumps(entry).encode())
 
     def finish(self) -> None:
         with open(self._partial, "r+b") as file:

@@ -22,6 +22,8 @@ from typing import Any, Literal, Self
 from filelock import FileLock
 
 from recbole_gacllm.artifacts import sync_folder
+from recbole_gacllm.descriptions import costs
+from recbole_gacllm.descriptions.costs import Cost, LayerCost
 from recbole_gacllm.errors import StoreError
 
 logger = logging.getLogger(__name__)
@@ -133,8 +135,12 @@ class DescriptionStore:
                     )
         return found
 
-    def put_many(self, records: Iterable[Record]) -> None:
+    def put_many(self, records: Iterable[Record], cost: LayerCost | None = None) -> None:
         """Add records in one transaction; on return they are durable. A key that is there stays.
+
+        Args:
+            records: To add.
+            cost: What the layer that they are of has cost with them.
 
         Raises:
             ValueError: If a key is not 64 hexadecimal digits.
@@ -146,6 +152,13 @@ class DescriptionStore:
                 raise ValueError(f"key {key!r}: allowed are 64 hexadecimal digits (a SHA-256)")
         with self._explained(), self._transaction():
             self._db.executemany(_INSERT, rows)
+            if cost is not None:
+                costs.write(self._db, cost)
+
+    def cost_of(self, stage: str, number: int) -> Cost:
+        """What a layer of a stage has cost until its last durable write, see :class:`.Cost`."""
+        with self._explained():
+            return costs.read(self._db, stage, number)
 
     def __len__(self) -> int:
         with self._explained():
@@ -233,13 +246,14 @@ def salvage(path: Path) -> str:
             continue  # on a damaged page: one of the lost rows counted below
         if row is not None and (record := _checked(row[1:])) is not None:
             saved.append(record)
-    old.close()
 
     new = _open(new_path)
     with new:
         new.execute("BEGIN IMMEDIATE")
         new.executemany(_INSERT, [(*_values(record), _checksum(record)) for record in saved])
+        costs.copy(old, new)
     new.close()
+    old.close()
     n = 1
     while (aside := path.with_name(f"{path.name}.damaged-{n}")).exists():
         n += 1
@@ -282,6 +296,7 @@ def _open(path: Path) -> sqlite3.Connection:
                 "the release of recbole_gacllm that wrote it, or move the file away: the "
                 "descriptions are then made again."
             )
+        db.execute(costs.SCHEMA)  # a store of an earlier release lacks it
         db.execute("PRAGMA synchronous = FULL")
     except BaseException:
         db.close()
