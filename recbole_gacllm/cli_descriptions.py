@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from recbole_gacllm.descriptions.layers import SIDES
 
 if TYPE_CHECKING:
     from recbole_gacllm.descriptions.quality import LayerQuality, SideQuality
+    from recbole_gacllm.descriptions.reading import Unfinished
 
 _ARTIFACT_DIR = Path("saved/gacllm")
 _MAX_PRINTED_CHARS = 600  # of a sample
@@ -75,7 +77,8 @@ def audit(arguments: list[str]) -> None:
     parser = cli_common.command_parser(
         "python -m recbole_gacllm audit",
         "Figures and samples of every layer of descriptions: failures, retries, "
-        "lengths, copies, repetition, names of items, and the leakage audit of the run.",
+        "lengths, copies, repetition, names of items, and the leakage audit of the run. Of a run "
+        "that goes on or was killed, its finished layers, and how far the next one is.",
         "example:\n  python -m recbole_gacllm audit saved/GaCLLM-ml-100k --n-samples=10",
     )
     parser.add_argument("run", type=Path, help="a run.json, its folder, or a descriptions-… folder")
@@ -87,10 +90,12 @@ def audit(arguments: list[str]) -> None:
     from recbole_gacllm.descriptions.quality import layer_qualities
     from recbole_gacllm.descriptions.reading import RunDescriptions
 
-    found = RunDescriptions.of_run(known.run)
+    found = RunDescriptions.of_run(known.run, unfinished=True)
     layers = list(layer_qualities(found, known.n_samples, known.seed))
     for layer in layers:
         _print_layer(layer)
+    if found.unfinished is not None:
+        _print_unfinished(found.unfinished)
     leakage = _leakage(known.run)
     if leakage is not None:
         print("\nleakage audit " + ", ".join(f"{key} {value}" for key, value in leakage.items()))
@@ -100,6 +105,7 @@ def audit(arguments: list[str]) -> None:
             "folder": str(found.folder),
             "leakage_audit": leakage,
             "layers": [dataclasses.asdict(layer) for layer in layers],
+            "unfinished": found.unfinished and dataclasses.asdict(found.unfinished),
         }
         known.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
@@ -228,17 +234,16 @@ def _print_layer(layer: LayerQuality) -> None:
             f"{report['n_unknown']} rows about unknown nodes"
         )
     elif report:
-        print(
-            f"  generated       {report['n_generated']} prompts, {report['n_from_store']} from "
-            f"the store, {report.get('n_duplicates', 0)} nodes with the prompt of another, "
-            f"{report['n_retried']} retried, {report['n_failed']} nodes failed, "
-            f"{report['n_truncated']} cut by the length limit"
-        )
-        print(
-            f"  tokens          {report['n_prompt_tokens']} in "
-            f"({report['n_cached_tokens']} from the prefix cache), "
-            f"{report['n_output_tokens']} out, {report['seconds']:.0f} s"
-        )
+        others = ""
+        if "n_from_store" in report:  # of a stage that has finished
+            others = (
+                f", {report['n_from_store']} from "
+                f"the store, {report.get('n_duplicates', 0)} nodes with the prompt of another, "
+                f"{report['n_retried']} retried, {report['n_failed']} nodes failed, "
+                f"{report['n_truncated']} cut by the length limit"
+            )
+        print(f"  generated       {report['n_generated']} prompts{others}")
+        print(f"  tokens          {_tokens(report)}")
     for side, quality in layer.sides.items():
         print(f"\n  {side}s")
         _print_side(quality)
@@ -248,6 +253,21 @@ def _print_layer(layer: LayerQuality) -> None:
         for words, sign in ((head, "  - "), (sample.text, "    → ")):
             short = textwrap.shorten(words, _MAX_PRINTED_CHARS, placeholder=" …")
             print(textwrap.fill(short, 96, initial_indent=sign, subsequent_indent=" " * len(sign)))
+
+
+def _print_unfinished(found: Unfinished) -> None:
+    cost = dataclasses.asdict(found.cost)
+    print(f"\nlayer {found.number} of {found.n_layers} is not finished")
+    print(f"  generated       {found.cost.n_generated} prompts, for {found.n_nodes} nodes at most")
+    print(f"  tokens          {_tokens(cost)}")
+    print("  start the run again: it goes on with what is missing")
+
+
+def _tokens(report: Mapping[str, Any]) -> str:
+    return (
+        f"{report['n_prompt_tokens']} in ({report['n_cached_tokens']} from the prefix cache), "
+        f"{report['n_output_tokens']} out, {report['seconds']:.0f} s"
+    )
 
 
 def _print_side(quality: SideQuality) -> None:

@@ -10,10 +10,12 @@ import pytest
 
 from recbole_gacllm import artifacts, cli_descriptions
 from recbole_gacllm.cli import main
+from recbole_gacllm.descriptions.costs import Cost, LayerCost
 from recbole_gacllm.descriptions.layers import Layer, layer_files
 from recbole_gacllm.descriptions.neighbors import TrainGraph
 from recbole_gacllm.descriptions.quality import _languages, layer_qualities
 from recbole_gacllm.descriptions.reading import RunDescriptions
+from recbole_gacllm.descriptions.store import DescriptionStore
 
 REPORT = {
     **{
@@ -59,8 +61,9 @@ def folder(tmp_path):
     above.write(folder / "layer_1.parquet")
     names = {"i1": "Rain Man", "i2": "Sun Valley", "i3": "Fog Land", "i4": "Ice"}
     (inputs / "item_names.json").write_text(json.dumps(names))
-    options = {"neighbor_rule": "rare_first", "n_neighbors": 2}
-    job = {"inputs": str(inputs), "seed": 1, "options": options}
+    options = {"neighbor_rule": "rare_first", "n_neighbors": 2, "llm_n_layers": 2}
+    store = str(tmp_path / "store.sqlite")
+    job = {"inputs": str(inputs), "seed": 1, "options": options, "store": store}
     (folder / "job.json").write_text(json.dumps(job))
     artifacts.write_manifest(folder, {"stage": "descriptions", "layers": [REPORT]})
     return folder
@@ -182,12 +185,43 @@ def test_audit_takes_a_descriptions_folder_and_refuses_anything_else(folder, tmp
     assert "the folder of the stage inputs" in refused(tmp_path / "inputs-1", capsys)
 
 
-def test_audit_of_a_run_that_was_killed_says_that_it_goes_on(folder, tmp_path, capsys):
+def test_audit_of_a_run_that_was_killed_shows_its_finished_layers_and_how_far_it_is(
+    folder, tmp_path, capsys
+):
     (folder / artifacts.MANIFEST_FILE).unlink()  # written last
-    assert "are not finished yet: start the run, or start it again" in refused(folder, capsys)
-    (tmp_path / "run.json").write_text(json.dumps({"artifacts": {"descriptions": str(folder)}}))
-    assert "are not finished yet" in refused(tmp_path, capsys)
+    name = f"{tmp_path.name}/{folder.name}"
+    with DescriptionStore(tmp_path / "store.sqlite") as store:
+        store.put_many([], LayerCost(name, 1, Cost(6, 700, 80, 90, 12.0)))
+        store.put_many([], LayerCost(name, 2, Cost(5, 600, 70, 50, 8.0)))
+    main(["audit", str(folder), "--json", str(tmp_path / "audit.json")])
+    first, second = capsys.readouterr().out.split("layer 2 of 2 is not finished")
+    assert "generated       6 prompts\n" in first
+    assert "700 in (80 from the prefix cache), 90 out, 12 s" in first
+    assert "→ Likes Rain Man and more." in first
+    assert "generated       5 prompts, for 7 nodes at most" in second
+    assert "600 in (70 from the prefix cache), 50 out, 8 s" in second
+    assert "start the run again: it goes on with what is missing" in second
+    written = json.loads((tmp_path / "audit.json").read_text())
+    assert [layer["number"] for layer in written["layers"]] == [1]
+    assert written["unfinished"]["cost"]["n_generated"] == 5
+
+
+def test_audit_of_a_run_that_was_killed_in_its_first_layer_says_so(folder, capsys):
+    (folder / artifacts.MANIFEST_FILE).unlink()
+    (folder / "layer_1.parquet").rename(folder / "layer_2.parquet")  # the one below was lost
+    main(["audit", str(folder)])
+    out = capsys.readouterr().out
+    assert "layer 1 of 2 is not finished\n  generated       0 prompts, for 7 nodes" in out
+    assert "samples" not in out
+    assert not (folder.parent.parent / "store.sqlite").exists()
+
+
+def test_what_needs_all_layers_says_that_a_killed_run_goes_on(folder, tmp_path, capsys):
+    (folder / artifacts.MANIFEST_FILE).unlink()
+    with pytest.raises(ValueError, match="are not finished yet: start the run, or start it again"):
+        RunDescriptions.of_run(folder)
     (folder / artifacts.JOB_FILE).unlink()
+    (tmp_path / "run.json").write_text(json.dumps({"artifacts": {"descriptions": str(folder)}}))
     assert "are not there" in refused(tmp_path, capsys)
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import pandas as pd
 
 from recbole_gacllm import artifacts
+from recbole_gacllm.descriptions.costs import Cost, stage_name
 from recbole_gacllm.descriptions.layers import SIDES, Layer, Side, layer_files
 from recbole_gacllm.descriptions.neighbors import NeighborLists, TrainGraph, select_neighbors
+from recbole_gacllm.descriptions.store import DescriptionStore
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,46 @@ class NodePage:
     neighbors: list[tuple[str, str, str]]
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """How far a stage is that goes on, or was killed.
+
+    Attributes:
+        number: The layer that is not finished.
+        n_layers: Of the run.
+        n_nodes: Descriptions of a layer; prompts are fewer where some are equal or in the store.
+        cost: What this layer has cost until its last durable write.
+    """
+
+    number: int
+    n_layers: int
+    n_nodes: int
+    cost: Cost
+
+
 class RunDescriptions:
     """The descriptions of one run.
 
     Args:
         folder: A ``descriptions-…`` folder with a manifest.
+        unfinished: Take one without, too, as far as it is.
+
+    Attributes:
+        layers: Those that are finished, the raw one first.
+        manifest: Of an unfinished stage, what its finished layers have cost.
+        unfinished: None if the stage is finished.
 
     Raises:
         ValueError: If there are none there.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, unfinished: bool = False) -> None:
         manifest = artifacts.read_manifest(folder)
+        if manifest is None and unfinished and folder.name.startswith("descriptions-"):
+            started = (folder / artifacts.JOB_FILE).is_file()
+            manifest = {"stage": "descriptions"} if started else None
+        else:
+            unfinished = False
         if manifest is None:
             started = (folder / artifacts.JOB_FILE).is_file()
             state = "are not finished yet" if started else "are not there"
@@ -62,8 +93,12 @@ class RunDescriptions:
         self._inputs = Path(self._job["inputs"])
         if not self._inputs.is_dir():  # the artefacts were moved together
             self._inputs = folder.parent / self._inputs.name
-        files = [self._inputs / "layer_0.parquet", *layer_files(folder)]
-        self.layers = [Layer.read(file) for file in files]
+        files = layer_files(folder)
+        if unfinished:  # a layer below may have been lost and is made again
+            wanted = [folder / f"layer_{number}.parquet" for number in range(1, len(files) + 1)]
+            files = list(takewhile(Path.is_file, wanted))
+        self.layers = [Layer.read(file) for file in (self._inputs / "layer_0.parquet", *files)]
+        self.unfinished = self._progress() if unfinished else None
         self.names: dict[str, str] = json.loads(
             (self._inputs / "item_names.json").read_text("utf-8")
         )
@@ -85,18 +120,33 @@ class RunDescriptions:
         return cls(newest.parent)
 
     @classmethod
-    def of_run(cls, run: Path) -> RunDescriptions:
+    def of_run(cls, run: Path, unfinished: bool = False) -> RunDescriptions:
         """The descriptions of a run.
 
         Args:
             run: Its ``run.json``, the folder of it, or a ``descriptions-…`` folder.
+            unfinished: Take a folder whose stage has not finished, too.
 
         Raises:
             ValueError: If there is no such file, or the run had none.
         """
         if any((run / name).is_file() for name in (artifacts.MANIFEST_FILE, artifacts.JOB_FILE)):
-            return cls(run)
-        return cls(folder_of_run(run, "descriptions", "generated descriptions"))
+            return cls(run, unfinished)
+        return cls(folder_of_run(run, "descriptions", "generated descriptions"), unfinished)
+
+    def _progress(self) -> Unfinished:
+        """How far the stage is; fills the manifest with what finished layers have cost."""
+        store = Path(self._job["store"])
+        if not store.is_file():  # the artefacts were moved together
+            store = self.folder.parent.parent / store.name
+        number, name = len(self.layers), stage_name(self.folder)
+        costs = [Cost()] * number
+        if store.is_file():
+            with DescriptionStore(store) as opened:
+                costs = [opened.cost_of(name, layer) for layer in range(1, number + 1)]
+        self.manifest["layers"] = [asdict(cost) for cost in costs[:-1]]
+        n_nodes = sum(map(len, self.layers[0].tokens.values()))
+        return Unfinished(number, self._job["options"]["llm_n_layers"], n_nodes, costs[-1])
 
     def page(self, side: Side, token: str) -> NodePage:
         """Everything about one node.
