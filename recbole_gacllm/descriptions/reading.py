@@ -144,7 +144,8 @@ class RunDescriptions:
         if store.is_file():
             with DescriptionStore(store) as opened:
                 costs = [opened.cost_of(name, layer) for layer in range(1, number + 1)]
-        self.manifest["layers"] = [asdict(cost) for cost in costs[:-1]]
+        # Nothing was counted where an earlier release made the layer.
+        self.manifest["layers"] = [asdict(c) if c != Cost() else {} for c in costs[:-1]]
         n_nodes = sum(map(len, self.layers[0].tokens.values()))
         return Unfinished(number, self._job["options"]["llm_n_layers"], n_nodes, costs[-1])
 
