@@ -35,8 +35,10 @@ MANIFEST_FILE = "manifest.json"
 JOB_FILE = "job.json"
 _SECONDS_TO_STOP = 10.0  # how long an interrupted child may tidy up before it is killed
 _MAX_ERROR_BYTES = 60_000  # fits the socket's buffer: the parent reads when the child has ended
-# How safetensors (the first) and torch.save tell a full disk.
-_DISK_TEXTS = (os.strerror(errno.ENOSPC), "unexpected pos", "PytorchStreamWriter failed")
+# How safetensors (the first two) and torch.save tell a full disk.
+_DISK_TEXTS = (
+    *(os.strerror(errno.ENOSPC), "unexpected pos", "PytorchStreamWriter failed", "iostream error"),
+)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _to_parent: int | None = None  # of a child: where its error goes
 
