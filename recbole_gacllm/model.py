@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
@@ -82,14 +81,17 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
                 )
                 for _ in range(len(self.texts))
             )
-        self.unseen = self._unseen_items(data)
+        self.unseen: UnseenItems | None = None  # that only text can speak for
+        if self.texts is not None:
+            items = data.graph.items + 1
+            self.unseen = UnseenItems.find(
+                items, self.n_items, self._raw_texts, MAX_ROWS, self.device
+            )
         self.linear: ItemItemModel | None = None
         if options.linear_weight > 0:
             item_texts = None
             if self.texts is not None and options.linear_text_weight > 0:
-                # Layer 0: what neighbours say of an item, the interactions say already.
-                nodes = torch.arange(self.n_users, self.n_users + self.n_items, device=self.device)
-                item_texts = self.texts.rows(0, nodes)
+                item_texts = self._raw_texts(torch.arange(self.n_items, device=self.device))
             self.linear = ItemItemModel(
                 data.graph.users + 1,
                 data.graph.items + 1,
@@ -109,18 +111,10 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         self.register_load_state_dict_post_hook(_forget_restored)
         self.apply(xavier_uniform_initialization)
 
-    def _unseen_items(self, data: TrainingData) -> UnseenItems | None:
-        """The items that only text can speak for; None if there are none, or there is no text."""
-        seen = np.unique(data.graph.items) + 1
-        if self.texts is None or len(seen) == self.n_items - 1:
-            return None
-        texts, n_users = self.texts, self.n_users
-        return UnseenItems(
-            torch.from_numpy(seen).to(self.device),
-            self.n_items,
-            lambda items: texts.rows(0, n_users + items),
-            MAX_ROWS,
-        )
+    def _raw_texts(self, items: Tensor) -> Tensor:
+        """Layer 0 of items: what neighbours say of an item, the interactions say already."""
+        assert self.texts is not None
+        return self.texts.rows(0, self.n_users + items)
 
     def project(self, nodes: Tensor) -> list[Tensor]:
         """Projected text embeddings ``t^(0) .. t^(L)`` of some nodes; empty without text.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +65,21 @@ class UnseenItems:
         gram.diagonal().add_(REG_WEIGHT * max(float(gram.trace()) / n, 1e-12))
         self._inverse = torch.linalg.inv(gram).float()  # [width, width]
         self._mean = mean.float()
+
+    @classmethod
+    def find(
+        cls,
+        items: np.ndarray,
+        n_items: int,
+        texts: Callable[[Tensor], Tensor],
+        block: int,
+        device: torch.device | str,
+    ) -> UnseenItems | None:
+        """From the item of each training edge; None where all items have one."""
+        seen = np.unique(items)
+        if len(seen) == n_items - 1:
+            return None
+        return cls(torch.from_numpy(seen).to(device), n_items, texts, block)
 
     def __deepcopy__(self, memo: dict[int, object]) -> UnseenItems:
         return self
