@@ -89,7 +89,7 @@ def test_a_sequential_model_is_refused_on_a_random_split(keys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((["BPR"], ["tiny"], 1, "other"), "protocol: 'other' is not one of general, sequential"),
+        ((["BPR"], ["tiny"], 1, "other"), "protocol: 'other' is not one of cold, general, sequential"),
         ((["BPR"], ["tiny"], 0), "seeds: 0"),
         ((["BPR"], ["tiny"], 1, "general", (), {}, 0), "nproc: 0"),
         ((["BPR", "BPR"], ["tiny"], 1), "models: 'BPR,BPR'"),
