@@ -39,8 +39,8 @@ def check(config: Any) -> None:
         return
     if config["MODEL_TYPE"].name == "SEQUENTIAL":
         raise ValueError(
-            f"{SPLIT_KEYS[0]}: {train_share:g}, {SPLIT_KEYS[1]}: {cold_share:g} do not go with the sequential "
-            f"model {config['model']}: what is taken from training would stay in its sequences. "
+            f"train_share: {train_share:g}, cold_item_share: {cold_share:g} do not go with the "
+            f"sequential model {config['model']}: what is taken from training would stay in its sequences. "
             "Leave the keys out, or choose general models."
         )
     modes = config["eval_args"]["mode"]
