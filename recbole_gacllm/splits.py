@@ -40,8 +40,8 @@ def check(config: Any) -> None:
     if config["MODEL_TYPE"].name == "SEQUENTIAL":
         raise ValueError(
             f"train_share: {train_share:g}, cold_item_share: {cold_share:g} do not go with the "
-            f"sequential model {config['model']}: what is taken from training would stay in its sequences. "
-            "Leave the keys out, or choose general models."
+            f"sequential model {config['model']}: what is taken from training would stay in its "
+            "sequences. Leave the keys out, or choose general models."
         )
     modes = config["eval_args"]["mode"]
     if cold_share > 0 and (modes["valid"], modes["test"]) != ("full", "full"):
