@@ -39,8 +39,8 @@ examples:
   python run_recbole_gacllm.py tune --model=LightGCN --dataset=ml-100k --space=mine.hyper
 """
 _PROTOCOL_HELP = (
-    "general (random 8:1:1 split of each user; default) or sequential (leave one out by time, for "
-    "general and sequential models)"
+    "general (random 8:1:1 split of each user; default), sequential (leave one out by time, for "
+    "general and sequential models) or cold (items without training interactions)"
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -20,6 +21,9 @@ from typing import Any
 import yaml
 
 OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_", "linear_")
+
+#: Keys of ours that hold for any model; see ``splits.py``.
+SPLIT_KEYS = ("train_share", "cold_item_share")
 
 
 def shipped_path(*parts: str) -> Path:
@@ -209,6 +213,8 @@ class GaCLLMConfig:
     encoder_prompt: str | None = _key()
     encoder_batch_size: int = _key(_at_least(1))
     encoder_dtype: str = _key(_one_of("auto", "bfloat16", "float32"))
+    train_share: float = _key(_share)
+    cold_item_share: float = _key(_from_to(0, 0.5))
     fast_paths: bool = _key()
     artifact_dir: str = _key(_not_empty)
 
@@ -248,20 +254,35 @@ class GaCLLMConfig:
         Raises:
             ValueError: Names the key, the value found and what is allowed.
         """
-        hints = typing.get_type_hints(cls)
-        values = {}
         for f in dataclasses.fields(cls):
             if f.name not in mapping:
                 raise ValueError(
                     f"key {f.name!r} is missing. Build the configuration with RecBole's "
                     'Config(model="GaCLLM", …) after `import recbole_gacllm`: it has all defaults.'
                 )
-            value = _convert(f.name, mapping[f.name], hints[f.name])
-            problem = f.metadata["check"] and value is not None and f.metadata["check"](value)
-            if problem:
-                raise ValueError(f"{f.name}: {value!r} is not allowed; {problem}.")
-            values[f.name] = value
-        return cls(**values)
+        keys = (f.name for f in dataclasses.fields(cls))
+        return cls(**{key: checked(key, mapping[key]) for key in keys})
+
+
+@functools.cache
+def _fields() -> dict[str, tuple[Any, _Check | None]]:
+    hints = typing.get_type_hints(GaCLLMConfig)
+    fields = dataclasses.fields(GaCLLMConfig)
+    return {f.name: (hints[f.name], f.metadata["check"]) for f in fields}
+
+
+def checked(key: str, value: Any) -> Any:
+    """The value of one of our keys, of its type.
+
+    Raises:
+        ValueError: Names the key, the value found and what is allowed.
+    """
+    hint, check = _fields()[key]
+    value = _convert(key, value, hint)
+    problem = check and value is not None and check(value)
+    if problem:
+        raise ValueError(f"{key}: {value!r} is not allowed; {problem}.")
+    return value
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:

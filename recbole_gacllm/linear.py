@@ -75,7 +75,7 @@ class ItemItemModel:
         self.n_covered = interactions.shape[1]
         gram = (interactions.T @ interactions).toarray().astype(np.float64)
         if texts is not None:
-            rows = _centred(texts.double().cpu().numpy())
+            rows = centred(texts.double().cpu().numpy())
             gram += text_weight * (rows @ rows.T)
         diagonal = np.diag_indices(len(gram))
         gram[diagonal] += reg_weight
@@ -100,7 +100,43 @@ class ItemItemModel:
         return scores.new_zeros(len(users), self._n_items).index_copy_(1, self._covered, scores)
 
 
-def _centred(texts: np.ndarray) -> np.ndarray:
+class TextNeighbors:
+    r"""A user's training items by their text: text-kNN with all items as neighbors.
+
+    .. math:: s(u, j) = \sum_{i \in R_u} \langle x_i, x_j \rangle
+
+    What an item's text alone says of it. With rows ``x`` of unit length it is a sum of cosines.
+
+    Args:
+        users: User index of each training edge.
+        items: Item index of each training edge.
+        n_users: Number of users.
+        texts: Text embedding of each item.
+
+    Shapes:
+        users, items: ``[n_edges]``; texts: ``[n_items, width]``.
+    """
+
+    def __init__(self, users: np.ndarray, items: np.ndarray, n_users: int, texts: Tensor) -> None:
+        pairs = np.unique(np.stack([users, items], axis=1), axis=0)
+        of_users, of_items = torch.from_numpy(pairs).to(texts.device).T
+        self._texts = texts
+        self._profiles = texts.new_zeros(n_users, texts.shape[1])  # [n_users, width]
+        self._profiles.index_add_(0, of_users, texts[of_items])
+
+    def __deepcopy__(self, memo: dict[int, object]) -> TextNeighbors:
+        return self
+
+    def scores(self, users: Tensor) -> Tensor:
+        """Scores of users with every item.
+
+        Shapes:
+            users: ``[B]``; result ``[B, n_items]``.
+        """
+        return self._profiles[users] @ self._texts.T
+
+
+def centred(texts: np.ndarray) -> np.ndarray:
     """Rows with mean 0 and mean square length 1; a zero row, which is no text, stays zero."""
     known = texts.any(axis=1)
     rows = np.zeros_like(texts)

@@ -8,6 +8,8 @@ constructor calls once; from then on they are constants. In a chat of equations:
     z       = mean_l (e^(l) + w t^(l))             fused, hop by hop              (propagation.py)
     s(u, i) = <z_u, z_i>, or their cosine with SSM; plus linear_weight x EASE's, both standardised
     loss    = objective + align_weight * alignment + reg_weight * L2              (losses.py)
+
+An item without training interactions has an untrained e: with text, s comes from that (unseen.py).
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from torch.nn import functional as F
 
 from recbole_gacllm import losses
 from recbole_gacllm.config import GaCLLMConfig
-from recbole_gacllm.data import TextLayers, TrainingData
+from recbole_gacllm.data import MAX_ROWS, TextLayers, TrainingData
 from recbole_gacllm.linear import ItemItemModel, standardize
 from recbole_gacllm.pipeline import prepare
+from recbole_gacllm.projection import text_projection
 from recbole_gacllm.propagation import (
     Adjacency,
     PeriodicPropagation,
@@ -35,6 +38,7 @@ from recbole_gacllm.propagation import (
     propagate,
     propagate_mean,
 )
+from recbole_gacllm.unseen import UnseenItems
 
 
 class GaCLLM(GeneralRecommender):  # type: ignore[misc]
@@ -68,14 +72,26 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         self.texts: TextLayers | None = None
         if options.use_text:
             self.texts = prepare(options, data).to(self.device)
-            self.projections = nn.ModuleList(self._projection() for _ in range(len(self.texts)))
+            self.projections = nn.ModuleList(
+                text_projection(
+                    self.texts.dim,
+                    options.text_hidden_size,
+                    options.embedding_size,
+                    options.text_dropout,
+                )
+                for _ in range(len(self.texts))
+            )
+        self.unseen: UnseenItems | None = None  # that only text can speak for
+        if self.texts is not None:
+            items = data.graph.items + 1
+            self.unseen = UnseenItems.find(
+                items, self.n_items, self._raw_texts, MAX_ROWS, self.device
+            )
         self.linear: ItemItemModel | None = None
         if options.linear_weight > 0:
             item_texts = None
             if self.texts is not None and options.linear_text_weight > 0:
-                # Layer 0: what neighbours say of an item, the interactions say already.
-                nodes = torch.arange(self.n_users, self.n_users + self.n_items, device=self.device)
-                item_texts = self.texts.rows(0, nodes)
+                item_texts = self._raw_texts(torch.arange(self.n_items, device=self.device))
             self.linear = ItemItemModel(
                 data.graph.users + 1,
                 data.graph.items + 1,
@@ -95,20 +111,10 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         self.register_load_state_dict_post_hook(_forget_restored)
         self.apply(xavier_uniform_initialization)
 
-    def _projection(self) -> nn.Module:
-        """MLP from the text width to ``embedding_size``; hidden width 0 is a linear map."""
+    def _raw_texts(self, items: Tensor) -> Tensor:
+        """Layer 0 of items: what neighbours say of an item, the interactions say already."""
         assert self.texts is not None
-        options, width, hidden = self.options, self.texts.dim, self.options.text_hidden_size
-        if hidden == 0:
-            return nn.Sequential(
-                _Dropout(options.text_dropout), nn.Linear(width, options.embedding_size)
-            )
-        return nn.Sequential(
-            _Dropout(options.text_dropout),
-            nn.Linear(width, hidden),
-            nn.LeakyReLU(),
-            nn.Linear(hidden, options.embedding_size),
-        )
+        return self.texts.rows(0, self.n_users + items)
 
     def project(self, nodes: Tensor) -> list[Tensor]:
         """Projected text embeddings ``t^(0) .. t^(L)`` of some nodes; empty without text.
@@ -145,7 +151,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         options = self.options
         user, positive = interaction[self.USER_ID], interaction[self.ITEM_ID]  # [B]
         is_bpr = options.loss_type == "BPR"
-        negative = interaction[self.NEG_ITEM_ID] if is_bpr else self._draw_negatives()  # [C]
+        negative = self._negatives(interaction) if is_bpr else self._draw_negatives()  # [C]
         blocks = [user, positive + self.n_users, negative + self.n_users]  # nodes
         alignment: Tensor | None = None
         if self.periodic is None:
@@ -193,9 +199,24 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             *regularised, squared=options.require_pow
         )
 
+    def _negatives(self, interaction: Interaction) -> Tensor:
+        """RecBole's negatives; items without training interactions are drawn anew from the rest."""
+        negative: Tensor = interaction[self.NEG_ITEM_ID]
+        if self.unseen is None:
+            return negative
+        seen = self.unseen.seen
+        drawn = seen[torch.randint(len(seen), negative.shape, device=self.device)]
+        return torch.where(self.unseen.is_seen[negative], negative, drawn)
+
     def _draw_negatives(self) -> Tensor:
-        """Distinct items that SSM puts beside the matching one, drawn uniformly; at most all."""
+        """Distinct items that SSM puts beside the matching one, drawn uniformly; at most all.
+
+        Items without training interactions are not drawn where their text speaks for them.
+        """
         n = self.options.ssm_n_negatives
+        if self.unseen is not None:
+            seen = self.unseen.seen
+            return seen[torch.randperm(len(seen), device=self.device)[:n]]
         if n >= self.n_items - 1:
             return torch.arange(1, self.n_items, device=self.device)
         return 1 + torch.randperm(self.n_items - 1, device=self.device)[:n]
@@ -253,24 +274,28 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
     def _scores(self, user: Tensor) -> Tensor:
         """Matching scores of users with every item, plus the linear item-item scores if asked for.
 
+        Where items without training interactions have text, these are of the others only, and
+        ``unseen.py`` scores the rest.
+
         Shapes:
             user: ``[B]``; result ``[B, n_items]``.
         """
         users, items = self._restore()
-        scores = users[user] @ items.T
-        if self.linear is None:
-            return scores
-        linear = standardize(self.linear.scores(user))
-        return standardize(scores) + self.options.linear_weight * linear
+        seen = slice(None) if self.unseen is None else self.unseen.seen
+        scores = users[user] @ items[seen].T
+        if self.linear is not None:
+            linear = standardize(self.linear.scores(user)[:, seen])
+            scores = standardize(scores) + self.options.linear_weight * linear
+        return scores if self.unseen is None else self.unseen.complete(scores)
 
     @torch.no_grad()
     def predict(self, interaction: Interaction) -> Tensor:
         """Scores of user-item pairs: ``[B]``."""
         user, item = interaction[self.USER_ID], interaction[self.ITEM_ID]
-        if self.linear is None:
+        if self.linear is None and self.unseen is None:
             users, items = self._restore()
             return (users[user] * items[item]).sum(dim=1)
-        # Standardised over all items, so all of a user's scores are needed.
+        # Standardised over all items, or fitted to them: all of a user's scores are needed.
         distinct, place = torch.unique(user, return_inverse=True)
         return self._scores(distinct)[place, item]
 
@@ -278,24 +303,6 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Scores of users with every item: ``[B * n_items]``, a fresh tensor."""
         return self._scores(interaction[self.USER_ID]).view(-1)
-
-
-class _Dropout(nn.Module):
-    """Dropout that draws 16 bits an element: ``p`` is rounded to 1/65536, the mean is exact.
-
-    On CPU it takes a tenth of the time of PyTorch's, which draws a double an element.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.n_dropped = min(round(p * 2**16), 2**16 - 1)  # of 2^16 equally likely values
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.n_dropped == 0:
-            return x
-        words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64, device=x.device)
-        bits = words.random_(-(2**63), None).view(torch.int16)[: x.numel()].view_as(x)
-        return x * (bits >= self.n_dropped - 2**15) * (2**16 / (2**16 - self.n_dropped))
 
 
 def _forget_restored(module: nn.Module, _incompatible_keys: Any) -> None:

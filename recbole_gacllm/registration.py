@@ -14,10 +14,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from recbole_gacllm.config import GaCLLMConfig, check_keys, dataset_defaults, model_defaults
+from recbole_gacllm.config import (
+    SPLIT_KEYS,
+    GaCLLMConfig,
+    check_keys,
+    dataset_defaults,
+    model_defaults,
+)
 from recbole_gacllm.import_hooks import after_import, alias_module
 
 MODEL = "GaCLLM"
+#: Our models and their modules; both take the keys of ``GaCLLM.yaml``.
+MODELS = {MODEL: "recbole_gacllm.model", "TextKNN": "recbole_gacllm.text_knn"}
 _GENERAL = "recbole.model.general_recommender"
 #: Modules of RecBole whose classes get the fast paths of ``fast.py`` (key ``fast_paths``).
 FAST_MODULES = (
@@ -29,6 +37,8 @@ FAST_MODULES = (
     "recbole.trainer.trainer",
     *(f"{_GENERAL}.{name}" for name in ("lightgcn", "ngcf", "ncl", "sgl", "dgcf")),
 )
+#: Those whose classes get the keys of ``splits.py``.
+SPLIT_MODULES = ("recbole.data.dataset.dataset", "recbole.trainer.trainer")
 
 
 def register() -> None:
@@ -44,10 +54,13 @@ def register() -> None:
         sampling, and the run that saves them shuffles differently from a run that does not. Save
         them per setting, or not at all.
     """
-    alias_module("recbole.model.general_recommender.gacllm", "recbole_gacllm.model")
+    for model, module in MODELS.items():
+        alias_module(f"{_GENERAL}.{model.lower()}", module)
     after_import("recbole.config.configurator", _extend_config)
     for name in FAST_MODULES:
         after_import(name, _add_fast_paths)
+    for name in SPLIT_MODULES:
+        after_import(name, _add_splits)
 
 
 def _add_fast_paths(module: ModuleType) -> None:
@@ -55,19 +68,27 @@ def _add_fast_paths(module: ModuleType) -> None:
     importlib.import_module("recbole_gacllm.fast").add_to(module)
 
 
-def _extend_config(configurator: ModuleType) -> None:
-    """Layer and check the configuration of GaCLLM; other models see RecBole's methods alone.
+def _add_splits(module: ModuleType) -> None:
+    """As :func:`_add_fast_paths`."""
+    importlib.import_module("recbole_gacllm.splits").add_to(module)
 
-    For GaCLLM the layers are, each over the one before: RecBole's ``overall.yaml``;
+
+def _extend_config(configurator: ModuleType) -> None:
+    """Layer and check the configuration of our models; of others only the keys of ``splits.py``.
+
+    For ours the layers are, each over the one before: RecBole's ``overall.yaml``;
     ``GaCLLM.yaml`` with the preset; RecBole's ``sample.yaml`` and data set yaml; our data set
     config; what the user gives.
     """
+    splits = importlib.import_module("recbole_gacllm.splits")  # not at the head, as fast
+    # RecBole reuses saved data sets and loaders only where these keys are the same.
+    configurator.dataset_arguments.extend(SPLIT_KEYS)
     config_class = configurator.Config
     load_internal, init = config_class._load_internal_config_dict, config_class.__init__
 
     @functools.wraps(load_internal)
     def _load_internal_config_dict(self: Any, model: str, model_class: Any, dataset: str) -> None:
-        if model == MODEL:
+        if model in MODELS:
             _load_layers(self, functools.partial(load_internal, self, model, model_class, dataset))
         else:
             load_internal(self, model, model_class, dataset)
@@ -75,8 +96,9 @@ def _extend_config(configurator: ModuleType) -> None:
     @functools.wraps(init)
     def construct(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        if self.model == MODEL:
+        if self.model in MODELS:
             _check(self)
+        splits.check(self)
 
     config_class._load_internal_config_dict = _load_internal_config_dict
     config_class.__init__ = construct

@@ -15,6 +15,7 @@ from recbole.utils import ModelType, get_model, init_seed
 
 from recbole_gacllm.config import GaCLLMConfig, shipped_path
 from recbole_gacllm.data import TrainingData
+from recbole_gacllm.registration import MODELS
 
 _RECBOLE = Path(recbole.__file__).parent
 # RecBole's documentation of each: "this model is a non-sampling model, so you must set
@@ -73,7 +74,7 @@ def _find_model(model: str) -> Any:
             raise ValueError(
                 f"model: {model!r} needs the package {error.name}, which is not installed."
             ) from error
-        near = difflib.get_close_matches(model, ["GaCLLM", *known], n=3)
+        near = difflib.get_close_matches(model, [*MODELS, *known], n=3)
         raise ValueError(
             f"model: {model!r} is neither GaCLLM nor a model of RecBole (names are "
             f"case-sensitive); near names: {', '.join(near) or 'none'}."

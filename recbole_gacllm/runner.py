@@ -41,6 +41,7 @@ from recbole_gacllm.descriptions.audit import audit_leakage
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.model import GaCLLM
 from recbole_gacllm.run_config import build_config
+from recbole_gacllm.text_knn import TextKNN
 from recbole_gacllm.tracking import track_stages
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def run(
     if observer is not None:
         observer.on_trainer(trainer)
     history = _recorded_history(trainer)
-    with_text = isinstance(recommender, GaCLLM) and recommender.texts is not None
+    with_text = isinstance(recommender, (GaCLLM, TextKNN)) and recommender.texts is not None
     if with_text and config["local_rank"] == 0:
         track_stages(trainer, _manifests(recommender.texts.run_files))
     begin = time.time()
@@ -217,7 +218,7 @@ def _writable(checkpoint_dir: str) -> Path:
 
 
 def _text_record(
-    recommender: GaCLLM, config: Config, valid_data: Any, test_data: Any, started: float
+    recommender: GaCLLM | TextKNN, config: Config, valid_data: Any, test_data: Any, started: float
 ) -> dict[str, Any]:
     """What the text stages did, from their manifests, and the leakage audit.
 

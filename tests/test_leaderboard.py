@@ -89,7 +89,10 @@ def test_a_sequential_model_is_refused_on_a_random_split(keys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((["BPR"], ["tiny"], 1, "other"), "protocol: 'other' is not one of general, sequential"),
+        (
+            (["BPR"], ["tiny"], 1, "other"),
+            "protocol: 'other' is not one of cold, general, sequential",
+        ),
         ((["BPR"], ["tiny"], 0), "seeds: 0"),
         ((["BPR"], ["tiny"], 1, "general", (), {}, 0), "nproc: 0"),
         ((["BPR", "BPR"], ["tiny"], 1), "models: 'BPR,BPR'"),
@@ -168,6 +171,13 @@ def test_every_committed_file_of_hyper_parameters_fits_its_model(keys):
         for key, value in plan.summary["tuned"][f"tiny/{job.model}"]["values"].items():
             found = job.key["config"][key]
             assert found == value or value.items() <= found.items()
+
+
+def test_keys_of_the_split_reach_every_model(keys):
+    given = {**keys, "train_share": "0.5"}
+    plan = make_plan(["GaCLLM", "BPR", "TextKNN"], ["tiny"], 1, config_dict=given)
+    assert [job.key["config"]["train_share"] for job in plan.jobs] == [0.5] * 3
+    assert [job.config_dict["train_share"] for job in plan.jobs] == ["0.5"] * 3
 
 
 @pytest.fixture(scope="module")

@@ -157,6 +157,29 @@ def test_few_items_are_all_negatives_and_many_are_sampled(settings):
     assert set(drawn.tolist()) == set(range(1, model.n_items))
 
 
+@pytest.mark.parametrize("linear_weight", [0.0, 0.5])
+def test_where_all_items_have_interactions_scores_and_draws_are_the_plain_ones(
+    settings, fake_texts, linear_weight
+):
+    keys = {"linear_weight": linear_weight, "ssm_n_negatives": 5}
+    model, train, _, _ = build("GaCLLM", settings, **keys)
+    assert model.unseen is None
+    model.eval()
+    user = next(iter(train))["user_id"]
+    users, items = model._restore()
+    expected = users[user] @ items.T
+    if linear_weight:
+        linear = standardize(model.linear.scores(user))
+        expected = standardize(expected) + linear_weight * linear
+    assert torch.equal(model._scores(user), expected)
+    init_seed(7, True)
+    drawn = model._draw_negatives()
+    init_seed(7, True)
+    assert torch.equal(drawn, 1 + torch.randperm(model.n_items - 1)[:5])
+    negative = {model.NEG_ITEM_ID: torch.tensor([3, 4])}
+    assert model._negatives(negative) is negative[model.NEG_ITEM_ID]
+
+
 def test_text_dropout_drops_its_share_and_keeps_the_mean(settings, fake_texts):
     model, _, _, _ = build("GaCLLM", settings, text_dropout=0.3)
     dropout = model.projections[0][0]

@@ -17,6 +17,7 @@ import torch
 import recbole_gacllm.model
 from recbole_gacllm import artifacts, runner
 from recbole_gacllm.benchmark import job, leaderboard, plan
+from recbole_gacllm.benchmark.degrees import edges
 from recbole_gacllm.cli import main
 from recbole_gacllm.data import TextLayers, raw_descriptions
 from recbole_gacllm.descriptions.layers import SIDES, Layer
@@ -292,10 +293,10 @@ def test_the_command_refuses_what_is_no_run(tmp_path, capsys):
 
 
 def test_degrees_fall_into_five_groups_of_equal_size():
-    ranges = degrees.edges(np.arange(1, 101))
+    ranges = edges(np.arange(1, 101))
     assert ranges == [(1, 20), (21, 40), (41, 60), (61, 80), (81, 100)]
-    assert degrees.edges(np.full(9, 4)) == [(4, 4)]
-    assert degrees.edges(np.array([1, 1, 1, 1, 1, 1, 1, 2, 9]))[0] == (1, 1)
+    assert edges(np.full(9, 4)) == [(4, 4)]
+    assert edges(np.array([1, 1, 1, 1, 1, 1, 1, 2, 9]))[0] == (1, 1)
 
 
 def test_the_metric_of_a_group_is_the_mean_of_its_users():

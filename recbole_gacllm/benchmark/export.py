@@ -15,11 +15,12 @@ from typing import Any
 import yaml
 
 from recbole_gacllm import artifacts
+from recbole_gacllm.benchmark import degrees, markdown
 from recbole_gacllm.benchmark.costs import command, cost_rows, runs_to_csv
 from recbole_gacllm.benchmark.results import DECIMALS, Board, summarize
+from recbole_gacllm.registration import MODELS
 
 RESULTS_FILE = "results.json"
-_METRIC_NAMES = {"mrr": "MRR", "ndcg": "NDCG", "map": "MAP", "auc": "AUC", "gauc": "GAUC"}
 _PROPERTIES = (
     *("field_separator", "seq_separator", "USER_ID_FIELD", "ITEM_ID_FIELD", "RATING_FIELD"),
     *("TIME_FIELD", "load_col", "val_interval", "user_inter_num_interval"),
@@ -115,7 +116,7 @@ def to_latex(summary: dict[str, Any], dataset: str) -> str:
         f"{_latex(table['baseline'])}, $p<0.05$ (paired Wilcoxon over users, Holm).}}",
         f"\\begin{{tabular}}{{l{'c' * len(table['metrics'])}}}",
         "\\toprule",
-        " & ".join(["Method", *map(metric_name, table["metrics"])]) + " \\\\",
+        " & ".join(["Method", *map(markdown.metric_name, table["metrics"])]) + " \\\\",
         "\\midrule",
     ]
     lines += [" & ".join(row) + " \\\\" for row in _rows(table, cell, _latex)]
@@ -135,7 +136,7 @@ def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
         numbers[f"n_{what}"] for what in ("users", "items", "interactions")
     )
     sparsity = 1 - n_edges / (n_users * n_items)
-    metrics = [metric_name(metric) for metric in table["metrics"]]
+    metrics = [markdown.metric_name(metric) for metric in table["metrics"]]
 
     def cell(value: dict[str, Any]) -> str:
         text = f"{value['mean']:.{DECIMALS}f}"
@@ -149,29 +150,30 @@ def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
         f"**Metrics:** {', '.join(metrics)}\n",
         f"**Properties:**\n\n```yaml\n{_yaml(properties)}```\n",
         "# Dataset Statistics\n",
-        _table(
+        markdown.table(
             ["Dataset", "#Users", "#Items", "#Interactions", "Sparsity"],
             [[dataset, f"{n_users:,}", f"{n_items:,}", f"{n_edges:,}", f"{sparsity:.2%}"]],
         ),
         "# Evaluation Results\n",
-        _table(["Method", *metrics], _rows(table, cell, lambda name: f"**{name}**")),
+        markdown.table(["Method", *metrics], _rows(table, cell, lambda name: f"**{name}**")),
         _caption(summary, dataset) + " **Best**, <u>second</u>.\n",
         _failures(summary, dataset),
         _notes(summary),
+        degrees.section(table["by_degree"], DECIMALS),
         "# Hyper-parameters\n",
-        _table(["", "Hyper-parameters", "Source"], _hyper_parameters(plan, table, dataset)),
+        markdown.table(["", "Hyper-parameters", "Source"], _hyper_parameters(plan, table, dataset)),
         "# Paired Tests\n",
         _tests(table),
         "# Cost\n",
         f"Made by `{command(board)} --baseline={table['baseline']}`; means over the runs of a "
         "model. Every run's own numbers: runs.csv.\n",
-        _table(
+        markdown.table(
             ["Method", "Runs", "Seconds", "Of these, training", "LLM tokens in", "LLM tokens out"],
             cost_rows(board, dataset),
         ),
         "# Splits\n",
         "All models of a seed had the same split: SHA-256 of the sorted (user, item) pairs.\n",
-        _table(
+        markdown.table(
             ["Seed", "Train", "Valid", "Test"],
             [
                 [seed, *(f"{split[part][:16]}… ({split[f'n_{part}']:,})" for part in _PARTS)]
@@ -185,22 +187,23 @@ def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
 _PARTS = ("train", "valid", "test")
 
 
-def metric_name(metric: str) -> str:
-    """``ndcg@10`` -> ``NDCG@10``, ``recall@10`` -> ``Recall@10``."""
-    name, at, k = metric.partition("@")
-    return _METRIC_NAMES.get(name, name.capitalize()) + at + k
-
-
 def evaluation(config: dict[str, Any]) -> str:
-    """RecBole's ``eval_args`` in words."""
+    """RecBole's ``eval_args`` and the keys of ``splits.py`` in words."""
     arguments = config["eval_args"]
+    kept = config.get("train_share") or 1
+    sparse = "" if kept == 1 else f"; {kept:.0%} of the training interactions kept"
+    if cold := config.get("cold_item_share"):
+        return (
+            f"by item: {cold:.0%} of the items have no training interaction, those of half of them "
+            f"are validation, of the others test, each ranked within its half{sparse}"
+        )
     order = {"RO": "random order", "TO": "order of time"}[arguments["order"]]
     (rule, value), *_ = arguments["split"].items()
     split = f"ratio-based {':'.join(f'{part:g}' for part in value)}" if rule == "RS" else None
     leave = "leave one out" if rule == "LS" else f"{rule} {value}"
     mode = arguments["mode"]["test"]
     ranking = "full sort" if mode == "full" else mode
-    return f"{split or leave}, {order}, {ranking}; grouped by {arguments['group_by']}"
+    return f"{split or leave}, {order}, {ranking}; grouped by {arguments['group_by']}{sparse}"
 
 
 def _caption(summary: dict[str, Any], dataset: str) -> str:
@@ -229,7 +232,7 @@ def _tests(table: dict[str, Any]) -> str:
                 rows.append(
                     [
                         f"**{model}**",
-                        metric_name(metric),
+                        markdown.metric_name(metric),
                         f"{test['difference']:+.{DECIMALS}f}",
                         f"[{low:+.{DECIMALS}f}, {high:+.{DECIMALS}f}]",
                         f"{test['t_p_holm']:.2g}",
@@ -244,7 +247,7 @@ def _tests(table: dict[str, Any]) -> str:
         "Two-sided, paired over users (each averaged over the seeds), Holm's correction over the "
         "compared methods. Uncorrected values and those of each seed: results.json.\n"
     )
-    return _table(head, rows) + "\n" + note
+    return markdown.table(head, rows) + "\n" + note
 
 
 def _hyper_parameters(plan: dict[str, Any], table: dict[str, Any], dataset: str) -> list[list[str]]:
@@ -255,7 +258,7 @@ def _hyper_parameters(plan: dict[str, Any], table: dict[str, Any], dataset: str)
         values = {**tuned["values"], **given}
         source = "<br/>".join(tuned["files"])
         if not source:
-            ours = model.partition(":")[0] == "GaCLLM"
+            ours = model.partition(":")[0] in MODELS
             source = "GaCLLM.yaml and its preset" if ours else "RecBole's defaults"
         if given:
             source += "<br/>the command line"
@@ -287,15 +290,6 @@ def _notes(summary: dict[str, Any]) -> str:
 
 def _yaml(values: dict[str, Any]) -> str:
     return str(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=96))
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    lines = [head, ["-" * width for width in widths], *rows]
-    padded = [
-        [f"{text:<{width}}" for text, width in zip(line, widths, strict=True)] for line in lines
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in padded)
 
 
 def _latex(text: str) -> str:

@@ -1,7 +1,7 @@
 """One run of a leaderboard, in a process of its own: ``python -m recbole_gacllm.benchmark.job``.
 
 Started by :mod:`recbole_gacllm.benchmark.leaderboard`, never by hand. Reads ``FOLDER/job.json``,
-writes ``log.txt`` and ``per_user.npz``, and ``run.json`` last and atomically.
+writes ``log.txt``, ``per_user.npz`` and ``degrees.npz``, and ``run.json`` last and atomically.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from typing import Any
 import numpy as np
 
 from recbole_gacllm import artifacts
+from recbole_gacllm.benchmark.degrees import (
+    DEGREES_FILE,
+    Degrees,
+    ItemHits,
+    count_degrees,
+    to_npz,
+)
 from recbole_gacllm.errors import GaCLLMError
 
 RUN_FILE = "run.json"
@@ -86,6 +93,8 @@ class Recorder:
         self.split: dict[str, Any] = {}
         self.statistics: dict[str, int] = {}
         self.values: dict[str, np.ndarray[Any, Any]] = {}
+        self.degrees: Degrees = {}
+        self.hits: ItemHits | None = None
 
     def on_split(self, train_data: Any, valid_data: Any, test_data: Any) -> None:
         """Hash the split; refuse one that differs from the other runs' before any training.
@@ -95,6 +104,7 @@ class Recorder:
         """
         self._test_data = test_data
         train = train_data._dataset
+        self.degrees = count_degrees(targets(train) | histories(train))
         self.split = split_hashes(train, valid_data._dataset, test_data._dataset)
         self.statistics = {
             "n_users": train.user_num - 1,
@@ -112,6 +122,22 @@ class Recorder:
         for metric in trainer.evaluator.metric_class.values():
             if hasattr(metric, "topk_result"):
                 metric.topk_result = functools.partial(self._capture, metric.topk_result)
+        evaluate, collect = trainer.evaluate, trainer.eval_collector.eval_batch_collect
+        n_items, k = self._test_data._dataset.item_num, max(trainer.config["topk"])
+
+        @functools.wraps(evaluate)
+        def evaluate_counting(eval_data: Any, *args: Any, **keys: Any) -> Any:
+            self.hits = ItemHits(n_items, k) if eval_data is self._test_data else None
+            return evaluate(eval_data, *args, **keys)
+
+        @functools.wraps(collect)
+        def collect_counting(scores: Any, interaction: Any, users: Any, items: Any) -> None:
+            if self.hits is not None:
+                self.hits.add(scores, users, items)
+            collect(scores, interaction, users, items)
+
+        trainer.evaluate = evaluate_counting
+        trainer.eval_collector.eval_batch_collect = collect_counting
 
     def _capture(
         self,
@@ -150,6 +176,13 @@ class Recorder:
         np.savez_compressed(buffer, **columns)
         return buffer.getvalue()
 
+    def by_degree(self) -> bytes:
+        """An npz file: degrees of users and items, and how often each test item was found."""
+        dataset = self._test_data._dataset
+        items = [str(token) for token in dataset.field2id_token[dataset.iid_field][1:]]
+        assert self.hits is not None
+        return to_npz(self.degrees, self.users(), items, self.hits)
+
 
 def _work(folder: Path) -> None:
     from recbole_gacllm import runner
@@ -170,6 +203,7 @@ def _work(folder: Path) -> None:
         record = _run_distributed(model, job, keys, recorder)
     content = recorder.per_user(record["test"], record["config"]["metric_decimal_place"])
     artifacts.write_atomic(folder / PER_USER_FILE, content)
+    artifacts.write_atomic(folder / DEGREES_FILE, recorder.by_degree())
     record |= {
         "model": job["model"],
         "split": recorder.split,

@@ -19,7 +19,8 @@ from recbole.evaluator.register import smaller_metrics
 from recbole.utils import ModelType
 
 from recbole_gacllm import artifacts
-from recbole_gacllm.config import GaCLLMConfig, shipped_path
+from recbole_gacllm.config import SPLIT_KEYS, GaCLLMConfig, shipped_path
+from recbole_gacllm.registration import MODELS
 from recbole_gacllm.run_config import build_config
 
 FIRST_SEED = 2020  # RecBole's
@@ -35,7 +36,7 @@ _NOT_DETERMINING = frozenset(
 
 
 # What all rows of a table must share; the split is compared by its hash besides.
-_SHARED_KEYS = frozenset({"seed", "eval_args", "metrics", "topk", "valid_metric"})
+_SHARED_KEYS = frozenset({"seed", "eval_args", "metrics", "topk", "valid_metric", *SPLIT_KEYS})
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def make_plan(
                 "config": {k: v for k, v in resolved.items() if k not in _NOT_DETERMINING},
                 "data": data,
                 "recbole": importlib.metadata.version("recbole"),
-                "code": code_digest() if model == "GaCLLM" else None,
+                "code": code_digest() if model in MODELS else None,
             }
             if nproc > 1:  # the batches of DDP are others
                 determines["nproc"] = nproc
@@ -252,10 +253,10 @@ def code_version() -> dict[str, Any]:
 
 def _foreign(given: Mapping[str, Any], config: Any) -> set[str]:
     """Keys of GaCLLM among the given ones that mean nothing to another model."""
-    if config["model"] == "GaCLLM":
+    if config["model"] in MODELS:
         return set()
     ours = {*(field.name for field in dataclasses.fields(GaCLLMConfig)), "preset"}
-    return (ours & set(given)) - set(config.internal_config_dict) - {"fast_paths"}
+    return (ours & set(given)) - set(config.internal_config_dict) - {"fast_paths", *SPLIT_KEYS}
 
 
 def _check_order(model: str, config: Any) -> None:

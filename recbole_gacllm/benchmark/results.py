@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from recbole_gacllm.benchmark.degrees import DEGREES_FILE, by_degree
 from recbole_gacllm.benchmark.job import PER_USER_FILE, RUN_FILE
 from recbole_gacllm.benchmark.leaderboard import FAILED_FILE, PLAN_FILE
 from recbole_gacllm.benchmark.significance import compare, marks, mean_interval
@@ -38,6 +39,14 @@ class FinishedRun:
                 return None
             values = pd.Series(stored[metric], index=stored["users"])
         return values.groupby(level=0, sort=True).mean()
+
+    def degrees(self) -> dict[str, Any] | None:
+        """The arrays of ``degrees.npz``; None for a run of a version that did not write it."""
+        file = self.folder / DEGREES_FILE
+        if not file.is_file():
+            return None
+        with np.load(file) as stored:
+            return dict(stored)
 
 
 @dataclass(frozen=True)
@@ -168,6 +177,7 @@ def _dataset_table(board: Board, dataset: str, baseline: str | None) -> dict[str
         "statistics": first["statistics"],
         "splits": {str(run.record["seed"]): run.record["split"] for run in board.of(dataset)},
         "models": rows,
+        "by_degree": by_degree(by_model),
     }
 
 

@@ -24,6 +24,7 @@ import yaml
 
 from recbole_gacllm import artifacts
 from recbole_gacllm.benchmark.costs import command, costs
+from recbole_gacllm.benchmark.degrees import DEGREES_FILE
 from recbole_gacllm.benchmark.export import export
 from recbole_gacllm.benchmark.job import PER_USER_FILE, RUN_FILE
 from recbole_gacllm.benchmark.results import Board
@@ -77,8 +78,9 @@ def _write(board: Board, target: Path, tables: list[Path]) -> None:
     for run in board.runs:
         copy = target / "runs" / run.name
         copy.mkdir(parents=True)
-        for name in (RUN_FILE, PER_USER_FILE):
-            shutil.copyfile(run.folder / name, copy / name)
+        for name in (RUN_FILE, PER_USER_FILE, DEGREES_FILE):
+            if (run.folder / name).is_file():  # runs of older versions have no degrees
+                shutil.copyfile(run.folder / name, copy / name)
         config = yaml.safe_dump(run.record["config"], sort_keys=True, allow_unicode=True)
         (copy / "config.yaml").write_text(config, "utf-8")
     packages = {

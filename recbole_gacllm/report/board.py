@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from recbole_gacllm.benchmark.export import metric_name
+from recbole_gacllm.benchmark.degrees import edges
+from recbole_gacllm.benchmark.markdown import metric_name
 from recbole_gacllm.benchmark.results import Board, FinishedRun, summarize
 from recbole_gacllm.report import charts
 from recbole_gacllm.report.charts import Series
-from recbole_gacllm.report.degrees import Bucket, edges, heldout_found, metric_by_degree
+from recbole_gacllm.report.degrees import Bucket, heldout_found, metric_by_degree
 from recbole_gacllm.report.markup import figure, figures, note, signed, table
 from recbole_gacllm.report.scoring import Scored
 from recbole_gacllm.report.source import main_metric, scored_again

@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from recbole_gacllm.benchmark.degrees import edges, label
 from recbole_gacllm.benchmark.significance import mean_interval
 from recbole_gacllm.report.scoring import Scored
-
-N_BUCKETS = 5
 
 
 @dataclass(frozen=True)
@@ -23,18 +22,6 @@ class Bucket:
     n: int
     value: float | None
     interval: tuple[float, float] | None
-
-
-def edges(degrees: np.ndarray) -> list[tuple[int, int]]:
-    """At most five ranges of degrees, ends included, that hold about equally many nodes.
-
-    Shapes:
-        degrees: ``[n]``, one for each node.
-    """
-    cuts = np.quantile(degrees, np.linspace(0, 1, N_BUCKETS + 1)[1:], method="lower")
-    highs = sorted({int(cut) for cut in cuts[:-1]} | {int(degrees.max())})
-    lows = [int(degrees.min()), *(high + 1 for high in highs[:-1])]
-    return list(zip(lows, highs, strict=True))
 
 
 def metric_by_degree(
@@ -49,9 +36,9 @@ def metric_by_degree(
         inside = values[(degree >= low) & (degree <= high)]
         if len(inside):
             interval = mean_interval({0: inside}) if len(inside) > 1 else None
-            buckets.append(Bucket(_label(low, high), len(inside), float(inside.mean()), interval))
+            buckets.append(Bucket(label(low, high), len(inside), float(inside.mean()), interval))
         else:
-            buckets.append(Bucket(_label(low, high), 0, None, None))
+            buckets.append(Bucket(label(low, high), 0, None, None))
     return buckets
 
 
@@ -73,7 +60,7 @@ def heldout_found(scored: Scored) -> list[Bucket]:
             counts[place][0] += item in top
             counts[place][1] += 1
     return [
-        Bucket(_label(low, high), n, found / n if n else None, _wilson(found, n))
+        Bucket(label(low, high), n, found / n if n else None, _wilson(found, n))
         for (low, high), (found, n) in zip(ranges, counts, strict=True)
     ]
 
@@ -83,7 +70,3 @@ def _wilson(found: int, n: int) -> tuple[float, float] | None:
         return None
     interval = stats.binomtest(found, n).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
-
-
-def _label(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low}–{high}"

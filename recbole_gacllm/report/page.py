@@ -14,8 +14,8 @@ from string import Template
 from typing import Any
 
 from recbole_gacllm import __version__, artifacts
-from recbole_gacllm.benchmark.export import metric_name
 from recbole_gacllm.benchmark.leaderboard import PLAN_FILE
+from recbole_gacllm.benchmark.markdown import metric_name
 from recbole_gacllm.benchmark.results import Board
 from recbole_gacllm.report import board as board_sections
 from recbole_gacllm.report import sections

@@ -22,10 +22,13 @@ from recbole.utils import get_model, get_trainer, init_seed
 from torch import Tensor
 
 import recbole_gacllm.model
+import recbole_gacllm.text_knn
+from recbole_gacllm.benchmark.degrees import count_degrees
 from recbole_gacllm.benchmark.job import Recorder, histories, targets
 from recbole_gacllm.config import GaCLLMConfig, model_defaults
 from recbole_gacllm.data import TextLayers, TrainingData
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.registration import MODELS
 
 N_RECOMMENDED = 10
 # Other machines and PyTorch versions move a rank here and there, no more.
@@ -67,7 +70,7 @@ def score(record: dict[str, Any], checkpoint: Path) -> Scored:
     config = loaded["config"]
     config["show_progress"], config["log_wandb"] = False, False
     config["single_spec"], config["local_rank"] = True, 0
-    if config["model"] == "GaCLLM":  # keys that are newer than the run
+    if config["model"] in MODELS:  # keys that are newer than the run
         for key, value in model_defaults().items():
             config.final_config_dict.setdefault(key, value)
     if not torch.cuda.is_available():
@@ -96,7 +99,13 @@ def score(record: dict[str, Any], checkpoint: Path) -> Scored:
     heldout: dict[str, list[str]] = {}
     for user, item in sorted(targets(test._dataset)):
         heldout.setdefault(user, []).append(item)
-    return Scored(valid_scores, test_scores, top, heldout, _degrees(train._dataset))
+    return Scored(
+        valid_scores,
+        test_scores,
+        top,
+        heldout,
+        count_degrees(targets(train._dataset) | histories(train._dataset)),
+    )
 
 
 @contextlib.contextmanager
@@ -108,7 +117,9 @@ def _texts_of(record: dict[str, Any]) -> Iterator[None]:
         n_layers = len(list(folders["embeddings"].glob("layer_*.npy")))
         return TextLayers.load(folders, n_layers, options, data)
 
-    with mock.patch.object(recbole_gacllm.model, "prepare", load):
+    with contextlib.ExitStack() as patches:
+        for module in (recbole_gacllm.model, recbole_gacllm.text_knn):
+            patches.enter_context(mock.patch.object(module, "prepare", load))
         yield
 
 
@@ -152,12 +163,3 @@ def _require_same(expected: dict[str, float], found: dict[str, float]) -> None:
                 f"the checkpoint gives {name} {found[name]}, the run had {value}: data, code or "
                 "packages have changed since"
             )
-
-
-def _degrees(dataset: Any) -> dict[str, dict[str, int]]:
-    pairs = targets(dataset) | histories(dataset)
-    degrees: dict[str, dict[str, int]] = {"user": {}, "item": {}}
-    for user, item in pairs:
-        degrees["user"][user] = degrees["user"].get(user, 0) + 1
-        degrees["item"][item] = degrees["item"].get(item, 0) + 1
-    return degrees

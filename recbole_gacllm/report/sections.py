@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from recbole_gacllm.benchmark.export import metric_name
+from recbole_gacllm.benchmark.markdown import metric_name
 from recbole_gacllm.benchmark.significance import mean_interval
 from recbole_gacllm.report import charts
 from recbole_gacllm.report.charts import Series

@@ -1,0 +1,197 @@
+"""Sparse and cold: what a run keeps of RecBole's split, for every model alike.
+
+``train_share`` keeps a share of the training interactions, ``cold_item_share`` takes all of some
+items' interactions away from training. Both act where RecBole splits (``Dataset.build``), so that
+models, samplers, texts and audits see only what is left; ``registration.py`` calls :func:`add_to`
+for the modules of RecBole in :data:`CHANGES`. Without the keys everything is RecBole's own.
+
+Source: ours; RecBole has neither.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from recbole_gacllm.config import SPLIT_KEYS, checked
+
+
+def add_to(module: ModuleType) -> None:
+    """Add the keys to one of RecBole's modules."""
+    CHANGES[module.__name__](module)
+
+
+def check(config: Any) -> None:
+    """Refuse shares that cannot be, whatever the model, before any data is loaded.
+
+    Raises:
+        ValueError: Names the key, the value, what is allowed and the next step.
+    """
+    train_share, cold_share = shares(config)
+    if train_share == 1 and cold_share == 0:
+        return
+    if config["MODEL_TYPE"].name == "SEQUENTIAL":
+        raise ValueError(
+            f"train_share: {train_share:g}, cold_item_share: {cold_share:g} do not go with the "
+            f"sequential model {config['model']}: what is taken from training would stay in its "
+            "sequences. Leave the keys out, or choose general models."
+        )
+    modes = config["eval_args"]["mode"]
+    if cold_share > 0 and (modes["valid"], modes["test"]) != ("full", "full"):
+        raise ValueError(
+            f"cold_item_share: {cold_share:g} does not go with eval_args mode {modes}: cold items "
+            "are ranked among themselves. Set mode: full."
+        )
+
+
+def shares(config: Any) -> tuple[float, float]:
+    """``train_share`` and ``cold_item_share`` of any model's configuration.
+
+    Raises:
+        ValueError: If one is not a number of its range.
+    """
+    values = (config[key] for key in SPLIT_KEYS)
+    train, cold = (
+        default if value is None else float(checked(key, value))
+        for key, value, default in zip(SPLIT_KEYS, values, (1.0, 0.0), strict=True)
+    )
+    return train, cold
+
+
+# Splitting
+
+
+def kept_rows(users: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDArray[np.int64]:
+    """Which training interactions stay.
+
+    Each draws a number in [0, 1) and stays if it is below the share; of a user of whom none would
+    stay, the one with the lowest number does. So with one seed a smaller share is part of a larger.
+
+    Args:
+        users: User of each training interaction, in RecBole's order.
+        share: In (0, 1].
+        seed: RecBole's.
+
+    Shapes:
+        users: ``[n]``; result: sorted rows.
+    """
+    draws = np.random.default_rng(seed).random(len(users))
+    lowest = np.lexsort((draws, users))
+    first = np.ones(len(users), dtype=bool)
+    first[1:] = users[lowest][1:] != users[lowest][:-1]
+    keep = draws < share
+    keep[lowest[first]] = True
+    return np.flatnonzero(keep)
+
+
+def cold_items(
+    items: npt.NDArray[np.int64], share: float, seed: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The items that are cold, those of validation and those of the test.
+
+    Args:
+        items: Item of each interaction.
+        share: Of the items that have any interaction; half of them is for validation.
+        seed: RecBole's.
+
+    Raises:
+        ValueError: If there are fewer than two.
+    """
+    known = np.unique(items)
+    n_cold = round(share * len(known))
+    if n_cold < 2:
+        raise ValueError(
+            f"cold_item_share: {share:g} of {len(known)} items is {n_cold}; validation and test "
+            "need one at least. Give a larger share."
+        )
+    drawn = np.random.default_rng(seed).permutation(known)[:n_cold]
+    return drawn[: n_cold // 2], drawn[n_cold // 2 :]
+
+
+def _add_to_dataset(module: ModuleType) -> None:
+    dataset_class = module.Dataset
+    build = dataset_class.build
+
+    @functools.wraps(build)
+    def build_and_take_away(self: Any) -> Any:
+        train_share, cold_share = shares(self.config)
+        parts = _cold_split(self, cold_share) if cold_share > 0 else build(self)
+        if train_share < 1:
+            train = parts[0]
+            users = train.inter_feat[train.uid_field].numpy()
+            rows = kept_rows(users, train_share, self.config["seed"])
+            parts[0] = train.copy(train.inter_feat[rows])
+        return parts
+
+    dataset_class.build = build_and_take_away
+
+
+def _cold_split(dataset: Any, share: float) -> list[Any]:
+    """Train, valid and test by item: a cold item has all its interactions in one of the latter."""
+    dataset._change_feat_format()
+    inter = dataset.inter_feat
+    items = inter[dataset.iid_field].numpy()
+    in_valid, in_test = (
+        np.isin(items, cold) for cold in cold_items(items, share, dataset.config["seed"])
+    )
+    masks = (~(in_valid | in_test), in_valid, in_test)
+    return [dataset.copy(inter[np.flatnonzero(mask)]) for mask in masks]
+
+
+# Ranking
+
+
+def ranks_among(scores: Tensor, candidates: Tensor, generator: torch.Generator) -> Tensor:
+    """Scores that rank the candidates as before, ties in random order, and all else last.
+
+    Models without text give all cold items one score. RecBole's ids are in the order in which the
+    items first stand in the file, which tells how popular they are; so they must not break ties.
+
+    Shapes:
+        scores: ``[n, n_items]``; candidates: ``[c]``; result ``[n, n_items]``.
+    """
+    order = torch.rand(len(scores), len(candidates), generator=generator).argsort(dim=1)
+    columns = candidates[order].to(scores.device)  # [n, c]
+    ranked = scores.gather(1, columns).argsort(dim=1, stable=True)  # worst first
+    places = torch.arange(len(candidates), dtype=scores.dtype, device=scores.device)
+    among = torch.full_like(scores, -torch.inf)
+    return among.scatter_(1, columns.gather(1, ranked), places.expand_as(ranked))
+
+
+def _add_to_trainer(module: ModuleType) -> None:
+    """Rank the cold items of the evaluated part among themselves."""
+    trainer = module.Trainer
+    evaluate, batch_eval = trainer.evaluate, trainer._full_sort_batch_eval
+
+    @functools.wraps(evaluate)
+    def evaluate_candidates(self: Any, eval_data: Any, *args: Any, **keys: Any) -> Any:
+        self.cold_candidates = None
+        if eval_data and shares(self.config)[1] > 0:
+            dataset = eval_data._dataset
+            items = dataset.inter_feat[dataset.iid_field].unique()
+            generator = torch.Generator().manual_seed(self.config["seed"])
+            self.cold_candidates = items, generator
+        return evaluate(self, eval_data, *args, **keys)
+
+    @functools.wraps(batch_eval)
+    def batch_eval_candidates(self: Any, batched_data: Any) -> Any:
+        interaction, scores, positive_u, positive_i = batch_eval(self, batched_data)
+        if self.cold_candidates is not None:
+            scores = ranks_among(scores, *self.cold_candidates)
+        return interaction, scores, positive_u, positive_i
+
+    trainer.evaluate, trainer._full_sort_batch_eval = evaluate_candidates, batch_eval_candidates
+
+
+#: Module of RecBole -> what adds the keys to it.
+CHANGES: dict[str, Callable[[ModuleType], None]] = {
+    "recbole.data.dataset.dataset": _add_to_dataset,
+    "recbole.trainer.trainer": _add_to_trainer,
+}

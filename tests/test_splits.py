@@ -1,0 +1,240 @@
+"""Sparse and cold: what models see of the data, and how cold items are ranked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import get_model, get_trainer, init_seed
+
+from recbole_gacllm import model as model_module
+from recbole_gacllm import text_knn
+from recbole_gacllm.benchmark.job import split_hashes, targets
+from recbole_gacllm.data import TextLayers, TrainingData
+from recbole_gacllm.run_config import build_config
+from recbole_gacllm.splits import cold_items, kept_rows, ranks_among
+from tests.conftest import write_dataset
+
+MODELS = ["GaCLLM", "BPR", "EASE", "Pop", "Random"]
+
+
+def prepared(model, settings, **keys):
+    """Configuration, data set and data loaders, as RecBole makes them."""
+    config = build_config(model, "tiny", config_dict={**settings, **keys})
+    init_seed(config["seed"], True)
+    dataset = create_dataset(config)
+    return config, dataset, data_preparation(config, dataset)
+
+
+def hashes(model, settings, **keys):
+    return split_hashes(*(part._dataset for part in prepared(model, settings, **keys)[2]))
+
+
+def pairs(loader):
+    return targets(loader._dataset)
+
+
+@pytest.fixture
+def taste_texts(monkeypatch):
+    """Text embeddings that tell an item's taste (see conftest) beside noise."""
+
+    def prepare(options, data):
+        n_users = len(data.graph.user_tokens)
+        items = [int(token[1:]) for token in data.graph.item_tokens]
+        table = np.random.default_rng(0).standard_normal((n_users + len(items), 12)) / 4
+        table[np.arange(n_users, len(table)), [item % 4 for item in items]] += 1
+        rows = torch.tensor([-1, *range(n_users), -1, *range(n_users, len(table))])
+        return TextLayers([torch.tensor(table, dtype=torch.float16)] * 2, rows, {})
+
+    monkeypatch.setattr(model_module, "prepare", prepare)
+    monkeypatch.setattr(text_knn, "prepare", prepare)
+
+
+# Sparse
+
+
+def test_each_user_keeps_an_interaction_and_a_smaller_share_is_part_of_a_larger():
+    users = np.repeat(np.arange(300), np.arange(300) % 7 + 1)
+    np.random.default_rng(0).shuffle(users)
+    tenth, half = (kept_rows(users, share, 2020) for share in (0.1, 0.5))
+    assert set(users[tenth]) == set(users)
+    assert set(tenth) < set(half)
+    many = np.repeat(np.arange(10), 1000)
+    assert len(kept_rows(many, 0.1, 2020)) == pytest.approx(1000, abs=120)
+    assert not np.array_equal(kept_rows(many, 0.1, 2021), kept_rows(many, 0.1, 2020))
+
+
+def test_every_model_is_trained_on_the_same_share_and_tested_as_before(settings):
+    splits = [hashes(model, settings, train_share=0.3) for model in MODELS]
+    assert all(split == splits[0] for split in splits)
+    whole = hashes("BPR", settings)
+    assert splits[0]["n_train"] < 0.6 * whole["n_train"]
+    for part in ("valid", "test"):
+        assert splits[0][part] == whole[part]
+
+
+def test_a_share_of_one_is_recboles_split(settings):
+    whole = hashes("BPR", settings)
+    assert hashes("GaCLLM", settings, train_share=1.0) == whole
+
+
+def test_graph_and_samplers_hold_the_kept_interactions_only(settings):
+    config, _, loaders = prepared("GaCLLM", settings, train_share=0.3)
+    kept = pairs(loaders[0])
+    graph = TrainingData.from_recbole(config, loaders[0]._dataset).graph
+    tokens = zip(graph.user_tokens[graph.users], graph.item_tokens[graph.items], strict=True)
+    assert set(tokens) == kept
+    dataset = loaders[2]._dataset
+    used = {
+        (dataset.id2token("user_id", user), dataset.id2token("item_id", item))
+        for user, items in enumerate(loaders[2]._sampler.used_ids)
+        for item in items
+    }
+    assert used == kept | pairs(loaders[1]) | pairs(loaders[2])
+
+
+# Cold
+
+
+def test_a_cold_item_has_all_its_interactions_in_validation_or_in_the_test(settings):
+    for model in MODELS:
+        _, dataset, loaders = prepared(model, settings, cold_item_share=0.3)
+        train, valid, test = map(pairs, loaders)
+        items = [{item for _, item in part} for part in (train, valid, test)]
+        assert (len(items[1]), len(items[2])) == (4, 5)  # round(.3 x 30) = 9
+        assert sum(map(len, items)) == len(set().union(*items)) == 30
+        assert train | valid | test == targets(dataset)
+
+
+def test_cold_items_are_the_same_for_every_model_and_others_for_another_seed(settings):
+    def split(model, seed):
+        return hashes(model, settings, cold_item_share=0.3, seed=seed)
+
+    assert len({split(model, 2020)["test"] for model in MODELS}) == 1
+    assert split("BPR", 2021)["test"] != split("BPR", 2020)["test"]
+
+
+def test_too_few_cold_items_are_refused():
+    with pytest.raises(ValueError, match=r"cold_item_share: 0.1 of 12 items is 1; .*larger share"):
+        cold_items(np.arange(12), 0.1, 2020)
+
+
+def test_candidates_keep_their_order_and_come_before_all_else():
+    scores = torch.tensor([[9.0, 3.0, 8.0, -5.0, 7.0], [0.0, 1.0, 0.0, 2.0, 3.0]])
+    ranked = ranks_among(scores, torch.tensor([1, 3, 4]), torch.Generator().manual_seed(1))
+    assert ranked.isneginf().tolist() == [[True, False, True, False, False]] * 2
+    assert ranked[:, [1, 3, 4]].argsort(dim=1).tolist() == [[1, 0, 2], [0, 1, 2]]
+
+
+def test_ties_are_broken_at_random_for_each_user():
+    generator = torch.Generator().manual_seed(1)
+    ranked = ranks_among(torch.zeros(4000, 6), torch.tensor([1, 2, 4, 5]), generator)
+    first = ranked[:, [1, 2, 4, 5]].argmax(dim=1).bincount() / 4000
+    assert first.tolist() == pytest.approx([0.25] * 4, abs=0.03)
+
+
+def recommended(model, settings, **keys):
+    """Test metrics, and the tokens of all items that were among a user's best."""
+    config, _, (train, valid, test) = prepared(model, settings, cold_item_share=0.4, **keys)
+    init_seed(config["seed"], True)
+    recommender = get_model(model)(config, train._dataset).to(config["device"])
+    trainer = get_trainer(config["MODEL_TYPE"], model)(config, recommender)
+    trainer.fit(train, valid, show_progress=False)
+    found = set()
+    collect = trainer.eval_collector.eval_batch_collect
+
+    def collecting(scores, *others):
+        best = scores.topk(3).indices.unique()
+        found.update(test._dataset.id2token("item_id", best))
+        collect(scores, *others)
+
+    trainer.eval_collector.eval_batch_collect = collecting
+    result = trainer.evaluate(test)
+    trainer.tensorboard.close()
+    return result, found, {item for _, item in pairs(test)}
+
+
+@pytest.mark.parametrize("model", ["EASE", "BPR"])
+@pytest.mark.parametrize("fast_paths", [False, True])
+def test_only_cold_items_of_the_part_are_ranked(settings, model, fast_paths):
+    _, found, cold = recommended(model, settings, fast_paths=fast_paths)
+    assert found == cold
+
+
+@pytest.mark.parametrize("loss_type", ["SSM", "BPR"])
+def test_texts_tell_who_likes_a_cold_item(settings, taste_texts, loss_type):
+    keys = {"topk": [2], "metrics": ["NDCG"], "valid_metric": "NDCG@2", "loss_type": loss_type}
+    ours, _, _ = recommended("GaCLLM", settings, epochs=20, learning_rate=0.01, **keys)
+    neighbors, _, _ = recommended("TextKNN", settings, **keys)
+    popular, _, _ = recommended("Pop", settings, **keys)
+    assert ours["ndcg@2"] > popular["ndcg@2"] + 0.1
+    assert neighbors["ndcg@2"] > popular["ndcg@2"] + 0.2
+
+
+def test_untrained_embeddings_of_cold_items_do_not_speak(settings, taste_texts):
+    config, _, (train, _, _) = prepared("GaCLLM", settings, cold_item_share=0.3, linear_weight=0.5)
+    model = get_model("GaCLLM")(config, train._dataset).eval()
+    batch = next(iter(train))
+    before = model.full_sort_predict(batch).view(len(batch), -1)
+    with torch.no_grad():
+        model.item_embedding.weight[~model.unseen.is_seen] += 3.0
+    model.restored = None
+    assert torch.equal(model.full_sort_predict(batch).view(len(batch), -1), before)
+    pair = model.predict(batch)
+    assert torch.equal(pair, before[torch.arange(len(batch)), batch["item_id"]])
+
+
+@pytest.mark.parametrize("loss_type", ["SSM", "BPR"])
+def test_negatives_of_training_are_items_with_interactions(settings, taste_texts, loss_type):
+    config, _, (train, _, _) = prepared(
+        "GaCLLM", settings, cold_item_share=0.3, loss_type=loss_type
+    )
+    model = get_model("GaCLLM")(config, train._dataset)
+    seen = set(train._dataset.inter_feat["item_id"].tolist())
+    drawn = set()
+    for batch in train:
+        is_bpr = loss_type == "BPR"
+        drawn |= set((model._negatives(batch) if is_bpr else model._draw_negatives()).tolist())
+        model.zero_grad()
+        model.calculate_loss(batch).backward()
+        rest = model.item_embedding.weight.grad[~model.unseen.is_seen]
+        assert not rest.any()
+    assert drawn == seen
+
+
+@pytest.mark.parametrize(
+    ("model", "keys", "message"),
+    [
+        ("BPR", {"train_share": 0.0}, "train_share: 0.0 is not allowed; allowed: above 0"),
+        ("GaCLLM", {"train_share": 1.5}, "train_share: 1.5 is not allowed"),
+        ("BPR", {"cold_item_share": 0.5}, "cold_item_share: 0.5 is not allowed"),
+        ("EASE", {"cold_item_share": "some"}, "cold_item_share: 'some' is a str"),
+        ("SASRec", {"train_share": 0.5}, "sequential model SASRec"),
+        (
+            "BPR",
+            {"cold_item_share": 0.3, "eval_args": {"mode": "uni100"}},
+            "cold items are ranked among themselves. Set mode: full",
+        ),
+    ],
+)
+def test_a_share_that_cannot_be_is_refused_for_every_model(settings, model, keys, message):
+    with pytest.raises(ValueError, match=message):
+        build_config(model, "tiny", config_dict={**settings, **keys})
+
+
+def test_saved_data_loaders_of_another_share_are_not_reused(settings, tmp_path):
+    saved = {"save_dataloaders": True, "dataloaders_save_path": str(tmp_path / "loaders.pth")}
+    whole = pairs(prepared("BPR", settings, **saved)[2][0])
+    kept = pairs(prepared("BPR", settings, **saved, train_share=0.3)[2][0])
+    assert kept < whole
+
+
+def test_a_user_without_training_interactions_stands_no_run_in_the_way(tmp_path, settings):
+    root = write_dataset(tmp_path / "few", n_users=5)
+    lines = (root / "tiny" / "tiny.inter").read_text() + "lonely\ti0\t3\t7\n"
+    (root / "tiny" / "tiny.inter").write_text(lines)
+    for seed in range(2020, 2030):  # in some, i0 is cold
+        keys = {"data_path": str(root), "cold_item_share": 0.4, "seed": seed, "epochs": 1}
+        result, _, _ = recommended("EASE", {**settings, **keys})
+        assert 0 <= result["ndcg@10"] <= 1
