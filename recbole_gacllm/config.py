@@ -183,7 +183,7 @@ class GaCLLMConfig:
     llm_endpoint_concurrency: int = _key(_at_least(1))
     llm_served_model: str | None = _key(_not_empty)
     llm_api_key_variable: str = _key(_variable_name)
-    llm_n_layers: int = _key(_at_least(1))
+    llm_n_layers: int = _key(_at_least(0))
     llm_max_prompt_tokens: int = _key(_at_least(64))
     llm_max_neighbor_tokens: int = _key(_at_least(4))
     llm_max_new_tokens: int = _key(_at_least(4))
@@ -242,7 +242,7 @@ class GaCLLMConfig:
     @property
     def is_described(self) -> bool:
         """Whether texts beyond the raw ones are wanted: an LLM or an import writes them."""
-        return self.text_source in ("generated", "shuffled")
+        return self.text_source in ("generated", "shuffled") and self.llm_n_layers > 0
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> GaCLLMConfig:

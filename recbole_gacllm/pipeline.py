@@ -90,8 +90,8 @@ def description_job(options: GaCLLMConfig, data: TrainingData) -> tuple[Path, di
 def _some(descriptions: _StageOfTexts | None) -> _StageOfTexts:
     if descriptions is None:
         raise ValueError(
-            "text_source: raw and item_mean take the texts of layer 0 as they are, so there is "
-            "nothing to describe; set it to generated."
+            "text_source: raw and item_mean, and llm_n_layers: 0, take the texts of layer 0 as "
+            "they are, so there is nothing to describe; set generated and 1 layer or more."
         )
     return descriptions
 

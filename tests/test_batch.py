@@ -484,4 +484,4 @@ def test_raw_texts_leave_nothing_to_describe(flags, capsys):
     with pytest.raises(SystemExit) as end:
         run_cli(*flags, "--text_source=raw", "--export-batch", "batch")
     assert end.value.code == 2
-    assert "nothing to describe; set it to generated" in capsys.readouterr().err
+    assert "nothing to describe; set generated" in capsys.readouterr().err

@@ -144,6 +144,25 @@ def test_shuffled_texts_use_the_same_artefacts_on_other_nodes(finished, monkeypa
     )
 
 
+def test_no_layers_are_the_raw_texts_and_can_be_shuffled(finished, tmp_path, monkeypatch):
+    keys, _ = finished
+    monkeypatch.chdir(tmp_path)
+    done = {
+        source: run(
+            "GaCLLM", "tiny", config_dict={**keys, "text_source": source, "llm_n_layers": n}
+        )
+        for source, n in (("raw", 1), ("generated", 0), ("shuffled", 0))
+    }
+    assert all(set(one.record["artifacts"]) == {"inputs", "embeddings"} for one in done.values())
+    scores = {source: one.result["best_valid_score"] for source, one in done.items()}
+    assert scores["generated"] == scores["raw"]
+    # Of the same initial weights; so small a data set may end with the same ranks.
+    record = {source: one.record["valid"] for source, one in done.items()}
+    assert record["shuffled"] != record["raw"] or (
+        done["shuffled"].result["test_result"] != done["raw"].result["test_result"]
+    )
+
+
 def plant_split(root: Path) -> None:
     """Split ``tiny`` by files; marked items occur in the validation and test files alone."""
     folder = root / "tiny"
