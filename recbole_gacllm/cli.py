@@ -133,10 +133,11 @@ def _print_summary(record: dict[str, Any], run_file: Path | None) -> None:
         print(f"{stage:<13}{_stage_line(figures)}")
     if "leakage_audit" in record:
         audit = record["leakage_audit"]
+        p_value = "" if audit["p_value"] is None else f" (p = {audit['p_value']:.2g})"
         print(
             f"{'leakage':<13}{audit['heldout_mentions']} of {audit['n_pairs']} held-out items are "
-            f"named in their user's texts, {audit['matched_mentions']} of as many matched items "
-            f"(p = {audit['p_value']})"
+            f"named in their user's texts, {audit['matched_mentions']} of as many matched items"
+            f"{p_value}"
         )
     print()
     for stage, folder in record.get("artifacts", {}).items():
