@@ -145,7 +145,7 @@ def test_shuffled_texts_use_the_same_artefacts_on_other_nodes(finished, monkeypa
 
 
 def test_no_layers_are_the_raw_texts_and_can_be_shuffled(finished, tmp_path, monkeypatch):
-    keys, _ = finished
+    keys = finished[0] | {"artifact_dir": str(tmp_path / "artifacts")}
     monkeypatch.chdir(tmp_path)
     done = {
         source: run(
