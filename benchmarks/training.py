@@ -297,7 +297,7 @@ def memory_floor(side: Side) -> float:
     """MiB that must be held besides the libraries: see the module's docstring.
 
     Parameters four times (gradient, two moments), all interactions (two columns of 8 bytes, in the
-    data set and in its parts), the matrix, its input the text tables, the scores of one user batch.
+    data set and in its parts), the matrix, the text tables, the scores of one batch of users.
     """
     from recbole_gacllm.fast import MIN_SCORES
 

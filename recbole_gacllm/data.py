@@ -117,10 +117,10 @@ class TextLayers:
             torch.from_numpy(np.load(folders["embeddings"] / f"layer_{layer}.npy", mmap_mode="c"))
             for layer in range(n_layers)
         ]
+        row_of_each = torch.tensor(row_of_node)
         if options.text_source == "item_mean":
-            n_users = len(tokens["user"])
-            tables[0] = _users_as_item_means(tables[0], n_users, torch.tensor(row_of_node), data)
-        return cls(tables, torch.tensor(row_of_node), folders)
+            tables[0] = _users_as_item_means(tables[0], len(tokens["user"]), row_of_each, data)
+        return cls(tables, row_of_each, folders)
 
     def __len__(self) -> int:
         return len(self.tables)
@@ -159,7 +159,7 @@ def _users_as_item_means(
 ) -> Tensor:
     """Each user's row is the mean of the rows of their training items, at unit length.
 
-    A control: a user's text without any LLM.
+    A control, ours: a user's text without any LLM. A user without training items gets zeros.
 
     Shapes:
         table and result: ``[n_users + n_items, width]``, float16, users first; row_of_node
