@@ -27,6 +27,7 @@ from recbole_gacllm.descriptions.batch import (
     request_line,
     write_shards,
 )
+from recbole_gacllm.descriptions.cleaning import CleaningContext
 from recbole_gacllm.descriptions.convolution import Convolution, record_of
 from recbole_gacllm.descriptions.imported import ImportedTexts
 from recbole_gacllm.descriptions.store import DescriptionStore, Record
@@ -169,7 +170,8 @@ def import_batch(folder: Path, job: dict[str, Any], paths: list[Path]) -> Import
             reports.append(report)
             records: list[Record] = []
             for request in requests:
-                record = _record(request, answers, report, second, added)
+                context = layers.convolution.context_of(request)
+                record = _record(request, context, answers, report, second, added)
                 if record is not None:
                     records.append(record)
                 if len(records) == _BATCH:
@@ -198,7 +200,12 @@ def import_batch(folder: Path, job: dict[str, Any], paths: list[Path]) -> Import
 
 
 def _record(
-    request: Request, answers: Answers, report: ImportReport, second: set[str], added: set[str]
+    request: Request,
+    context: CleaningContext,
+    answers: Answers,
+    report: ImportReport,
+    second: set[str],
+    added: set[str],
 ) -> Record | None:
     """What the store is to hold for a prompt, if an answer settles it."""
     names = {attempt: custom_id(request.id, attempt) for attempt in (1, 2)}
@@ -213,7 +220,7 @@ def _record(
             logger.warning("request %s: %s", name, reason)
             error = True
             continue
-        record = record_of(completion, request.messages, attempt)
+        record = record_of(completion, context, attempt)
         if record.status == "ok" or attempt == 2:
             report.n_imported += record.status == "ok"
             report.n_failed += record.status == "failed"

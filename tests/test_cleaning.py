@@ -5,13 +5,17 @@ from hypothesis import strategies as st
 from recbole_gacllm.descriptions.cleaning import Cleaned, CleaningContext, clean
 
 PROMPT = """Answer with one short paragraph and nothing else.
+Describe in two sentences what kinds of movies this person enjoys. Do not name a movie.
+
 This person liked these movies:
 - Toy Story (1995): animation, children's, comedy
 - Heat (1995): action, crime, thriller
 
 About the person: a 24-year-old technician from Arizona
-Describe in two sentences what kinds of movies this person enjoys. Do not name a movie."""
-CONTEXT = CleaningContext(PROMPT)
+The kinds of movies that this person enjoys, in two sentences:"""
+REQUEST = """Describe in two sentences what kinds of movies this person enjoys. Do not name a movie.
+The kinds of movies that this person enjoys, in two sentences:"""
+CONTEXT = CleaningContext(PROMPT, REQUEST)
 GOOD = "This viewer loves witty comedies."
 
 

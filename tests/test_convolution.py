@@ -220,8 +220,8 @@ def test_a_record_made_from_outside_is_what_the_run_finds(convolution, convolve)
     made = convolution(graph)
     requests = list(made.missing_requests(raw_layer(graph), NOTHING, 1))
     answers = FakeGenerator().generate(requests)
-    by_id = {request.id: request for request in requests}
-    made.store.put_many(record_of(answer, by_id[answer.id].messages, 1) for answer in answers)
+    contexts = {request.id: made.context_of(request) for request in requests}
+    made.store.put_many(record_of(answer, contexts[answer.id], 1) for answer in answers)
     layer, report, generator = convolve(graph, raw_layer(graph))
     assert generator.requests == []
     assert report.n_from_store == 14
@@ -373,6 +373,30 @@ def test_an_echo_of_the_prompt_is_not_a_description(convolve):
     echo = FakeGenerator(answer=lambda request: request.messages[-1]["content"])
     _, report, _ = convolve(graph, raw_layer(graph), echo, words=200)
     assert report.failures == {"echo": 14}
+
+
+def test_an_answer_may_say_a_sentence_of_a_text_again_but_none_of_the_request(convolve):
+    graph = graph_of()
+
+    def after(answer, line):
+        return FakeGenerator(
+            answer=lambda request: f"{answer} {request.messages[-1]['content'].splitlines()[line]}"
+        )
+
+    for line in (0, -1):  # the instruction, the cue
+        generator = after("They like rain.", line)
+        _, report, _ = convolve(graph, raw_layer(graph), generator, key={"line": line}, words=200)
+        assert report.failures == {"echo": 14}
+
+    def of_own_text(request):
+        lines = request.messages[-1]["content"].splitlines()
+        own = next(line for line in lines if line.startswith(("The person: ", "The film: ")))
+        return f"They like rain. {own.partition(': ')[2]}"
+
+    generator = FakeGenerator(answer=of_own_text)
+    above, report, _ = convolve(graph, raw_layer(graph), generator, key={"line": "own"}, words=200)
+    assert report.n_failed == report.n_retried == 0
+    assert above.texts["user"][0] == "They like rain. Reader of kind 0 and nothing else."
 
 
 def test_a_node_of_which_nothing_is_known_is_carried_over_without_a_call(convolve):

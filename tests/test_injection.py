@@ -190,7 +190,7 @@ def test_a_hostile_text_changes_no_chat_templates_structure(chat, templates, pai
     for request, other in zip(hostile, harmless, strict=True):
         content, expected = (r.messages[-1]["content"].splitlines() for r in (request, other))
         assert structure(chat, request.messages) == wanted[other.id], content
-        assert content[-1] == expected[-1]
+        assert (content[0], content[-1]) == (expected[0], expected[-1])
         assert request.messages[0] == other.messages[0]
         assert len(chat.encode_chat(request.messages)) <= 1200, content
 
@@ -216,7 +216,7 @@ def test_a_hostile_text_is_one_line_of_at_most_text_max_chars(tmp_path):
 
 
 def test_hostile_answers_come_back_from_store_layer_file_and_export_as_they_were(tmp_path):
-    texts = [clean(text, "stop", CleaningContext("")).text for text in HOSTILE.values()]
+    texts = [clean(text, "stop", CleaningContext("", "")).text for text in HOSTILE.values()]
     raw = list(HOSTILE.values())
     records = [
         Record(f"{n:064x}", text, "ok", "", "stop", 1, 0, 1, 1)
@@ -337,6 +337,8 @@ def test_the_real_llm_keeps_its_format_and_all_other_nodes_their_texts(tmp_path,
         assert report.n_from_store == 0  # made anew, beside other prompts
         return above
 
+    _, raw = chain_of(tmp_path, titles, jobs)
+    shown = {word for side in SIDES for text in raw.texts[side] for word in text.split()}
     hostile = layer_above("hostile", titles, jobs)
     harmless = layer_above("harmless", [f"Film {k}" for k in range(4)], ["baker"])
     assert hostile.statuses == harmless.statuses
@@ -345,10 +347,14 @@ def test_the_real_llm_keeps_its_format_and_all_other_nodes_their_texts(tmp_path,
     for side in SIDES:
         assert hostile.texts[side][first:] == harmless.texts[side][first:]
         assert hostile.texts[side][:first] != harmless.texts[side][:first]  # they are read
-        for text in hostile.texts[side]:
-            assert text.startswith("This person" if side == "user" else "This film")
+        begin = "This person" if side == "user" else "This film"
+        kept = [text.startswith(begin) for text in harmless.texts[side]]
+        assert sum(kept) > len(kept) / 2  # the small model forgets it now and then
+        for text, is_kept in zip(hostile.texts[side], kept, strict=True):
+            assert text.startswith(begin) or not is_kept
             assert text.isprintable()
             assert not re.search("one short paragraph|two sentences|do not", text)
-            own_words = re.sub('".*"', "", text)  # a title may be quoted, JSON and all
-            assert not re.search(r"[<{\[|]", own_words)
+            # A title may be quoted, JSON and all; without marks only word by word.
+            own_words = re.sub('".*"', "", text).split()
+            assert {word for word in own_words if re.search(r"[<{\[|]", word)} <= shown
     generator.close()

@@ -180,6 +180,32 @@ def test_the_shipped_prompts_load_and_their_instructions_stay_short():
     assert words(templates.messages("item", "", ["a"], layer=2)) < 80
 
 
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("neighbors", [[], ["NEIGHBOR"]])
+@pytest.mark.parametrize("side", ["user", "item"])
+def test_shipped_prompts_share_their_request_and_end_in_a_short_cue(side, neighbors, layer):
+    """The engine's prefix cache serves what all nodes of a side have in front."""
+    system, request = load(SHIPPED).messages(side, "OWN", neighbors, layer)
+    assert system["content"].split()
+    content = request["content"]
+    shared = content[: min(content.index(text) for text in ["OWN", *neighbors])]
+    instruction = shared.splitlines()[0]
+    assert instruction.startswith("Describe in two sentences ")
+    assert 'Start with "This ' in instruction
+    assert "do not" in instruction
+    cue = content.splitlines()[-1]
+    assert "OWN" not in cue
+    assert 0 < len(cue.split()) <= 16 < len(instruction.split())
+
+
+def test_the_words_of_request_are_told_from_inserted_texts(folder):
+    templates = load(folder)
+    (system, request) = templates.messages("user", "a man", ["Heat", "Go."])
+    lines = [*system["content"].splitlines(), *request["content"].splitlines()]
+    own = [line for line in lines if line in templates.own_lines()]
+    assert own == ["Be brief.", "Liked movies:", "Go."]
+
+
 def test_the_shipped_prompts_read_well_with_any_noun():
     for file in SHIPPED.glob("*.txt"):
         text = " " + file.read_text(encoding="utf-8").lower()

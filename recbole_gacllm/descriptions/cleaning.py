@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-CLEANING_VERSION = 2  # part of a description's address: raise it when a rule changes a result
+CLEANING_VERSION = 3  # part of a description's address: raise it when a rule changes a result
 Problem = Literal["empty", "truncated", "echo"]
 
 _MIN_WORDS = 3  # fewer say nothing about a node
@@ -43,10 +43,12 @@ class CleaningContext:
     """What a completion was an answer to.
 
     Attributes:
-        prompt: All messages of the chat; the last line is the request.
+        prompt: All messages of the chat.
+        request: Its lines that are the prompt files' own, without any inserted text.
     """
 
     prompt: str
+    request: str
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
        that repeats itself ("comedy, drama, comedy, comedy…") does so until the length limit.
     7. No letter left: ``empty``.
     8. The whole text stands in the prompt word by word, but for case and punctuation, or it
-       holds a sentence (of at least 4 words) of the request, the prompt's last line: ``echo``.
+       holds a sentence (of at least 4 words) of the request: ``echo``.
 
     Args:
         raw: The decoded completion.
@@ -191,15 +193,15 @@ def _is_echo(text: str, context: CleaningContext) -> bool:
     # The first look rules most answers out in a tenth of the time.
     if all(word in folded for word in answer.split()) and answer in _padded(context.prompt):
         return True
-    request = context.prompt.strip().rpartition("\n")[2]
-    return any(sentence in answer for sentence in _request_sentences(request))
+    return any(sentence in answer for sentence in _request_sentences(context.request))
 
 
 @lru_cache(maxsize=64)  # a run has a few requests
 def _request_sentences(request: str) -> list[str]:
     return [
         _padded(sentence)
-        for sentence in _split_sentences(request)
+        for line in request.splitlines()
+        for sentence in _split_sentences(line)
         if len(_words(sentence)) >= _MIN_REQUEST_WORDS
     ]
 

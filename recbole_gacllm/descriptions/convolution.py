@@ -138,6 +138,10 @@ class Convolution:
         """The second attempt at a request whose first answer was not usable."""
         return self.maker.retry_of(request)
 
+    def context_of(self, request: Request) -> CleaningContext:
+        """What an answer to a request is held against."""
+        return self.maker.context_of(request)
+
     def next_layer(
         self,
         below: Layer,
@@ -252,7 +256,8 @@ class Convolution:
             now = time.perf_counter()
             rate = (report.n_output_tokens - before.n_output_tokens) / max(now - started, 1e-9)
             bar.set_postfix_str(f"{rate:.0f} tokens/s", False)
-            record = record_of(completion, waiting[key].request.messages, 1 + (key in retried))
+            context = self.context_of(waiting[key].request)
+            record = record_of(completion, context, 1 + (key in retried))
             if record.status == "failed" and record.n_attempts == 1:
                 retried.add(key)
                 to_retry.append(key)
@@ -307,16 +312,15 @@ class Convolution:
         yield from self._generator.generate(chain([first], requests))
 
 
-def record_of(completion: Completion, messages: Messages, attempt: int) -> Record:
+def record_of(completion: Completion, context: CleaningContext, attempt: int) -> Record:
     """A completion cleaned and judged.
 
     Args:
         completion: The answer; its id is the address of the description.
-        messages: What it answers.
+        context: What it answers.
         attempt: 1, or 2 for a retry.
     """
-    prompt = "\n".join(message["content"] for message in messages)
-    cleaned = clean(completion.text, completion.finish_reason, CleaningContext(prompt))
+    cleaned = clean(completion.text, completion.finish_reason, context)
     return Record(
         key=completion.id,
         text=cleaned.text,

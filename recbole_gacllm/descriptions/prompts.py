@@ -1,5 +1,9 @@
 """Prompts: text files with placeholders, rendered within a token budget.
 
+The shipped files have the instruction in front, the node's own text and its neighbours after it and
+a short cue last: what all nodes of a side share comes first, for the engine's prefix cache. Without
+the cue a small model often answers with the node's own text.
+
 Inserted texts are single lines (:func:`.neutralize.neutralize`); they are substituted once and
 never read again as a template, so a ``$neighbors`` in a title stays what it is.
 """
@@ -100,6 +104,15 @@ class PromptTemplates:
         name = f"{side}_isolated" if not neighbors else side if layer == 1 else f"{side}_deeper"
         lines = "\n".join(_BULLET + neighbor for neighbor in neighbors)
         return self._chat(name, {"text": text, "neighbors": lines})
+
+    def own_lines(self) -> frozenset[str]:
+        """Lines of the files that hold no inserted text: instructions, headings and cues."""
+        return frozenset(
+            Template(line).substitute().strip()
+            for text in self.texts.values()
+            for line in text.split("\n")
+            if line.strip() and not Template(line).get_identifiers()
+        )
 
     def sft_messages(self, direction: Direction, text: str) -> tuple[Message, ...]:
         """The chat of a fine-tuning pair; its completion is the other node's description.

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recbole_gacllm import artifacts
-from recbole_gacllm.descriptions.cleaning import CLEANING_VERSION
+from recbole_gacllm.descriptions.cleaning import CLEANING_VERSION, CleaningContext
 from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
 from recbole_gacllm.descriptions.neighbors import NeighborLists, TrainGraph, select_neighbors
 from recbole_gacllm.descriptions.neutralize import neutralize
@@ -96,6 +96,7 @@ class RequestMaker:
         options: ConvolutionOptions,
     ) -> None:
         self.tokenizer, self.options = tokenizer, options
+        self._own_lines = templates.own_lines()
         self.renderer = renderer_for(templates, tokenizer, options.max_prompt_tokens)
         self.neighbors: dict[Side, NeighborLists] = {
             side: select_neighbors(
@@ -176,6 +177,12 @@ class RequestMaker:
             seed=int(request.id[8:16], 16),
         )
         return dataclasses.replace(request, sampling=sampling)
+
+    def context_of(self, request: Request) -> CleaningContext:
+        """What an answer to a request is held against: the prompt, and its words of request."""
+        prompt = "\n".join(message["content"] for message in request.messages)
+        own = [line for line in prompt.split("\n") if line.strip() in self._own_lines]
+        return CleaningContext(prompt, "\n".join(own))
 
 
 class _Pieces:
