@@ -12,12 +12,14 @@ from recbole_gacllm.linear import ItemItemModel, standardize
 
 from .test_model import build
 
+EASE = {"user_power": 0.0, "denoising": 0.0}
+
 
 def test_it_scores_as_recboles_ease(settings):
     ease, train, _, _ = build("EASE", settings, reg_weight=7.0)
     inter = train._dataset.inter_feat
     ours = ItemItemModel(
-        inter["user_id"].numpy(), inter["item_id"].numpy(), ease.n_users, ease.n_items, 7.0
+        inter["user_id"].numpy(), inter["item_id"].numpy(), ease.n_users, ease.n_items, 7.0, **EASE
     )
     batch = next(iter(train))
     expected = torch.as_tensor(ease.full_sort_predict(batch)).view(len(batch), ease.n_items)
@@ -27,22 +29,46 @@ def test_it_scores_as_recboles_ease(settings):
 def test_the_weights_minimise_the_ridge_loss_without_a_diagonal():
     rng = np.random.default_rng(2)
     matrix = (rng.random((30, 6)) < 0.4).astype(np.float64)
+    matrix[:, 0] = 1  # no user without items
     model = ItemItemModel(*np.nonzero(matrix), 30, 6, reg_weight=3.0)
     weights = model._weights.numpy().astype(np.float64)
     assert np.count_nonzero(np.diag(weights)) == 0
-    gradient = matrix.T @ (matrix @ weights - matrix) + 3.0 * weights
+    degrees = matrix.sum(1)
+    counts = np.sqrt(degrees.mean() / degrees)[:, None]  # how often a user counts
+    ridge = 3.0 + 0.5 * (counts * matrix**2).sum(0)[:, None]  # L2, and what denoising adds
+    gradient = matrix.T @ (counts * (matrix @ weights - matrix)) + ridge * weights
     np.fill_diagonal(gradient, 0)  # the constraint's multipliers stand there
     assert np.abs(gradient).max() < 1e-4
+
+
+def test_denoising_is_the_mean_over_dropped_interactions():
+    """Dropping a third of the inputs, scaled up again, adds half of the diagonal on average."""
+    rng = np.random.default_rng(3)
+    matrix = (rng.random((12, 5)) < 0.5).astype(np.float64)
+    kept = (rng.random((20_000, 12, 5)) < 2 / 3) * matrix * 1.5
+    gram = np.einsum("nui,nuj->ij", kept, kept) / len(kept)
+    expected = matrix.T @ matrix + 0.5 * np.diag(matrix.sum(0))
+    assert np.abs(gram - expected).max() < 0.05 * expected.max()
+    plain, denoised = (
+        ItemItemModel(*np.nonzero(matrix), 12, 5, 1.0, user_power=0.0, denoising=share)
+        for share in (0.0, 0.5)
+    )
+    inverse = np.linalg.inv(expected + np.eye(5))
+    weights = -inverse / np.diag(inverse)
+    np.fill_diagonal(weights, 0)
+    assert np.allclose(denoised._weights.numpy(), weights, atol=1e-5)
+    assert not np.allclose(plain._weights.numpy(), weights, atol=1e-2)
 
 
 def test_texts_are_further_rows_that_the_weights_reconstruct():
     rng = np.random.default_rng(2)
     matrix = (rng.random((30, 6)) < 0.4).astype(np.float64)
     texts = rng.standard_normal((6, 4))
-    model = ItemItemModel(*np.nonzero(matrix), 30, 6, 3.0, torch.from_numpy(texts), 5.0)
+    model = ItemItemModel(*np.nonzero(matrix), 30, 6, 3.0, torch.from_numpy(texts), 0.4, **EASE)
     rows = texts - texts.mean(0)
     rows /= np.sqrt((rows**2).sum(1).mean())
-    stacked = np.concatenate([matrix, np.sqrt(5.0) * rows.T])
+    weight = 0.4 * matrix.sum(0).mean()  # a share of what an average item's interactions weigh
+    stacked = np.concatenate([matrix, np.sqrt(weight) * rows.T])
     plain = stacked.T @ stacked
     weights = model._weights.numpy().astype(np.float64)
     gradient = plain @ weights - plain + 3.0 * weights
@@ -73,10 +99,9 @@ def test_its_weight_moves_the_scores_between_both_models(settings):
     keys = {"use_text": False, "linear_reg_weight": 7.0}
     plain, train, _, _ = build("GaCLLM", settings, **keys)
     mixed, _, _, _ = build("GaCLLM", settings, linear_weight=1e6, **keys)
-    ease, _, _, _ = build("EASE", settings, reg_weight=7.0)
     batch = next(iter(train))
     shape = (len(batch), plain.n_items)
-    expected = standardize(torch.as_tensor(ease.full_sort_predict(batch)).view(shape).float())
+    expected = standardize(mixed.linear.scores(batch["user_id"]))
     scores = mixed.full_sort_predict(batch).view(shape)
     assert torch.allclose(scores / 1e6, expected, atol=1e-3)
     assert not torch.allclose(standardize(plain.full_sort_predict(batch).view(shape)), expected)
