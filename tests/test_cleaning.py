@@ -16,6 +16,7 @@ The kinds of movies that this person enjoys, in two sentences:"""
 REQUEST = """Describe in two sentences what kinds of movies this person enjoys. Do not name a movie.
 The kinds of movies that this person enjoys, in two sentences:"""
 CONTEXT = CleaningContext(PROMPT, REQUEST)
+CIRCLES = "Gaslight is a movie that has been shown to be a movie that has been shown"
 GOOD = "This viewer loves witty comedies."
 
 
@@ -189,3 +190,12 @@ def test_any_completion_becomes_one_plain_line(raw: str, finish_reason: str) -> 
     assert "\x00" not in result.text
     if result.problem is None:
         assert any(map(str.isalpha, result.text))
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_text_that_goes_in_circles_is_no_description(reason):
+    assert clean(f"{CIRCLES} to be a movie that has been", reason, CONTEXT).problem == "loop"
+    assert clean(CIRCLES, "stop", CONTEXT).problem is None  # twice may be meant
+    sentences = "They like a mix of {}. They enjoy a mix of {}. So a mix of {} it is."
+    assert clean(sentences.format("war", "war", "war"), "stop", CONTEXT).problem == "loop"
+    assert clean(sentences.format("war", "love", "art"), "stop", CONTEXT).problem is None

@@ -261,7 +261,7 @@ def test_the_real_llm_is_tuned_merged_and_run_by_the_real_vllm(settings):
         layer = Layer.read(folder / f"layer_{number}.parquet")
         failed = sum(layer.statuses[side].count("failed") for side in SIDES)
         assert report["n_failed"] == failed == sum(report["failures"].values())
-        assert set(report["failures"]) <= {"echo"}
+        assert set(report["failures"]) <= {"echo", "loop"}
         assert failed < (5 if number == 1 else 15)
         assert sum("person enjoys" in text for text in layer.texts["user"]) > 12
         assert sum("movie" in text for text in layer.texts["item"]) > 15

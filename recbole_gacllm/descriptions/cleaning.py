@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-CLEANING_VERSION = 3  # part of a description's address: raise it when a rule changes a result
-Problem = Literal["empty", "truncated", "echo"]
+CLEANING_VERSION = 4  # part of a description's address: raise it when a rule changes a result
+Problem = Literal["empty", "truncated", "echo", "loop"]
 
 _MIN_WORDS = 3  # fewer say nothing about a node
 _MIN_REQUEST_WORDS = 4  # shorter sentences of a request could stand in any text
+_LOOP_WORDS, _LOOP_TIMES = 4, 3  # so many words in a row, so often: a text that goes in circles
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
 
 # At the start of a line: headings, quotations, bullets, numbers of a list.
@@ -84,6 +86,7 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
     7. No letter left: ``empty``.
     8. The whole text stands in the prompt word by word, but for case and punctuation, or it
        holds a sentence (of at least 4 words) of the request: ``echo``.
+    9. The same 4 words in a row stand in it three times or more: ``loop``.
 
     Args:
         raw: The decoded completion.
@@ -101,7 +104,9 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
         if len(_words(text)) < _MIN_WORDS:
             return Cleaned(text, "truncated")
     text = " ".join(map(_without_repeated_elements, _split_sentences(text)))
-    return Cleaned(text, "echo" if _is_echo(text, context) else None)
+    if _is_echo(text, context):
+        return Cleaned(text, "echo")
+    return Cleaned(text, "loop" if _goes_in_circles(text) else None)
 
 
 def _one_line(raw: str) -> str:
@@ -204,6 +209,12 @@ def _request_sentences(request: str) -> list[str]:
         for sentence in _split_sentences(line)
         if len(_words(sentence)) >= _MIN_REQUEST_WORDS
     ]
+
+
+def _goes_in_circles(text: str) -> bool:
+    words = _words(text)
+    rows = Counter(zip(*(words[start:] for start in range(_LOOP_WORDS)), strict=False))
+    return max(rows.values(), default=0) >= _LOOP_TIMES
 
 
 def _padded(text: str) -> str:
