@@ -632,6 +632,27 @@ def test_vllm_that_finds_no_memory_at_the_start_tries_less_and_then_says_what_he
     assert all(b < 0.7 * a for (_, a), (_, b) in itertools.pairwise(tried))
 
 
+@pytest.mark.engine
+def test_tensor_and_pipeline_sizes_reach_vllm(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if choose_backend("auto")[0] != "vllm":
+        pytest.skip("vLLM cannot run here")
+    import vllm
+
+    given: list[dict[str, Any]] = []
+
+    def not_here(**options: Any) -> None:
+        given.append(options)
+        raise OUT_OF_MEMORY[1]
+
+    monkeypatch.setattr(vllm, "LLM", not_here)
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}
+    with pytest.raises(GenerationError):
+        open_generator("vllm", model_dir=tiny_model, dtype="float32", **sizes)
+    assert {key: given[0][key] for key in sizes} == sizes
+
+
 # vLLM's engine in a process of its own, as on GPUs; on CPU we keep it in ours otherwise.
 KILLED_ENGINE = """
 import json, os, signal, sys

@@ -254,7 +254,7 @@ def free_port() -> int:
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_two_real_servers_one_killed_mid_layer_lose_nothing(tmp_path):
+def test_two_real_servers_one_killed_mid_layer_lose_nothing(tmp_path, caplog):
     """`vllm serve` twice on loopback, in float32: the same texts as in process, to the token."""
     if choose_backend("auto")[0] != "vllm":
         pytest.skip("vLLM cannot run here")
@@ -300,6 +300,7 @@ def test_two_real_servers_one_killed_mid_layer_lose_nothing(tmp_path):
                 os.killpg(servers[0].pid, signal.SIGKILL)
         assert len(found) == 48
         assert servers[1].poll() is None
+        assert f"{urls[0]} fails, its share moves on" in caplog.text  # it had requests under way
     finally:
         for server in servers:
             if server.poll() is None:
