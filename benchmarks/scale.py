@@ -162,7 +162,11 @@ class StandIn:
     def _complete(request: Request) -> Completion:
         # The id is the SHA-256 of the prompt and of all else that makes a description.
         digest = bytes.fromhex(request.id)
-        chosen = [WORDS[byte % len(WORDS)] for byte in digest[: 16 + digest[-1] % 16]]
+        # Every fourth word has its place in it: four words in a row that recur would be a loop.
+        chosen = [
+            WORDS[byte % len(WORDS)] + str(place) * (place % 4 == 0)
+            for place, byte in enumerate(digest[: 16 + digest[-1] % 16])
+        ]
         n_prompt = sum(len(message["content"]) for message in request.messages) // 4
         answer = f"This one {' '.join(chosen)}."
         return Completion(request.id, answer, "stop", n_prompt, 0, len(chosen) + 3)
