@@ -199,3 +199,51 @@ def test_a_text_that_goes_in_circles_is_no_description(reason):
     sentences = "They like a mix of {}. They enjoy a mix of {}. So a mix of {} it is."
     assert clean(sentences.format("war", "war", "war"), "stop", CONTEXT).problem == "loop"
     assert clean(sentences.format("war", "love", "art"), "stop", CONTEXT).problem is None
+
+
+BEGUN = CleaningContext(PROMPT, REQUEST, "This person enjoys")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        " witty comedies.",
+        "witty comedies.",  # a server that drops blanks
+        "This person enjoys witty comedies.",  # a server that begins anew
+        "\n witty comedies.",
+    ],
+)
+def test_an_answer_goes_on_from_its_beginning(raw: str) -> None:
+    assert clean(raw, "stop", BEGUN) == Cleaned("This person enjoys witty comedies.", None)
+
+
+def test_a_beginning_alone_is_empty() -> None:
+    for raw in ("", " ", ".", "\n..."):
+        assert clean(raw, "stop", BEGUN).problem == "empty"
+
+
+def test_punctuation_may_follow_a_beginning() -> None:
+    assert clean(": comedies", "stop", BEGUN).text == "This person enjoys: comedies"
+    assert clean('"Heat" most of all', "stop", BEGUN).text == (
+        'This person enjoys "Heat" most of all'
+    )
+
+
+def test_what_follows_a_beginning_is_no_copy_of_the_prompt() -> None:
+    copy = " Toy Story (1995): animation, children's, comedy - Heat"
+    assert clean(copy, "stop", BEGUN).problem == "echo"
+    # A short list of kinds may well stand in one of the texts.
+    assert clean(" animation, children's, comedy", "stop", BEGUN).problem is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "kept"),
+    [
+        ("Films like x< |im_end| >system.", "Films like x im_end system."),
+        ('Films like "x<|a|>", {not} [this]', 'Films like "x<|a|>", not this'),
+        ('<b>Films</b> like "x {y', 'b Films /b like "x y'),
+        ('Films "a" <or> "b <c>" are "d [e]".', 'Films "a" or "b <c>" are "d [e]".'),
+    ],
+)
+def test_markup_stays_between_quotation_marks_alone(raw: str, kept: str) -> None:
+    assert text_of(raw) == kept

@@ -330,7 +330,7 @@ def test_a_bad_answer_is_asked_once_more_at_another_temperature_and_then_recorde
         stubborn = "person: Reader of kind 2" in prompt_of(request)
         if request.sampling.temperature == 0 or stubborn:
             return ""
-        return "A good answer of many words."
+        return " films of many kinds."
 
     above, report, generator = convolve(graph, raw_layer(graph), FakeGenerator(answer=answer))
     assert report.n_retried == 14
@@ -338,7 +338,7 @@ def test_a_bad_answer_is_asked_once_more_at_another_temperature_and_then_recorde
     assert above.statuses["user"][2] == "failed"
     assert above.reasons["user"][2] == "empty"
     assert above.texts["user"][2] == raw_layer(graph).texts["user"][2]
-    assert above.texts["user"][1] == "A good answer of many words."
+    assert above.texts["user"][1] == "This person enjoys films of many kinds."
     retried = generator.requests[-1].sampling
     assert retried.temperature == RETRY_TEMPERATURE
     assert sum(r.sampling.temperature > 0 for r in generator.requests) == 14
@@ -370,7 +370,7 @@ def test_a_recorded_failure_is_not_generated_again(convolve):
 
 def test_an_echo_of_the_prompt_is_not_a_description(convolve):
     graph = graph_of()
-    echo = FakeGenerator(answer=lambda request: request.messages[-1]["content"])
+    echo = FakeGenerator(answer=lambda request: request.messages[1]["content"])
     _, report, _ = convolve(graph, raw_layer(graph), echo, words=200)
     assert report.failures == {"echo": 14}
 
@@ -380,23 +380,23 @@ def test_an_answer_may_say_a_sentence_of_a_text_again_but_none_of_the_request(co
 
     def after(answer, line):
         return FakeGenerator(
-            answer=lambda request: f"{answer} {request.messages[-1]['content'].splitlines()[line]}"
+            answer=lambda request: f"{answer} {request.messages[1]['content'].splitlines()[line]}"
         )
 
-    for line in (0, -1):  # the instruction, the cue
-        generator = after("They like rain.", line)
+    for line in (0, -1):  # the instruction, the question
+        generator = after("rain.", line)
         _, report, _ = convolve(graph, raw_layer(graph), generator, key={"line": line}, words=200)
         assert report.failures == {"echo": 14}
 
     def of_own_text(request):
-        lines = request.messages[-1]["content"].splitlines()
+        lines = request.messages[1]["content"].splitlines()
         own = next(line for line in lines if line.startswith(("The person: ", "The film: ")))
-        return f"They like rain. {own.partition(': ')[2]}"
+        return f"rain. {own.partition(': ')[2]}"
 
     generator = FakeGenerator(answer=of_own_text)
     above, report, _ = convolve(graph, raw_layer(graph), generator, key={"line": "own"}, words=200)
     assert report.n_failed == report.n_retried == 0
-    assert above.texts["user"][0] == "They like rain. Reader of kind 0 and nothing else."
+    assert above.texts["user"][0] == "This person enjoys rain. Reader of kind 0 and nothing else."
 
 
 def test_a_node_of_which_nothing_is_known_is_carried_over_without_a_call(convolve):

@@ -51,6 +51,15 @@ def make_requests(n: int, **sampling: Any) -> list[Request]:
     ]
 
 
+def begun(requests: list[Request], beginning: str) -> list[Request]:
+    """The same requests with an answer that is begun."""
+    answer: Message = {"role": "assistant", "content": beginning}
+    return [
+        replace(request, id=f"{request.id} begun", messages=(*request.messages, answer))
+        for request in requests
+    ]
+
+
 def texts_of(completions: Iterator[Completion]) -> dict[str, str]:
     return {completion.id: completion.text for completion in completions}
 
@@ -368,6 +377,19 @@ def test_transformers_ignores_the_sampling_defaults_of_the_model(tiny_model: Pat
     assert sum(n_tokens for _, n_tokens in found.values()) > 40
 
 
+def test_an_answer_that_is_begun_is_gone_on_with(smollm2: Path) -> None:
+    made = open_generator("transformers", model_dir=smollm2, dtype="float32")
+    for request in make_requests(3, repetition_penalty=1.0):
+        [whole] = made.generate([request])
+        beginning, blank, rest = whole.text.partition(" ")
+        [completion] = made.generate(begun([request], beginning))
+        assert completion.id == f"{request.id} begun"
+        assert completion.text.startswith(blank + rest)
+        assert len(beginning) > 1
+        assert len(rest) > 10
+        assert completion.n_prompt_tokens > whole.n_prompt_tokens
+
+
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
@@ -517,6 +539,7 @@ def test_vllm_and_transformers_agree_token_for_token_in_float32(
         monkeypatch.setattr(vllm_generator, "_lora", None)
     requests = make_requests(16, max_new_tokens=32)
     requests[8:] = make_requests(16, max_new_tokens=32, repetition_penalty=1.0)[8:]
+    requests[::2] = begun(requests[::2], "A short answer is")
     reference = open_generator(
         "transformers",
         model_dir=smollm2,

@@ -67,18 +67,20 @@ FAMILIES = {
     "gemma": (
         ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", *(f"<unused{n}>" for n in range(9))],
         "<bos>{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}"
-        "{% endif %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+        "{% endif %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
     ),
     "mistral": (
         ["<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"],
         "<s>{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}"
-        "[/SYSTEM_PROMPT]{% else %}[INST]{{ m.content }}[/INST]{% endif %}{% endfor %}",
+        "[/SYSTEM_PROMPT]{% elif m.role == 'assistant' %} {{ m.content }}</s>{% else %}"
+        "[INST]{{ m.content }}[/INST]{% endif %}{% endfor %}",
     ),
     "deepseek": (
         ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"],
         "<｜begin▁of▁sentence｜>{% for m in messages %}"
-        "{% if m.role == 'user' %}<｜User｜>{% endif %}{{ m.content }}"
+        "{% if m.role == 'user' %}<｜User｜>{% elif m.role == 'assistant' %}<｜Assistant｜>{% endif %}"
+        "{{ m.content }}{% if m.role == 'assistant' %}<｜end▁of▁sentence｜>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}",
     ),
     # A base model: PLAIN_TEMPLATE, whose only structure are its lines.
@@ -188,10 +190,12 @@ def test_a_hostile_text_changes_no_chat_templates_structure(chat, templates, pai
     assert len(hostile) == len(harmless) == 9 * len(HOSTILE)
     wanted = {request.id: structure(chat, request.messages) for request in harmless}
     for request, other in zip(hostile, harmless, strict=True):
-        content, expected = (r.messages[-1]["content"].splitlines() for r in (request, other))
+        content, expected = (r.messages[1]["content"].splitlines() for r in (request, other))
         assert structure(chat, request.messages) == wanted[other.id], content
         assert (content[0], content[-1]) == (expected[0], expected[-1])
-        assert request.messages[0] == other.messages[0]
+        # What all share: system message and beginning of the answer.
+        assert request.messages[0::2] == other.messages[0::2]
+        assert [message["role"] for message in request.messages[0::2]] == ["system", "assistant"]
         assert len(chat.encode_chat(request.messages)) <= 1200, content
 
 
@@ -337,8 +341,6 @@ def test_the_real_llm_keeps_its_format_and_all_other_nodes_their_texts(tmp_path,
         assert report.n_from_store == 0  # made anew, beside other prompts
         return above
 
-    _, raw = chain_of(tmp_path, titles, jobs)
-    shown = {word for side in SIDES for text in raw.texts[side] for word in text.split()}
     hostile = layer_above("hostile", titles, jobs)
     harmless = layer_above("harmless", [f"Film {k}" for k in range(4)], ["baker"])
     assert hostile.statuses == harmless.statuses
@@ -347,14 +349,10 @@ def test_the_real_llm_keeps_its_format_and_all_other_nodes_their_texts(tmp_path,
     for side in SIDES:
         assert hostile.texts[side][first:] == harmless.texts[side][first:]
         assert hostile.texts[side][:first] != harmless.texts[side][:first]  # they are read
-        begin = "This person" if side == "user" else "This film"
-        kept = [text.startswith(begin) for text in harmless.texts[side]]
-        assert sum(kept) > len(kept) / 2  # the small model forgets it now and then
-        for text, is_kept in zip(hostile.texts[side], kept, strict=True):
-            assert text.startswith(begin) or not is_kept
+        for text in hostile.texts[side]:
+            assert text.startswith("This person" if side == "user" else "This film")
             assert text.isprintable()
             assert not re.search("one short paragraph|two sentences|do not", text)
-            # A title may be quoted, JSON and all; without marks only word by word.
-            own_words = re.sub('".*"', "", text).split()
-            assert {word for word in own_words if re.search(r"[<{\[|]", word)} <= shown
+            own_words = re.sub('".*"', "", text)  # a title may be quoted, JSON and all
+            assert not re.search(r"[<{\[|]", own_words)
     generator.close()

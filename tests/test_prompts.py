@@ -164,6 +164,7 @@ def test_a_missing_prompt_file_is_named(folder):
         ("$neighbors $text $text", r"user\.txt holds \$text 2 times"),
         ("$neighbors $text $rating", r"\$rating; allowed are \$item_noun, \$neighbors, \$text"),
         ("$neighbors $text for 5$", r"user\.txt has a stray '\$'"),
+        ("$neighbors\n---\nThis $text", r"user\.txt has a node's text after the line ---"),
     ],
 )
 def test_a_wrong_prompt_file_is_refused(folder, text, message):
@@ -183,19 +184,39 @@ def test_the_shipped_prompts_load_and_their_instructions_stay_short():
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize("neighbors", [[], ["NEIGHBOR"]])
 @pytest.mark.parametrize("side", ["user", "item"])
-def test_shipped_prompts_share_their_request_and_end_in_a_short_cue(side, neighbors, layer):
+def test_shipped_prompts_share_their_request_and_begin_the_answer(side, neighbors, layer):
     """The engine's prefix cache serves what all nodes of a side have in front."""
-    system, request = load(SHIPPED).messages(side, "OWN", neighbors, layer)
+    system, request, answer = load(SHIPPED).messages(side, "OWN", neighbors, layer)
+    assert [message["role"] for message in (system, request, answer)] == [
+        "system",
+        "user",
+        "assistant",
+    ]
     assert system["content"].split()
     content = request["content"]
     shared = content[: min(content.index(text) for text in ["OWN", *neighbors])]
     instruction = shared.splitlines()[0]
     assert instruction.startswith("Describe in two sentences ")
-    assert 'Start with "This ' in instruction
-    assert "do not" in instruction
-    cue = content.splitlines()[-1]
-    assert "OWN" not in cue
-    assert 0 < len(cue.split()) <= 16 < len(instruction.split())
+    assert "Do not " in instruction
+    question = content.splitlines()[-1]
+    assert question.endswith("?")
+    assert "OWN" not in question
+    assert 0 < len(question.split()) <= 16 <= len(instruction.split())
+    assert answer["content"].startswith("This person " if side == "user" else "This movie ")
+
+
+def test_what_stands_after_three_hyphens_begins_the_answer(folder):
+    (folder / "user.txt").write_text(
+        "Liked:\n$neighbors\nWho: $text\n---\nThis $user_noun likes ${item_noun}s that \n"
+    )
+    chat = load(folder).messages("user", "--- a man", ["---"])
+    assert chat[1:] == (
+        {"role": "user", "content": "Liked:\n- ---\nWho: --- a man"},
+        {"role": "assistant", "content": "This person likes movies that"},
+    )
+    # The beginning takes from the budget, and is no line of the request.
+    assert renderer(folder, 60).own_text_limit("user") == 60 - 10 - (2 + 3 + 5)
+    assert not any("likes" in line for line in load(folder).own_lines())
 
 
 def test_the_words_of_request_are_told_from_inserted_texts(folder):

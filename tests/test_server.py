@@ -25,7 +25,13 @@ from recbole_gacllm.llm.server import ServerGenerator
 
 from .fake_generator import FakeGenerator
 from .fake_server import FakeServer
-from .test_generator_contract import MAX_MODEL_LEN, make_requests, save_tiny_model, texts_of
+from .test_generator_contract import (
+    MAX_MODEL_LEN,
+    begun,
+    make_requests,
+    save_tiny_model,
+    texts_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +297,7 @@ def test_two_real_servers_one_killed_mid_layer_lose_nothing(tmp_path, caplog):
             )
         wait_for(urls, servers, tmp_path)
         requests = make_requests(48, max_new_tokens=24)
+        requests[::2] = begun(requests[::2], "A short answer is")
         generator = ServerGenerator(model, urls, "fake", concurrency=8)
         found = {}
         for completion in generator.generate(requests):

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-CLEANING_VERSION = 4  # part of a description's address: raise it when a rule changes a result
+CLEANING_VERSION = 5  # part of a description's address: raise it when a rule changes a result
 Problem = Literal["empty", "truncated", "echo", "loop"]
 
 _MIN_WORDS = 3  # fewer say nothing about a node
 _MIN_REQUEST_WORDS = 4  # shorter sentences of a request could stand in any text
+_MIN_COPIED_WORDS = 8  # after a beginning; fewer may be a list of kinds, as a text has one
 _LOOP_WORDS, _LOOP_TIMES = 4, 3  # so many words in a row, so often: a text that goes in circles
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
 
@@ -21,6 +22,7 @@ _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
 _LINE_START = re.compile(r"^(?:#{1,6}\s+|>\s*|[-*+•–]\s+|\d{1,2}[.)]\s+)+")
 # Around words, never inside one: `M*A*S*H` and snake_case stay.
 _EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3}|`{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)")
+_MARKUP = re.compile(r"[<>{}\[\]|]")
 _OPENER = r"(?:sure|certainly|of course|absolutely|okay|ok|yes|here|below|the following)\b"
 _LABEL = (
     r"(?:[\w'-]+ ){0,2}"
@@ -36,6 +38,7 @@ _SENTENCE_END = re.compile(
     r"[\"'”’»)\]]*(?=\s|$)|[。！？]"
 )
 
+_OPENS_WORD = re.compile(r"[\w\"'“‘«(]")
 _LIST_COMMA = re.compile(r"[,;]\s+")
 _LIST_END = re.compile(r"[.!?…]+$")
 
@@ -47,10 +50,12 @@ class CleaningContext:
     Attributes:
         prompt: All messages of the chat.
         request: Its lines that are the prompt files' own, without any inserted text.
+        beginning: What the answer was begun with; the completion goes on from there.
     """
 
     prompt: str
     request: str
+    beginning: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,12 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
 
     In this order:
 
+    0. The beginning that the prompt gave is put before it. Nothing new after it: ``empty``.
     1. Control, format, private and unassigned characters and U+FFFD go.
     2. Lines without a letter or digit go; so do marks of headings, quotations, bullets and lists
        at the start of a line, and emphasis and code marks around words. All lines become one,
-       white space one blank.
+       white space one blank. Angle, square and curly brackets and bars go, unless they stand
+       between double quotation marks: markup is no prose, whoever wrote it into a title.
     3. A lead-in that ends in a colon goes: a label (``Description:``, ``Summary of the film:``) or
        an opening phrase (``Sure, here is the description:``). So do quotes around the whole.
     4. A sentence that was there before, but for case and punctuation, goes.
@@ -84,8 +91,9 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
     6. In a sentence, an element of a list between commas that was there before goes: a small model
        that repeats itself ("comedy, drama, comedy, comedy…") does so until the length limit.
     7. No letter left: ``empty``.
-    8. The whole text stands in the prompt word by word, but for case and punctuation, or it
-       holds a sentence (of at least 4 words) of the request: ``echo``.
+    8. The whole text, or at least 8 words and all that follow its beginning, stand in the prompt
+       word by word, but for case and punctuation, or it holds a sentence (of at least 4 words) of
+       the request: ``echo``.
     9. The same 4 words in a row stand in it three times or more: ``loop``.
 
     Args:
@@ -93,7 +101,9 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
         finish_reason: ``stop``, or ``length`` if the length limit ended it.
         context: What it answers.
     """
-    text = _strip_frame(_one_line(raw))
+    if not any(map(str.isalpha, raw)):
+        return Cleaned("", "empty")
+    text = _strip_frame(_one_line(_with_beginning(raw, context.beginning)))
     sentences = _without_repetition(_split_sentences(text))
     text = " ".join(sentences)
     if not any(map(str.isalpha, text)):
@@ -107,6 +117,13 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
     if _is_echo(text, context):
         return Cleaned(text, "echo")
     return Cleaned(text, "loop" if _goes_in_circles(text) else None)
+
+
+def _with_beginning(raw: str, beginning: str) -> str:
+    if not beginning or raw.lstrip().startswith(beginning):  # a server may have begun anew
+        return raw
+    # Some tokenizers and servers drop the blank before a text's first word.
+    return f"{beginning} {raw}" if _OPENS_WORD.match(raw) else beginning + raw
 
 
 def _one_line(raw: str) -> str:
@@ -125,7 +142,18 @@ def _one_line(raw: str) -> str:
     text = " ".join(" ".join(lines).split())
     while (plain := _EMPHASIS.sub(r"\2", text)) != text:
         text = plain
-    return text.strip("*`# ")
+    return _without_markup(text).strip("*`# ")
+
+
+def _without_markup(text: str) -> str:
+    if not _MARKUP.search(text):
+        return text
+    parts = text.split('"')
+    # Every second part stands between two marks, but for the last after a mark of its own.
+    outside = [n for n in range(len(parts)) if n % 2 == 0 or n == len(parts) - 1]
+    for n in outside:
+        parts[n] = _MARKUP.sub(" ", parts[n])
+    return " ".join('"'.join(parts).split())
 
 
 def _strip_frame(text: str) -> str:
@@ -195,8 +223,10 @@ def _words(text: str) -> list[str]:
 
 def _is_echo(text: str, context: CleaningContext) -> bool:
     answer, folded = _padded(text), context.prompt.casefold()
+    new = _padded(text.removeprefix(context.beginning))
+    copy = new if len(new.split()) >= _MIN_COPIED_WORDS else answer
     # The first look rules most answers out in a tenth of the time.
-    if all(word in folded for word in answer.split()) and answer in _padded(context.prompt):
+    if all(word in folded for word in copy.split()) and copy in _padded(context.prompt):
         return True
     return any(sentence in answer for sentence in _request_sentences(context.request))
 

@@ -1,8 +1,9 @@
 """Prompts: text files with placeholders, rendered within a token budget.
 
-The shipped files have the instruction in front, the node's own text and its neighbours after it and
-a short cue last: what all nodes of a side share comes first, for the engine's prefix cache. Without
-the cue a small model often answers with the node's own text.
+The shipped files have the instruction in front, the node's own text and its neighbours after it:
+what all nodes of a side share comes first, for the engine's prefix cache. What stands after a line
+of three hyphens is the beginning of the answer: the LLM goes on from there, so that every answer
+has the form that was asked for, whatever stands in the texts before it.
 
 Inserted texts are single lines (:func:`.neutralize.neutralize`); they are substituted once and
 never read again as a template, so a ``$neighbors`` in a title stays what it is.
@@ -37,6 +38,7 @@ _PLACEHOLDERS: dict[str, frozenset[str]] = {
     "sft_item_to_user": frozenset({"text"}),
 }
 _BULLET = "- "
+_ANSWER = "\n---\n"  # before the beginning of the answer
 # Less than this of a node's own text says nothing.
 _MIN_TEXT_TOKENS = 8
 
@@ -106,11 +108,11 @@ class PromptTemplates:
         return self._chat(name, {"text": text, "neighbors": lines})
 
     def own_lines(self) -> frozenset[str]:
-        """Lines of the files that hold no inserted text: instructions, headings and cues."""
+        """Lines of a request that hold no inserted text: instructions, headings and cues."""
         return frozenset(
             Template(line).substitute().strip()
             for text in self.texts.values()
-            for line in text.split("\n")
+            for line in text.partition(_ANSWER)[0].split("\n")
             if line.strip() and not Template(line).get_identifiers()
         )
 
@@ -124,10 +126,17 @@ class PromptTemplates:
         return self._chat(f"sft_{direction}", {"text": text})
 
     def _chat(self, name: str, values: Mapping[str, str]) -> tuple[Message, ...]:
-        content = Template(self.texts[name]).substitute(values)
-        system = Template(self.texts["system"]).substitute()
-        request = Message(role="user", content=content)
-        return (Message(role="system", content=system), request) if system else (request,)
+        request, _, beginning = self.texts[name].partition(_ANSWER)
+        parts = (
+            ("system", self.texts["system"]),
+            ("user", request),
+            ("assistant", beginning.strip()),
+        )
+        return tuple(
+            Message(role=role, content=Template(text).substitute(values))
+            for role, text in parts
+            if text or role == "user"
+        )
 
 
 class PromptRenderer:
@@ -224,4 +233,9 @@ def _read_template(path: Path, wanted: frozenset[str]) -> str:
     for name in sorted(wanted):
         if found.count(name) != 1:
             raise ValueError(f"{path} holds ${name} {found.count(name)} times; write it once")
+    if wanted & set(Template(text.partition(_ANSWER)[2]).get_identifiers()):
+        raise ValueError(
+            f"{path} has a node's text after the line ---; what stands there begins the answer: "
+            "write words and nouns only"
+        )
     return text

@@ -180,9 +180,12 @@ class RequestMaker:
 
     def context_of(self, request: Request) -> CleaningContext:
         """What an answer to a request is held against: the prompt, and its words of request."""
-        prompt = "\n".join(message["content"] for message in request.messages)
+        begun = request.messages[-1]["role"] == "assistant"
+        asked = request.messages[:-1] if begun else request.messages
+        prompt = "\n".join(message["content"] for message in asked)
         own = [line for line in prompt.split("\n") if line.strip() in self._own_lines]
-        return CleaningContext(prompt, "\n".join(own))
+        beginning = request.messages[-1]["content"] if begun else ""
+        return CleaningContext(prompt, "\n".join(own), beginning)
 
 
 class _Pieces:

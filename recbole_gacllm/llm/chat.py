@@ -72,15 +72,22 @@ class ChatTokenizer:
         self._takes_system = self._renders(({"role": "system", "content": "a"},))
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a chat, up to where the assistant's answer begins.
+        """Token ids of a chat, up to where the assistant's answer begins or goes on.
+
+        A last message of the assistant is the beginning of its answer: its turn stays open.
 
         Raises:
             ValueError: If the model's chat template refuses the messages.
         """
         chat = self.adapted(messages)
+        is_begun = chat[-1]["role"] == "assistant"
         try:
             prompt = self._tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                chat,
+                tokenize=False,
+                add_generation_prompt=not is_begun,
+                continue_final_message=is_begun,
+                enable_thinking=False,
             )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)

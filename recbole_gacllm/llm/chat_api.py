@@ -1,7 +1,7 @@
 """OpenAI's chat completions as this package asks for them: a request's body, an answer's content.
 
-What the OpenAI protocol lacks (repetition penalty, end tokens, no thinking) is in vLLM's and
-SGLang's, over HTTP as in batch files.
+What the OpenAI protocol lacks (repetition penalty, end tokens, no thinking, going on with an answer
+that is begun) is in vLLM's and SGLang's, over HTTP as in batch files.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from recbole_gacllm.llm.generator import Completion, Request
 
 def chat_body(request: Request, chat: ChatTokenizer, served_model: str) -> dict[str, Any]:
     """A request as an endpoint reads it; sampling defaults of the served model are overridden."""
-    sampling = request.sampling
+    sampling, messages = request.sampling, chat.adapted(request.messages)
+    is_begun = messages[-1]["role"] == "assistant"
     return {
         "model": served_model,
-        "messages": chat.adapted(request.messages),
+        "messages": messages,
+        "add_generation_prompt": not is_begun,
+        "continue_final_message": is_begun,
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": 1.0,

@@ -43,7 +43,8 @@ class Request:
 
     Attributes:
         id: The caller's name of the request; comes back in the completion, unique within a call.
-        messages: The chat; the generator applies the model's own chat template to it.
+        messages: The chat; the generator applies the model's own chat template to it. A last
+            message of the assistant is the beginning of its answer; the completion goes on there.
         sampling: How to draw the completion.
     """
 
@@ -71,7 +72,8 @@ class Completion:
 
     Attributes:
         id: The request's.
-        text: The decoded completion, special tokens left out, not cleaned.
+        text: The decoded completion, special tokens left out, not cleaned; without the beginning
+            that the request gave.
         finish_reason: ``stop`` if the model ended it, ``length`` if ``max_new_tokens`` did.
         n_prompt_tokens: Tokens of the prompt, chat template included.
         n_cached_tokens: Of those, how many the engine's prefix cache served (0 if it has none).

@@ -47,14 +47,14 @@ def encode_pairs(model_dir: Path, pairs: Sequence[SFTPair], max_tokens: int) -> 
 def end_of_turn_id(chat: ChatTokenizer) -> int:
     """The token with which the chat template ends an assistant message; often not the EOS token.
 
-    It is the first stop token that an assistant message adds to a chat. A template without one
-    (a base model's) gets the model's own stop token.
+    It is the first stop token that an answer and a second question add to a chat. A template
+    without one (a base model's) gets the model's own stop token.
     """
     prompt = Message(role="user", content="a")
     answer = Message(role="assistant", content="b")
     in_prompt, in_chat = (
         [token for token in chat.encode_chat(messages) if token in chat.stop_token_ids]
-        for messages in ((prompt,), (prompt, answer))
+        for messages in ((prompt,), (prompt, answer, prompt))
     )
     added = in_chat[len(in_prompt) :]
     return added[0] if added else min(chat.stop_token_ids)
