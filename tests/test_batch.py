@@ -277,7 +277,14 @@ def test_an_export_holds_what_is_missing_and_says_who_must_answer(fakes, generat
     first = requests[0]
     assert (first["method"], first["url"]) == ("POST", "/v1/chat/completions")
     assert first["body"]["max_tokens"] == 12
-    assert first["body"]["messages"][-1]["role"] == "user"
+    assert [message["role"] for message in first["body"]["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+    ]
+    # The answer is begun; who answers goes on from there.
+    assert first["body"]["continue_final_message"]
+    assert not first["body"]["add_generation_prompt"]
     generator.answer = FakeGenerator().answer
     done = fakes.take(answer_all(requests[:20], generator))
     assert (done.layers[0].n_imported, done.layers[0].n_missing) == (20, 34)

@@ -67,7 +67,8 @@ FAMILIES = {
     "gemma": (
         ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", *(f"<unused{n}>" for n in range(9))],
         "<bos>{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}"
-        "{% endif %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+        "{% endif %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}"
+        "\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
     ),
     "mistral": (
@@ -79,7 +80,8 @@ FAMILIES = {
     "deepseek": (
         ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"],
         "<｜begin▁of▁sentence｜>{% for m in messages %}"
-        "{% if m.role == 'user' %}<｜User｜>{% elif m.role == 'assistant' %}<｜Assistant｜>{% endif %}"
+        "{% if m.role == 'user' %}<｜User｜>{% endif %}"
+        "{% if m.role == 'assistant' %}<｜Assistant｜>{% endif %}"
         "{{ m.content }}{% if m.role == 'assistant' %}<｜end▁of▁sentence｜>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}",
     ),

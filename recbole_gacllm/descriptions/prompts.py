@@ -127,15 +127,15 @@ class PromptTemplates:
 
     def _chat(self, name: str, values: Mapping[str, str]) -> tuple[Message, ...]:
         request, _, beginning = self.texts[name].partition(_ANSWER)
-        parts = (
+        roles: tuple[tuple[Literal["system", "user", "assistant"], str], ...] = (
             ("system", self.texts["system"]),
             ("user", request),
             ("assistant", beginning.strip()),
         )
         return tuple(
             Message(role=role, content=Template(text).substitute(values))
-            for role, text in parts
-            if text or role == "user"
+            for role, text in roles
+            if text
         )
 
 
