@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -264,9 +263,20 @@ def test_the_real_llm_is_tuned_merged_and_run_by_the_real_vllm(settings):
         assert report["n_failed"] == failed == sum(report["failures"].values())
         assert set(report["failures"]) <= {"echo", "loop"}
         assert failed < (5 if number == 1 else 15)
-        begins = "person enjoys" if number == 1 else "person (?:enjoys|likes|loves)"
-        assert sum(bool(re.search(begins, text)) for text in layer.texts["user"]) > 12
-        assert sum("movie" in text for text in layer.texts["item"]) > 15
+        begins = {
+            "user": ("This person enjoys ", "This person likes movies that ")[number - 1],
+            "item": (
+                "This movie appeals to people who enjoy ",
+                "This movie is liked by people who share a taste for ",
+            )[number - 1],
+        }
+        for side in SIDES:
+            made = [
+                text
+                for text, status in zip(layer.texts[side], layer.statuses[side], strict=True)
+                if status == "generated"
+            ]
+            assert all(text.startswith(begins[side]) for text in made)
 
 
 DRIVER = """
