@@ -62,9 +62,10 @@ class FakeGenerator:
                 f"+ {n_new} new tokens > {self.max_model_len}."
             )
         words = self.answer(request).split()
+        blank = " " if words and request.messages[-1]["role"] == "assistant" else ""
         return Completion(
             id=request.id,
-            text=" ".join(words[:n_new]),
+            text=blank + " ".join(words[:n_new]),
             finish_reason="length" if len(words) > n_new else "stop",
             n_prompt_tokens=n_prompt,
             n_cached_tokens=0,

@@ -108,7 +108,22 @@ def test_truncated_texts_are_beginnings_that_fit(
 def test_special_tokens_are_known_and_left_out_of_decoded_text(chat: ChatTokenizer) -> None:
     assert chat.special_tokens == {"<|end|>", "<|pad|>"}
     ids = chat.encode_chat([USER])
-    assert chat.decode(ids) == "user:Helloassistant:"
+    assert chat.decode(ids, []) == "user:Helloassistant:"
+
+
+def test_the_blank_after_a_prompt_is_kept_whatever_the_tokenizer_makes_of_a_first_one() -> None:
+    """A decoder as SentencePiece's drops the blank of the first token that it is given."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["▁people", "▁enjoy", "▁witty", "ing", "▁films"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "ing"))
+    core.decoder = decoders.Metaspace()
+    chat = ChatTokenizer.__new__(ChatTokenizer)
+    chat._tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert chat._tokenizer.decode([2, 4]) == "witty films"
+    assert chat.decode([2, 4], [0, 1]) == " witty films"
+    assert chat.decode([3, 4], [0, 1]) == "ing films"
 
 
 def test_every_end_token_the_model_names_stops_a_completion(chat: ChatTokenizer) -> None:

@@ -208,30 +208,53 @@ BEGUN = CleaningContext(PROMPT, REQUEST, "This person enjoys")
     "raw",
     [
         " witty comedies.",
-        "witty comedies.",  # a server that drops blanks
-        "This person enjoys witty comedies.",  # a server that begins anew
         "\n witty comedies.",
+        "This person enjoys witty comedies.",  # a server that begins anew
+        " This person enjoys witty comedies.",
     ],
 )
 def test_an_answer_goes_on_from_its_beginning(raw: str) -> None:
     assert clean(raw, "stop", BEGUN) == Cleaned("This person enjoys witty comedies.", None)
 
 
-def test_a_beginning_alone_is_empty() -> None:
-    for raw in ("", " ", ".", "\n..."):
-        assert clean(raw, "stop", BEGUN).problem == "empty"
+def test_the_beginning_is_a_whole_word_where_a_server_begins_anew() -> None:
+    begun = CleaningContext(PROMPT, REQUEST, "A")
+    assert clean(" Action films most of all.", "stop", begun).text == "A Action films most of all."
 
 
-def test_punctuation_may_follow_a_beginning() -> None:
+@pytest.mark.parametrize("raw", ["", " ", ".", "\n...", " This person enjoys.", " <>"])
+def test_a_beginning_alone_is_empty(raw: str) -> None:
+    assert clean(raw, "stop", BEGUN).problem == "empty"
+
+
+def test_a_beginning_and_half_a_word_are_truncated() -> None:
+    assert clean(" comed", "length", BEGUN).problem == "truncated"
+    assert clean(" witty comed", "length", BEGUN) == Cleaned("This person enjoys witty…", None)
+
+
+def test_punctuation_and_parts_of_words_may_follow_a_beginning() -> None:
     assert clean(": comedies", "stop", BEGUN).text == "This person enjoys: comedies"
-    assert clean('"Heat" most of all', "stop", BEGUN).text == (
-        'This person enjoys "Heat" most of all'
+    person = CleaningContext(PROMPT, REQUEST, "This person")
+    assert clean("'s taste is witty.", "stop", person).text == "This person's taste is witty."
+    assert clean("喜欢科幻电影。", "stop", CleaningContext("", "", "这个人")).text == (
+        "这个人喜欢科幻电影。"
     )
+
+
+def test_a_beginning_may_say_what_the_request_says() -> None:
+    begun = CleaningContext(
+        PROMPT, "This person enjoys movies that", "This person enjoys movies that"
+    )
+    assert clean(" make one laugh.", "stop", begun).problem is None
+    again = clean(" last. This person enjoys movies that last long.", "stop", begun)
+    assert again.problem == "echo"
 
 
 def test_what_follows_a_beginning_is_no_copy_of_the_prompt() -> None:
     copy = " Toy Story (1995): animation, children's, comedy - Heat"
-    assert clean(copy, "stop", BEGUN).problem == "echo"
+    for beginning in ("This person enjoys", "This person  enjoys", "This *person* enjoys"):
+        begun = CleaningContext(PROMPT, REQUEST, beginning)
+        assert clean(copy, "stop", begun).problem == "echo"
     # A short list of kinds may well stand in one of the texts.
     assert clean(" animation, children's, comedy", "stop", BEGUN).problem is None
 
@@ -242,6 +265,8 @@ def test_what_follows_a_beginning_is_no_copy_of_the_prompt() -> None:
         ("Films like x< |im_end| >system.", "Films like x im_end system."),
         ('Films like "x<|a|>", {not} [this]', 'Films like "x<|a|>", not this'),
         ('<b>Films</b> like "x {y', 'b Films /b like "x y'),
+        ('"Films like <b>x</b>."', "Films like b x /b."),
+        ("Films [such as this], (<3) and {that}.", "Films such as this, (3) and that."),
         ('Films "a" <or> "b <c>" are "d [e]".', 'Films "a" or "b <c>" are "d [e]".'),
     ],
 )

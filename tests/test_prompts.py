@@ -181,6 +181,21 @@ def test_the_shipped_prompts_load_and_their_instructions_stay_short():
     assert words(templates.messages("item", "", ["a"], layer=2)) < 80
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("user", "$neighbors $text\n---\n", "one line --- at most, and the beginning"),
+        ("user", "$neighbors $text\n--- \nThis\n---\nthat", "one line --- at most"),
+        ("sft_user_to_item", "$text\n---\nA film", "only files that ask for descriptions"),
+        ("system", "Be brief.\n---\nYes", "only files that ask for descriptions"),
+    ],
+)
+def test_a_beginning_where_it_cannot_be_is_refused(folder, name, text, message):
+    (folder / f"{name}.txt").write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}\.txt .*{message}"):
+        load(folder)
+
+
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize("neighbors", [[], ["NEIGHBOR"]])
 @pytest.mark.parametrize("side", ["user", "item"])
@@ -207,7 +222,7 @@ def test_shipped_prompts_share_their_request_and_begin_the_answer(side, neighbor
 
 def test_what_stands_after_three_hyphens_begins_the_answer(folder):
     (folder / "user.txt").write_text(
-        "Liked:\n$neighbors\nWho: $text\n---\nThis $user_noun likes ${item_noun}s that \n"
+        "Liked:\n$neighbors\nWho: $text\n--- \nThis $user_noun likes ${item_noun}s that \n"
     )
     chat = load(folder).messages("user", "--- a man", ["---"])
     assert chat[1:] == (

@@ -230,3 +230,17 @@ def test_the_tenth_layer_comes_after_the_ninth(tmp_path):
         (tmp_path / f"layer_{number}.parquet").touch()
     numbers = [file.stem for file in layer_files(tmp_path)]
     assert numbers == ["layer_1", "layer_2", "layer_9", "layer_10"]
+
+
+def test_a_copy_counts_behind_the_opening_that_a_prompt_gives(folder):
+    layer = Layer.read(folder / "layer_1.parquet")
+    layer.texts["user"] = [
+        "This person enjoys a nurse.",
+        "This person enjoys fog",
+        "This person enjoys rain and more.",
+    ]
+    layer.statuses["user"] = ["generated"] * 3
+    layer.write(folder / "layer_1.parquet")
+    [figures] = layer_qualities(RunDescriptions(folder), n_samples=2, seed=0)
+    users = figures.sides["user"]
+    assert (users.own_copies, users.neighbor_copies) == (1 / 3, 1 / 3)

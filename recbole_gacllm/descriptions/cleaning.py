@@ -23,6 +23,7 @@ _LINE_START = re.compile(r"^(?:#{1,6}\s+|>\s*|[-*+•–]\s+|\d{1,2}[.)]\s+)+")
 # Around words, never inside one: `M*A*S*H` and snake_case stay.
 _EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3}|`{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)")
 _MARKUP = re.compile(r"[<>{}\[\]|]")
+_BLANKS = re.compile(r"\s+([,.;:!?)])|(\()\s+")  # that markup leaves around punctuation
 _OPENER = r"(?:sure|certainly|of course|absolutely|okay|ok|yes|here|below|the following)\b"
 _LABEL = (
     r"(?:[\w'-]+ ){0,2}"
@@ -38,7 +39,6 @@ _SENTENCE_END = re.compile(
     r"[\"'”’»)\]]*(?=\s|$)|[。！？]"
 )
 
-_OPENS_WORD = re.compile(r"[\w\"'“‘«(]")
 _LIST_COMMA = re.compile(r"[,;]\s+")
 _LIST_END = re.compile(r"[.!?…]+$")
 
@@ -48,7 +48,7 @@ class CleaningContext:
     """What a completion was an answer to.
 
     Attributes:
-        prompt: All messages of the chat.
+        prompt: All messages of the chat but the beginning of the answer.
         request: Its lines that are the prompt files' own, without any inserted text.
         beginning: What the answer was begun with; the completion goes on from there.
     """
@@ -76,12 +76,11 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
 
     In this order:
 
-    0. The beginning that the prompt gave is put before it. Nothing new after it: ``empty``.
+    0. The beginning that the prompt gave is put before it.
     1. Control, format, private and unassigned characters and U+FFFD go.
     2. Lines without a letter or digit go; so do marks of headings, quotations, bullets and lists
        at the start of a line, and emphasis and code marks around words. All lines become one,
-       white space one blank. Angle, square and curly brackets and bars go, unless they stand
-       between double quotation marks: markup is no prose, whoever wrote it into a title.
+       white space one blank.
     3. A lead-in that ends in a colon goes: a label (``Description:``, ``Summary of the film:``) or
        an opening phrase (``Sure, here is the description:``). So do quotes around the whole.
     4. A sentence that was there before, but for case and punctuation, goes.
@@ -90,40 +89,41 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
        ``…``; with fewer than 3 whole words the problem is ``truncated``.
     6. In a sentence, an element of a list between commas that was there before goes: a small model
        that repeats itself ("comedy, drama, comedy, comedy…") does so until the length limit.
-    7. No letter left: ``empty``.
-    8. The whole text, or at least 8 words and all that follow its beginning, stand in the prompt
-       word by word, but for case and punctuation, or it holds a sentence (of at least 4 words) of
-       the request: ``echo``.
-    9. The same 4 words in a row stand in it three times or more: ``loop``.
+    7. Angle, square and curly brackets and bars go, unless they stand between double quotation
+       marks: markup is no prose, whoever wrote it into a title.
+    8. No letter left after the beginning: ``empty``.
+    9. The whole text, or at least 8 words and all that follow its beginning, stand in the prompt
+       word by word, but for case and punctuation, or a sentence (of at least 4 words) of the
+       request stands after the beginning: ``echo``.
+    10. The same 4 words in a row stand in it three times or more: ``loop``.
 
     Args:
         raw: The decoded completion.
         finish_reason: ``stop``, or ``length`` if the length limit ended it.
         context: What it answers.
     """
-    if not any(map(str.isalpha, raw)):
-        return Cleaned("", "empty")
     text = _strip_frame(_one_line(_with_beginning(raw, context.beginning)))
     sentences = _without_repetition(_split_sentences(text))
     text = " ".join(sentences)
-    if not any(map(str.isalpha, text)):
+    if not _says_something(text, context):
         return Cleaned(text, "empty")
     if finish_reason == "length" and not _is_finished(text):
         finished = " ".join(sentences[:-1])
         text = finished if len(_words(finished)) >= _MIN_WORDS else _cut_at_word(text)
-        if len(_words(text)) < _MIN_WORDS:
+        if len(_words(text)) < _MIN_WORDS or not _says_something(text, context):
             return Cleaned(text, "truncated")
     text = " ".join(map(_without_repeated_elements, _split_sentences(text)))
+    text = _without_markup(text)
+    if not _says_something(text, context):
+        return Cleaned(text, "empty")
     if _is_echo(text, context):
         return Cleaned(text, "echo")
     return Cleaned(text, "loop" if _goes_in_circles(text) else None)
 
 
 def _with_beginning(raw: str, beginning: str) -> str:
-    if not beginning or raw.lstrip().startswith(beginning):  # a server may have begun anew
-        return raw
-    # Some tokenizers and servers drop the blank before a text's first word.
-    return f"{beginning} {raw}" if _OPENS_WORD.match(raw) else beginning + raw
+    begins_anew = beginning and re.match(rf"\s*{re.escape(beginning)}(?!\w)", raw)
+    return raw if begins_anew else beginning + raw  # a server may begin anew
 
 
 def _one_line(raw: str) -> str:
@@ -142,7 +142,7 @@ def _one_line(raw: str) -> str:
     text = " ".join(" ".join(lines).split())
     while (plain := _EMPHASIS.sub(r"\2", text)) != text:
         text = plain
-    return _without_markup(text).strip("*`# ")
+    return text.strip("*`# ")
 
 
 def _without_markup(text: str) -> str:
@@ -152,7 +152,7 @@ def _without_markup(text: str) -> str:
     # Every second part stands between two marks, but for the last after a mark of its own.
     outside = [n for n in range(len(parts)) if n % 2 == 0 or n == len(parts) - 1]
     for n in outside:
-        parts[n] = _MARKUP.sub(" ", parts[n])
+        parts[n] = _BLANKS.sub(r"\1\2", _MARKUP.sub(" ", parts[n]))
     return " ".join('"'.join(parts).split())
 
 
@@ -222,13 +222,23 @@ def _words(text: str) -> list[str]:
 
 
 def _is_echo(text: str, context: CleaningContext) -> bool:
-    answer, folded = _padded(text), context.prompt.casefold()
-    new = _padded(text.removeprefix(context.beginning))
-    copy = new if len(new.split()) >= _MIN_COPIED_WORDS else answer
+    new = f" {' '.join(_new_words(text, context))} "
+    copy = new if len(new.split()) >= _MIN_COPIED_WORDS else _padded(text)
+    folded = context.prompt.casefold()
     # The first look rules most answers out in a tenth of the time.
     if all(word in folded for word in copy.split()) and copy in _padded(context.prompt):
         return True
-    return any(sentence in answer for sentence in _request_sentences(context.request))
+    return any(sentence in new for sentence in _request_sentences(context.request))
+
+
+def _new_words(text: str, context: CleaningContext) -> list[str]:
+    """The words that the model added to the beginning it was given."""
+    words, given = _words(text), _words(context.beginning)
+    return words[len(given) :] if words[: len(given)] == given else words
+
+
+def _says_something(text: str, context: CleaningContext) -> bool:
+    return any(char.isalpha() for word in _new_words(text, context) for char in word)
 
 
 @lru_cache(maxsize=64)  # a run has a few requests

@@ -12,6 +12,7 @@ never read again as a template, so a ``$neighbors`` in a title stays what it is.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -38,7 +39,7 @@ _PLACEHOLDERS: dict[str, frozenset[str]] = {
     "sft_item_to_user": frozenset({"text"}),
 }
 _BULLET = "- "
-_ANSWER = "\n---\n"  # before the beginning of the answer
+_ANSWER = re.compile(r"^---[^\S\n]*$", re.MULTILINE)  # before the beginning of the answer
 # Less than this of a node's own text says nothing.
 _MIN_TEXT_TOKENS = 8
 
@@ -108,11 +109,11 @@ class PromptTemplates:
         return self._chat(name, {"text": text, "neighbors": lines})
 
     def own_lines(self) -> frozenset[str]:
-        """Lines of a request that hold no inserted text: instructions, headings and cues."""
+        """Lines of a request that hold no inserted text: instructions, headings, questions."""
         return frozenset(
             Template(line).substitute().strip()
             for text in self.texts.values()
-            for line in text.partition(_ANSWER)[0].split("\n")
+            for line in _ANSWER.split(text)[0].split("\n")
             if line.strip() and not Template(line).get_identifiers()
         )
 
@@ -126,11 +127,11 @@ class PromptTemplates:
         return self._chat(f"sft_{direction}", {"text": text})
 
     def _chat(self, name: str, values: Mapping[str, str]) -> tuple[Message, ...]:
-        request, _, beginning = self.texts[name].partition(_ANSWER)
+        request, *beginning = _ANSWER.split(self.texts[name])
         roles: tuple[tuple[Literal["system", "user", "assistant"], str], ...] = (
             ("system", self.texts["system"]),
-            ("user", request),
-            ("assistant", beginning.strip()),
+            ("user", request.strip()),
+            ("assistant", "".join(beginning).strip()),
         )
         return tuple(
             Message(role=role, content=Template(text).substitute(values))
@@ -233,7 +234,16 @@ def _read_template(path: Path, wanted: frozenset[str]) -> str:
     for name in sorted(wanted):
         if found.count(name) != 1:
             raise ValueError(f"{path} holds ${name} {found.count(name)} times; write it once")
-    if wanted & set(Template(text.partition(_ANSWER)[2]).get_identifiers()):
+    _, *beginnings = _ANSWER.split(text)
+    if beginnings and path.stem.startswith(("sft_", "system")):
+        raise ValueError(
+            f"{path} has a line ---; only files that ask for descriptions begin answers"
+        )
+    if len(beginnings) > 1 or any(not beginning.strip() for beginning in beginnings):
+        raise ValueError(
+            f"{path} must have one line --- at most, and the beginning of the answer after it"
+        )
+    if beginnings and wanted & set(Template(beginnings[0]).get_identifiers()):
         raise ValueError(
             f"{path} has a node's text after the line ---; what stands there begins the answer: "
             "write words and nouns only"

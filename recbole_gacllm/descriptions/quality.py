@@ -18,6 +18,7 @@ from recbole_gacllm.descriptions.reading import RunDescriptions
 
 # Shorter names ("Go", "M") stand in any text.
 _MIN_NAME_CHARS = 4
+_SHARE_OF_OPENING = 0.95  # of a side's texts begin with its words
 _MAX_TEXTS_OF_A_LANGUAGE = 20_000  # two seconds
 _QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
 
@@ -48,8 +49,9 @@ class SideQuality:
         statuses: How many texts are generated, failed, imported, …
         failures: Reason -> nodes that carry the text below for it.
         n_words: Quantiles of the length in words.
-        own_copies: Share of texts that are the node's own text of the layer below, but for case
-            and punctuation, carried-over ones left out.
+        own_copies: Share of texts that are the node's own text of the layer below, but for case,
+            punctuation and the opening that nearly all texts of the side share, carried-over ones
+            left out.
         neighbor_copies: Share of texts that are a neighbour's text of the layer below.
         repeated: Share of texts that another node of the side has, too.
         distinct: Different n-grams of words over all n-grams, for n = 1 and 2.
@@ -118,8 +120,11 @@ def _side_quality(
     statuses, n_nodes = layer.statuses[side], len(layer.tokens[side])
     words = [_words(text) for text in layer.texts[side]]
     plain = [" ".join(text) for text in words]
-    own = [" ".join(_words(text)) for text in below.texts[side]]
-    around = [" ".join(_words(text)) for text in below.texts[other]]
+    new = _without_opening(words)
+    own, around = (
+        list(zip(map(" ".join, texts), _without_opening(texts), strict=True))
+        for texts in ([_words(text) for text in below.texts[s]] for s in (side, other))
+    )
     names = [_padded(" ".join(_words(found.names[token]))) for token in layer.tokens["item"]]
     neighbors = found.neighbor_lists(side)
     times = Counter(plain)
@@ -143,9 +148,9 @@ def _side_quality(
             name: int(np.quantile([len(text) for text in words], q, method="nearest"))
             for name, q in _QUANTILES.items()
         },
-        own_copies=share(sum(plain[node] == own[node] for node in made)),
+        own_copies=share(sum(new[node] in own[node] for node in made)),
         neighbor_copies=share(
-            sum(any(plain[node] == around[n] for n in neighbors.of(node)) for node in made)
+            sum(any(new[node] in around[n] for n in neighbors.of(node)) for node in made)
         ),
         repeated=share(sum(times[text] > 1 for text in plain)),
         distinct=(_distinct(words, 1), _distinct(words, 2)),
@@ -176,6 +181,22 @@ def _side_quality(
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
+
+
+def _without_opening(texts: Sequence[Sequence[str]]) -> list[str]:
+    """Each text without the words that nearly all begin with, such as "this person enjoys".
+
+    A prompt begins the answer, so a copy of a text below has another opening than that.
+    """
+    shared: list[str] = []
+    least = max(2, _SHARE_OF_OPENING * len(texts))
+    while True:
+        n = len(shared)
+        follows = Counter(text[n] for text in texts if len(text) > n + 1 and text[:n] == shared)
+        word, count = next(iter(follows.most_common(1)), ("", 0))
+        if count < least:
+            return [" ".join(text[n:] if text[:n] == shared else text) for text in texts]
+        shared.append(word)
 
 
 def _padded(text: str) -> str:

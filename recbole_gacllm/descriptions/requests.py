@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,10 +55,13 @@ def renderer_for(
     Raises:
         ValueError: If the token budget is below the instruction.
     """
-    probe = templates.messages("user", "", [])
-    contents = [message["content"] for message in probe]
-    chat_tokens = len(tokenizer.encode_chat(probe)) - sum(tokenizer.count_tokens(contents))
-    return PromptRenderer(templates, tokenizer.count_tokens, max(chat_tokens, 0), max_prompt_tokens)
+    chat_tokens = 0
+    for side, neighbors, layer in product(SIDES, ([], [""]), (1, 2)):
+        probe = templates.messages(side, "", neighbors, layer)
+        contents = [message["content"] for message in probe]
+        added = len(tokenizer.encode_chat(probe)) - sum(tokenizer.count_tokens(contents))
+        chat_tokens = max(chat_tokens, added)
+    return PromptRenderer(templates, tokenizer.count_tokens, chat_tokens, max_prompt_tokens)
 
 
 @dataclass(frozen=True)

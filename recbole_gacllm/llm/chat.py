@@ -77,7 +77,8 @@ class ChatTokenizer:
         A last message of the assistant is the beginning of its answer: its turn stays open.
 
         Raises:
-            ValueError: If the model's chat template refuses the messages.
+            ValueError: If the model's chat template refuses the messages, or leaves out an answer
+                that is begun.
         """
         chat = self.adapted(messages)
         is_begun = chat[-1]["role"] == "assistant"
@@ -161,12 +162,19 @@ class ChatTokenizer:
             )
         return max_model_len or self.max_length
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out, blanks as they are."""
-        text = self._tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    def decode(self, ids: Sequence[int], prompt: Sequence[int]) -> str:
+        """The text of token ids that follow a prompt, special tokens left out, blanks as they are.
+
+        Some tokenizers drop a text's first blank; so a piece of the prompt is decoded with it.
+        """
+        piece = list(prompt[-4:])
+        before, whole = (
+            self._tokenizer.decode(
+                part, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            for part in (piece, [*piece, *ids])
         )
-        return str(text)
+        return str(whole)[len(before) :]
 
     def _encode(self, texts: Sequence[str]) -> Any:
         """Encodings of texts as they are, by the Rust library itself: half the time."""

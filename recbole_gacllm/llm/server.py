@@ -118,7 +118,8 @@ class ServerGenerator:
         if not self._checked_prompt_length and n_prompt != job.n_prompt_tokens:
             logger.warning(
                 "The endpoints count %d tokens in a prompt that has %d by the tokenizer of "
-                "llm_model: they serve another model or chat template. Token budgets are not kept.",
+                "llm_model: they serve another model or chat template, or do not go on with an "
+                "answer that is begun (continue_final_message). Token budgets are not kept.",
                 n_prompt,
                 job.n_prompt_tokens,
             )

@@ -163,7 +163,7 @@ class TransformersGenerator:
             completions.append(
                 Completion(
                     id=request.id,
-                    text=self._chat.decode(made),
+                    text=self._chat.decode(made, prompt),
                     finish_reason="length" if end is None else "stop",
                     n_prompt_tokens=len(prompt),
                     n_cached_tokens=0,

@@ -255,7 +255,7 @@ class VLLMGenerator:
         made = output.outputs[0]
         return Completion(
             id=request.id,
-            text=self._chat.decode(made.token_ids),
+            text=self._chat.decode(made.token_ids, output.prompt_token_ids),
             finish_reason="length" if made.finish_reason == "length" else "stop",
             n_prompt_tokens=len(output.prompt_token_ids),
             n_cached_tokens=output.num_cached_tokens or 0,
