@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -369,7 +370,10 @@ def test_a_run_takes_its_texts_from_servers_and_writes_the_key_nowhere(
     layer = Layer.read(folder / "layer_1.parquet")
     texts = [text for side in SIDES for text in layer.texts[side]]
     assert len(texts) == 54
-    assert all(set(text.rstrip("…").split()) <= set(WORDS) for text in texts)
+    beginning = r"This (?:person (?:may enjoy|enjoys)|\w+ appeals to people who enjoy) "
+    assert all(re.match(beginning, text) for text in texts)
+    answers = [re.sub(beginning, "", text, count=1).rstrip("…") for text in texts]
+    assert all(set(answer.split()) <= set(WORDS) for answer in answers)
     assert all(server.keys == {"Bearer sk-secret-123"} for server in servers)
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or b"sk-secret-123" not in file.read_bytes(), file
