@@ -277,6 +277,7 @@ def test_the_real_llm_is_tuned_merged_and_run_by_the_real_vllm(settings):
                 if status == "generated"
             ]
             assert all(text.startswith(begins[side]) for text in made)
+            assert len(made) > {"user": 12, "item": 15}[side]
 
 
 DRIVER = """

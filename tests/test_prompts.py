@@ -216,7 +216,7 @@ def test_shipped_prompts_share_their_request_and_begin_the_answer(side, neighbor
     question = content.splitlines()[-1]
     assert question.endswith("?")
     assert "OWN" not in question
-    assert 0 < len(question.split()) <= 16 <= len(instruction.split())
+    assert 0 < len(question.split()) <= 15 < len(instruction.split())
     assert answer["content"].startswith("This person " if side == "user" else "This movie ")
 
 
