@@ -18,7 +18,7 @@ _LEADERBOARD_EPILOG = """\
 Every run is made once, in a process of its own: start the same command again after a kill, with
 more models or seeds, or on several machines that share OUTPUT. Tuned hyper-parameters come from
 properties/baselines; every key of RecBole and of GaCLLM is a flag, for all models. A variant of a
-model is a row of its own: Model:key=value:key=value.
+model is a row of its own: Model:key=value:key=value; Model:seeds=2 has the first two seeds only.
 
 examples:
   python run_recbole_gacllm.py leaderboard --models=GaCLLM,EASE,BPR --datasets=ml-100k --seeds=5

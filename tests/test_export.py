@@ -85,6 +85,7 @@ def board(tmp_path):
     models = [*MEANS, "NCL"]
     plan = {
         "models": models,
+        "n_seeds": dict.fromkeys(models, 2),
         "datasets": ["tiny"],
         "seeds": [2020, 2021],
         "protocol": "general",
@@ -196,6 +197,18 @@ def test_costs_are_means_over_runs_and_every_run_has_its_row(board):
         )
         assert float(row["test_ndcg@10"]) == record["test"]["ndcg@10"]
         assert float(row["seconds_total"]) == record["seconds"]["total"]
+
+
+def test_a_row_with_fewer_seeds_is_named_and_the_command_keeps_its_number(board):
+    plan = json.loads((board / "leaderboard.json").read_text())
+    plan["runs"].remove("tiny-EASE-2021-0")
+    plan["n_seeds"]["EASE"] = 1
+    (board / "leaderboard.json").write_text(json.dumps(plan))
+    read = Board.read(board)
+    page = to_markdown(summarize(read), read, "tiny")
+    assert "of 2 seeds (EASE 1: the first ones; each test is on the seeds that both have)." in page
+    assert "EASE:seeds=1," in page
+    assert "GaCLLM:seeds" not in page
 
 
 def test_a_board_without_results_says_where_to_look(board):

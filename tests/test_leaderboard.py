@@ -132,9 +132,25 @@ def test_a_variant_is_a_row_of_its_own_with_its_keys_over_the_users(keys):
     assert all("/" not in name and ":" not in name for name in folders)
 
 
+def test_a_row_may_have_the_first_seeds_only_and_keeps_its_name_and_runs(keys):
+    plan = make_plan(["BPR:learning_rate=0.1:seeds=1", "Pop"], ["tiny"], 2, config_dict=keys)
+    assert [(job.model, job.seed) for job in plan.jobs] == [
+        ("BPR:learning_rate=0.1", 2020),
+        ("Pop", 2020),
+        ("Pop", 2021),
+    ]
+    assert plan.summary["models"] == ["BPR:learning_rate=0.1", "Pop"]
+    whole = make_plan(["BPR:learning_rate=0.1"], ["tiny"], 2, config_dict=keys)
+    assert whole.jobs[0].name == plan.jobs[0].name
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        (["BPR:seeds=2"], "'seeds=2' of 'BPR:seeds=2' must be a number from 1 to 1"),
+        (["BPR:seeds=0"], "'seeds=0' of 'BPR:seeds=0' must be"),
+        (["BPR:seeds=all"], "'seeds=all' of"),
+        (["BPR", "BPR:seeds=1"], "must name each at least and at most once"),
         (["GaCLLM:use_text"], "'use_text' of 'GaCLLM:use_text' is not key=value"),
         (["BPR", "BPR:topk=5"], "topk of 'BPR:topk=5' must be the same for all"),
         (["BPR", "BPR:learning_rate=1.0e-4"], "'BPR' and 'BPR:learning_rate=1.0e-4' are the same"),

@@ -13,10 +13,15 @@ from recbole_gacllm.benchmark.results import Board, FinishedRun
 def command(board: Board) -> str:
     """The command that makes a leaderboard again."""
     plan = board.plan
+    n_all = len(plan["seeds"])
+    models = [
+        model if plan["n_seeds"][model] == n_all else f"{model}:seeds={plan['n_seeds'][model]}"
+        for model in plan["models"]
+    ]
     flags = [
-        f"--models={','.join(plan['models'])}",
+        f"--models={','.join(models)}",
         f"--datasets={','.join(plan['datasets'])}",
-        f"--seeds={len(plan['seeds'])}",
+        f"--seeds={n_all}",
         f"--protocol={plan['protocol']}",
         f"--seed={plan['seeds'][0]}",
         *(f"--{key}={value}" for key, value in plan["given"].items()),

@@ -207,8 +207,13 @@ def evaluation(config: dict[str, Any]) -> str:
 
 
 def _caption(summary: dict[str, Any], dataset: str) -> str:
-    most = max(len(row["seeds"]) for row in summary["datasets"][dataset]["models"].values())
+    rows = summary["datasets"][dataset]["models"]
+    most = max(len(row["seeds"]) for row in rows.values())
     spread = f"mean ± standard deviation of {most} seeds" if most > 1 else "one seed"
+    if fewer := [
+        f"{name} {len(row['seeds'])}" for name, row in rows.items() if len(row["seeds"]) < most
+    ]:
+        spread += f" ({', '.join(fewer)}: the first ones; each test is on the seeds that both have)"
     return f"Test results on {dataset}, {summary['protocol']} protocol, {spread}."
 
 

@@ -91,6 +91,25 @@ def split_models(text: str) -> list[str]:
     return re.split(r",(?![^\[({]*[\])}])", text)
 
 
+def split_seeds(row: str, n_seeds: int) -> tuple[str, int]:
+    """``NeuMF:seeds=5`` -> ``NeuMF`` and 5; a row without ``seeds`` has all of them.
+
+    Raises:
+        ValueError: If it is not a number from 1 to ``n_seeds``.
+    """
+    name, *parts = row.split(":")
+    given = [part for part in parts if part.startswith("seeds=")]
+    for part in given:
+        value = part.removeprefix("seeds=")
+        if not value.isdecimal() or not 1 <= int(value) <= n_seeds:
+            raise ValueError(
+                f"models: {part!r} of {row!r} must be a number from 1 to {n_seeds} (--seeds): the "
+                "first so many of all seeds."
+            )
+    label = ":".join([name, *(part for part in parts if part not in given)])
+    return label, int(given[-1].removeprefix("seeds=")) if given else n_seeds
+
+
 def split_variant(row: str) -> tuple[str, dict[str, str]]:
     """``GaCLLM:use_text=False:n_layers=1`` -> ``GaCLLM`` and the variant's own keys.
 
@@ -124,7 +143,8 @@ def make_plan(
     """Resolve every run's configuration, so that bad input ends here and not after hours.
 
     Args:
-        models: GaCLLM, models of RecBole and variants of them, in the order of the tables.
+        models: GaCLLM, models of RecBole and variants of them, in the order of the tables;
+            ``NeuMF:seeds=5`` has the first five seeds only.
         datasets: Names of data sets.
         n_seeds: Seeds ``s, s + 1, …`` with s the key ``seed`` (2020). A seed is RecBole's: it moves
             the random split of the general protocol, and initialisation in both.
@@ -143,7 +163,9 @@ def make_plan(
     for key, number in (("seeds", n_seeds), ("nproc", nproc)):
         if number < 1:
             raise ValueError(f"{key}: {number} is not allowed; give at least 1.")
-    for key, names in (("models", models), ("datasets", datasets)):
+    seeds_of = dict(split_seeds(row, n_seeds) for row in models)
+    labels = [split_seeds(row, n_seeds)[0] for row in models]
+    for key, names in (("models", labels), ("datasets", datasets)):
         if not names or len(set(names)) < len(names):
             raise ValueError(
                 f"{key}: {','.join(names)!r} must name each at least and at most once."
@@ -156,7 +178,7 @@ def make_plan(
     for dataset in datasets:
         data: dict[str, str] | None = None
         rows: dict[str, str] = {}
-        for row in models:
+        for row, n_own in seeds_of.items():
             model, own = split_variant(row)
             tuned = baseline_files(model, dataset)
             files = (shipped_path("properties", "protocols", f"{protocol}.yaml"), *tuned)
@@ -201,11 +223,12 @@ def make_plan(
                     {**determines, "seed": seed},
                     nproc,
                 )
-                for seed in range(first_seed, first_seed + n_seeds)
+                for seed in range(first_seed, first_seed + n_own)
             ]
-    jobs.sort(key=lambda job: (datasets.index(job.dataset), job.seed, models.index(job.model)))
+    jobs.sort(key=lambda job: (datasets.index(job.dataset), job.seed, labels.index(job.model)))
     summary = {
-        "models": list(models),
+        "models": labels,
+        "n_seeds": seeds_of,
         "datasets": list(datasets),
         "seeds": list(range(first_seed, first_seed + n_seeds)),
         "protocol": protocol,

@@ -79,9 +79,11 @@ def results(data: BoardData) -> str:
         cells += [_cell(row["metrics"][metric]) for metric in shown["metrics"]]
         rows.append(cells)
     text = table(["", *(metric_name(metric) for metric in shown["metrics"])], rows, "numbers")
-    most = max(len(row["seeds"]) for row in shown["models"].values())
+    numbers = [len(row["seeds"]) for row in shown["models"].values()]
+    most = max(numbers)
+    seeds = str(most) if min(numbers) == most else f"{min(numbers)} to {most}"
     words = "Best bold, second underlined. Small figures: 95 % t interval over users"
-    words += f", each averaged over {most} seeds; ± deviation over seeds." if most > 1 else "."
+    words += f", each averaged over {seeds} seeds; ± deviation over seeds." if most > 1 else "."
     text += note(words)
     rows_of_chart = [
         (model, row["metrics"][data.metric]["mean"], *row["metrics"][data.metric]["interval"])
