@@ -4,7 +4,7 @@
 
 Takes the prompts of layer 1 of the newest run of GaCLLM on the data set, with its weights and
 options; where there is none, those that a run of ``quick`` would have, with the LLM as it comes.
-Three ways make the texts, in this process, on the same weights:
+Three ways make the texts, on the same weights:
 
 - *stage*: ``Convolution.next_layer`` with an empty store on disk: all that a run does, from the
   choice of neighbours, rendering and tokenising to cleaning, durable writes, retries, progress bar.
@@ -14,6 +14,8 @@ Three ways make the texts, in this process, on the same weights:
 Stage and vLLM use one engine, so that both have the same memory and options; its prefix cache is
 emptied before each pass, prompts that are not measured warm it up, and the passes alternate (vLLM,
 stage, stage, vLLM, …), so that a drift of the machine falls on both. Loading is not counted.
+transformers and the encoders have a process of their own: where vLLM's CPU engine has been, torch
+with two threads is far slower.
 
 One more pass of vLLM asks in another order: the share of answers that differ is what batching does
 to bfloat16. ``--alternatives`` adds n-gram speculation and, for a fine-tuned run, the adapter
@@ -30,12 +32,15 @@ import argparse
 import functools
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -103,6 +108,11 @@ def alternatives(
     found["ngram"] = {**made, "share_of_answers_that_differ": differing(answers, others)}
     print("ngram", json.dumps(found["ngram"]), flush=True)
     return found
+
+
+def in_its_own_process(way: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(way, *arguments).result()
 
 
 def matrix_rate(size: int, seconds: float = 2.0) -> float:
@@ -190,9 +200,12 @@ def main() -> None:
     if known.n_transformers:
         every = max(1, len(prompts) // known.n_transformers)
         part = prompts[::every][: known.n_transformers]
-        passes["transformers"] = [plain_transformers(work, part, known.batch_size, known.dtype)]
+        passes["transformers"] = [
+            in_its_own_process(plain_transformers, work, part, known.batch_size, known.dtype)
+        ]
         print("transformers", json.dumps(passes["transformers"][0]), flush=True)
-    encoder = encoding(work, [*work.below.texts["user"], *work.below.texts["item"]])
+    raw_texts = [*work.below.texts["user"], *work.below.texts["item"]]
+    encoder = in_its_own_process(encoding, work, raw_texts)
 
     stage = passes["stage"][-1]
     n_answers = stage["n_answers"]
