@@ -206,8 +206,13 @@ def test_a_row_with_fewer_seeds_is_named_and_the_command_keeps_its_number(board)
     (board / "leaderboard.json").write_text(json.dumps(plan))
     read = Board.read(board)
     page = to_markdown(summarize(read), read, "tiny")
-    assert "of 2 seeds (EASE 1: the first ones; each test is on the seeds that both have)." in page
+    assert (
+        "of 2 seeds (EASE 1: the first ones, not ranked; each test is on the seeds that both have)."
+        in page
+    )
     assert "EASE:seeds=1," in page
+    assert not any("**" in cell or "<u>" in cell for cell in cells(page, "EASE")[1:])
+    assert any("**" in cell for cell in cells(page, "GaCLLM")[1:])
     assert "GaCLLM:seeds" not in page
 
 

@@ -213,7 +213,10 @@ def _caption(summary: dict[str, Any], dataset: str) -> str:
     if fewer := [
         f"{name} {len(row['seeds'])}" for name, row in rows.items() if len(row["seeds"]) < most
     ]:
-        spread += f" ({', '.join(fewer)}: the first ones; each test is on the seeds that both have)"
+        spread += (
+            f" ({', '.join(fewer)}: the first ones, not ranked; each test is on the seeds that "
+            "both have)"
+        )
     return f"Test results on {dataset}, {summary['protocol']} protocol, {spread}."
 
 

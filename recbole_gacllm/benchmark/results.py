@@ -152,6 +152,7 @@ def _dataset_table(board: Board, dataset: str, baseline: str | None) -> dict[str
         model: {"seeds": [run.record["seed"] for run in runs], "metrics": {}}
         for model, runs in by_model.items()
     }
+    most = max(len(row["seeds"]) for row in rows.values())
     for metric in metrics:
         scores = _user_scores(by_model, metric)
         tests = compare(scores, reference) if reference in scores else {}
@@ -165,11 +166,15 @@ def _dataset_table(board: Board, dataset: str, baseline: str | None) -> dict[str
                 "test": dataclasses.asdict(tests[model]) if model in tests else None,
             }
         smaller = metric.rpartition("@")[0] in board.plan["smaller_is_better"]
+        # A mean over fewer splits does not compare with the others: it is not ranked.
         means = {
-            model: round(row["metrics"][metric]["mean"], DECIMALS) for model, row in rows.items()
+            model: round(row["metrics"][metric]["mean"], DECIMALS)
+            for model, row in rows.items()
+            if len(row["seeds"]) == most
         }
-        for model, mark in marks(means, smaller).items():
-            rows[model]["metrics"][metric]["mark"] = mark
+        ranked = marks(means, smaller)
+        for model, row in rows.items():
+            row["metrics"][metric]["mark"] = ranked.get(model, "")
     first = next(iter(by_model.values()))[0].record
     return {
         "baseline": reference,
