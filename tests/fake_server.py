@@ -13,7 +13,7 @@ from recbole_gacllm.llm.generator import Request, Sampling
 from .fake_generator import FakeGenerator
 
 # What to do with a request: None answers it, a number is the status of a refusal, "drop" closes the
-# connection, a dictionary is sent as it is.
+# connection, "garble" sends what is no gzip as such, a dictionary is sent as it is.
 Behaviour = Callable[[dict[str, Any]], "int | str | dict[str, Any] | None"]
 
 
@@ -24,7 +24,10 @@ class FakeServer:
         bodies: Every chat request that came, answered or not.
         answered: Contents of the last message of every request that was answered.
         keys: Authorization headers that came.
+        retry_after: Header of every refusal.
     """
+
+    retry_after: str | None = None
 
     def __init__(self, behaviour: Behaviour | None = None, models: tuple[str, ...] = ("fake",)):
         self.behaviour: Behaviour = behaviour or (lambda body: None)
@@ -62,18 +65,25 @@ class FakeServer:
                 told = fake.behaviour(body)
                 if told == "drop":
                     self.close_connection = True
+                elif told == "garble":
+                    self.answer(200, {}, ("Content-Encoding", "gzip"))
                 elif isinstance(told, dict):
                     self.answer(200, told)
                 elif told is not None:
                     key = self.headers.get("Authorization")
-                    self.answer(int(told), {"error": f"told to; your key is {key}"})
+                    wish = [("Retry-After", fake.retry_after)] if fake.retry_after else []
+                    self.answer(int(told), {"error": f"told to; your key is {key}"}, *wish)
                 else:
                     self.answer(200, chat_completion(generator, body))
                     fake.answered.append(body["messages"][-1]["content"])
 
-            def answer(self, status: int, content: dict[str, Any]) -> None:
+            def answer(
+                self, status: int, content: dict[str, Any], *headers: tuple[str, str]
+            ) -> None:
                 data = json.dumps(content).encode()
                 self.send_response(status)
+                for header in headers:
+                    self.send_header(*header)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

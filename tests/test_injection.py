@@ -323,7 +323,8 @@ def test_the_real_llm_keeps_its_format_and_all_other_nodes_their_texts(tmp_path,
     model = resolve_llm("embedded")
     chat = ChatTokenizer(model)
     generator = TransformersGenerator(model, dtype="float32")
-    titles = [HOSTILE[name] for name in ("command", "chatml", "json", "unbroken")]
+    names = ("command", "chatml", "json", "html", "bidi", "control", "long", "unbroken")
+    titles = [HOSTILE[name] for name in names]
     jobs = [HOSTILE["llama 3"]]
 
     def layer_above(name, titles, jobs):
@@ -344,7 +345,7 @@ def test_the_real_llm_keeps_its_format_and_all_other_nodes_their_texts(tmp_path,
         return above
 
     hostile = layer_above("hostile", titles, jobs)
-    harmless = layer_above("harmless", [f"Film {k}" for k in range(4)], ["baker"])
+    harmless = layer_above("harmless", [f"Film {k}" for k in range(len(titles))], ["baker"])
     assert hostile.statuses == harmless.statuses
     assert {status for side in SIDES for status in hostile.statuses[side]} == {"generated"}
     first = len(titles) + len(jobs)

@@ -117,6 +117,7 @@ def test_an_endpoint_that_comes_back_joins_in_again(serve, connect):
         429,
         408,
         "drop",
+        "garble",
         {"choices": []},
         {"choices": [{"message": {"content": "x"}, "finish_reason": "abort"}], "usage": {}},
     ],
@@ -140,6 +141,57 @@ def test_a_request_that_every_endpoint_fails_on_ends_the_layer_by_name(serve, co
     servers = [serve(lambda b: 500 if b["messages"][-1]["content"] == poison else None)]
     with pytest.raises(GenerationError, match=r"'node 7' failed 8 times.*status 500"):
         list(connect(*servers).generate(make_requests(12)))
+
+
+def test_an_endpoint_that_limits_its_load_gets_what_it_takes(serve, connect):
+    def limited(body):
+        if server.n_open > 5:
+            return 429
+        time.sleep(0.02)
+        return None
+
+    server = serve(limited)
+    generator = connect(server, concurrency=48)
+    assert texts_of(generator.generate(make_requests(300))) == expected_texts(300)
+    assert len(server.bodies) < 500
+
+
+def test_a_limit_grows_again_with_what_is_answered(serve, connect):
+    def slow(body):
+        if len(server.bodies) <= 16:
+            return 503
+        time.sleep(0.05)
+        return None
+
+    server = serve(slow)
+    running = connect(server, concurrency=16).generate(make_requests(200))
+    found = texts_of(next(running) for _ in range(20))
+    server.most_open = 0
+    found |= texts_of(running)
+    assert found == expected_texts(200)
+    assert server.most_open > 10
+
+
+def test_endpoints_that_take_nothing_end_the_layer_by_name(serve, connect):
+    busy, gone = serve(lambda body: 429), serve()
+    generator = connect(busy, gone, patience_seconds=0.3)
+    gone.stop()
+    with pytest.raises(GenerationError, match=r"no endpoint.*has taken a request.*429") as caught:
+        list(generator.generate(make_requests(12)))
+    assert f"{gone.url}: All connection attempts failed" in str(caught.value)
+
+
+def test_an_endpoint_gets_the_pause_it_asks_for(serve, connect):
+    came = []
+
+    def once(body):
+        came.append(time.monotonic())
+        return 429 if len(came) == 1 else None
+
+    server = serve(once)
+    server.retry_after = "1"
+    list(connect(server, concurrency=1).generate(make_requests(3)))
+    assert came[1] - came[0] >= 1
 
 
 def test_all_dead_names_each_endpoint_and_its_last_error(serve, connect):
@@ -191,7 +243,7 @@ def test_the_key_comes_from_the_environment_and_stays_out_of_errors_and_logs(
     generator = connect(server, key_variable="MY_KEY")
     with pytest.raises(GenerationError, match=r"refuses the API key.*MY_KEY was sent") as caught:
         list(generator.generate(make_requests(4)))
-    server.behaviour = lambda body: 503
+    server.behaviour = lambda body: 500
     with pytest.raises(GenerationError) as again:
         list(generator.generate(make_requests(4)))
     assert server.keys == {"Bearer sk-secret-123"}

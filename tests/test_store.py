@@ -218,6 +218,28 @@ def test_a_damaged_last_page_does_not_hide_the_others(path: Path) -> None:
         assert 480 <= len(store) < 500
 
 
+@pytest.mark.parametrize("junk", [bytes([0x01]), b"\xf3\x11\xc8\x07" * 4, b"\xff" * 64])
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_a_damaged_head_of_the_last_row_does_not_hide_the_others(
+    path: Path, junk: bytes, offset: int
+) -> None:
+    fill(path, 200)
+    content = bytearray(path.read_bytes())
+    # Before the key: how long the row is, its id, the types of its columns.
+    head = content.index((key_of(199) + "description 199 ").encode()) - 18 + offset
+    content[head : head + len(junk)] = junk
+    path.write_bytes(content)
+    keys = [key_of(n) for n in range(200)]
+    try:
+        with DescriptionStore(path) as store:
+            found = store.get_many(keys)
+    except StoreError:
+        with DescriptionStore(path) as store:
+            found = store.get_many(keys)
+    assert len(found) >= 198
+    assert all(record == record_of(keys.index(key)) for key, record in found.items())
+
+
 def test_a_file_that_is_no_database_is_kept_aside(path: Path) -> None:
     for n in (1, 2):
         path.write_bytes(b"no database at all, " * 500)

@@ -51,12 +51,12 @@ def audit_leakage(
             texts[user_of[token]] += f" {_normalize(text)} "
     wanted = [_normalize(names[token]) for token in graph.item_tokens.tolist()]
 
-    touched: set[tuple[int, int]] = set(
-        zip(graph.users.tolist(), graph.items.tolist(), strict=True)
-    )
     pairs = [(user_of[user], item_of[item]) for user, item in heldout]
-    edges_in_graph = sum(pair in touched for pair in pairs)
-    touched.update(pairs)
+    # A pair as one number, sorted: a Python set of all edges of a large graph takes gigabytes.
+    edges = graph.users.astype(np.int64) * len(wanted) + graph.items
+    held = np.array([user * len(wanted) + item for user, item in pairs], np.int64)
+    edges_in_graph = int(np.isin(held, edges).sum())
+    touched = np.unique(np.concatenate([edges, held]))
 
     rng = np.random.default_rng(seed)
     degree = graph.degrees("item")
@@ -97,7 +97,7 @@ def _matched(
     user: int,
     rank: int,
     ranked: np.ndarray,
-    touched: set[tuple[int, int]],
+    touched: np.ndarray,
     wanted: list[str],
 ) -> int | None:
     """The item nearest in popularity that the user never touched, with a name long enough."""
@@ -107,6 +107,9 @@ def _matched(
         for other in (rank + sign * distance, rank - sign * distance):
             if 0 <= other < len(ranked):
                 item = int(ranked[other])
-                if (user, item) not in touched and len(wanted[item]) >= _MIN_NAME_CHARS:
+                pair = user * len(wanted) + item
+                place = int(np.searchsorted(touched, pair))
+                is_touched = place < len(touched) and touched[place] == pair
+                if not is_touched and len(wanted[item]) >= _MIN_NAME_CHARS:
                     return item
     return None

@@ -235,9 +235,9 @@ def salvage(path: Path) -> str:
     old = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
     old.text_factory = _decode
     n_rows = _number(old, "SELECT count(*) FROM descriptions")
-    last_id = _number(old, "SELECT max(id) FROM descriptions")
-    if last_id is None:
-        last_id = path.stat().st_size // _MIN_ROW_BYTES
+    # Not max(id): a damaged file can hold any.
+    parts = (path, Path(f"{path}-wal"))
+    last_id = sum(part.stat().st_size for part in parts if part.exists()) // _MIN_ROW_BYTES
     saved: list[Record] = []
     for row_id in range(1, last_id + 1):
         try:

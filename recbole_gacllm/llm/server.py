@@ -19,12 +19,13 @@ from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.chat_api import chat_body, completion_of
 from recbole_gacllm.llm.generator import Completion, Request
-from recbole_gacllm.llm.traffic import Client, EndpointError, Job, Session, said
+from recbole_gacllm.llm.traffic import BusyError, Client, EndpointError, Job, Session, said
 
 logger = logging.getLogger(__name__)
 
 # Worth another try, as is everything from 500 on.
-_RETRIED: Final = frozenset({408, 409, 425, 429})
+_RETRIED: Final = frozenset({408, 409, 425})
+_BUSY: Final = frozenset({429, 503})
 _MESSAGE_CHARS: Final = 300
 
 
@@ -140,6 +141,9 @@ class ServerGenerator:
             except ValueError:
                 raise EndpointError("an answer that is not JSON") from None
         message = f"status {status}: {self._without_key(response.text)[:_MESSAGE_CHARS]}"
+        if status in _BUSY:
+            wish = response.headers.get("Retry-After", "")  # seconds, or a date: then our own pause
+            raise BusyError(message, float(wish) if wish.isdecimal() else 0.0)
         if status >= 500 or status in _RETRIED:
             raise EndpointError(message)
         url = response.request.url
@@ -164,7 +168,7 @@ class ServerGenerator:
                     if response.status_code == 404:  # a gateway without this list
                         continue
                     served = [model["id"] for model in self._json(response)["data"]]
-                except (EndpointError, httpx.TransportError, KeyError, TypeError) as error:
+                except (EndpointError, httpx.RequestError, KeyError, TypeError) as error:
                     failures.append(f"{url}: {said(error)}")
                     continue
                 if self._served_model not in served:

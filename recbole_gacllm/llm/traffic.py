@@ -3,6 +3,10 @@
 An event loop keeps a bounded number of requests under way at each endpoint. A request belongs to no
 endpoint: one that fails goes back into the queue, and whichever endpoint is free takes it. So an
 endpoint that dies loses nothing, its share moves on, and one that comes back joins in again.
+
+An endpoint that has too much to do says so (429, 503). That is no fault of the request; the
+endpoint gets a pause and half as many requests at once, one more again for each full round of
+answers.
 """
 
 from __future__ import annotations
@@ -27,10 +31,19 @@ logger = logging.getLogger(__name__)
 # A request that fails so often is at fault itself: it may be what kills the servers.
 _MAX_ATTEMPTS: Final = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before an endpoint that failed is tried again
+_LONGEST_WISH: Final = 60.0  # seconds that an endpoint may ask for (Retry-After)
 
 
 class EndpointError(Exception):
     """An endpoint failed in a way that another try may mend."""
+
+
+class BusyError(EndpointError):
+    """An endpoint has too much to do; it may say how many seconds to wait."""
+
+    def __init__(self, message: str, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 @dataclass
@@ -69,9 +82,15 @@ class Client:
 
 @dataclass
 class _Endpoint:
-    """Whether an endpoint works, as far as is known."""
+    """Whether an endpoint works, as far as is known, and how much it takes at once."""
 
     url: str
+    limit: int  # requests under way at once, at most the concurrency
+    grown: asyncio.Event = field(default_factory=asyncio.Event)
+    n_open: int = 0
+    n_answered: int = 0  # since the limit changed
+    busy_since: float | None = None  # until it answers again
+    wish_seconds: float = 0.0
     up: asyncio.Event = field(default_factory=asyncio.Event)
     down: asyncio.Event = field(default_factory=asyncio.Event)
     n_failures: int = 0
@@ -86,7 +105,7 @@ class Session:
         self.results: queue.SimpleQueue[Completion | Exception] = queue.SimpleQueue()
         self._client = client
         self._jobs: asyncio.Queue[Job] = asyncio.Queue()
-        self._endpoints = [_Endpoint(url) for url in client.urls]
+        self._endpoints = [_Endpoint(url, client.concurrency) for url in client.urls]
         for endpoint in self._endpoints:
             endpoint.up.set()
         self._loop = asyncio.new_event_loop()
@@ -126,53 +145,70 @@ class Session:
         ):
             for endpoint in self._endpoints:
                 group.create_task(self._watch(http, endpoint))
-                for _ in range(self._client.concurrency):
-                    group.create_task(self._serve(http, endpoint))
+                for number in range(self._client.concurrency):
+                    group.create_task(self._serve(http, endpoint, number))
 
-    async def _serve(self, http: httpx.AsyncClient, endpoint: _Endpoint) -> None:
-        """Bring one request after another to an endpoint, as long as it is up."""
+    async def _serve(self, http: httpx.AsyncClient, endpoint: _Endpoint, number: int) -> None:
+        """Bring one request after another to an endpoint, as long as it is up and has room."""
         while True:
+            while number >= endpoint.limit:
+                endpoint.grown.clear()
+                await endpoint.grown.wait()
             await endpoint.up.wait()
             job = await self._jobs.get()
-            if not endpoint.up.is_set():  # it went down while we waited: another one's work
-                self._jobs.put_nowait(job)
-                continue
+            if not endpoint.up.is_set() or number >= endpoint.limit:  # since we waited
+                self._jobs.put_nowait(job)  # another one's work
+            elif not await self._try(http, endpoint, job):
+                return
+
+    async def _try(self, http: httpx.AsyncClient, endpoint: _Endpoint, job: Job) -> bool:
+        """Bring a request to an endpoint; False if the run is to end."""
+        try:
+            endpoint.n_open += 1
             try:
                 response = await http.post(
                     f"{endpoint.url}/chat/completions", json=self._client.body(job.request)
                 )
-                completion = self._client.completion_of(job, self._client.json_of(response))
-            except GenerationError as error:
-                self.results.put(error)
-                return
-            except (EndpointError, httpx.TransportError) as error:
-                job.n_failures += 1
-                if job.n_failures == _MAX_ATTEMPTS:
-                    self.results.put(
-                        GenerationError(
-                            f"request {job.request.id!r} failed {_MAX_ATTEMPTS} times, the last "
-                            f"time at {endpoint.url}: {said(error)}. Look into that server's log."
-                        )
+            finally:
+                endpoint.n_open -= 1
+            completion = self._client.completion_of(job, self._client.json_of(response))
+        except GenerationError as error:
+            self.results.put(error)
+            return False
+        except BusyError as error:
+            self._jobs.put_nowait(job)
+            _mark_busy(endpoint, error)
+            self._give_up_if_all_are_busy()
+        except (EndpointError, httpx.RequestError) as error:
+            job.n_failures += 1
+            if job.n_failures == _MAX_ATTEMPTS:
+                self.results.put(
+                    GenerationError(
+                        f"request {job.request.id!r} failed {_MAX_ATTEMPTS} times, the last "
+                        f"time at {endpoint.url}: {said(error)}. Look into that server's log."
                     )
-                    return
-                self._jobs.put_nowait(job)
-                _mark_down(endpoint, error)
-            else:
-                endpoint.n_failures = 0
-                self.results.put(completion)
+                )
+                return False
+            self._jobs.put_nowait(job)
+            _mark_down(endpoint, error)
+        else:
+            _mark_good(endpoint, self._client.concurrency)
+            self.results.put(completion)
+        return True
 
     async def _watch(self, http: httpx.AsyncClient, endpoint: _Endpoint) -> None:
         """Try an endpoint that failed, less and less often, until it is up again."""
         while True:
             await endpoint.down.wait()
             n_doublings = min(endpoint.n_failures - 1, 16)  # an endpoint may be down for days
-            pause = min(_FIRST_PAUSE * 2**n_doublings, _LONGEST_PAUSE)
-            await asyncio.sleep(pause * random.uniform(0.7, 1.0))
+            pause = min(_FIRST_PAUSE * 2**n_doublings, _LONGEST_PAUSE) * random.uniform(0.7, 1.0)
+            await asyncio.sleep(max(pause, endpoint.wish_seconds))
+            endpoint.wish_seconds = 0.0
             try:
                 response = await http.get(f"{endpoint.url}/models", timeout=10.0)
                 if response.status_code != 404:
                     self._client.json_of(response)
-            except (EndpointError, GenerationError, httpx.TransportError) as error:
+            except (EndpointError, GenerationError, httpx.RequestError) as error:
                 endpoint.n_failures += 1
                 endpoint.last_error = said(error)
                 self._give_up_if_all_are_down()
@@ -193,6 +229,47 @@ class Session:
                         "before are good; start the servers and start again."
                     )
                 )
+
+    def _give_up_if_all_are_busy(self) -> None:
+        """End the run when nobody has taken a request for long, and none is under way."""
+        since = [
+            e.busy_since or (e.down_since if e.down.is_set() else None) for e in self._endpoints
+        ]
+        known = [start for start in since if start is not None]
+        if len(known) < len(since) or any(endpoint.n_open for endpoint in self._endpoints):
+            return
+        if time.monotonic() - max(known) < self._client.patience_seconds:
+            return
+        states = "; ".join(f"{e.url}: {e.last_error}" for e in self._endpoints)
+        self.results.put(
+            GenerationError(
+                "no endpoint of llm_endpoints has taken a request for "
+                f"{self._client.patience_seconds:.0f} s: {states}. Completions handed out before "
+                "are good; start again when they have less to do."
+            )
+        )
+
+
+def _mark_good(endpoint: _Endpoint, concurrency: int) -> None:
+    """After an answer; a limit grows by one with each full round of answers."""
+    endpoint.n_failures = 0
+    endpoint.busy_since = None
+    endpoint.n_answered += 1
+    if endpoint.limit < concurrency and endpoint.n_answered >= endpoint.limit:
+        endpoint.limit += 1
+        endpoint.n_answered = 0
+        endpoint.grown.set()
+
+
+def _mark_busy(endpoint: _Endpoint, error: BusyError) -> None:
+    """Halve what an endpoint gets at once; of many refusals at one time the first counts."""
+    if endpoint.busy_since is None:
+        endpoint.busy_since = time.monotonic()
+    endpoint.wish_seconds = max(endpoint.wish_seconds, min(error.seconds, _LONGEST_WISH))
+    if not endpoint.down.is_set():
+        endpoint.limit = max(1, endpoint.limit // 2)
+        endpoint.n_answered = 0
+    _mark_down(endpoint, error)
 
 
 def _mark_down(endpoint: _Endpoint, error: Exception) -> None:
