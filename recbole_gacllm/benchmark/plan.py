@@ -163,8 +163,8 @@ def make_plan(
     for key, number in (("seeds", n_seeds), ("nproc", nproc)):
         if number < 1:
             raise ValueError(f"{key}: {number} is not allowed; give at least 1.")
-    seeds_of = dict(split_seeds(row, n_seeds) for row in models)
-    labels = [split_seeds(row, n_seeds)[0] for row in models]
+    named = [split_seeds(row, n_seeds) for row in models]
+    labels, seeds_of = [label for label, _ in named], dict(named)
     for key, names in (("models", labels), ("datasets", datasets)):
         if not names or len(set(names)) < len(names):
             raise ValueError(

@@ -219,16 +219,8 @@ class Session:
 
     def _give_up_if_all_are_down(self) -> None:
         if all(endpoint.down.is_set() for endpoint in self._endpoints):
-            last = max(endpoint.down_since for endpoint in self._endpoints)
-            if time.monotonic() - last >= self._client.patience_seconds:
-                states = "; ".join(f"{e.url}: {e.last_error}" for e in self._endpoints)
-                self.results.put(
-                    GenerationError(
-                        f"no endpoint of llm_endpoints has answered for "
-                        f"{self._client.patience_seconds:.0f} s: {states}. Completions handed out "
-                        "before are good; start the servers and start again."
-                    )
-                )
+            since = [endpoint.down_since for endpoint in self._endpoints]
+            self._give_up("answered", since, "start the servers and start again")
 
     def _give_up_if_all_are_busy(self) -> None:
         """End the run when nobody has taken a request for long, and none is under way."""
@@ -236,16 +228,19 @@ class Session:
             e.busy_since or (e.down_since if e.down.is_set() else None) for e in self._endpoints
         ]
         known = [start for start in since if start is not None]
-        if len(known) < len(since) or any(endpoint.n_open for endpoint in self._endpoints):
-            return
-        if time.monotonic() - max(known) < self._client.patience_seconds:
+        if len(known) == len(since) and not any(e.n_open for e in self._endpoints):
+            self._give_up("taken a request", known, "start again when they have less to do")
+
+    def _give_up(self, what: str, since: Sequence[float], cure: str) -> None:
+        """End the run if even the last endpoint that did it has not for all our patience."""
+        patience = self._client.patience_seconds
+        if time.monotonic() - max(since) < patience:
             return
         states = "; ".join(f"{e.url}: {e.last_error}" for e in self._endpoints)
         self.results.put(
             GenerationError(
-                "no endpoint of llm_endpoints has taken a request for "
-                f"{self._client.patience_seconds:.0f} s: {states}. Completions handed out before "
-                "are good; start again when they have less to do."
+                f"no endpoint of llm_endpoints has {what} for {patience:.0f} s: {states}. "
+                f"Completions handed out before are good; {cure}."
             )
         )
 
