@@ -8,7 +8,6 @@ import json
 import shlex
 import sys
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,9 @@ from recbole_gacllm import cli_batch, cli_common
 from recbole_gacllm.descriptions.layers import SIDES
 
 if TYPE_CHECKING:
-    from recbole_gacllm.descriptions.quality import LayerQuality, SideQuality
     from recbole_gacllm.descriptions.reading import Unfinished
 
 _ARTIFACT_DIR = Path("saved/gacllm")
-_MAX_PRINTED_CHARS = 600  # of a sample
-_MAX_SHARES = 5
 
 
 _DESCRIBE_EPILOG = """\
@@ -88,12 +84,13 @@ def audit(arguments: list[str]) -> None:
     known = cli_common.parse(parser, arguments)
 
     from recbole_gacllm.descriptions.quality import layer_qualities
+    from recbole_gacllm.descriptions.quality_lines import quality_lines
     from recbole_gacllm.descriptions.reading import RunDescriptions
 
     found = RunDescriptions.of_run(known.run, unfinished=True)
     layers = list(layer_qualities(found, known.n_samples, known.seed))
     for layer in layers:
-        _print_layer(layer)
+        print("\n" + "\n".join(quality_lines(layer)))
     if found.unfinished is not None:
         _print_unfinished(found.unfinished)
     leakage = _leakage(known.run)
@@ -225,79 +222,11 @@ def _leakage(run: Path) -> dict[str, Any] | None:
     return dict(found) if found else None
 
 
-def _print_layer(layer: LayerQuality) -> None:
-    print(f"\nlayer {layer.number}")
-    report = layer.report
-    if report.get("imported"):
-        print(
-            f"  imported        {report['n_imported']} nodes, {report['n_missing']} missing, "
-            f"{report['n_unknown']} rows about unknown nodes"
-        )
-    elif report:
-        others = ""
-        if "n_from_store" in report:  # of a stage that has finished
-            others = (
-                f", {report['n_from_store']} from "
-                f"the store, {report.get('n_duplicates', 0)} nodes with the prompt of another, "
-                f"{report['n_retried']} retried, {report['n_failed']} nodes failed, "
-                f"{report['n_truncated']} cut by the length limit"
-            )
-        print(f"  generated       {report['n_generated']} prompts{others}")
-        print(f"  tokens          {_tokens(report)}")
-    for side, quality in layer.sides.items():
-        print(f"\n  {side}s")
-        _print_side(quality)
-    print("\n  samples")
-    for sample in (sample for quality in layer.sides.values() for sample in quality.samples):
-        head = f"{sample.node}, {sample.n_neighbors} neighbours: {sample.below}"
-        for words, sign in ((head, "  - "), (sample.text, "    → ")):
-            short = textwrap.shorten(words, _MAX_PRINTED_CHARS, placeholder=" …")
-            print(textwrap.fill(short, 96, initial_indent=sign, subsequent_indent=" " * len(sign)))
-
-
 def _print_unfinished(found: Unfinished) -> None:
+    from recbole_gacllm.descriptions.quality_lines import token_line
+
     cost = dataclasses.asdict(found.cost)
     print(f"\nlayer {found.number} of {found.n_layers} is not finished")
     print(f"  generated       {found.cost.n_generated} prompts, for {found.n_nodes} nodes at most")
-    print(f"  tokens          {_tokens(cost)}")
+    print(f"  tokens          {token_line(cost)}")
     print("  start the run again: it goes on with what is missing")
-
-
-def _tokens(report: Mapping[str, Any]) -> str:
-    return (
-        f"{report['n_prompt_tokens']} in ({report['n_cached_tokens']} from the prefix cache), "
-        f"{report['n_output_tokens']} out, {report['seconds']:.0f} s"
-    )
-
-
-def _print_side(quality: SideQuality) -> None:
-    lines = {
-        "nodes": str(quality.n_nodes),
-        "statuses": _counts(quality.statuses),
-        "failures": _counts(quality.failures) or "none",
-        "words": ", ".join(f"{name} {value}" for name, value in quality.n_words.items()),
-        "copies": f"{quality.own_copies:.1%} of the own text below, "
-        f"{quality.neighbor_copies:.1%} of a neighbour's",
-        "repeated": f"{quality.repeated:.1%} share their text with another node",
-        "distinct": f"{quality.distinct[0]:.3f} of words, {quality.distinct[1]:.3f} of word pairs",
-        "scripts": _shares(quality.scripts),
-        "languages": _shares(quality.languages),
-    }
-    if quality.own_names is not None:
-        lines["own name"] = f"in {quality.own_names:.1%}"
-    if quality.neighbor_names is not None:
-        lines["item names"] = f"of a neighbour in {quality.neighbor_names:.1%}"
-    for name, value in lines.items():
-        print(f"    {name:<12}  {value}")
-
-
-def _shares(shares: dict[str, float]) -> str:
-    """The largest ones; small texts in many languages are noise."""
-    shown = list(shares.items())[:_MAX_SHARES]
-    rest = sum(shares.values()) - sum(share for _, share in shown)
-    parts = [f"{name} {share:.1%}" for name, share in shown]
-    return ", ".join([*parts, f"others {rest:.1%}"] if len(shares) > len(shown) else parts)
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items())

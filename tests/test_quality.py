@@ -8,8 +8,9 @@ import random
 import numpy as np
 import pytest
 
-from recbole_gacllm import artifacts, cli_descriptions
+from recbole_gacllm import artifacts
 from recbole_gacllm.cli import main
+from recbole_gacllm.descriptions import quality_lines
 from recbole_gacllm.descriptions.costs import Cost, LayerCost
 from recbole_gacllm.descriptions.layers import Layer, layer_files
 from recbole_gacllm.descriptions.neighbors import TrainGraph
@@ -149,7 +150,7 @@ def test_audit_prints_the_five_most_frequent_languages_and_the_start_of_a_long_t
     assert len(capsys.readouterr().out) < 5_000
     shares = dict.fromkeys(("en", "fr", "de", "it", "es", "nl", "sv", "da"), 0.125)
     shown = "en 12.5%, fr 12.5%, de 12.5%, it 12.5%, es 12.5%, others 37.5%"
-    assert cli_descriptions._shares(shares) == shown
+    assert quality_lines._shares(shares) == shown
 
 
 def test_audit_of_imported_layers_says_how_many_texts_come_from_where(folder, capsys):
