@@ -158,6 +158,7 @@ class GaCLLMConfig:
     linear_weight: float = _key(_at_least(0))
     linear_reg_weight: float = _key(_above(0))
     linear_text_weight: float = _key(_at_least(0))
+    linear_recency: float = _key(_at_least(0))
     use_text: bool = _key()
     text_source: str = _key(_one_of("generated", "raw", "item_mean", "shuffled"))
     text_hidden_size: int = _key(_at_least(0))

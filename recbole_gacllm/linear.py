@@ -7,6 +7,7 @@ standardised per user, is better than either (see results/). Ours; the paper has
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import sparse
 from torch import Tensor
@@ -30,6 +31,8 @@ class ItemItemModel:
       convolution's normalisation. Ours.
     - ``beta diag(G)`` is what dropping interactions from the input does on average (a share of
       1/3 for 1/2): items with many interactions are not explained by too few others.
+    - In a score, and nowhere else, a user's ``k``-th last item may count ``k^-r`` (``recency``):
+      who is asked what comes next was last told what came last. Ours.
     - Each dimension of the items' text embeddings ``X`` is one more row to reconstruct: items of
       like text explain each other, and an item without interactions is explained by its text
       alone. ``X`` is centred and scaled to rows of mean square length 1, and ``g`` is the mean of
@@ -52,6 +55,8 @@ class ItemItemModel:
         texts: Text embedding of each item, a zero row where it has none; None for plain EASE.
         text_weight: ``gamma``.
         device: Where the weights live.
+        recency: What each edge counts in its user's scores; None is 1. An edge that repeats counts
+            as often as it is there.
         user_power: ``a``.
         denoising: ``beta``.
 
@@ -59,7 +64,7 @@ class ItemItemModel:
         n_covered: Items that have a score.
 
     Shapes:
-        users, items: ``[n_edges]``; texts: ``[n_items, width]``.
+        users, items, recency: ``[n_edges]``; texts: ``[n_items, width]``.
     """
 
     def __init__(
@@ -72,20 +77,25 @@ class ItemItemModel:
         texts: Tensor | None = None,
         text_weight: float = 0.0,
         device: torch.device | str = "cpu",
+        recency: np.ndarray | None = None,
         user_power: float = USER_POWER,
         denoising: float = DENOISING,
     ) -> None:
         ones = np.ones(len(users), dtype=np.float32)
         interactions = sparse.csr_array((ones, (users, items)), shape=(n_users, n_items))
         interactions.data[:] = 1.0  # duplicates were summed
+        histories = interactions
+        if recency is not None:
+            weights = recency.astype(np.float32)
+            histories = sparse.csr_array((weights, (users, items)), shape=(n_users, n_items))
         self._covered: Tensor | None = None  # [MAX_ITEMS] at most; None for all items
         if n_items > MAX_ITEMS:
             degrees = np.bincount(interactions.indices, minlength=n_items)
             covered = np.sort(np.argsort(-degrees, kind="stable")[:MAX_ITEMS])
-            interactions = interactions[:, covered]
+            interactions, histories = interactions[:, covered], histories[:, covered]
             self._covered = torch.from_numpy(covered).to(device)
             texts = None if texts is None else texts[self._covered.to(texts.device)]
-        self._interactions, self._n_items = interactions, n_items
+        self._histories, self._n_items = histories, n_items
         self.n_covered = interactions.shape[1]
         degrees = np.diff(interactions.indptr)  # [n_users]
         counts = (degrees[degrees > 0].mean() / degrees.clip(min=1)) ** user_power
@@ -111,11 +121,28 @@ class ItemItemModel:
         Shapes:
             users: ``[B]``; result ``[B, n_items]``.
         """
-        rows = torch.from_numpy(self._interactions[users.cpu().numpy()].toarray())
+        rows = torch.from_numpy(self._histories[users.cpu().numpy()].toarray())
         scores = rows.to(self._weights.device) @ self._weights
         if self._covered is None:
             return scores
         return scores.new_zeros(len(users), self._n_items).index_copy_(1, self._covered, scores)
+
+
+def recency(users: np.ndarray, times: np.ndarray, power: float) -> np.ndarray:
+    r"""What each training edge counts in its user's scores: ``k^-power`` for the ``k``-th last.
+
+    Edges of a user at the same time have the mean of their ranks ``k``.
+
+    Args:
+        users: User index of each training edge.
+        times: Time of each.
+        power: 0 counts all alike.
+
+    Shapes:
+        users, times and result: ``[n_edges]``.
+    """
+    rank = pd.Series(times).groupby(users).rank(method="average", ascending=False)
+    return np.asarray(rank, dtype=np.float64) ** -power
 
 
 class TextNeighbors:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from recbole.data.dataset import Dataset
 from recbole.data.interaction import Interaction
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from recbole_gacllm import losses
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.data import MAX_ROWS, TextLayers, TrainingData
-from recbole_gacllm.linear import ItemItemModel, standardize
+from recbole_gacllm.linear import ItemItemModel, recency, standardize
 from recbole_gacllm.pipeline import prepare
 from recbole_gacllm.projection import text_projection
 from recbole_gacllm.propagation import (
@@ -101,6 +102,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
                 item_texts,
                 options.linear_text_weight,
                 self.device,
+                self._recency(config, data),
             )
             if self.linear.n_covered < self.n_items:
                 self.logger.warning(
@@ -110,6 +112,13 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         self.restored: tuple[Tensor, Tensor] | None = None  # fused embeddings, for evaluation only
         self.register_load_state_dict_post_hook(_forget_restored)
         self.apply(xavier_uniform_initialization)
+
+    def _recency(self, config: Any, data: TrainingData) -> np.ndarray | None:
+        """What training edges count in the linear scores, if the split says what comes next."""
+        power, times = self.options.linear_recency, data.graph.timestamps
+        if power == 0 or config["eval_args"]["order"] != "TO" or times is None:
+            return None
+        return recency(data.graph.users, times, power)
 
     def _raw_texts(self, items: Tensor) -> Tensor:
         """Layer 0 of items: what neighbours say of an item, the interactions say already."""

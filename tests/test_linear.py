@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pytest
 import torch
 
 from recbole_gacllm import linear
-from recbole_gacllm.linear import ItemItemModel, standardize
+from recbole_gacllm.linear import ItemItemModel, recency, standardize
 
 from .test_model import build
 
@@ -107,6 +108,50 @@ def test_its_weight_moves_the_scores_between_both_models(settings):
     assert not torch.allclose(standardize(plain.full_sort_predict(batch).view(shape)), expected)
     picked = scores[torch.arange(len(batch)), batch["item_id"]]
     assert torch.allclose(mixed.predict(batch), picked)
+
+
+def test_the_last_interactions_of_a_user_count_most_and_equal_times_alike():
+    users = np.array([0, 0, 0, 0, 1, 1, 2])
+    times = np.array([5.0, 9.0, 5.0, 1.0, 3.0, 4.0, 0.0])
+    ranks = np.array([2.5, 1, 2.5, 4, 2, 1, 1])
+    assert np.allclose(recency(users, times, 1.0), 1 / ranks)
+    assert np.allclose(recency(users, times, 0.5), ranks**-0.5)
+
+
+def test_recency_weighs_a_users_items_in_the_scores_and_nowhere_else(monkeypatch):
+    rng = np.random.default_rng(6)
+    edges = np.nonzero(rng.random((20, 6)) < 0.5)
+    weights = rng.random(len(edges[0]))
+    histories = np.zeros((20, 6), dtype=np.float32)
+    histories[edges] = weights
+    plain = ItemItemModel(*edges, 20, 6, 3.0)
+    model = ItemItemModel(*edges, 20, 6, 3.0, recency=weights)
+    assert torch.equal(model._weights, plain._weights)
+    expected = torch.from_numpy(histories) @ plain._weights
+    assert torch.allclose(model.scores(torch.arange(20)), expected, atol=1e-6)
+    monkeypatch.setattr(linear, "MAX_ITEMS", 5)
+    model = ItemItemModel(*edges, 20, 6, 3.0, recency=weights)
+    covered = model._covered.numpy()
+    expected = torch.from_numpy(histories[:, covered]) @ model._weights
+    assert torch.allclose(model.scores(torch.arange(20))[:, covered], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["TO", "RO"])
+def test_a_model_weighs_by_recency_where_the_split_is_by_time(settings, order):
+    split = {"split": {"LS": "valid_and_test"}, "group_by": "user", "mode": "full"}
+    keys = {"use_text": False, "linear_weight": 1.0, "eval_args": {**split, "order": order}}
+    plain, train, _, _ = build("GaCLLM", settings, **keys)
+    recent, _, _, _ = build("GaCLLM", settings, linear_recency=1.0, **keys)
+    inter = train._dataset.inter_feat
+    user, item, time = (inter[f].numpy() for f in ("user_id", "item_id", "timestamp"))
+    last = {u: item[user == u][time[user == u].argmax()] for u in np.unique(user)}
+    rows = recent.linear._histories.toarray()
+    assert all(rows[u].argmax() == i and rows[u].max() == 1 for u, i in last.items()) == (
+        order == "TO"
+    )
+    assert torch.equal(plain.linear._weights, recent.linear._weights)
+    same = torch.equal(*(m.linear.scores(torch.arange(plain.n_users)) for m in (plain, recent)))
+    assert same == (order == "RO")
 
 
 def test_copying_shares_it():
