@@ -107,10 +107,10 @@ class ItemItemModel:
             gram += text_weight * own.mean() * (rows @ rows.T)
         diagonal = np.diag_indices(len(gram))
         gram[diagonal] += reg_weight + denoising * own
-        inverse = np.linalg.inv(gram)
-        weights = -inverse / np.diag(inverse)[None, :]
-        weights[diagonal] = 0.0
-        self._weights = torch.from_numpy(weights.astype(np.float32)).to(device)
+        # Positive definite: half the time of a general inverse.
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(torch.from_numpy(gram)))
+        weights = (inverse / -inverse.diagonal()).float()
+        self._weights = weights.fill_diagonal_(0.0).to(device)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ItemItemModel:
         return self
