@@ -86,8 +86,8 @@ class ItemItemModel:
         interactions.data[:] = 1.0  # duplicates were summed
         histories = interactions
         if recency is not None:
-            weights = recency.astype(np.float32)
-            histories = sparse.csr_array((weights, (users, items)), shape=(n_users, n_items))
+            counted = recency.astype(np.float32)
+            histories = sparse.csr_array((counted, (users, items)), shape=(n_users, n_items))
         self._covered: Tensor | None = None  # [MAX_ITEMS] at most; None for all items
         if n_items > MAX_ITEMS:
             degrees = np.bincount(interactions.indices, minlength=n_items)
