@@ -26,7 +26,10 @@ from recbole_gacllm.report.page import write_report
 from recbole_gacllm.report.source import Source
 
 SCRIPT = "<script>window.harmed = true</script> & a person of </textarea> taste."
-SECTIONS = ["results", "curves", "degrees", "browser", "map", "cost", "sft", "leakage", "setup"]
+SECTIONS = [
+    *("results", "curves", "degrees", "browser", "map", "cost", "quality", "sft", "leakage"),
+    "setup",
+]
 
 
 def prepare(options, data):
@@ -57,6 +60,7 @@ def prepare(options, data):
         table = rng.normal(size=(n_nodes, 6)).astype(np.float16)
         np.save(folders["embeddings"] / f"layer_{layer}.npy", table)
     figures = dict.fromkeys(("n_nodes", "n_generated", "n_output_tokens", "n_prompt_tokens"), 54)
+    figures |= dict.fromkeys(("n_retried", "n_truncated", "n_cached_tokens"), 0)
     figures |= {"n_failed": 1, "failures": {"echo": 1}, "n_from_store": 0, "seconds": 2.0}
     sft = {"n_pairs": 8, "n_heldout": 2, "n_steps": 3, "n_tokens": 99, "train_losses": [3, 2, 1]}
     manifests = {
@@ -118,6 +122,10 @@ def test_the_page_of_a_run_has_every_section(text_run, tmp_path):
     assert "Left out" not in page
     assert "GaCLLM on tiny" in page
     assert "echo 1" in section_of(page, "cost")
+    quality = section_of(page, "quality")
+    assert "Layer 1, users" in quality
+    assert "<td>generated 23, failed 1</td><td>generated 30</td>" in quality
+    assert "<td>en 100.0%</td>" in quality
     assert "20.00" in section_of(page, "sft")
     assert "No sign of leakage" in section_of(page, "leakage")
 
@@ -204,7 +212,7 @@ def test_a_data_set_larger_than_the_page_is_sampled(text_run, tmp_path, monkeypa
 def test_a_run_without_texts_says_so_and_shows_the_rest(settings, tmp_path):
     file = runner.run("BPR", "tiny", config_dict=settings).run_file
     page = page_of(file.parent, tmp_path)
-    for anchor in ("browser", "map", "cost", "leakage"):
+    for anchor in ("browser", "map", "cost", "quality", "leakage"):
         assert "Left out: the run of BPR used no texts." in section_of(page, anchor)
     for anchor in ("results", "curves", "degrees"):
         assert "Left out" not in section_of(page, anchor)

@@ -21,6 +21,7 @@ from recbole_gacllm.report import board as board_sections
 from recbole_gacllm.report import sections
 from recbole_gacllm.report.browser import browser_data, map_data, packed
 from recbole_gacllm.report.markup import definition_list, note
+from recbole_gacllm.report.quality import quality
 from recbole_gacllm.report.source import Source, Texts
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,7 @@ def _add_text_sections(parts: list[Section], source: Source) -> dict[str, Any]:
         parts.append(_absent("browser", "Description browser", str(source.texts)))
     _add(parts, "map", "Map of item texts", lambda: sections.text_map(source, data.get("map")))
     _add(parts, "cost", "Cost of the texts", lambda: sections.cost(source))
+    _add(parts, "quality", "Quality of the texts", lambda: quality(source))
     _add(parts, "sft", "Fine-tuning", lambda: sections.finetuning(source))
     _add(parts, "leakage", "Leakage audit", lambda: sections.leakage(source))
     return data
