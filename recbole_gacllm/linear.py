@@ -17,13 +17,15 @@ MAX_ITEMS = 20_000
 # Chosen on validation NDCG@10 of ml-100k, ml-1m and sparse parts of ml-1m; see ``ItemItemModel``.
 USER_POWER = 0.5
 DENOISING = 0.5
+REG_DEGREE = 80.0
 
 
 class ItemItemModel:
     r"""The best item-item weights with a zero diagonal, on the training interactions and texts.
 
     .. math:: B = I - P\,\mathrm{diag}(P)^{-1}, \quad
-        P = (G + \gamma \bar g X X^T + \beta\,\mathrm{diag}(G) + \lambda I)^{-1}, \quad
+        P = (G + \gamma \bar g X X^T + \beta\,\mathrm{diag}(G)
+        + \lambda \max(1, c / \bar d) I)^{-1}, \quad
         G = R^T W R, \quad s(u, \cdot) = R_u B
 
     - ``W`` is diagonal: a user of degree ``d`` counts ``(mean d / d)^a`` times, so that the few
@@ -33,12 +35,14 @@ class ItemItemModel:
       1/3 for 1/2): items with many interactions are not explained by too few others.
     - In a score, and nowhere else, a user's ``k``-th last item may count ``k^-r`` (``recency``):
       who is asked what comes next was last told what came last. Ours.
+    - ``lambda`` grows where users have fewer than ``c`` interactions, ``d`` on average: the less
+      histories say, the less of them is believed, and the nearer ``B`` is to co-occurrence. Ours.
     - Each dimension of the items' text embeddings ``X`` is one more row to reconstruct: items of
       like text explain each other, and an item without interactions is explained by its text
       alone. ``X`` is centred and scaled to rows of mean square length 1, and ``g`` is the mean of
       ``diag(G)``, so that ``gamma`` means the same for any encoder and any number of interactions.
 
-    Source: with ``a`` = ``beta`` = ``gamma`` = 0 it is EASE, Steck, "Embarrassingly Shallow
+    Source: with ``a`` = ``beta`` = ``gamma`` = ``c`` = 0 it is EASE, Steck, "Embarrassingly Shallow
     Autoencoders for Sparse Data" (WWW 2019), Eq. 8; ``beta`` is from Steck, "Autoencoders that
     don't overfit towards the Identity" (NeurIPS 2020); texts as in Jeunen et al., "Closed-Form
     Models for Collaborative Filtering with Side-Information" (RecSys 2020). Not part of a model's
@@ -59,6 +63,7 @@ class ItemItemModel:
             as often as it is there.
         user_power: ``a``.
         denoising: ``beta``.
+        reg_degree: ``c``.
 
     Attributes:
         n_covered: Items that have a score.
@@ -80,6 +85,7 @@ class ItemItemModel:
         recency: np.ndarray | None = None,
         user_power: float = USER_POWER,
         denoising: float = DENOISING,
+        reg_degree: float = REG_DEGREE,
     ) -> None:
         ones = np.ones(len(users), dtype=np.float32)
         interactions = sparse.csr_array((ones, (users, items)), shape=(n_users, n_items))
@@ -98,7 +104,8 @@ class ItemItemModel:
         self._histories, self._n_items = histories, n_items
         self.n_covered = interactions.shape[1]
         degrees = np.diff(interactions.indptr)  # [n_users]
-        counts = (degrees[degrees > 0].mean() / degrees.clip(min=1)) ** user_power
+        mean_degree = degrees[degrees > 0].mean()
+        counts = (mean_degree / degrees.clip(min=1)) ** user_power
         weighted = interactions.multiply(counts[:, None].astype(np.float32)).tocsr()
         gram = (interactions.T @ weighted).toarray().astype(np.float64)
         own = gram.diagonal().copy()
@@ -106,7 +113,7 @@ class ItemItemModel:
             rows = centred(texts.double().cpu().numpy())
             gram += text_weight * own.mean() * (rows @ rows.T)
         diagonal = np.diag_indices(len(gram))
-        gram[diagonal] += reg_weight + denoising * own
+        gram[diagonal] += reg_weight * max(1.0, reg_degree / mean_degree) + denoising * own
         # Positive definite: half the time of a general inverse.
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(torch.from_numpy(gram)))
         weights = (inverse / -inverse.diagonal()).float()

@@ -13,7 +13,7 @@ from recbole_gacllm.linear import ItemItemModel, recency, standardize
 
 from .test_model import build
 
-EASE = {"user_power": 0.0, "denoising": 0.0}
+EASE = {"user_power": 0.0, "denoising": 0.0, "reg_degree": 0.0}
 
 
 def test_it_scores_as_recboles_ease(settings):
@@ -31,7 +31,7 @@ def test_the_weights_minimise_the_ridge_loss_without_a_diagonal():
     rng = np.random.default_rng(2)
     matrix = (rng.random((30, 6)) < 0.4).astype(np.float64)
     matrix[:, 0] = 1  # no user without items
-    model = ItemItemModel(*np.nonzero(matrix), 30, 6, reg_weight=3.0)
+    model = ItemItemModel(*np.nonzero(matrix), 30, 6, reg_weight=3.0, reg_degree=0.0)
     weights = model._weights.numpy().astype(np.float64)
     assert np.count_nonzero(np.diag(weights)) == 0
     degrees = matrix.sum(1)
@@ -51,7 +51,7 @@ def test_denoising_is_the_mean_over_dropped_interactions():
     expected = matrix.T @ matrix + 0.5 * np.diag(matrix.sum(0))
     assert np.abs(gram - expected).max() < 0.05 * expected.max()
     plain, denoised = (
-        ItemItemModel(*np.nonzero(matrix), 12, 5, 1.0, user_power=0.0, denoising=share)
+        ItemItemModel(*np.nonzero(matrix), 12, 5, 1.0, **{**EASE, "denoising": share})
         for share in (0.0, 0.5)
     )
     inverse = np.linalg.inv(expected + np.eye(5))
@@ -59,6 +59,17 @@ def test_denoising_is_the_mean_over_dropped_interactions():
     np.fill_diagonal(weights, 0)
     assert np.allclose(denoised._weights.numpy(), weights, atol=1e-5)
     assert not np.allclose(plain._weights.numpy(), weights, atol=1e-2)
+
+
+def test_the_l2_weight_grows_where_histories_are_short():
+    matrix = np.random.default_rng(4).random((30, 6)) < 0.4
+    matrix[0] = False  # who has no history does not count
+    degree = matrix.sum(1)[1:].mean()
+    edges = (*np.nonzero(matrix), 30, 6)
+    short = ItemItemModel(*edges, 3.0, reg_degree=5 * degree)
+    assert torch.equal(short._weights, ItemItemModel(*edges, 15.0, reg_degree=0.0)._weights)
+    long = ItemItemModel(*edges, 3.0, reg_degree=0.5 * degree)
+    assert torch.equal(long._weights, ItemItemModel(*edges, 3.0, reg_degree=0.0)._weights)
 
 
 def test_texts_are_further_rows_that_the_weights_reconstruct():
@@ -82,7 +93,7 @@ def test_an_item_without_interactions_is_scored_by_its_text():
     texts = torch.zeros(6, 3)  # row 0 is padding
     texts[1:] = torch.tensor([[1.0, 0, 0], [1, 0.1, 0], [0, 1, 0], [0, 1, 0.1], [1, 0, 0.1]])
     liked = torch.tensor([1, 2])
-    scores = ItemItemModel(users, items, 3, 6, 0.5, texts, 1.0).scores(liked)
+    scores = ItemItemModel(users, items, 3, 6, 0.5, texts, 1.0, reg_degree=0.0).scores(liked)
     assert scores[0, 5] > 0.1 > scores[1, 5]  # item 5 reads like those of user 1
     assert scores[:, 0].tolist() == [0, 0]  # no text, no interactions: no score
     without = ItemItemModel(users, items, 3, 6, 0.5).scores(liked)
