@@ -37,7 +37,8 @@ def build_config(
     Models that take item or user features keep RecBole's own choice of columns.
 
     Raises:
-        ValueError: If the model or a config file is unknown, or a key of ours is bad.
+        ValueError: If the model or a config file is unknown, a key of ours is bad, or a split by
+            time would have no times.
     """
     model_class = _find_model(model)
     files = [str(file) for file in config_files]
@@ -60,7 +61,9 @@ def build_config(
     )
     if "train_neg_sample_args" not in given and (model in NON_SAMPLING_MODELS or cross_entropy):
         overrides["train_neg_sample_args"] = None
-    return Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
+    config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
+    _check_times(config)
+    return config
 
 
 def _find_model(model: str) -> Any:
@@ -91,6 +94,17 @@ def _check_dataset(dataset: str, data_path: str) -> None:
         raise ValueError(
             f"dataset: {dataset!r} is neither a folder of data_path ({data_path}) nor a data set "
             f"that RecBole downloads; near names: {', '.join(near) or 'none'}."
+        )
+
+
+def _check_times(config: Config) -> None:
+    """Refuse a split by time without the column of times: RecBole's error names no key."""
+    columns, time = (config["load_col"] or {}).get("inter"), config["TIME_FIELD"]
+    if config["eval_args"]["order"] == "TO" and columns is not None and time not in columns:
+        raise ValueError(
+            f"load_col: {columns} of the .inter file are without TIME_FIELD {time!r}, and a split "
+            "in order of time (eval_args' order: TO) needs it. Load it, with a file for "
+            f"config_files that holds load_col: {{inter: [{', '.join([*columns, str(time)])}]}}."
         )
 
 

@@ -359,3 +359,13 @@ def test_an_epoch_has_no_loop_over_users_items_or_edges(tmp_path, keys):
         assert len(one.valid) == 1
     assert steps[1] > 500
     assert steps[2] - steps[1] < n_users / 2  # a rejected negative is drawn once more, by chance
+
+
+@pytest.mark.parametrize("name", ["GaCLLM", "EASE"])
+def test_a_split_by_time_without_times_names_the_key_that_loads_them(settings, name):
+    split = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
+    keys = {**settings, "eval_args": split, "load_col": {"inter": ["user_id", "item_id"]}}
+    with pytest.raises(ValueError, match=r"load_col: \{inter: \[user_id, item_id, timestamp\]\}"):
+        build_config(name, "tiny", config_dict=keys)
+    keys["load_col"]["inter"].append("timestamp")
+    assert build_config(name, "tiny", config_dict=keys)["eval_args"]["order"] == "TO"
