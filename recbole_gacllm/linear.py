@@ -134,7 +134,7 @@ class ItemItemModel:
         return scores.new_zeros(len(users), self._n_items).index_copy_(1, self._covered, scores)
 
 
-def recency(users: np.ndarray, times: np.ndarray, power: float) -> np.ndarray:
+def recency_weights(users: np.ndarray, times: np.ndarray, power: float) -> np.ndarray:
     r"""What each training edge counts in its user's scores: ``k^-power`` for the ``k``-th last.
 
     Edges of a user at the same time have the mean of their ranks ``k``.

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from recbole_gacllm import losses
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.data import MAX_ROWS, TextLayers, TrainingData
-from recbole_gacllm.linear import ItemItemModel, recency, standardize
+from recbole_gacllm.linear import ItemItemModel, recency_weights, standardize
 from recbole_gacllm.pipeline import prepare
 from recbole_gacllm.projection import text_projection
 from recbole_gacllm.propagation import (
@@ -118,7 +118,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         power, times = self.options.linear_recency, data.graph.timestamps
         if power == 0 or config["eval_args"]["order"] != "TO" or times is None:
             return None
-        return recency(data.graph.users, times, power)
+        return recency_weights(data.graph.users, times, power)
 
     def _raw_texts(self, items: Tensor) -> Tensor:
         """Layer 0 of items: what neighbours say of an item, the interactions say already."""

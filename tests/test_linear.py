@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recbole_gacllm import linear
-from recbole_gacllm.linear import ItemItemModel, recency, standardize
+from recbole_gacllm.linear import ItemItemModel, recency_weights, standardize
 
 from .test_model import build
 
@@ -127,8 +127,8 @@ def test_the_last_interactions_of_a_user_count_most_and_equal_times_alike():
     users = np.array([0, 0, 0, 0, 1, 1, 2])
     times = np.array([5.0, 9.0, 5.0, 1.0, 3.0, 4.0, 0.0])
     ranks = np.array([2.5, 1, 2.5, 4, 2, 1, 1])
-    assert np.allclose(recency(users, times, 1.0), 1 / ranks)
-    assert np.allclose(recency(users, times, 0.5), ranks**-0.5)
+    assert np.allclose(recency_weights(users, times, 1.0), 1 / ranks)
+    assert np.allclose(recency_weights(users, times, 0.5), ranks**-0.5)
 
 
 def test_recency_weighs_a_users_items_in_the_scores_and_nowhere_else(monkeypatch):
