@@ -177,12 +177,12 @@ def run(
             "config": _plain(config.final_config_dict),
         }
         record["config_fingerprint"] = artifacts.fingerprint(record["config"])
-        if with_text:
-            record |= _text_record(recommender, config, valid_data, test_data, started)
         run_file = runs_folder / f"{dataset}-{Path(trainer.saved_model_file).stem}" / "run.json"
         run_file.parent.mkdir(exist_ok=True)
-        text = json.dumps(record, indent=2, ensure_ascii=False)
-        artifacts.write_atomic(run_file, text.encode("utf-8", "backslashreplace"))
+        _write_record(run_file, record)  # the metrics are safe, whatever befalls the audit
+        if with_text:
+            record |= _text_record(recommender, config, valid_data, test_data, started)
+            _write_record(run_file, record)
     root_logger.info(set_color("best valid ", "yellow") + f": {best_valid_result}")
     root_logger.info(set_color("test result", "yellow") + f": {test_result}")
     if not config["single_spec"]:
@@ -256,6 +256,11 @@ def _text_record(
             logger.info("descriptions, %s", "\n".join(quality_lines(layer)))
         stages["description_quality"] = [dataclasses.asdict(layer) for layer in layers]
     return stages
+
+
+def _write_record(run_file: Path, record: dict[str, Any]) -> None:
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    artifacts.write_atomic(run_file, text.encode("utf-8", "backslashreplace"))
 
 
 def _manifests(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:

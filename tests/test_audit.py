@@ -27,7 +27,6 @@ def folders(tmp_path):
     (tmp_path / "descriptions").mkdir()
     graph.save(tmp_path / "inputs" / "graph.npz")
     names = {f"i{i}": f"Great Film {chr(65 + i % 26)}{i}" for i in range(N_ITEMS)}
-    (tmp_path / "inputs" / "item_names.json").write_text(json.dumps(names))
     train = set(zip(users.tolist(), items.tolist(), strict=True))
     heldout = [
         (f"u{u}", f"i{i}")
@@ -36,7 +35,9 @@ def folders(tmp_path):
         if (u, i) not in train
     ]
 
-    def audit(mention):
+    def audit(mention, **renamed):
+        names.update(renamed)
+        (tmp_path / "inputs" / "item_names.json").write_text(json.dumps(names))
         texts = [f"This person enjoys {mention(u, heldout, names)}." for u in range(N_USERS)]
         layer = Layer.raw(
             {"user": [f"u{u}" for u in range(N_USERS)], "item": list(names)},
@@ -73,3 +74,18 @@ def test_no_mention_at_all_gives_no_p_value(folders):
     report = folders(lambda user, heldout, names: "comedies")
     assert report["heldout_mentions"] == report["matched_mentions"] == 0
     assert report["p_value"] is None
+
+
+def test_names_of_training_items_are_no_leak(folders, tmp_path):
+    def trained(user, heldout, names):
+        graph = TrainGraph.load(tmp_path / "inputs" / "graph.npz")
+        return ", ".join(names[f"i{item}"] for item in graph.items[graph.users == user])
+
+    # Half of the films stand in the data twice, as some of ml-100k do; three are part of one name.
+    twins = {f"i{i}": f"Great Film {chr(65 + i % 26)}{i} of {i}" for i in range(30)}
+    twins |= {f"i{30 + i}": name for i, name in enumerate(twins.values())}
+    twins |= {"i57": "Great Film", "i58": "Film A0", "i59": "Great Film A0"}
+    report = folders(trained, **twins)
+    assert report["n_known_names"] > 20
+    assert report["n_pairs"] > 50
+    assert report["heldout_mentions"] == report["matched_mentions"] == 0

@@ -137,6 +137,19 @@ def test_started_again_it_reuses_every_stage_and_gives_the_same_numbers(finished
     assert not any(stage["reused"] for stage in first.record["stages"].values())
 
 
+def test_an_audit_that_fails_does_not_cost_the_metrics(finished, monkeypatch, tmp_path):
+    def broken(*_, **__):
+        raise RuntimeError("an audit that fails")
+
+    monkeypatch.setattr("recbole_gacllm.runner.audit_leakage", broken)
+    keys, first = finished
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    with pytest.raises(RuntimeError, match="an audit that fails"):
+        run("GaCLLM", "tiny", config_dict=keys | {"checkpoint_dir": str(tmp_path)})
+    (run_file,) = tmp_path.glob("runs/*/run.json")
+    assert json.loads(run_file.read_text())["test"] == first.record["test"]
+
+
 def test_shuffled_texts_use_the_same_artefacts_on_other_nodes(finished, monkeypatch):
     keys, first = finished
     monkeypatch.chdir(Path(keys["artifact_dir"]).parent)

@@ -242,6 +242,10 @@ def leakage(source: Source) -> str:
         "Matched items named there": f"{audit['matched_mentions']:,} of {audit['n_pairs']:,}",
         "Sign test, one-sided": "no pair differs" if p is None else f"p = {p:.3g}",
     }
+    if "n_known_names" in audit:  # runs of older versions compared these, too
+        facts["Not compared: a training item of the user bears the name"] = (
+            f"{audit['n_known_names']:,}"
+        )
     words = (
         "Each held-out item is compared with an item of nearly the same popularity that the user "
         "never touched. If texts knew the future, held-out items would be named more often."
