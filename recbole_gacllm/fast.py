@@ -25,8 +25,9 @@ from torch.utils.data import RandomSampler, SequentialSampler
 
 from recbole_gacllm.fast_graph import (
     dgcf_products,
+    ncl_paths,
     normalised_adjacency,
-    sgl_products,
+    sgl_paths,
 )
 from recbole_gacllm.fast_metrics import add_to_metrics
 
@@ -326,7 +327,7 @@ FAST_PATHS: dict[str, Callable[[ModuleType], None]] = {
     "recbole.trainer.trainer": _add_to_trainer,
     f"{_MODELS}.lightgcn": _add_to_model("LightGCN", normalised_adjacency),
     f"{_MODELS}.ngcf": _add_to_model("NGCF", normalised_adjacency),
-    f"{_MODELS}.ncl": _add_to_model("NCL", normalised_adjacency),
-    f"{_MODELS}.sgl": _add_to_model("SGL", sgl_products),
+    f"{_MODELS}.ncl": _add_to_model("NCL", ncl_paths),
+    f"{_MODELS}.sgl": _add_to_model("SGL", sgl_paths),
     f"{_MODELS}.dgcf": _add_to_model("DGCF", dgcf_products),
 }

@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
+from torch.nn import functional as F
 
 from recbole_gacllm.propagation import Adjacency, constant_product, csr_tensor
+
+_SCORES_A_BLOCK = 1 << 22  # 16 MiB of float32
 
 
 class ConstantMatrix:
@@ -83,8 +86,59 @@ def normalised_adjacency(model_class: Any) -> None:
     model_class.get_norm_adj_mat = get_norm_adj_mat
 
 
-def sgl_products(model_class: Any) -> None:
-    """Give SGL its graph and its augmented views, all of them symmetric."""
+def ncl_paths(model_class: Any) -> None:
+    """Give NCL its adjacency, and its contrast of layers once for each node of a batch."""
+    normalised_adjacency(model_class)
+    original = model_class.ssl_layer_loss
+
+    @functools.wraps(original)
+    def ssl_layer_loss(self: Any, current: Tensor, previous: Tensor, user: Any, item: Any) -> Any:
+        if not self.fast_paths:
+            return original(self, current, previous, user, item)
+        sizes = [self.n_users, self.n_items]
+        users, items = torch.split(current, sizes)
+        other_users, other_items = torch.split(previous, sizes)
+        of_users = infonce_sum(users, other_users, user, self.ssl_temp)
+        of_items = infonce_sum(items, other_items, item, self.ssl_temp)
+        return self.ssl_reg * (of_users + self.alpha * of_items)
+
+    model_class.ssl_layer_loss = ssl_layer_loss
+
+
+def infonce_sum(views: Tensor, others: Tensor, nodes: Tensor, temperature: float) -> Tensor:
+    """InfoNCE of each of ``nodes`` against all nodes of the other view, summed.
+
+    The loss of a node depends on nothing else of a batch, so one that stands in it several times
+    is computed once: on ml-1m half of the products of a batch of 4,096.
+
+    Shapes: ``views``, ``others`` [n, d], ``nodes`` [batch] with repetitions; the sum is a scalar.
+    """
+    times = torch.bincount(nodes, minlength=len(views))
+    distinct = times.nonzero()[:, 0]
+    view, other = F.normalize(views[distinct]), F.normalize(others)
+    positive = (view * other[distinct]).sum(dim=1) / temperature
+    # In blocks: the allocator gives larger ones back to the system each time, whose pages then cost
+    # more than the products.
+    rows = max(1, _SCORES_A_BLOCK // len(others))
+    blocks = torch.split(view / temperature, rows)
+    total = torch.cat([(block @ other.T).exp().sum(dim=1) for block in blocks])
+    return torch.dot(times[distinct].to(total.dtype), total.log() - positive)
+
+
+def sgl_paths(model_class: Any) -> None:
+    """Give SGL its graph and its augmented views, all of them symmetric, and a faster contrast."""
+    contrast = model_class.calc_ssl_loss
+
+    @functools.wraps(contrast)
+    def calc_ssl_loss(
+        self: Any, user: Any, item: Any, user1: Any, user2: Any, item1: Any, item2: Any
+    ) -> Any:
+        if not self.fast_paths:
+            return contrast(self, user, item, user1, user2, item1, item2)
+        of_users = infonce_sum(user1, user2, user, self.ssl_tau)
+        return self.ssl_weight * (of_users + infonce_sum(item1, item2, item, self.ssl_tau))
+
+    model_class.calc_ssl_loss = calc_ssl_loss
     original = model_class.csr2tensor
 
     @functools.wraps(original)
