@@ -150,6 +150,8 @@ def test_a_row_may_have_the_first_seeds_only_and_keeps_its_name_and_runs(keys):
         (["BPR:seeds=2"], "'seeds=2' of 'BPR:seeds=2' must be a number from 1 to 1"),
         (["BPR:seeds=0"], "'seeds=0' of 'BPR:seeds=0' must be"),
         (["BPR:seeds=all"], "'seeds=all' of"),
+        (["BPR:seeds=1:seeds=1"], "gives seeds twice"),
+        (["BPR:epochs=1:epochs=2"], "gives epochs twice"),
         (["BPR", "BPR:seeds=1"], "must name each at least and at most once"),
         (["GaCLLM:use_text"], "'use_text' of 'GaCLLM:use_text' is not key=value"),
         (["BPR", "BPR:topk=5"], "topk of 'BPR:topk=5' must be the same for all"),

@@ -95,10 +95,12 @@ def split_seeds(row: str, n_seeds: int) -> tuple[str, int]:
     """``NeuMF:seeds=5`` -> ``NeuMF`` and 5; a row without ``seeds`` has all of them.
 
     Raises:
-        ValueError: If it is not a number from 1 to ``n_seeds``.
+        ValueError: If it is not one number from 1 to ``n_seeds``.
     """
     name, *parts = row.split(":")
     given = [part for part in parts if part.startswith("seeds=")]
+    if len(given) > 1:
+        raise ValueError(f"models: {row!r} gives seeds twice; give it once.")
     for part in given:
         value = part.removeprefix("seeds=")
         if not value.isdecimal() or not 1 <= int(value) <= n_seeds:
@@ -114,7 +116,8 @@ def split_variant(row: str) -> tuple[str, dict[str, str]]:
     """``GaCLLM:use_text=False:n_layers=1`` -> ``GaCLLM`` and the variant's own keys.
 
     Raises:
-        ValueError: If a part is not ``key=value``, or a key must be the same for all rows.
+        ValueError: If a part is not ``key=value``, a key stands there twice, or must be the same
+            for all rows.
     """
     model, *parts = row.split(":")
     keys = {}
@@ -127,6 +130,8 @@ def split_variant(row: str) -> tuple[str, dict[str, str]]:
             )
         if key in _SHARED_KEYS:
             raise ValueError(f"models: {key} of {row!r} must be the same for all; give --{key}=….")
+        if key in keys:
+            raise ValueError(f"models: {row!r} gives {key} twice; give it once.")
         keys[key] = value
     return model, keys
 
