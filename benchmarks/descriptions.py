@@ -18,8 +18,9 @@ transformers and the encoders have a process of their own: where vLLM's CPU engi
 with two threads is far slower.
 
 One more pass of vLLM asks in another order: the share of answers that differ is what batching does
-to bfloat16. ``--alternatives`` adds n-gram speculation and, for a fine-tuned run, the adapter
-beside the base weights. The encoder is measured against sentence-transformers' own ``encode``.
+to bfloat16. ``--alternatives`` adds n-gram speculation, suffix decoding where arctic-inference is
+installed, and, for a fine-tuned run, the adapter beside the base weights. The encoder is measured
+against sentence-transformers' own ``encode``.
 
 The floor is the least time that the matrix products can take: 2 x parameters x tokens (prompt
 tokens that the cache did not serve, and generated ones) over this machine's measured bfloat16 rate
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import logging
 import multiprocessing
@@ -63,11 +65,14 @@ from benchmarks.description_work import Work
 from recbole_gacllm.llm.engines import resolve_dtype
 
 N_WARM_UP = 16
-NGRAM = {
-    "method": "ngram",
-    "num_speculative_tokens": 4,
-    "prompt_lookup_min": 2,
-    "prompt_lookup_max": 4,
+SPECULATION = {
+    "ngram": {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_min": 2,
+        "prompt_lookup_max": 4,
+    },
+    "suffix": {"method": "suffix", "num_speculative_tokens": 4},
 }
 
 
@@ -88,8 +93,6 @@ def alternatives(
     work: Work, prompts: list[list[int]], dtype: str, answers: list[tuple[int, ...]]
 ) -> dict[str, Any]:
     """Other ways for vLLM to make the same texts; ``answers`` are those of the plain engine."""
-    import vllm
-
     found = {}
     if work.adapter is not None:
         base, adapter = work.adapter
@@ -100,14 +103,29 @@ def alternatives(
         differ = differing(answers[::8], others)
         found["adapter_not_merged"] = {**made, "share_of_answers_that_differ": differ}
         print("adapter_not_merged", json.dumps(found["adapter_not_merged"]), flush=True)
-    # Last: it loads numba, with which vLLM 0.32 starts no further engine in a process.
-    with mock.patch("vllm.LLM", functools.partial(vllm.LLM, speculative_config=NGRAM)):
-        generator = open_engine(work, dtype)
-    made, others = pass_of_vllm(generator, work, prompts)
-    generator.close()
-    found["ngram"] = {**made, "share_of_answers_that_differ": differing(answers, others)}
-    print("ngram", json.dumps(found["ngram"]), flush=True)
+    for way, config in SPECULATION.items():
+        if way == "suffix" and importlib.util.find_spec("arctic_inference") is None:
+            print("suffix: not measured, pip install arctic-inference")
+            continue
+        # A process each: with numba, which they load, vLLM 0.32 starts no further engine.
+        made, others = in_its_own_process(speculating, work, prompts, dtype, config)
+        found[way] = {**made, "share_of_answers_that_differ": differing(answers, others)}
+        print(way, json.dumps(found[way]), flush=True)
     return found
+
+
+def speculating(
+    work: Work, prompts: list[list[int]], dtype: str, config: dict[str, Any]
+) -> tuple[dict[str, float], list[tuple[int, ...]]]:
+    """:func:`pass_of_vllm` with speculative decoding."""
+    import vllm
+
+    with mock.patch("vllm.LLM", functools.partial(vllm.LLM, speculative_config=config)):
+        generator = open_engine(work, dtype)
+    result: tuple[dict[str, float], list[tuple[int, ...]]]
+    result = pass_of_vllm(generator, work, prompts)
+    generator.close()
+    return result
 
 
 def in_its_own_process(way: Callable[..., Any], *arguments: Any) -> Any:
@@ -164,7 +182,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="of transformers")
     parser.add_argument("--n-rounds", type=int, default=2, help="passes of each, alternating")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
-    parser.add_argument("--alternatives", action="store_true", help="n-gram speculation, adapter")
+    parser.add_argument("--alternatives", action="store_true", help="speculation, adapter")
     parser.add_argument("--artifact-dir", type=Path, default=Path("saved/gacllm"))
     parser.add_argument("--json", type=Path, help="file for the figures")
     known = parser.parse_args()
