@@ -339,6 +339,19 @@ def test_a_run_that_another_process_holds_is_left_to_it(keys, tmp_path, monkeypa
 
 
 @pytest.mark.slow
+def test_another_command_on_the_folder_does_not_change_what_is_shown(keys, tmp_path, monkeypatch):
+    mine = make_plan(["Pop"], ["tiny"], 1, config_dict=keys)
+    other = make_plan(["BPR"], ["tiny"], 1, config_dict=keys)
+
+    def with_another(*_):
+        (tmp_path / leaderboard.PLAN_FILE).write_text(json.dumps(other.summary))
+        return leaderboard.Outcome.DONE
+
+    monkeypatch.setattr(leaderboard, "attempt", with_another)
+    run_leaderboard(mine, tmp_path, show_progress=False)
+    assert json.loads((tmp_path / leaderboard.PLAN_FILE).read_text())["models"] == ["Pop"]
+
+
 def test_a_killed_leaderboard_goes_on_where_it_was(settings, tmp_path):
     """SIGKILL within the first run, then after it: what was finished stands, the rest is made."""
     command = [

@@ -68,8 +68,7 @@ def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> Pat
         GaCLLMError: If the folder cannot be written.
     """
     (output / "runs").mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plan.summary, indent=2, ensure_ascii=False)
-    artifacts.write_atomic(output / PLAN_FILE, text.encode())
+    _write_plan(output, plan)
     runs = [(job, output / "runs" / job.name) for job in plan.jobs]
     failed_before = {folder: read_if_there(folder / FAILED_FILE) for _, folder in runs}
     n_done = sum((folder / RUN_FILE).is_file() for _, folder in runs)
@@ -93,7 +92,13 @@ def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> Pat
             if len(busy) == len(waiting):
                 time.sleep(SECONDS_BETWEEN_LOOKS)  # others work on all that is left
             waiting = busy
+    _write_plan(output, plan)  # another command on this folder may have written its own meanwhile
     return output
+
+
+def _write_plan(output: Path, plan: Plan) -> None:
+    text = json.dumps(plan.summary, indent=2, ensure_ascii=False)
+    artifacts.write_atomic(output / PLAN_FILE, text.encode())
 
 
 def attempt(
