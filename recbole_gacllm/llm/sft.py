@@ -192,6 +192,8 @@ def finetune(
         _save_adapter(model, out_dir / "adapter", model_name or model_dir.name)
         keep_progress(report=asdict(report))
         shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
+        for left in out_dir.glob(f".{PROGRESS_FILE}.*.tmp"):  # by writes that were killed
+            left.unlink(missing_ok=True)
     return report
 
 
