@@ -76,7 +76,9 @@ SPECULATION = {
 }
 
 
-def pass_of_vllm(generator: Any, work: Work, prompts: list[list[int]]) -> Any:
+def pass_of_vllm(
+    generator: Any, work: Work, prompts: list[list[int]]
+) -> tuple[dict[str, float], list[tuple[int, ...]]]:
     """:func:`raw_vllm` with a warm engine and an empty prefix cache."""
     warm_up(generator, work, prompts)
     return raw_vllm(generator, work, prompts)
@@ -122,10 +124,9 @@ def speculating(
 
     with mock.patch("vllm.LLM", functools.partial(vllm.LLM, speculative_config=config)):
         generator = open_engine(work, dtype)
-    result: tuple[dict[str, float], list[tuple[int, ...]]]
-    result = pass_of_vllm(generator, work, prompts)
+    made, ids = pass_of_vllm(generator, work, prompts)
     generator.close()
-    return result
+    return made, ids
 
 
 def in_its_own_process(way: Callable[..., Any], *arguments: Any) -> Any:

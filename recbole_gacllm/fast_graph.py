@@ -111,6 +111,9 @@ def infonce_sum(views: Tensor, others: Tensor, nodes: Tensor, temperature: float
     The loss of a node depends on nothing else of a batch, so one that stands in it several times
     is computed once: on ml-1m half of the products of a batch of 4,096.
 
+    Source: van den Oord et al., arXiv 1807.03748, as RecBole 1.2.1 has it in SGL's
+    ``calc_ssl_loss`` and NCL's ``ssl_layer_loss``; equal to them up to rounding.
+
     Shapes: ``views``, ``others`` [n, d], ``nodes`` [batch] with repetitions; the sum is a scalar.
     """
     times = torch.bincount(nodes, minlength=len(views))

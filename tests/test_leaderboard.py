@@ -338,7 +338,6 @@ def test_a_run_that_another_process_holds_is_left_to_it(keys, tmp_path, monkeypa
     assert started == [free.name]
 
 
-@pytest.mark.slow
 def test_another_command_on_the_folder_does_not_change_what_is_shown(keys, tmp_path, monkeypatch):
     mine = make_plan(["Pop"], ["tiny"], 1, config_dict=keys)
     other = make_plan(["BPR"], ["tiny"], 1, config_dict=keys)
@@ -352,6 +351,7 @@ def test_another_command_on_the_folder_does_not_change_what_is_shown(keys, tmp_p
     assert json.loads((tmp_path / leaderboard.PLAN_FILE).read_text())["models"] == ["Pop"]
 
 
+@pytest.mark.slow
 def test_a_killed_leaderboard_goes_on_where_it_was(settings, tmp_path):
     """SIGKILL within the first run, then after it: what was finished stands, the rest is made."""
     command = [

@@ -54,6 +54,7 @@ def audit_leakage(
             texts[user_of[token]] += f" {_normalize(text)} "
     wanted = [_normalize(names[token]) for token in graph.item_tokens.tolist()]
 
+    # By user, so that the names of one user's training items are joined once and held alone.
     pairs = sorted((user_of[user], item_of[item]) for user, item in heldout)
     # A pair as one number, sorted: a Python set of all edges of a large graph takes gigabytes.
     edges = graph.users.astype(np.int64) * len(wanted) + graph.items
