@@ -185,8 +185,11 @@ def test_every_committed_file_of_hyper_parameters_fits_its_model(keys):
     plan = make_plan(models, ["tiny"], 1, "sequential", config_dict=keys)
     for job in plan.jobs:
         assert baseline_files(job.model, "tiny")
-        assert "# Source:" in Path(baseline_files(job.model, "tiny")[0]).read_text("utf-8")
-        for key, value in plan.summary["tuned"][f"tiny/{job.model}"]["values"].items():
+        tuned = plan.summary["tuned"][f"tiny/{job.model}"]
+        ((file, note),) = tuned["files"].items()
+        assert file == f"properties/baselines/{job.model}.yaml"
+        assert note.startswith("Source: ") and "Best of: " in note
+        for key, value in tuned["values"].items():
             found = job.key["config"][key]
             assert found == value or value.items() <= found.items()
 
@@ -255,7 +258,13 @@ def test_a_variant_is_tested_against_the_baseline_like_any_row(finished, tmp_pat
     assert table["baseline"] == "GaCLLM:n_layers=0"
     assert table["models"]["GaCLLM"]["metrics"]["ndcg@10"]["test"]["n_users"] == 24
     page = (tmp_path / "out" / "results" / "tiny.md").read_text()
-    assert "n_layers=0 | GaCLLM.yaml and its preset" in page.replace("  ", " ")
+    cells = " ".join(page.split())
+    assert "sft_n_heldout=32<br/>" in cells  # what the preset sets
+    assert "n_layers=0 | properties/presets/quick.yaml<br/>the command line |" in cells
+    assert "- `properties/presets/quick.yaml`: Minutes on a 2-core laptop, every stage" in page
+    code = json.loads(next((tmp_path / "out" / "runs").glob("*Pop*/run.json")).read_text())["code"]
+    assert f"| **GaCLLM:n_layers=0** | 1 | {code['commit'] or 'not in git'} | cpu | python " in cells
+    assert "| baselines | 1 | | cpu | python " in cells
 
 
 def test_recboles_latex_tables_hold_validation_and_test_metrics(finished, tmp_path):

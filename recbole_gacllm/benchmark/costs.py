@@ -1,13 +1,15 @@
-"""What a leaderboard took: its command, seconds and tokens, and the raw numbers of every run."""
+"""What a leaderboard took: its command, environment, seconds, tokens, raw numbers of every run."""
 
 from __future__ import annotations
 
+import collections
 import csv
 import io
 import statistics
 from typing import Any
 
 from recbole_gacllm.benchmark.results import Board, FinishedRun
+from recbole_gacllm.registration import MODELS
 
 
 def command(board: Board) -> str:
@@ -79,6 +81,24 @@ def cost_rows(board: Board, dataset: str) -> list[list[str]]:
 
 
 _SECONDS = ("total", "train")
+
+
+def environment_rows(board: Board, dataset: str) -> list[list[str]]:
+    """A row for each environment that runs were made in: its runs, device, packages.
+
+    The code of this package stands in it for the rows that it determines: baselines are RecBole's.
+    """
+    numbers: collections.Counter[tuple[str, ...]] = collections.Counter()
+    for model in board.plan["models"]:
+        ours = model.partition(":")[0] in MODELS
+        for run in board.of(dataset, model):
+            record = run.record
+            name, commit = ("baselines", "")
+            if ours:
+                name, commit = f"**{model}**", record["code"]["commit"] or "not in git"
+            packages = ", ".join(map(" ".join, record["versions"].items()))
+            numbers[name, commit, record["device"], packages] += 1
+    return [[name, f"{n}", *rest] for (name, *rest), n in numbers.items()]
 
 
 def runs_to_csv(board: Board) -> str:

@@ -16,7 +16,7 @@ import yaml
 
 from recbole_gacllm import artifacts
 from recbole_gacllm.benchmark import degrees, markdown
-from recbole_gacllm.benchmark.costs import command, cost_rows, runs_to_csv
+from recbole_gacllm.benchmark.costs import command, cost_rows, environment_rows, runs_to_csv
 from recbole_gacllm.benchmark.results import DECIMALS, Board, summarize
 from recbole_gacllm.registration import MODELS
 
@@ -162,6 +162,7 @@ def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
         degrees.section(table["by_degree"], DECIMALS),
         "# Hyper-parameters\n",
         markdown.table(["", "Hyper-parameters", "Source"], _hyper_parameters(plan, table, dataset)),
+        _tuning(plan, table, dataset),
         "# Paired Tests\n",
         _tests(table),
         "# Cost\n",
@@ -170,6 +171,10 @@ def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
         markdown.table(
             ["Method", "Runs", "Seconds", "Of these, training", "LLM tokens in", "LLM tokens out"],
             cost_rows(board, dataset),
+        ),
+        "# Environment\n",
+        markdown.table(
+            ["", "Runs", "Commit", "Device", "Packages"], environment_rows(board, dataset)
         ),
         "# Splits\n",
         "All models of a seed had the same split: SHA-256 of the sorted (user, item) pairs.\n",
@@ -266,8 +271,7 @@ def _hyper_parameters(plan: dict[str, Any], table: dict[str, Any], dataset: str)
         values = {**tuned["values"], **given}
         source = "<br/>".join(tuned["files"])
         if not source:
-            ours = model.partition(":")[0] in MODELS
-            source = "GaCLLM.yaml and its preset" if ours else "RecBole's defaults"
+            source = "GaCLLM.yaml" if model.partition(":")[0] in MODELS else "RecBole's defaults"
         if given:
             source += "<br/>the command line"
         if plan["config_files"]:
@@ -275,6 +279,18 @@ def _hyper_parameters(plan: dict[str, Any], table: dict[str, Any], dataset: str)
         text = "<br/>".join(f"{key}={value}" for key, value in values.items())
         rows.append([f"**{model}**", text.replace("|", "\\|"), source])
     return rows
+
+
+def _tuning(plan: dict[str, Any], table: dict[str, Any], dataset: str) -> str:
+    """Where the files of hyper-parameters are from and what was tried, as their heads say."""
+    notes = {
+        file: note
+        for model in table["models"]
+        for file, note in plan["tuned"][f"{dataset}/{model}"]["files"].items()
+        if note
+    }
+    lines = [f"- `{file}`: {note}" for file, note in notes.items()]
+    return "Sources and ranges:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _failures(summary: dict[str, Any], dataset: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import re
 import subprocess
@@ -20,7 +21,7 @@ from recbole.utils import ModelType
 
 from recbole_gacllm import artifacts
 from recbole_gacllm.config import SPLIT_KEYS, GaCLLMConfig, shipped_path
-from recbole_gacllm.registration import MODELS
+from recbole_gacllm.registration import MODEL, MODELS
 from recbole_gacllm.run_config import build_config
 
 FIRST_SEED = 2020  # RecBole's
@@ -212,8 +213,10 @@ def make_plan(
             if same != row:
                 raise ValueError(f"models: {same!r} and {row!r} are the same run; leave one out.")
             determines["model"] = row
+            if model == MODEL:
+                tuned = [shipped_path("properties", "presets", f"{config['preset']}.yaml"), *tuned]
             sources[f"{dataset}/{row}"] = {
-                "files": [_short(path) for path in tuned],
+                "files": {_short(path): _head_comment(path) for path in tuned},
                 "values": {k: v for path in tuned for k, v in _load(path).items()},
                 "given": {k: v for k, v in keys.items() if k in determines["config"]},
             }
@@ -309,6 +312,13 @@ def _data_digests(config: Any) -> dict[str, str]:
 
 def _load(path: Path) -> dict[str, Any]:
     return dict(yaml.safe_load(path.read_text("utf-8")))
+
+
+def _head_comment(path: Path) -> str:
+    """What the head of a file of hyper-parameters says of their source and of the values tried."""
+    lines = path.read_text("utf-8").splitlines()
+    head = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return " ".join(line.removeprefix("#").strip() for line in head)
 
 
 def _short(path: Path) -> str:
