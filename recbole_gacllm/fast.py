@@ -1,4 +1,4 @@
-"""Exact fast paths for RecBole's data loaders, samplers, evaluation and graph models.
+"""Exact fast paths for RecBole's data loaders, samplers, evaluation, graph models and NeuMF.
 
 RecBole's classes stay the interface. Where the key ``fast_paths`` is on, some of their methods do
 the same work without loops over users, items or edges: the same batches, the same negatives from
@@ -30,6 +30,7 @@ from recbole_gacllm.fast_graph import (
     sgl_paths,
 )
 from recbole_gacllm.fast_metrics import add_to_metrics
+from recbole_gacllm.fast_scores import neumf_scores
 
 #: A full-sort batch holds at least this many scores (2 MB), whatever ``eval_batch_size`` says,
 MIN_SCORES = 2**19
@@ -293,7 +294,7 @@ def _add_to_trainer(module: ModuleType) -> None:
     trainer._build_optimizer = _build_optimizer
 
 
-# Graph models
+# Models
 
 
 def _add_to_model(name: str, change: Callable[[Any], None]) -> Callable[[ModuleType], None]:
@@ -330,4 +331,5 @@ FAST_PATHS: dict[str, Callable[[ModuleType], None]] = {
     f"{_MODELS}.ncl": _add_to_model("NCL", ncl_paths),
     f"{_MODELS}.sgl": _add_to_model("SGL", sgl_paths),
     f"{_MODELS}.dgcf": _add_to_model("DGCF", dgcf_products),
+    f"{_MODELS}.neumf": _add_to_model("NeuMF", neumf_scores),
 }

@@ -35,7 +35,7 @@ FAST_MODULES = (
     "recbole.evaluator.collector",
     "recbole.evaluator.metrics",
     "recbole.trainer.trainer",
-    *(f"{_GENERAL}.{name}" for name in ("lightgcn", "ngcf", "ncl", "sgl", "dgcf")),
+    *(f"{_GENERAL}.{name}" for name in ("lightgcn", "ngcf", "ncl", "sgl", "dgcf", "neumf")),
 )
 #: Those whose classes get the keys of ``splits.py``.
 SPLIT_MODULES = ("recbole.data.dataset.dataset", "recbole.trainer.trainer")

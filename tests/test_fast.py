@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from recbole.data import create_dataset, data_preparation
+from recbole.data.interaction import Interaction
 from recbole.sampler import Sampler
 from recbole.utils import get_model, get_trainer, init_seed
 
-from recbole_gacllm import fast
+from recbole_gacllm import fast, fast_scores
 from recbole_gacllm.fast_graph import ConstantMatrix
 from recbole_gacllm.run_config import build_config
 
@@ -300,6 +301,43 @@ ON_ML_100K = {
     "NCL": {"num_clusters": 50, "warm_up_step": 0},
     "DGCF": {},
 }
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"mf_train": False}, {"mlp_train": False}, {"mlp_hidden_size": [6]}],
+    ids=lambda keys: str(keys),
+)
+def test_neumf_scores_all_items_as_pair_by_pair(settings, keys):
+    keys = {"mf_embedding_size": 8, "mlp_embedding_size": 4, "mlp_hidden_size": [6, 5], **keys}
+    ours, theirs = both("NeuMF", settings, epochs=3, learning_rate=0.05, **keys)
+    runs = [trained(one) for one in (ours, theirs)]
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-5)
+    assert runs[0][1] == pytest.approx(runs[1][1], abs=1e-6)
+    for one in (ours, theirs):
+        one.seed()
+        for parameter in one.model.parameters():
+            torch.nn.init.normal_(parameter)
+    users = ours.valid.collate_fn(np.arange(5))[0]
+    scores = ours.model.eval().full_sort_predict(users)
+    pairs = users.repeat_interleave(ours.model.n_items)
+    pairs.update(Interaction({"item_id": torch.arange(ours.model.n_items).repeat(5)}))
+    assert torch.allclose(scores.ravel(), theirs.model.eval().predict(pairs), rtol=1e-4)
+    assert scores.std() > 0.2  # so that this says something
+    for model in (theirs.model, ours.model.train()):
+        with pytest.raises(NotImplementedError):
+            model.full_sort_predict(users)
+
+
+def test_neumf_scores_users_in_blocks(settings, monkeypatch):
+    model = Setup("NeuMF", settings, fast_paths=True).model.eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    users = Interaction({"user_id": torch.tensor([3, 1, 2])})
+    at_once = model.full_sort_predict(users)
+    assert not torch.allclose(at_once[0], at_once[1], rtol=1e-3)
+    monkeypatch.setattr(fast_scores, "_HIDDEN_A_BLOCK", 1)  # a user a block
+    assert torch.allclose(model.full_sort_predict(users), at_once, rtol=1e-5)
 
 
 def recorded_losses(model: torch.nn.Module) -> list[float]:

@@ -188,7 +188,8 @@ def test_every_committed_file_of_hyper_parameters_fits_its_model(keys):
         tuned = plan.summary["tuned"][f"tiny/{job.model}"]
         ((file, note),) = tuned["files"].items()
         assert file == f"properties/baselines/{job.model}.yaml"
-        assert note.startswith("Source: ") and "Best of: " in note
+        assert note.startswith("Source: ")
+        assert "Best of: " in note
         for key, value in tuned["values"].items():
             found = job.key["config"][key]
             assert found == value or value.items() <= found.items()
@@ -262,8 +263,9 @@ def test_a_variant_is_tested_against_the_baseline_like_any_row(finished, tmp_pat
     assert "sft_n_heldout=32<br/>" in cells  # what the preset sets
     assert "n_layers=0 | properties/presets/quick.yaml<br/>the command line |" in cells
     assert "- `properties/presets/quick.yaml`: Minutes on a 2-core laptop, every stage" in page
-    code = json.loads(next((tmp_path / "out" / "runs").glob("*Pop*/run.json")).read_text())["code"]
-    assert f"| **GaCLLM:n_layers=0** | 1 | {code['commit'] or 'not in git'} | cpu | python " in cells
+    run = next((tmp_path / "out" / "runs").glob("*Pop*/run.json"))
+    commit = json.loads(run.read_text())["code"]["commit"] or "not in git"
+    assert f"| **GaCLLM:n_layers=0** | 1 | {commit} | cpu | python " in cells
     assert "| baselines | 1 | | cpu | python " in cells
 
 
