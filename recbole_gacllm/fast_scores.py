@@ -18,13 +18,16 @@ def neumf_scores(model_class: Any) -> None:
     multiplied once for a node and only their sum is taken for a pair.
 
     Source: He et al., arXiv 1708.05031, as RecBole's ``NeuMF.predict``; equal up to rounding.
+
+    Shapes: ``full_sort_predict`` of users [B] is [B, n_items].
     """
     original = model_class.full_sort_predict
 
     @functools.wraps(original)
     def full_sort_predict(self: Any, interaction: Any) -> Tensor:
         if not self.fast_paths or self.training:  # dropout draws anew for every pair
-            return torch.as_tensor(original(self, interaction))
+            pair_by_pair: Tensor = original(self, interaction)  # RecBole's: NotImplementedError
+            return pair_by_pair
         users = interaction[self.USER_ID]
         widest = max(self.mlp_layers.layers[1:])
         step = max(1, _HIDDEN_A_BLOCK // (self.n_items * widest))

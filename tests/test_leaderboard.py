@@ -179,6 +179,15 @@ def test_committed_hyper_parameters_are_used_and_the_users_win(keys):
     assert plan.jobs[0].key["config"]["reg_weight"] == 7.0
 
 
+def test_a_page_names_the_values_that_are_used_where_a_file_of_the_user_wins(keys, tmp_path):
+    (tmp_path / "mine.yaml").write_text("reg_weight: 7.0\nlinear_weight: 0.75\n")
+    keys = {**keys, "preset": "best"}
+    files = [tmp_path / "mine.yaml"]
+    plan = make_plan(["EASE", "GaCLLM"], ["tiny"], 1, config_files=files, config_dict=keys)
+    assert plan.summary["tuned"]["tiny/EASE"]["values"] == {"reg_weight": 7.0}
+    assert plan.summary["tuned"]["tiny/GaCLLM"]["values"]["linear_weight"] == 0.75
+
+
 def test_every_committed_file_of_hyper_parameters_fits_its_model(keys):
     folder = shipped_path("properties", "baselines")
     models = sorted(file.stem for file in folder.glob("*.yaml"))

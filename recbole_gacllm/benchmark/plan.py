@@ -217,7 +217,7 @@ def make_plan(
                 tuned = [shipped_path("properties", "presets", f"{config['preset']}.yaml"), *tuned]
             sources[f"{dataset}/{row}"] = {
                 "files": {_short(path): _head_comment(path) for path in tuned},
-                "values": {k: v for path in tuned for k, v in _load(path).items()},
+                "values": {k: resolved[k] for path in tuned for k in _load(path)},
                 "given": {k: v for k, v in keys.items() if k in determines["config"]},
             }
             properties.setdefault(dataset, determines["config"])
