@@ -93,7 +93,7 @@ def board(tmp_path):
         "config_files": [],
         "nproc": 1,
         "tuned": {
-            f"tiny/{model}": {"files": [], "values": {}, "given": {"epochs": "1"}}
+            f"tiny/{model}": {"files": {}, "values": {}, "given": {"epochs": "1"}}
             for model in models
         },
         "properties": {"tiny": CONFIG},
@@ -102,7 +102,7 @@ def board(tmp_path):
         "code": {"version": "0", "digest": "d", "commit": None},
     }
     plan["tuned"]["tiny/EASE"] = {
-        "files": ["properties/baselines/EASE.yaml"],
+        "files": {"properties/baselines/EASE.yaml": "Tried: 1 and 7."},
         "values": {"reg_weight": 7.0},
         "given": {"epochs": "1"},
     }
@@ -130,6 +130,7 @@ def test_the_page_has_the_sections_of_a_recbole_gnn_page(board):
     assert "| tiny    | 30     | 20     | 100           | 83.33%   |" in page
     assert "NDCG@10" in page
     assert "reg_weight=7.0<br/>epochs=1" in page
+    assert "- `properties/baselines/EASE.yaml`: Tried: 1 and 7.\n" in page
     assert "worker" not in page.partition("# Cost")[0]
     assert "- NCL, seed 2020: `no faiss`" in page
 
