@@ -156,7 +156,7 @@ class GaCLLMConfig:
     ssm_n_negatives: int = _key(_at_least(1))
     ssm_temperature: float = _key(_at_least(0.025))
     linear_weight: float = _key(_at_least(0))
-    linear_reg_weight: float = _key(_above(0))
+    linear_reg_weight: float | None = _key(_above(0))
     linear_text_weight: float = _key(_at_least(0))
     linear_recency: float = _key(_at_least(0))
     use_text: bool = _key()

@@ -104,6 +104,11 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
                 self.device,
                 self._recency(config, data),
             )
+            if self.linear.held_out_ndcg:
+                self.logger.info(
+                    f"linear_reg_weight: {self.linear.reg_weight:g}, by NDCG@10 on held-out "
+                    f"training interactions: {_listed(self.linear.held_out_ndcg)}"
+                )
             if self.linear.n_covered < self.n_items:
                 self.logger.warning(
                     f"linear_weight: of {self.n_items} items the linear model covers the "
@@ -312,6 +317,10 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Scores of users with every item: ``[B * n_items]``, a fresh tensor."""
         return self._scores(interaction[self.USER_ID]).view(-1)
+
+
+def _listed(scores: dict[float, float]) -> str:
+    return ", ".join(f"{weight:g} {score:.4f}" for weight, score in sorted(scores.items()))
 
 
 def _forget_restored(module: nn.Module, _incompatible_keys: Any) -> None:

@@ -7,13 +7,14 @@ import copy
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 from recbole_gacllm import linear
 from recbole_gacllm.linear import ItemItemModel, recency_weights, standardize
 
 from .test_model import build
 
-EASE = {"user_power": 0.0, "denoising": 0.0, "reg_degree": 0.0}
+EASE = {"user_power": 0.0, "denoising": 0.0}
 
 
 def test_it_scores_as_recboles_ease(settings):
@@ -31,7 +32,7 @@ def test_the_weights_minimise_the_ridge_loss_without_a_diagonal():
     rng = np.random.default_rng(2)
     matrix = (rng.random((30, 6)) < 0.4).astype(np.float64)
     matrix[:, 0] = 1  # no user without items
-    model = ItemItemModel(*np.nonzero(matrix), 30, 6, reg_weight=3.0, reg_degree=0.0)
+    model = ItemItemModel(*np.nonzero(matrix), 30, 6, reg_weight=3.0)
     weights = model._weights.numpy().astype(np.float64)
     assert np.count_nonzero(np.diag(weights)) == 0
     degrees = matrix.sum(1)
@@ -61,17 +62,76 @@ def test_denoising_is_the_mean_over_dropped_interactions():
     assert not np.allclose(plain._weights.numpy(), weights, atol=1e-2)
 
 
-def test_the_l2_weight_grows_where_histories_are_short():
-    matrix = np.random.default_rng(4).random((30, 6)) < 0.4
-    matrix[0] = False
-    degrees = matrix.sum(1)
-    degree = degrees[degrees > 0].mean()  # who has no history does not count
-    edges = (*np.nonzero(matrix), 30, 6)
-    short = ItemItemModel(*edges, 3.0, reg_degree=5 * degree)
-    five_times = ItemItemModel(*edges, 15.0, reg_degree=0.0)
-    assert torch.allclose(short._weights, five_times._weights, atol=1e-6)
-    long = ItemItemModel(*edges, 3.0, reg_degree=0.5 * degree)
-    assert torch.equal(long._weights, ItemItemModel(*edges, 3.0, reg_degree=0.0)._weights)
+def test_the_l2_weight_is_the_best_on_held_out_interactions():
+    """Little where items explain each other, much where only popularity tells anything."""
+    rng = np.random.default_rng(4)
+    in_pairs = (rng.random((300, 20)) < 0.2).repeat(2, axis=1)
+    by_popularity = rng.random((300, 40)) < np.linspace(0.02, 0.4, 40)
+    chosen = []
+    for matrix in (in_pairs, by_popularity):
+        edges = np.nonzero(matrix)
+        state = torch.get_rng_state(), np.random.get_state()[1].copy()
+        model = ItemItemModel(*edges, 300, 40, None)
+        assert torch.equal(torch.get_rng_state(), state[0])  # training is as without
+        assert np.array_equal(np.random.get_state()[1], state[1])
+        scores = model.held_out_ndcg
+        assert sorted(scores) == sorted(linear.REG_WEIGHTS)
+        assert scores[model.reg_weight] == max(scores.values())
+        given = ItemItemModel(*edges, 300, 40, model.reg_weight)
+        assert torch.equal(model._weights, given._weights)
+        assert given.held_out_ndcg == {}
+        chosen.append(model.reg_weight)
+    assert chosen[0] < 400 < chosen[1]
+
+
+def test_the_held_out_ndcg_is_recboles(settings):
+    _, train, valid, _ = build("Pop", settings)
+    n_users, n_items = train._dataset.user_num, train._dataset.item_num
+    kept, held_out = (
+        sparse.csr_array(loader._dataset.inter_matrix("csr").astype(np.float32))
+        for loader in (train, valid)
+    )
+    weights = torch.rand(n_items, n_items, generator=torch.Generator().manual_seed(5))
+    weights[:, 0] = -torch.inf  # padding, which RecBole leaves out
+    ours = linear._ndcg(kept, held_out, weights.nan_to_num(neginf=-1e9))
+    ranks = []
+    for user in range(1, n_users):
+        relevant = set(held_out[[user]].indices)
+        if relevant:
+            scores = (torch.from_numpy(kept[[user]].toarray()) @ weights.nan_to_num(neginf=-1e9))[0]
+            scores[kept[[user]].indices] = -torch.inf
+            top = scores.argsort(descending=True)[:10].tolist()
+            gain = sum(1 / np.log2(k + 2) for k, item in enumerate(top) if item in relevant)
+            ranks.append(gain / sum(1 / np.log2(k + 2) for k in range(min(10, len(relevant)))))
+    assert ours == pytest.approx(np.mean(ranks), abs=1e-6)
+
+
+def test_without_interactions_to_hold_out_the_l2_weight_is_the_usual_one():
+    model = ItemItemModel(np.array([0]), np.array([0]), 1, 2, None)
+    assert model.reg_weight == linear.REG_WEIGHTS[0]
+
+
+def test_the_l2_weight_is_chosen_on_the_items_with_most_interactions(monkeypatch):
+    rng = np.random.default_rng(7)
+    matrix = rng.random((80, 6)) < np.array([0.1, 0.7, 0.5, 0.05, 0.6, 0.4])
+    texts = torch.from_numpy(rng.standard_normal((6, 4)))
+    kept = [1, 2, 4, 5]
+    rows = linear.centred(texts.numpy())
+    keys = {"text_weight": 2.0, "user_power": 0.5, "denoising": 0.5}
+    few = sparse.csr_array(matrix[:, kept].astype(np.float32))
+    expected = linear._held_out_ndcg(few, rows[kept], keys)
+    monkeypatch.setattr(linear, "MAX_ITEMS_OF_CHOICE", 4)
+    model = ItemItemModel(*np.nonzero(matrix), 80, 6, None, texts, 2.0)
+    assert model.held_out_ndcg == pytest.approx(expected)
+    assert model.n_covered == 6
+
+
+def test_a_model_says_which_l2_weight_it_chose(settings, caplog):
+    caplog.set_level("INFO")
+    model, _, _, _ = build("GaCLLM", settings, use_text=False, linear_weight=1.0)
+    assert f"linear_reg_weight: {model.linear.reg_weight:g}, by NDCG@10" in caplog.text
+    build("GaCLLM", settings, use_text=False, linear_weight=1.0, linear_reg_weight=3.0)
+    assert caplog.text.count("linear_reg_weight:") == 1
 
 
 def test_texts_are_further_rows_that_the_weights_reconstruct():
@@ -95,7 +155,7 @@ def test_an_item_without_interactions_is_scored_by_its_text():
     texts = torch.zeros(6, 3)  # row 0 is padding
     texts[1:] = torch.tensor([[1.0, 0, 0], [1, 0.1, 0], [0, 1, 0], [0, 1, 0.1], [1, 0, 0.1]])
     liked = torch.tensor([1, 2])
-    scores = ItemItemModel(users, items, 3, 6, 0.5, texts, 1.0, reg_degree=0.0).scores(liked)
+    scores = ItemItemModel(users, items, 3, 6, 0.5, texts, 1.0).scores(liked)
     assert scores[0, 5] > 0.1 > scores[1, 5]  # item 5 reads like those of user 1
     assert scores[:, 0].tolist() == [0, 0]  # no text, no interactions: no score
     without = ItemItemModel(users, items, 3, 6, 0.5).scores(liked)
