@@ -176,6 +176,11 @@ def run(
             "command": sys.argv,
             "config": _plain(config.final_config_dict),
         }
+        if isinstance(recommender, GaCLLM) and recommender.linear is not None:
+            record["linear_model"] = {
+                "reg_weight": recommender.linear.reg_weight,
+                "held_out_ndcg@10": recommender.linear.held_out_ndcg,
+            }
         record["config_fingerprint"] = artifacts.fingerprint(record["config"])
         run_file = runs_folder / f"{dataset}-{Path(trainer.saved_model_file).stem}" / "run.json"
         run_file.parent.mkdir(exist_ok=True)
