@@ -34,7 +34,8 @@ def build_config(
     """RecBole's configuration of any model, on the data as our dataset config describes it.
 
     The dataset config comes first, then ``config_files``, ``config_dict`` and the command line.
-    Models that take item or user features keep RecBole's own choice of columns.
+    Models that take item or user features keep RecBole's own choice of columns. For a split by time
+    the times are loaded, unless the user says which columns are.
 
     Raises:
         ValueError: If the model or a config file is unknown, a key of ours is bad, or a split by
@@ -56,6 +57,8 @@ def build_config(
     shipped = shipped_path("dataset_configs", f"{dataset}.yaml")
     if shipped.is_file() and not takes_features:
         files.insert(0, str(shipped))
+    elif "load_col" not in given:
+        overrides.update(_columns_with_times({**defaults, **given}))
     cross_entropy = (
         model_class.type == ModelType.SEQUENTIAL and {**defaults, **given}.get("loss_type") == "CE"
     )
@@ -97,15 +100,37 @@ def _check_dataset(dataset: str, data_path: str) -> None:
         )
 
 
+def _columns_with_times(keys: dict[str, Any]) -> dict[str, Any]:
+    """RecBole's own ``load_col``, which is users and items only, with times for a split by them."""
+    load_col, time = keys.get("load_col") or {}, keys.get("TIME_FIELD")
+    columns = load_col.get("inter")
+    if keys["eval_args"].get("order") != "TO" or columns is None or time in columns:
+        return {}
+    return {"load_col": {**load_col, "inter": [*columns, time]}}
+
+
 def _check_times(config: Config) -> None:
     """Refuse a split by time without the column of times: RecBole's error names no key."""
+    if config["eval_args"]["order"] != "TO":
+        return
     columns, time = (config["load_col"] or {}).get("inter"), config["TIME_FIELD"]
-    if config["eval_args"]["order"] == "TO" and columns is not None and time not in columns:
+    if columns is not None and time not in columns:
         raise ValueError(
             f"load_col: {columns} of the .inter file are without TIME_FIELD {time!r}, and a split "
             "in order of time (eval_args' order: TO) needs it. Load it, with a file for "
             f"config_files that holds load_col: {{inter: [{', '.join([*columns, str(time)])}]}}."
         )
+    file = Path(config["data_path"], f"{config['dataset']}.inter")
+    if file.is_file():
+        with file.open(encoding=config["encoding"] or "utf-8") as lines:
+            header = lines.readline().rstrip("\n").split(config["field_separator"])
+        names = [column.partition(":")[0] for column in header]
+        if time not in names:
+            raise ValueError(
+                f"TIME_FIELD: {time!r} is not a column of {file} ({', '.join(names)}), and a split "
+                "in order of time (eval_args' order: TO) needs it. Name the column of times, or "
+                "split at random (order: RO)."
+            )
 
 
 def _external_and_internal(

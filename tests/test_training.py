@@ -369,3 +369,25 @@ def test_a_split_by_time_without_times_names_the_key_that_loads_them(settings, n
         build_config(name, "tiny", config_dict=keys)
     keys["load_col"]["inter"].append("timestamp")
     assert build_config(name, "tiny", config_dict=keys)["eval_args"]["order"] == "TO"
+
+
+@pytest.mark.parametrize("name", ["GaCLLM", "EASE", "SASRec"])
+def test_times_are_loaded_for_a_split_by_time_if_the_user_names_no_columns(settings, name):
+    split = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
+    keys = {key: value for key, value in settings.items() if key != "load_col"}
+    config = build_config(name, "tiny", config_dict={**keys, "eval_args": split})
+    assert config["load_col"] == {"inter": ["user_id", "item_id", "timestamp"]}
+    if name != "SASRec":  # RecBole gives it times anyway
+        config = build_config(name, "tiny", config_dict=keys)
+        assert config["load_col"] == {"inter": ["user_id", "item_id"]}
+
+
+def test_a_split_by_time_of_a_file_without_times_names_the_file_and_the_key(settings, tmp_path):
+    (tmp_path / "timeless").mkdir()
+    file = tmp_path / "timeless" / "timeless.inter"
+    file.write_text("user_id:token\titem_id:token\nu\ti\n")
+    split = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
+    keys = {key: value for key, value in settings.items() if key != "load_col"}
+    keys |= {"data_path": str(tmp_path), "eval_args": split}
+    with pytest.raises(ValueError, match=r"TIME_FIELD: 'timestamp' is not a column of .*timeless"):
+        build_config("EASE", "timeless", config_dict=keys)
