@@ -106,6 +106,21 @@ def test_the_held_out_ndcg_is_recboles(settings):
     assert ours == pytest.approx(np.mean(ranks), abs=1e-6)
 
 
+def test_of_too_many_users_some_choose_the_l2_weight(monkeypatch):
+    rng = np.random.default_rng(8)
+    kept = sparse.csr_array((rng.random((10, 12)) < 0.3).astype(np.float32))
+    held_out = np.zeros((10, 12), dtype=np.float32)
+    users = np.array([1, 2, 4, 5, 6, 8, 9])
+    held_out[users, rng.integers(0, 12, len(users))] = 1
+    weights = torch.from_numpy(rng.random((12, 12), dtype=np.float32))
+    some = np.zeros_like(held_out)
+    some[users[::3]] = held_out[users[::3]]
+    expected = linear._ndcg(kept, sparse.csr_array(some), weights)
+    assert linear._ndcg(kept, sparse.csr_array(held_out), weights) != pytest.approx(expected)
+    monkeypatch.setattr(linear, "MAX_USERS_OF_CHOICE", 3)
+    assert linear._ndcg(kept, sparse.csr_array(held_out), weights) == pytest.approx(expected)
+
+
 def test_without_interactions_to_hold_out_the_l2_weight_is_the_usual_one():
     model = ItemItemModel(np.array([0]), np.array([0]), 1, 2, None)
     assert model.reg_weight == linear.REG_WEIGHTS[0]
