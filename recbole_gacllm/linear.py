@@ -16,8 +16,11 @@ MAX_ITEMS = 20_000
 # Chosen on validation NDCG@10 of ml-100k, ml-1m and sparse parts of ml-1m; see ``ItemItemModel``.
 USER_POWER = 0.5
 DENOISING = 0.5
-# What the L2 weight is chosen from, and on what; of equals the first.
-REG_WEIGHTS = (400.0, 100.0, 1600.0, 25.0, 6400.0, 25600.0)
+# What the L2 weight is chosen from, and on what; of near equals the smallest, as a fit on fewer
+# interactions favours large ones.
+REG_WEIGHTS = (25.0, 100.0, 400.0, 1600.0, 6400.0, 25600.0)
+USUAL_REG_WEIGHT = 400.0  # where nothing can be held out
+NEAR = 0.995  # of the best NDCG@10
 HELD_OUT = 0.1  # of the training interactions
 MAX_ITEMS_OF_CHOICE = 3_000
 MAX_USERS_OF_CHOICE = 10_000
@@ -38,7 +41,8 @@ class ItemItemModel:
     - In a score, and nowhere else, a user's ``k``-th last item may count ``k^-r`` (``recency``):
       who is asked what comes next was last told what came last. Ours.
     - ``lambda`` differs by orders of magnitude between data sets. Unless given, it is the one of
-      ``REG_WEIGHTS`` with the best NDCG@10 on a tenth of the training interactions, held out.
+      ``REG_WEIGHTS`` with the best NDCG@10 on a tenth of the training interactions, held out; of
+      those within half a percent of it the smallest.
     - Each dimension of the items' text embeddings ``X`` is one more row to reconstruct: items of
       like text explain each other, and an item without interactions is explained by its text
       alone. ``X`` is centred and scaled to rows of mean square length 1, and ``g`` is the mean of
@@ -109,7 +113,7 @@ class ItemItemModel:
         self.held_out_ndcg: dict[float, float] = {}
         if reg_weight is None:
             self.held_out_ndcg = _held_out_ndcg(interactions, rows, keys)
-            reg_weight = max(self.held_out_ndcg, key=self.held_out_ndcg.__getitem__)
+            reg_weight = _chosen(self.held_out_ndcg)
         self.reg_weight = reg_weight
         self._weights = _item_weights(_gram(interactions, rows, **keys), reg_weight).to(device)
 
@@ -162,6 +166,11 @@ def _item_weights(gram: np.ndarray, reg_weight: float) -> Tensor:
     return (inverse / -inverse.diagonal()).float().fill_diagonal_(0.0)
 
 
+def _chosen(ndcg: dict[float, float]) -> float:
+    """The smallest weight whose NDCG is near the best."""
+    return min(weight for weight, value in ndcg.items() if value >= NEAR * max(ndcg.values()))
+
+
 def _held_out_ndcg(
     interactions: sparse.csr_array, text_rows: np.ndarray | None, keys: dict[str, float]
 ) -> dict[float, float]:
@@ -180,7 +189,7 @@ def _held_out_ndcg(
     for part in (kept, held_out):
         part.eliminate_zeros()
     if not (kept.nnz and held_out.nnz):
-        return dict.fromkeys(REG_WEIGHTS, 0.0)
+        return {USUAL_REG_WEIGHT: 0.0}
     gram = _gram(kept, text_rows, **keys)
     return {
         # Of fewer interactions, a weight that is less by as much.
