@@ -19,8 +19,9 @@ from recbole_gacllm.benchmark import leaderboard
 from recbole_gacllm.benchmark.group import write_latex
 from recbole_gacllm.benchmark.job import Recorder
 from recbole_gacllm.benchmark.leaderboard import run_leaderboard
-from recbole_gacllm.benchmark.plan import baseline_files, make_plan, split_models
+from recbole_gacllm.benchmark.plan import baseline_files, make_plan
 from recbole_gacllm.benchmark.results import Board
+from recbole_gacllm.benchmark.rows import split_models
 from recbole_gacllm.cli import main
 from recbole_gacllm.config import shipped_path
 from recbole_gacllm.errors import GaCLLMError
