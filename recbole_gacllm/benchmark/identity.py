@@ -65,16 +65,10 @@ CONCERNS: dict[str, tuple[str, ...]] = {
 OTHERS = (
     *("__main__.py", "artifacts.py", "cli.py", "cli_batch.py", "cli_benchmark.py"),
     *("cli_common.py", "cli_descriptions.py", "cli_report.py", "errors.py", "integrity.py"),
-    *(
-        "run_folder.py",
-        "tracking.py",
-        "benchmark/",
-        "report/",
-        "cluster/__init__.py",
-        "descriptions/audit.py",
-    ),
-    *("descriptions/costs.py", "descriptions/names.py", "descriptions/quality.py"),
-    *("descriptions/quality_lines.py", "descriptions/reading.py"),
+    *("launchers.py", "run_folder.py", "tracking.py", "benchmark/", "report/"),
+    *("cluster/__init__.py", "descriptions/audit.py", "descriptions/costs.py"),
+    *("descriptions/names.py", "descriptions/quality.py", "descriptions/quality_lines.py"),
+    "descriptions/reading.py",
 )
 #: What the first runs of this package, which hold no digests of this kind, have in their keys for
 #: the code of our models (None for others'): the name of the first version of every concern.
