@@ -222,7 +222,8 @@ def input_digests(config: Mapping[str, Any], sha256: Callable[[Path], str]) -> d
     if config["llm_adapter"] is not None:
         digests["llm_adapter"] = weights.fingerprint(Path(config["llm_adapter"]))
     if config["llm_model"] != weights.EMBEDDED:
-        served = config["llm_backend"] == "server" and not config["sft"]
+        trained = config["sft"] or config["llm_adapter"] is not None
+        served = config["llm_backend"] == "server" and not trained
         resolve = weights.resolve_tokenizer if served else weights.resolve_llm
         digests["llm_model"] = weights.fingerprint(resolve(config["llm_model"]), not served)
     return digests
