@@ -28,11 +28,13 @@ from filelock import FileLock, Timeout
 
 from recbole_gacllm import errors
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.launchers import without_launcher
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 JOB_FILE = "job.json"
+CHILD = "child"  # last argument of a process that run_child starts
 _SECONDS_TO_STOP = 10.0  # how long an interrupted child may tidy up before it is killed
 _MAX_ERROR_BYTES = 60_000  # fits the socket's buffer: the parent reads when the child has ended
 # How safetensors (the first two) and torch.save tell a full disk.
@@ -99,8 +101,8 @@ def explaining_disk_errors(path: Path) -> Iterator[None]:
 
 def _cannot_write(path: Path, error: Exception) -> GaCLLMError:
     return GaCLLMError(
-        f"cannot write {path}: {error}. Free space or rights there, or set artifact_dir to "
-        "another folder, and start again: what was finished is kept."
+        f"cannot write {path}: {error}. Free space or rights there, or choose another folder "
+        "(artifact_dir, checkpoint_dir, --output), and start again: what was finished is kept."
     )
 
 
@@ -172,9 +174,10 @@ def stage_lock(folder: Path) -> Iterator[None]:
 
 
 def run_child(stage: str, folder: Path, *, module: str = "recbole_gacllm.stage") -> None:
-    """Run ``python -m module stage folder`` to its end, in a process group of its own.
+    """Run ``python -m module stage folder child`` to its end, in a process group of its own.
 
-    The child inherits standard output and error and a copy of the environment. Its standard input
+    The child inherits standard output and error and a copy of the environment, without what a
+    launcher such as torchrun told this process. Its standard input
     is a socket to this process: its end tells the child when this process dies
     (:func:`die_with_parent`), and the child's error comes back on it, so that a full disk cannot
     swallow it. Ctrl-C here interrupts the child, waits for it and goes on here. Whatever the child
@@ -189,7 +192,7 @@ def run_child(stage: str, folder: Path, *, module: str = "recbole_gacllm.stage")
     with ours:
         with of_child:
             child = subprocess.Popen(
-                [sys.executable, "-m", module, stage, str(folder)],
+                [sys.executable, "-m", module, stage, str(folder), CHILD],
                 stdin=of_child.fileno(),
                 env=_child_environment(),
                 process_group=0,
@@ -261,8 +264,8 @@ def reporting_errors(folder: Path) -> Iterator[None]:
 
 
 def _child_environment() -> dict[str, str]:
-    """A copy of ours in which this package can be imported from a checkout, too."""
-    environment = os.environ.copy()
+    """A copy of ours, of no launcher's, in which this package can be imported from a checkout."""
+    environment = without_launcher(os.environ)
     # Idle OpenMP threads that spin cost five times the speed on a machine that does anything else;
     # libgomp reads this when it is loaded, so it cannot be set later.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")

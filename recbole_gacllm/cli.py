@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recbole_gacllm import cli_benchmark, cli_common, cli_descriptions, cli_report
+from recbole_gacllm import cli_benchmark, cli_common, cli_descriptions, cli_report, launchers
 from recbole_gacllm.config import preset_names
 from recbole_gacllm.errors import GaCLLMError
 
@@ -47,12 +49,22 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
+# Errors of the disk and of rights: the place that was given cannot be used.
+_OF_THE_PLACE = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+        *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    }
+)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; errors of input and of stages end in one line and exit code 2 or 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if cli_common.completing():
         arguments = cli_common.words_to_complete(_COMMANDS)
     try:
+        launchers.require_one_process()
         if arguments and arguments[0] in _COMMANDS:
             _COMMANDS[arguments[0]](arguments[1:])
         else:
@@ -63,6 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not _is_about_input(error):
             raise
         _fail(error, 2)
+    except OSError as error:
+        if error.errno not in _OF_THE_PLACE:
+            raise
+        threading.excepthook = lambda _: None  # TensorBoard's thread would say the same, at length
+        hint = "Free space or rights there, or choose another folder, and start again."
+        _fail(OSError(f"{error}. {hint}"), 2)
     except KeyboardInterrupt:
         print("interrupted; start again to resume: what was finished is kept", file=sys.stderr)
         sys.exit(130)

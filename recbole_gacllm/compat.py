@@ -29,7 +29,11 @@ from recbole_gacllm.compat_distributed import (
     gloo_on_cpu,
     repaired_children,
 )
-from recbole_gacllm.compat_evaluation import counts_beside_tensors, plain_metrics
+from recbole_gacllm.compat_evaluation import (
+    counts_beside_tensors,
+    plain_metrics,
+    validation_of_one_epoch,
+)
 from recbole_gacllm.import_hooks import after_import, around_import
 
 _logger = logging.getLogger(__name__)
@@ -269,6 +273,7 @@ REPAIRS: dict[Callable[[Any], None], tuple[str, ...]] = {
     torch_load_default: ("recbole.utils.utils",),
     plain_metrics: ("recbole.evaluator.evaluator",),
     counts_beside_tensors: ("recbole.evaluator.collector",),
+    validation_of_one_epoch: ("recbole.trainer.trainer",),
     known_warnings: ("recbole.utils.utils",),
     hyperopt_random_state: ("recbole.trainer.hyper_tuning",),
     gloo_on_cpu: ("recbole.config.configurator",),

@@ -15,6 +15,7 @@ ALLOWED = {
         "import_hooks.py",
         "registration.py",
         "runner.py",
+        "run_folder.py",
         "model.py",
         "text_knn.py",
         "report/scoring.py",

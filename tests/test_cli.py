@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from recbole_gacllm import artifacts, cli_common
+from recbole_gacllm import artifacts, cli, cli_common
 from recbole_gacllm.cli import main
 from recbole_gacllm.descriptions.layers import Layer
 from recbole_gacllm.descriptions.neighbors import TrainGraph
@@ -243,3 +245,39 @@ def test_no_color_leaves_no_escape_sequence_on_a_terminal(settings, tmp_path, no
     assert run.wait() == 0, output
     assert b"test result" in output
     assert (b"\x1b[1;3" in output) == coloured
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize("arguments", [["--dataset=ml-100k"], ["leaderboard", "--help"]])
+def test_one_of_several_processes_of_a_launcher_is_refused(monkeypatch, capsys, name, arguments):
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert f"error: {name}=2: a launcher" in capsys.readouterr().err
+
+
+def test_what_a_launcher_said_is_not_passed_on(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANKING", "kept")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    assert "ACCELERATE_MIXED_PRECISION" not in os.environ
+    assert os.environ["RANKING"] == "kept"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOTDIR])
+def test_a_place_that_cannot_be_used_is_one_line(monkeypatch, capsys, number):
+    def fail(_):
+        raise OSError(number, os.strerror(number), "/somewhere")
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setitem(cli._COMMANDS, "audit", fail)
+    with pytest.raises(SystemExit) as end:
+        main(["audit"])
+    assert end.value.code == 2
+    message = f"error: [Errno {number}] {os.strerror(number)}: '/somewhere'. Free space or rights"
+    assert capsys.readouterr().err.startswith(message)

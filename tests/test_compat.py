@@ -158,6 +158,14 @@ assert 0.5 < result["test_result"]["itemcoverage@3"] <= 15 / 16
 assert len(result["test_result"]) == 12
 """,
     ),
+    "a model without training is validated and saved, however rarely others are": (
+        "validation_of_one_epoch",
+        """
+for model in ("EASE", "Pop", "ItemKNN", "Random"):
+    result = run(model, epochs=300, eval_step=5)
+    assert result["best_valid_result"] and result["test_result"], model
+""",
+    ),
     "a run does not show warnings about RecBole's own code": (
         "known_warnings",
         """

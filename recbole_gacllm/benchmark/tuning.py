@@ -32,6 +32,7 @@ from recbole.trainer import HyperTuning
 from tqdm import tqdm
 
 from recbole_gacllm import __version__, artifacts
+from recbole_gacllm.benchmark.identity import LATER_KEYS
 from recbole_gacllm.benchmark.job import RUN_FILE
 from recbole_gacllm.benchmark.leaderboard import (
     FAILED_FILE,
@@ -182,7 +183,7 @@ def tune(
 
 def _check_names(search: Search) -> None:
     """Refuse a parameter that the model does not read, which RecBole would ignore."""
-    known = search.job({}).key["config"]
+    known = search.job({}).key["config"] | LATER_KEYS
     for name in search.names():
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
