@@ -43,6 +43,7 @@ from recbole_gacllm.descriptions.quality_lines import quality_lines
 from recbole_gacllm.descriptions.reading import RunDescriptions
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.model import GaCLLM
+from recbole_gacllm.redaction import redact, redacted
 from recbole_gacllm.run_config import build_config
 from recbole_gacllm.text_knn import TextKNN
 from recbole_gacllm.tracking import track_stages
@@ -111,8 +112,8 @@ def run(
         colorama.init(strip=True)  # under RecBole's own, which colours all it logs
     init_logger(config)
     root_logger = logging.getLogger()
-    root_logger.info(sys.argv)
-    root_logger.info(config)
+    root_logger.info(redacted(sys.argv))
+    root_logger.info(redact(str(config)))
 
     full_dataset = create_dataset(config)
     root_logger.info(full_dataset)
@@ -173,8 +174,8 @@ def run(
             "flops": flops,
             "device": str(config["device"]),
             "versions": _versions(),
-            "command": sys.argv,
-            "config": _plain(config.final_config_dict),
+            "command": redacted(sys.argv),
+            "config": redacted(_plain(config.final_config_dict)),
         }
         if isinstance(recommender, GaCLLM) and recommender.linear is not None:
             record["linear_model"] = {

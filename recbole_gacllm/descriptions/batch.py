@@ -19,6 +19,7 @@ from typing import Any
 
 from recbole_gacllm.artifacts import sync_folder
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -207,4 +208,5 @@ def _read_line(line: bytes) -> tuple[str, dict[str, Any] | str]:
     status, body = response.get("status_code"), response.get("body")
     if not answer.get("error") and status == 200 and isinstance(body, dict):
         return answer["custom_id"], body
-    return answer["custom_id"], str(answer.get("error") or f"status {status}: {body}")[:300]
+    reason = redact(str(answer.get("error") or f"status {status}: {body}"))
+    return answer["custom_id"], reason[:300]
