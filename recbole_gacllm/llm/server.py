@@ -18,17 +18,17 @@ from typing import Any, Final
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.chat_api import chat_body, completion_of
-from recbole_gacllm.llm.generator import Completion, Request
-from recbole_gacllm.llm.traffic import (
+from recbole_gacllm.llm.endpoints import (
     BusyError,
     Client,
     EndpointError,
     Job,
     OddAnswerError,
     Reply,
-    Session,
     said,
 )
+from recbole_gacllm.llm.generator import Completion, Request
+from recbole_gacllm.llm.traffic import Session
 from recbole_gacllm.redaction import RedactingFilter, api_key, redact
 
 logger = logging.getLogger(__name__)

@@ -21,15 +21,24 @@ import random
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import httpx
 
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.chat_api import no_completion
-from recbole_gacllm.llm.generator import Completion, Request
+from recbole_gacllm.llm.endpoints import (
+    BusyError,
+    Client,
+    EndpointError,
+    Job,
+    OddAnswerError,
+    fetch,
+    said,
+)
+from recbole_gacllm.llm.generator import Completion
 from recbole_gacllm.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -37,120 +46,8 @@ logger = logging.getLogger(__name__)
 # A request that fails so often is at fault itself: it may be what kills the servers.
 _MAX_ATTEMPTS: Final = 8
 _MAX_ODD: Final = 3  # answers to a request that are none; then it has no answer
-_MAX_BYTES: Final = 1 << 23  # of an answer; the longest completions take some hundred kilobytes
-_MAX_ERROR_BYTES: Final = 1 << 16  # what is read of a refusal
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before an endpoint that failed is tried again
-_CHECK_SECONDS: Final = 10.0  # whether an endpoint is there
 _LONGEST_WISH: Final = 60.0  # seconds that an endpoint may ask for (Retry-After)
-
-
-class EndpointError(Exception):
-    """An endpoint failed in a way that another try may mend; shows no key, see ``redaction``."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(redact(message))
-
-
-class OddAnswerError(EndpointError):
-    """An endpoint answered, but not with what answers a request."""
-
-
-class BusyError(EndpointError):
-    """An endpoint has too much to do; it may say how many seconds to wait."""
-
-    def __init__(self, message: str, seconds: float = 0.0) -> None:
-        super().__init__(message)
-        self.seconds = seconds
-
-
-@dataclass
-class Job:
-    """A request, its length by our tokenizer, and how often it failed, or got an odd answer."""
-
-    request: Request
-    n_prompt_tokens: int
-    n_failures: int = 0
-    n_odd: int = 0
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What an endpoint answered, read to its end; of a refusal, the beginning."""
-
-    url: str
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-
-@dataclass(frozen=True)
-class Client:
-    """How endpoints are spoken to.
-
-    Attributes:
-        urls: Base URLs.
-        headers: Of every request.
-        concurrency: Requests under way at one endpoint.
-        patience_seconds: How long all endpoints may be down at once.
-        timeout_seconds: How long one answer may take, from the request to its last byte.
-        body: What to post for a request.
-        json_of: The JSON of a reply; raises EndpointError or GenerationError.
-        completion_of: The completion in that JSON; raises EndpointError.
-    """
-
-    urls: Sequence[str]
-    headers: dict[str, str] = field(repr=False)
-    concurrency: int
-    patience_seconds: float
-    timeout_seconds: float
-    body: Callable[[Request], dict[str, Any]]
-    json_of: Callable[[Reply], Any]
-    completion_of: Callable[[Job, Any], Completion]
-
-    async def models(self, http: httpx.AsyncClient, url: str) -> Any:
-        """What an endpoint says it serves; None of a gateway that does not say."""
-        reply = await fetch(http, "GET", f"{url}/models", _CHECK_SECONDS)
-        return None if reply.status == 404 else self.json_of(reply)
-
-    def open(self) -> httpx.AsyncClient:
-        """A client of all endpoints. It checks certificates and follows no redirects."""
-        limits = httpx.Limits(
-            max_connections=None,
-            max_keepalive_connections=self.concurrency * len(self.urls),
-            keepalive_expiry=60.0,
-        )
-        timeout = httpx.Timeout(self.timeout_seconds, connect=10.0, pool=None)
-        return httpx.AsyncClient(headers=self.headers, timeout=timeout, limits=limits)
-
-
-async def fetch(
-    http: httpx.AsyncClient, method: str, url: str, seconds: float, content: Any = None
-) -> Reply:
-    """Send a request and read the answer, for so many seconds in all.
-
-    Raises:
-        EndpointError: If there is none in time.
-    """
-    body = b""
-    try:
-        async with (
-            asyncio.timeout(seconds),
-            http.stream(method, url, json=content) as response,
-        ):
-            is_good = response.status_code == 200
-            async for part in response.aiter_bytes():
-                body += part
-                if len(body) > _MAX_BYTES and is_good:
-                    raise OddAnswerError(f"an answer of more than {_MAX_BYTES >> 20} MiB")
-                if len(body) > _MAX_ERROR_BYTES and not is_good:
-                    break
-            return Reply(url, response.status_code, response.headers, body)
-    except TimeoutError:
-        raise EndpointError(f"no whole answer within {seconds:g} s") from None
-    except httpx.DecodingError as error:
-        raise OddAnswerError(said(error)) from None
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise EndpointError(said(error)) from None
 
 
 @dataclass
@@ -350,8 +247,3 @@ def _mark_down(endpoint: _Endpoint, error: Exception) -> None:
         endpoint.down_since = time.monotonic()
         endpoint.up.clear()
         endpoint.down.set()
-
-
-def said(error: Exception) -> str:
-    """An error in words, without keys; httpx leaves some without any words."""
-    return redact(str(error)) or type(error).__name__
