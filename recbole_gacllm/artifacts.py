@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ from filelock import FileLock, Timeout
 from recbole_gacllm import errors
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.launchers import without_launcher
+from recbole_gacllm.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -255,12 +257,12 @@ def reporting_errors(folder: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace")
+        text = redact(f"{type(error).__name__}: {error}").encode("utf-8", "backslashreplace")
         assert _to_parent is not None, "die_with_parent comes first"
         os.write(_to_parent, text[:_MAX_ERROR_BYTES])
-        if type(error) is ValueError or isinstance(error, GaCLLMError):
-            sys.exit(1)
-        raise
+        if type(error) is not ValueError and not isinstance(error, GaCLLMError):
+            sys.stderr.write(redact(traceback.format_exc()))
+        sys.exit(1)
 
 
 def _child_environment() -> dict[str, str]:

@@ -20,6 +20,8 @@ from typing import Any
 
 import yaml
 
+from recbole_gacllm.redaction import api_key, redact
+
 OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_", "linear_")
 
 #: Keys of ours that hold for any model; see ``splits.py``.
@@ -220,6 +222,8 @@ class GaCLLMConfig:
     artifact_dir: str = _key(_not_empty)
 
     def __post_init__(self) -> None:
+        if self.llm_backend == "server":
+            api_key(self.llm_api_key_variable)  # a broken one is told before any stage
         if (self.llm_backend == "server") != (self.llm_endpoints is not None):
             raise ValueError(
                 f"llm_endpoints: {self.llm_endpoints!r} does not go with llm_backend: "
@@ -282,7 +286,7 @@ def checked(key: str, value: Any) -> Any:
     value = _convert(key, value, hint)
     problem = check and value is not None and check(value)
     if problem:
-        raise ValueError(f"{key}: {value!r} is not allowed; {problem}.")
+        raise ValueError(f"{key}: {_shown(key, value)} is not allowed; {problem}.")
     return value
 
 
@@ -300,4 +304,10 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     names = " or ".join(
         "null" if o is types.NoneType else str(getattr(o, "__name__", o)) for o in options
     )
-    raise ValueError(f"{key}: {value!r} is a {type(value).__name__}; it must be {names}.")
+    found = f"{_shown(key, value)} is a {type(value).__name__}"
+    raise ValueError(f"{key}: {found}; it must be {names}.")
+
+
+def _shown(key: str, value: Any) -> str:
+    """A value in an error; where a name belongs, the key itself may stand by mistake."""
+    return "what it holds" if key == "llm_api_key_variable" else redact(repr(value))

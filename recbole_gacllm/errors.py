@@ -6,9 +6,17 @@ Bad input (a key, a file, a value) raises ``ValueError``; a stage that failed on
 
 from __future__ import annotations
 
+from recbole_gacllm.redaction import redact
+
 
 class GaCLLMError(RuntimeError):
-    """A stage of GaCLLM could not be finished; what it had finished is kept."""
+    """A stage of GaCLLM could not be finished; what it had finished is kept.
+
+    Its message shows no key or password, whoever wrote the words in it.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class WeightsError(GaCLLMError):

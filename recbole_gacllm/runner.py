@@ -44,6 +44,7 @@ from recbole_gacllm.descriptions.quality_lines import quality_lines
 from recbole_gacllm.descriptions.reading import RunDescriptions
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.model import GaCLLM
+from recbole_gacllm.redaction import redact, redacted
 from recbole_gacllm.run_config import build_config
 from recbole_gacllm.text_knn import TextKNN
 from recbole_gacllm.tracking import track_stages
@@ -129,8 +130,8 @@ def _run(
     for handler in root_logger.handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handleError = _no_traceback  # type: ignore[method-assign]
-    root_logger.info(sys.argv)
-    root_logger.info(config)
+    root_logger.info(redacted(sys.argv))
+    root_logger.info(redact(str(config)))
 
     full_dataset = create_dataset(config)
     root_logger.info(full_dataset)
@@ -195,8 +196,8 @@ def _run(
             "flops": flops,
             "device": str(config["device"]),
             "versions": _versions(),
-            "command": sys.argv,
-            "config": _plain(config.final_config_dict),
+            "command": redacted(sys.argv),
+            "config": redacted(_plain(config.final_config_dict)),
         }
         if isinstance(recommender, GaCLLM) and recommender.linear is not None:
             record["linear_model"] = {

@@ -15,6 +15,7 @@ import pandas as pd
 
 from recbole_gacllm.descriptions.neutralize import neutralize
 from recbole_gacllm.descriptions.templates import Value, compile_template, default_sentence
+from recbole_gacllm.descriptions.words import whole_words
 
 logger = logging.getLogger(__name__)
 
@@ -243,13 +244,11 @@ def render_descriptions(
 
 
 def cut_at_word(text: str, max_chars: int) -> str:
-    """Cut a text longer than ``max_chars`` at a blank, if there is one, and end it with "…"."""
+    """Cut a text longer than ``max_chars`` between words, if it has any, and end it with "…"."""
     if len(text) <= max_chars:
         return text
-    kept = text[: max_chars - 1]
-    if text[max_chars - 1] != " " and " " in kept:
-        kept = kept[: kept.rindex(" ")]
-    return kept.rstrip(" ,;:.-") + "…"
+    kept = whole_words(text[:max_chars]) or text[: max_chars - 1]
+    return kept.rstrip(" ,;:.-、，；：。") + "…"
 
 
 def _words(
