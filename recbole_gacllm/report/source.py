@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from recbole_gacllm import locate
 from recbole_gacllm.benchmark.job import PER_USER_FILE, RUN_FILE
 from recbole_gacllm.benchmark.results import FinishedRun
 from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
+from recbole_gacllm.descriptions.names import names_file_of, read_names
 from recbole_gacllm.descriptions.neighbors import NeighborLists, TrainGraph
 from recbole_gacllm.descriptions.reading import RunDescriptions
 from recbole_gacllm.descriptions.text import read_features
@@ -46,13 +49,13 @@ class Texts:
     category: tuple[str, dict[str, tuple[str, ...]]] | None
 
     @classmethod
-    def read(cls, record: dict[str, Any]) -> Texts:
+    def read(cls, record: dict[str, Any], run_folder: Path) -> Texts:
         """Read the artefacts that a run names.
 
         Raises:
             ValueError: If they are not there.
         """
-        folders = {stage: Path(folder) for stage, folder in record.get("artifacts", {}).items()}
+        folders = locate.artifacts_of(record, run_folder)
         if "inputs" not in folders:
             raise ValueError(f"the run of {record['model']} used no texts")
         inputs = folders["inputs"]
@@ -61,17 +64,17 @@ class Texts:
         graph = TrainGraph.load(inputs / "graph.npz")
         layers, neighbors = [Layer.read(inputs / "layer_0.parquet")], {}
         if "descriptions" in folders:
-            found = RunDescriptions(folders["descriptions"])
+            found = RunDescriptions(folders["descriptions"], names_file=names_file_of(folders))
             layers = found.layers
             neighbors = {side: found.neighbor_lists(side) for side in SIDES}
         files = [folders["embeddings"] / f"layer_{number}.npy" for number in range(len(layers))]
         return cls(
             layers=layers,
-            names=json.loads((inputs / "item_names.json").read_text("utf-8")),
+            names=read_names(inputs, names_file_of(folders)),
             degrees={side: graph.degrees(side) for side in SIDES},
             neighbors=neighbors,
             embeddings=[np.load(file, mmap_mode="r") for file in files if file.is_file()],
-            category=_category(record["config"]),
+            category=_category(record["config"], data_path_of(record, run_folder)),
         )
 
 
@@ -112,7 +115,7 @@ class Source:
         if "test" not in record or "config" not in record:
             raise ValueError(f"{file} is not the record of a run: it has no 'test' or 'config'.")
         try:
-            texts: Texts | str = Texts.read(record)
+            texts: Texts | str = Texts.read(record, file.parent)
         except (ValueError, GaCLLMError, OSError, KeyError) as error:
             texts = _reason(error)
         scored = scored_again(record, file.parent)
@@ -134,15 +137,14 @@ def scored_again(record: dict[str, Any], folder: Path) -> Any:
     """The run's :class:`.scoring.Scored`, or the reason why its model cannot be loaded."""
     if record.get("checkpoint") is None:
         return "the run kept no checkpoint"
-    checkpoint = Path(record["checkpoint"])
-    if not checkpoint.is_file():  # run.json lies in CHECKPOINT_DIR/runs/RUN, and may have moved
-        checkpoint = folder.parent.parent / checkpoint.name
+    checkpoint = locate.find(str(record["checkpoint"]), folder)
     if not checkpoint.is_file():
         return f"the checkpoint is gone: there is no {record['checkpoint']}"
     from recbole_gacllm.report.scoring import score  # starts RecBole
 
     try:
-        return score(record, checkpoint)
+        folders = locate.artifacts_of(record, folder)
+        return score(record, checkpoint, folders, data_path_of(record, folder))
     except Exception as error:  # whatever RecBole's 90 models raise, the rest of the page stands
         logger.warning("%s cannot be scored again: %s", checkpoint, error)
         logger.debug("", exc_info=True)
@@ -163,9 +165,21 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-def _category(config: dict[str, Any]) -> tuple[str, dict[str, tuple[str, ...]]] | None:
+def data_path_of(record: dict[str, Any], folder: Path) -> Path:
+    """The folder of a run's data set, where it lies now; ml-100k comes with RecBole."""
+    config = record["config"]
+    path = locate.find(str(config["data_path"]), folder)
+    recbole = find_spec("recbole")  # its import would take seconds
+    if config["dataset"] == "ml-100k" and not path.is_dir() and recbole and recbole.origin:
+        return Path(recbole.origin).parent / "dataset_example" / "ml-100k"
+    return path
+
+
+def _category(
+    config: dict[str, Any], data_path: Path
+) -> tuple[str, dict[str, tuple[str, ...]]] | None:
     """Genres of the items, or the first field of few values in the item file."""
-    file = Path(config["data_path"]) / f"{config['dataset']}.item"
+    file = data_path / f"{config['dataset']}.item"
     if not file.is_file():
         return None
     frame = read_features(
