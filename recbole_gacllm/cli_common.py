@@ -51,7 +51,7 @@ def parse_with_keys(
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """The parser's own flags, and all others as keys of RecBole and GaCLLM."""
     _complete(parser, with_keys=True)
-    known, others = parser.parse_known_args(arguments)
+    known, others = parser.parse_known_args(with_equals_signs(parser, arguments))
     require_key_value(parser, others)
     keys = dict(flag[2:].split("=") for flag in others)
     for key in keys:
@@ -60,13 +60,30 @@ def parse_with_keys(
     return known, keys
 
 
+def with_equals_signs(parser: argparse.ArgumentParser, arguments: Iterable[str]) -> list[str]:
+    """``--key value`` as ``--key=value``, which is all that RecBole reads.
+
+    A flag of the parser that takes none or several values stays as it is.
+    """
+    joined: list[str] = []
+    for argument in arguments:
+        flag = joined[-1] if joined else ""
+        action = parser._option_string_actions.get(flag)
+        takes_one = flag.startswith("--") and (action is None or action.nargs is None)
+        if takes_one and "=" not in flag and not argument.startswith("--"):
+            joined[-1] = f"{flag}={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def require_key_value(parser: argparse.ArgumentParser, flags: Iterable[str]) -> None:
     """Refuse what RecBole would not read, which is all but ``--key=value``."""
     for flag in flags:
         if not flag.startswith("--") or flag.count("=") != 1:
             parser.error(
-                f"{flag!r} is not of the form --key=value, all that RecBole reads; a value "
-                "that holds '=' goes into a file for --config_files"
+                f"{flag!r} is not of the form --key=value or --key value; a value that holds '=' "
+                "goes into a file for --config_files"
             )
 
 

@@ -75,7 +75,7 @@ def audit(arguments: list[str]) -> None:
         "Figures and samples of every layer of descriptions: failures, retries, "
         "lengths, copies, repetition, names of items, and the leakage audit of the run. Of a run "
         "that goes on or was killed, its finished layers, and how far the next one is.",
-        "example:\n  python -m recbole_gacllm audit saved/GaCLLM-ml-100k --n-samples=10",
+        "example:\n  python -m recbole_gacllm audit saved/runs/ml-100k-GaCLLM-Nov-22-2026_15-19-14",
     )
     parser.add_argument("run", type=Path, help="a run.json, its folder, or a descriptions-… folder")
     parser.add_argument("--n-samples", type=int, default=10, help="of each layer")
@@ -119,14 +119,15 @@ def import_descriptions(arguments: list[str]) -> None:
     parser.add_argument("file", type=Path, help=".parquet or .csv")
     parser.add_argument("--dataset", required=True, help="name of the data set")
     cli_common.add_config_files(parser)
+    arguments = cli_common.with_equals_signs(parser, arguments)
     known, keys = cli_common.parse_with_keys(parser, arguments)
     flags = [flag for flag in arguments if flag.startswith("--")]
+    flags.append(f"--text_import_file={known.file}")
     cli_common.require_key_value(parser, flags)
 
     from recbole_gacllm.descriptions.imported import ImportedTexts, describe
 
     imported = ImportedTexts.read(known.file.resolve())
-    flags.append(f"--text_import_file={known.file}")
     if max(imported.layers) > 0 and "llm_n_layers" not in keys:
         flags.append(f"--llm_n_layers={max(imported.layers)}")
 

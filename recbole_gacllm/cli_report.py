@@ -7,9 +7,9 @@ from pathlib import Path
 from recbole_gacllm.cli_common import command_parser, parse
 
 _EPILOG = """\
-The page holds what the run left: its record, its descriptions and its checkpoint, which is loaded
-to score every user once more (a pickle, as RecBole writes it: only report on runs you trust).
-Sections without data say why. Open it by a double click.
+The page holds what the run left: its record, its descriptions and the weights of its checkpoint,
+with which every user is scored once more. A run of somebody else may be reported on: no pickle is
+loaded and nothing of it is executed. Sections without data say why. Open it by a double click.
 
 examples:
   python -m recbole_gacllm report saved/runs/ml-100k-GaCLLM-Nov-22-2026_15-19-14

@@ -1,4 +1,4 @@
-"""Names that files give: they stay in their folder, moved artefacts are found, readers only read."""
+"""Names that files give stay in their folder, moved artefacts are found, readers only read."""
 
 from __future__ import annotations
 
