@@ -217,6 +217,26 @@ def test_a_run_without_texts_says_so_and_shows_the_rest(settings, tmp_path):
         assert "Left out" not in section_of(page, anchor)
 
 
+def test_the_report_of_a_run_that_was_moved_with_all_it_made_is_whole(text_run, tmp_path):
+    there = tmp_path / "elsewhere"
+    there.mkdir()
+    for name in ("saved", "artifacts", "data"):
+        (tmp_path / name).rename(there / name)
+    assert "Left out" not in page_of(there / text_run.relative_to(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", "[" * 99999, '{"test": {"a": 1}, "config": {}}', '{"test": 1, "config": 2}'],
+)
+def test_a_record_that_no_run_wrote_is_refused(tmp_path, content, capsys):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(tmp_path)])
+    assert end.value.code == 2
+    assert "run.json is not the record of a run" in capsys.readouterr().err
+
+
 def test_lost_artefacts_and_checkpoints_are_named(text_run, tmp_path):
     record = json.loads(text_run.read_text())
     Path(record["checkpoint"]).unlink()

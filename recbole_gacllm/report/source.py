@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _CATEGORY_WORDS = ("genre", "class", "categor", "type", "tag")
 _MAX_CATEGORIES = 60
+_OF_CONFIG = {"model", "dataset", "data_path", "ITEM_ID_FIELD"}
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,7 @@ class Source:
                 f"{run} is neither a run (a folder with {RUN_FILE}) nor the folder of a "
                 "leaderboard; a run's last line of output names it."
             )
-        record = json.loads(file.read_text("utf-8"))
-        if "test" not in record or "config" not in record:
-            raise ValueError(f"{file} is not the record of a run: it has no 'test' or 'config'.")
+        record = _record_of(file)
         try:
             texts: Texts | str = Texts.read(record, file.parent)
         except (ValueError, GaCLLMError, OSError, KeyError) as error:
@@ -125,6 +124,27 @@ class Source:
     def main_metric(self) -> str:
         """The metric that chose the epoch."""
         return main_metric(self.record)
+
+
+def _record_of(file: Path) -> dict[str, Any]:
+    """A ``run.json`` with what every run has.
+
+    Raises:
+        ValueError: If something is missing.
+    """
+    try:
+        record = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not the record of a run: it is no JSON ({error}).") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} is not the record of a run: it is no JSON object.")
+    config = record.get("config")
+    missing = {"model", "dataset", "seed", "test", "config", "versions", "device"} - set(record)
+    missing |= _OF_CONFIG - set(config if isinstance(config, dict) else {})
+    if missing or not isinstance(record["test"], dict) or not record["test"]:
+        what = ", ".join(sorted(missing)) or "metrics in 'test'"
+        raise ValueError(f"{file} is not the record of a run: it has no {what}.")
+    return record
 
 
 def main_metric(record: dict[str, Any]) -> str:
