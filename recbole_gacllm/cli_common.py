@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ARTIFACT_DIR = Path("saved/gacllm")
 _VERBOSITY = ("--quiet", "--verbose")
 
 
@@ -29,6 +30,16 @@ def command_parser(prog: str, description: str, epilog: str) -> argparse.Argumen
 def add_config_files(parser: argparse.ArgumentParser) -> None:
     """The flag ``--config_files``, as RecBole has it."""
     parser.add_argument("--config_files", default="", help='yaml files, as "a.yaml b.yaml"')
+
+
+def add_artifact_dir(parser: argparse.ArgumentParser) -> None:
+    """The flag ``--artifact_dir`` of the commands that read what a run left."""
+    parser.add_argument(
+        "--artifact_dir",
+        type=Path,
+        default=ARTIFACT_DIR,
+        help="as in the run, or where its artefacts lie now; default saved/gacllm",
+    )
 
 
 def add_verbosity(parser: argparse.ArgumentParser) -> None:

@@ -67,12 +67,15 @@ def store_of(folder: Path) -> Path:
     return folder.parent.parent / STORE_FILE
 
 
-def artifacts_of(record: Mapping[str, Any], run_folder: Path) -> dict[str, Path]:
+def artifacts_of(
+    record: Mapping[str, Any], run_folder: Path, artifact_dir: Path | None = None
+) -> dict[str, Path]:
     """Stage -> folder of the artefacts that a run recorded, where they lie now.
 
     Args:
         record: The run's ``run.json``.
         run_folder: Where it lies.
+        artifact_dir: Where to look for artefacts that lie neither there nor around the run.
 
     Raises:
         ValueError: If they are no paths.
@@ -81,23 +84,24 @@ def artifacts_of(record: Mapping[str, Any], run_folder: Path) -> dict[str, Path]
     recorded = record.get("artifacts") or {}
     if not isinstance(recorded, dict) or not all(isinstance(p, str) for p in recorded.values()):
         raise ValueError(f"the run.json of {run_folder} names no paths in its 'artifacts'.")
-    folders = {stage: find(path, run_folder) for stage, path in recorded.items()}
+    folders = {stage: find(path, run_folder, artifact_dir) for stage, path in recorded.items()}
     for folder in folders.values():
         require_no_links(folder)
     return folders
 
 
-def find(recorded: str, run_folder: Path) -> Path:
+def find(recorded: str, run_folder: Path, artifact_dir: Path | None = None) -> Path:
     """A file or folder that a run recorded: there, or as near to ``run.json`` as it was.
 
-    The longest end of the recorded path that exists in a folder around ``run.json`` is taken, so a
-    tree that was moved or copied whole, or received, is found; if there is none, the path as
-    recorded.
+    The longest end of the recorded path that exists in a folder around ``run.json``, or in
+    ``artifact_dir``, is taken, so a tree that was moved or copied whole, or received, is found; if
+    there is none, the path as recorded.
     """
     path = PurePath(os.path.normpath(recorded.replace("\0", "")))
     if Path(path).exists() or ".." in path.parts:
         return Path(path)
     around = [run_folder.resolve(), *run_folder.resolve().parents][:_N_PARENTS]
+    around += [artifact_dir.resolve()] if artifact_dir else []
     names = path.parts[1:] if path.is_absolute() else path.parts
     for start in range(len(names)):
         for base in around:

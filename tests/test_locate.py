@@ -86,6 +86,18 @@ def test_the_artefacts_of_a_moved_run_are_found(run, tmp_path, capsys, copied):
     assert "Likes rain." in capsys.readouterr().out
 
 
+def test_artefacts_that_were_moved_away_from_the_run_are_found_where_the_flag_says(
+    run, tmp_path, capsys
+):
+    (tmp_path / "saved" / "gacllm").rename(tmp_path / "disk")
+    for command in (["audit", str(run)], ["describe", f"--run={run}", "--user=u1"]):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "there is no" in capsys.readouterr().err
+        main([*command, f"--artifact_dir={tmp_path / 'disk'}"])
+        assert "tiny/descriptions-1" in capsys.readouterr().out
+
+
 def test_artefacts_beside_the_run_are_found_and_lost_ones_keep_their_name(tmp_path):
     run_folder = tmp_path / "received"
     (run_folder / "tiny" / "inputs-1").mkdir(parents=True)

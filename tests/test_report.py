@@ -222,7 +222,12 @@ def test_the_report_of_a_run_that_was_moved_with_all_it_made_is_whole(text_run, 
     there.mkdir()
     for name in ("saved", "artifacts", "data"):
         (tmp_path / name).rename(there / name)
-    assert "Left out" not in page_of(there / text_run.relative_to(tmp_path), tmp_path)
+    file = there / text_run.relative_to(tmp_path)
+    assert "Left out" not in page_of(file, tmp_path)
+    (there / "artifacts").rename(tmp_path / "disk")
+    assert "the artefacts are gone" in page_of(file, tmp_path)
+    main(["report", str(file), f"--artifact_dir={tmp_path / 'disk'}"])
+    assert "Left out" not in (file.parent / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,11 @@ class RunDescriptions:
     def __init__(
         self, folder: Path, unfinished: bool = False, names_file: Path | None = None
     ) -> None:
+        if not folder.is_dir():
+            raise ValueError(
+                f"there is no {folder}: the artefacts were moved or deleted. Give --artifact_dir, "
+                "where they lie now, or start the run again."
+            )
         locate.require_no_links(folder)
         manifest = artifacts.read_manifest(folder)
         if manifest is None and unfinished and folder.name.startswith("descriptions-"):
@@ -129,19 +134,22 @@ class RunDescriptions:
         return cls(newest.parent)
 
     @classmethod
-    def of_run(cls, run: Path, unfinished: bool = False) -> RunDescriptions:
+    def of_run(
+        cls, run: Path, unfinished: bool = False, artifact_dir: Path | None = None
+    ) -> RunDescriptions:
         """The descriptions of a run.
 
         Args:
             run: Its ``run.json``, the folder of it, or a ``descriptions-…`` folder.
             unfinished: Take a folder whose stage has not finished, too.
+            artifact_dir: Where to look for artefacts that were moved away from the run.
 
         Raises:
             ValueError: If there is no such file, or the run had none.
         """
         if any((run / name).is_file() for name in (artifacts.MANIFEST_FILE, artifacts.JOB_FILE)):
             return cls(run, unfinished)
-        folders = folders_of_run(run, "descriptions", "generated descriptions")
+        folders = folders_of_run(run, "descriptions", "generated descriptions", artifact_dir)
         return cls(folders["descriptions"], unfinished, names_file_of(folders))
 
     def _progress(self) -> Unfinished:
@@ -229,13 +237,16 @@ def read_job(folder: Path, *names: str) -> dict[str, Any]:
     return job
 
 
-def folders_of_run(run: Path, stage: str, what: str) -> dict[str, Path]:
+def folders_of_run(
+    run: Path, stage: str, what: str, artifact_dir: Path | None = None
+) -> dict[str, Path]:
     """The artefacts that a run recorded, where they lie now.
 
     Args:
         run: A ``run.json``, or its folder.
         stage: Name of a stage in ``run.json`` that must be among them.
         what: What that stage makes, for the message.
+        artifact_dir: Where to look for artefacts that were moved away from the run.
 
     Raises:
         ValueError: If there is no such file, it is no run's, or the run had no such stage.
@@ -251,7 +262,7 @@ def folders_of_run(run: Path, stage: str, what: str) -> dict[str, Path]:
         raise ValueError(
             f"{file} is not what a run wrote; a run's last line of output names its run.json."
         )
-    folders = locate.artifacts_of(record, file.parent)
+    folders = locate.artifacts_of(record, file.parent, artifact_dir)
     if stage not in folders:
         raise ValueError(f"the run of {file} had no {what}.")
     return folders

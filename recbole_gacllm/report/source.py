@@ -50,18 +50,23 @@ class Texts:
     category: tuple[str, dict[str, tuple[str, ...]]] | None
 
     @classmethod
-    def read(cls, record: dict[str, Any], run_folder: Path) -> Texts:
+    def read(
+        cls, record: dict[str, Any], run_folder: Path, artifact_dir: Path | None = None
+    ) -> Texts:
         """Read the artefacts that a run names.
 
         Raises:
             ValueError: If they are not there.
         """
-        folders = locate.artifacts_of(record, run_folder)
+        folders = locate.artifacts_of(record, run_folder, artifact_dir)
         if "inputs" not in folders:
             raise ValueError(f"the run of {record['model']} used no texts")
         inputs = folders["inputs"]
         if not (inputs / "graph.npz").is_file():
-            raise ValueError(f"the artefacts are gone: there is no {inputs}")
+            raise ValueError(
+                f"the artefacts are gone: there is no {inputs}; --artifact_dir says where they "
+                "lie now"
+            )
         graph = TrainGraph.load(inputs / "graph.npz")
         layers, neighbors = [Layer.read(inputs / "layer_0.parquet")], {}
         if "descriptions" in folders:
@@ -97,11 +102,12 @@ class Source:
     test: dict[str, pd.Series[float]]
 
     @classmethod
-    def read(cls, run: Path) -> Source:
+    def read(cls, run: Path, artifact_dir: Path | None = None) -> Source:
         """Read a run and load its model once more.
 
         Args:
             run: A ``run.json``, or the folder of it.
+            artifact_dir: Where to look for artefacts that were moved away from the run.
 
         Raises:
             ValueError: If there is no such file.
@@ -114,10 +120,10 @@ class Source:
             )
         record = _record_of(file)
         try:
-            texts: Texts | str = Texts.read(record, file.parent)
+            texts: Texts | str = Texts.read(record, file.parent, artifact_dir)
         except (ValueError, GaCLLMError, OSError, KeyError) as error:
             texts = _reason(error)
-        scored = scored_again(record, file.parent)
+        scored = scored_again(record, file.parent, artifact_dir)
         return cls(record, file.parent, texts, scored, _per_user(record, file.parent, scored))
 
     @property
@@ -153,7 +159,7 @@ def main_metric(record: dict[str, Any]) -> str:
     return chosen if chosen in record["test"] else next(iter(record["test"]))
 
 
-def scored_again(record: dict[str, Any], folder: Path) -> Any:
+def scored_again(record: dict[str, Any], folder: Path, artifact_dir: Path | None = None) -> Any:
     """The run's :class:`.scoring.Scored`, or the reason why its model cannot be loaded."""
     if record.get("checkpoint") is None:
         return "the run kept no checkpoint"
@@ -163,7 +169,7 @@ def scored_again(record: dict[str, Any], folder: Path) -> Any:
     from recbole_gacllm.report.scoring import score  # starts RecBole
 
     try:
-        folders = locate.artifacts_of(record, folder)
+        folders = locate.artifacts_of(record, folder, artifact_dir)
         return score(record, checkpoint, folders, data_path_of(record, folder))
     except Exception as error:  # whatever RecBole's 90 models raise, the rest of the page stands
         logger.warning("%s cannot be scored again: %s", checkpoint, error)
