@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import shutil
 import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from recbole_gacllm import artifacts, locate
@@ -194,6 +197,31 @@ def test_embeddings_of_a_moved_or_strange_folder(embeddings, tmp_path):  # noqa:
     assert snapshot(embeddings.parent) == before
     write_job(embeddings, layer_files=["/etc/../passwd", "x"])
     with pytest.raises(ValueError, match="is not a plain path"):
+        export_embeddings(embeddings, 1, tmp_path / "out")
+
+
+def test_arrays_that_are_pickles_are_not_read(described, capsys):  # noqa: F811
+    graph = described.parent / "inputs-1" / "graph.npz"
+    for content in (b"", b"text", pickle.dumps([1])):
+        graph.write_bytes(content)
+        with pytest.raises(SystemExit) as end:
+            main(
+                [
+                    "describe",
+                    f"--artifact_dir={described.parent.parent}",
+                    "--dataset=tiny",
+                    "--user=u1",
+                ]
+            )
+        assert end.value.code == 1
+        assert re.search(r"graph\.npz is damaged", capsys.readouterr().err)
+
+
+def test_embeddings_that_are_pickles_are_not_read(embeddings, tmp_path):  # noqa: F811
+    from recbole_gacllm.benchmark.embeddings import export_embeddings
+
+    np.save(embeddings / "layer_1.npy", np.array([{}], dtype=object))
+    with pytest.raises(GaCLLMError, match=r"embeddings of layer 1 .* are damaged"):
         export_embeddings(embeddings, 1, tmp_path / "out")
 
 

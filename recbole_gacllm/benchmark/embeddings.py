@@ -10,6 +10,7 @@ import yaml
 from recbole_gacllm import artifacts, locate
 from recbole_gacllm.descriptions.layers import SIDES, Layer
 from recbole_gacllm.descriptions.reading import folders_of_run, read_job
+from recbole_gacllm.errors import GaCLLMError
 
 _CONFIG = {
     "additional_feat_suffix": ["useremb", "itememb"],
@@ -64,7 +65,13 @@ def export_embeddings(folder: Path, layer: int, output: Path) -> list[Path]:
     inputs = locate.beside(folder, Path(layer_files[0]).parent)
     locate.require_no_links(inputs)
     tokens = Layer.read(inputs / "layer_0.parquet").tokens
-    vectors = np.load(folder / f"layer_{layer}.npy", mmap_mode="r")
+    try:
+        vectors = np.load(folder / f"layer_{layer}.npy", mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise GaCLLMError(
+            f"the embeddings of layer {layer} in {folder} are damaged: {error}. Start the run "
+            "again: they are made anew."
+        ) from error
     dataset = output.resolve().name
     output.mkdir(parents=True, exist_ok=True)
     files, offset = [], 0
