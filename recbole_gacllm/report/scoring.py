@@ -44,8 +44,6 @@ from recbole_gacllm.registration import MODELS
 N_RECOMMENDED = 10
 # Other machines and PyTorch versions move a rank here and there, no more.
 _TOLERANCE = 0.005
-# What a process of the run had, and RecBole would join or open.
-_OF_A_PROCESS = ("local_rank", "world_size", "nproc", "offset", "ip", "port")
 
 Scores = dict[str, "pd.Series[float]"]  # metric -> value of each user, by raw token
 
@@ -103,7 +101,7 @@ def _config_of(record: dict[str, Any], data_path: Path, empty: Path) -> Config:
     config = Config.__new__(Config)
     config._init_parameters_category()
     config.yaml_loader = config._build_yaml_loader()
-    keys = {key: value for key, value in record["config"].items() if key not in _OF_A_PROCESS}
+    keys = dict(record["config"])
     if keys["model"] in MODELS:  # keys that are newer than the run
         keys = {**model_defaults(), **keys}
     kinds = {"MODEL_TYPE": ModelType, "MODEL_INPUT_TYPE": InputType, "eval_type": EvaluatorType}
@@ -133,8 +131,7 @@ def _score(
     with _texts_of(folders):
         model = get_model(config["model"])(config, train._dataset).to(config["device"])
     model.load_state_dict(state)
-    for name, value in others.items():
-        setattr(model, name, _on(config["device"], value))
+    model.load_other_parameter(_on(config["device"], others))
     with contextlib.chdir(config["checkpoint_dir"]):
         # RecBole's trainer makes folders for logs and checkpoints.
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
