@@ -31,6 +31,7 @@ from recbole_gacllm import errors
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.launchers import without_launcher
 from recbole_gacllm.redaction import redact
+from recbole_gacllm.locate import require_no_links
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged_manifest(path, str(error)) from error
     if not isinstance(manifest, dict):
         raise _damaged_manifest(path, f"a JSON object expected, {type(manifest).__name__} found")
@@ -155,7 +156,9 @@ def stage_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         ValueError: If the folder cannot be made or written.
+        GaCLLMError: If it holds symbolic links, through which a stage would write elsewhere.
     """
+    require_no_links(folder)
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)

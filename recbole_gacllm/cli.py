@@ -115,6 +115,7 @@ def _run(arguments: list[str]) -> None:
     cli_common.add_verbosity(parser)
     if cli_common.completing():
         parser.add_argument("command", nargs="?", choices=list(_COMMANDS))
+    arguments = cli_common.with_equals_signs(parser, arguments)
     known, _ = cli_common.parse_with_keys(parser, arguments)
     flags = cli_common.for_recbole(arguments)
     cli_common.require_key_value(parser, flags)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ARTIFACT_DIR = Path("saved/gacllm")
 _VERBOSITY = ("--quiet", "--verbose")
 
 
@@ -29,6 +30,16 @@ def command_parser(prog: str, description: str, epilog: str) -> argparse.Argumen
 def add_config_files(parser: argparse.ArgumentParser) -> None:
     """The flag ``--config_files``, as RecBole has it."""
     parser.add_argument("--config_files", default="", help='yaml files, as "a.yaml b.yaml"')
+
+
+def add_artifact_dir(parser: argparse.ArgumentParser) -> None:
+    """The flag ``--artifact_dir`` of the commands that read what a run left."""
+    parser.add_argument(
+        "--artifact_dir",
+        type=Path,
+        default=ARTIFACT_DIR,
+        help="as in the run, or where its artefacts lie now; default saved/gacllm",
+    )
 
 
 def add_verbosity(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +62,7 @@ def parse_with_keys(
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """The parser's own flags, and all others as keys of RecBole and GaCLLM."""
     _complete(parser, with_keys=True)
-    known, others = parser.parse_known_args(arguments)
+    known, others = parser.parse_known_args(with_equals_signs(parser, arguments))
     require_key_value(parser, others)
     keys = dict(flag[2:].split("=") for flag in others)
     for key in keys:
@@ -60,13 +71,30 @@ def parse_with_keys(
     return known, keys
 
 
+def with_equals_signs(parser: argparse.ArgumentParser, arguments: Iterable[str]) -> list[str]:
+    """``--key value`` as ``--key=value``, which is all that RecBole reads.
+
+    A flag of the parser that takes none or several values stays as it is.
+    """
+    joined: list[str] = []
+    for argument in arguments:
+        flag = joined[-1] if joined else ""
+        action = parser._option_string_actions.get(flag)
+        takes_one = flag.startswith("--") and (action is None or action.nargs is None)
+        if takes_one and "=" not in flag and not argument.startswith("--"):
+            joined[-1] = f"{flag}={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def require_key_value(parser: argparse.ArgumentParser, flags: Iterable[str]) -> None:
     """Refuse what RecBole would not read, which is all but ``--key=value``."""
     for flag in flags:
         if not flag.startswith("--") or flag.count("=") != 1:
             parser.error(
-                f"{flag!r} is not of the form --key=value, all that RecBole reads; a value "
-                "that holds '=' goes into a file for --config_files"
+                f"{flag!r} is not of the form --key=value or --key value; a value that holds '=' "
+                "goes into a file for --config_files"
             )
 
 

@@ -34,6 +34,7 @@ from recbole_gacllm.compat_evaluation import (
     plain_metrics,
     validation_of_one_epoch,
 )
+from recbole_gacllm.config import literal
 from recbole_gacllm.import_hooks import after_import, around_import
 
 _logger = logging.getLogger(__name__)
@@ -118,6 +119,42 @@ def torch_load_default(_utils: ModuleType) -> None:
         return original(*args, **kwargs)
 
     torch.load = load
+
+
+def literals(module: Any) -> None:
+    """Read values of the command line, of ``config_dict`` and of space files as literals.
+
+    Cause: ``Config._convert_config_dict`` and ``HyperTuning`` call ``eval`` on them: a value that
+    comes with a file of somebody else runs as code, and a value ``key`` or ``param`` becomes what
+    RecBole's own variable of that name holds. Their modules get an ``eval`` of their own, which
+    gives literals the same values; a value that is none stays a string.
+    Upstream: none reported. End: a RecBole release that does not call ``eval``.
+    """
+
+    def read(text: str) -> Any:
+        try:
+            return literal(text)
+        except ValueError as error:
+            raise SyntaxError(str(error)) from error  # what ``_convert_config_dict`` waits for
+
+    module.eval = read
+
+
+def teacher_by_name(kd_dagfm: Any) -> None:
+    """Look KD_DAGFM's teacher network up by its name.
+
+    Cause: its constructor calls ``eval`` on the key ``teacher``, which may come from the
+    configuration of a run that somebody else made.
+    Upstream: none reported. End: a RecBole release that does not call ``eval``.
+    """
+
+    def network(name: str) -> Any:
+        found = vars(kd_dagfm).get(name)
+        if not isinstance(found, type):
+            raise ValueError(f"teacher: {name!r} is no network of KD_DAGFM, such as CrossNet.")
+        return found
+
+    kd_dagfm.eval = network
 
 
 def known_warnings(_utils: ModuleType) -> None:
@@ -274,6 +311,8 @@ REPAIRS: dict[Callable[[Any], None], tuple[str, ...]] = {
     plain_metrics: ("recbole.evaluator.evaluator",),
     counts_beside_tensors: ("recbole.evaluator.collector",),
     validation_of_one_epoch: ("recbole.trainer.trainer",),
+    literals: ("recbole.config.configurator", "recbole.trainer.hyper_tuning"),
+    teacher_by_name: ("recbole.model.context_aware_recommender.kd_dagfm",),
     known_warnings: ("recbole.utils.utils",),
     hyperopt_random_state: ("recbole.trainer.hyper_tuning",),
     gloo_on_cpu: ("recbole.config.configurator",),

@@ -7,6 +7,7 @@ frozen, checked view of our keys in the result.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import functools
@@ -94,6 +95,20 @@ def check_keys(external: Mapping[str, Any], others: Collection[str] = ()) -> Non
                 f"unknown key {key!r}: {hint} All keys stand in docs/config.md and in "
                 f"{shipped_path('properties', 'model', 'GaCLLM.yaml')}."
             )
+
+
+def literal(text: str) -> Any:
+    """What a Python literal stands for: numbers, strings, lists, tuples, dicts, None, True, False.
+
+    Nothing is evaluated, so text of any origin may be given.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{text!r} is not a literal value.") from error
 
 
 _Check = Callable[[Any], str | None]

@@ -39,6 +39,7 @@ from recbole.utils import (
 
 from recbole_gacllm import __version__, artifacts, run_folder
 from recbole_gacllm.descriptions.audit import audit_leakage
+from recbole_gacllm.descriptions.names import NAMES, names_file_of
 from recbole_gacllm.descriptions.quality import layer_qualities
 from recbole_gacllm.descriptions.quality_lines import quality_lines
 from recbole_gacllm.descriptions.reading import RunDescriptions
@@ -262,10 +263,14 @@ def _text_record(
             items = data._dataset.id2token(data._dataset.iid_field, inter[data._dataset.iid_field])
             heldout += list(zip(users.tolist(), items.tolist(), strict=True))
         stages["leakage_audit"] = audit_leakage(
-            folders["inputs"], folders["descriptions"], heldout, seed=config["seed"]
+            folders["inputs"],
+            folders["descriptions"],
+            heldout,
+            seed=config["seed"],
+            names_file=names_file_of(folders),
         )
         logger.info("leakage audit: %s", json.dumps(stages["leakage_audit"]))
-        found = RunDescriptions(folders["descriptions"])
+        found = RunDescriptions(folders["descriptions"], names_file=names_file_of(folders))
         layers = list(layer_qualities(found, _N_SAMPLES, config["seed"]))
         for layer in layers:
             logger.info("descriptions, %s", "\n".join(quality_lines(layer)))
@@ -283,7 +288,11 @@ def _write_record(run_file: Path, record: dict[str, Any]) -> None:
 
 
 def _manifests(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    return {stage: artifacts.read_manifest(path) or {} for stage, path in folders.items()}
+    return {
+        stage: artifacts.read_manifest(path) or {}
+        for stage, path in folders.items()
+        if stage != NAMES
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -102,7 +102,10 @@ def test_export_writes_one_row_for_each_node_and_layer(described, tmp_path, suff
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset=ml-100k", "--epochs", "3"], "'--epochs' is not of the form --key=value"),
+        (["--dataset=ml-100k", "--epochs"], "'--epochs' is not of the form --key=value or"),
+        (["--dataset", "ml-100k", "3"], "'3' is not of the form --key=value or --key value"),
+        (["--dataset", "ml-100k", "--text_user_noun", "a=b"], "goes into a file"),
+        (["import-descriptions", "a=b.csv", "--dataset=x"], "goes into a file"),
         (["--dataset=ml-100k", "--a=b=c"], "goes into a file"),
         (["--dataset=ml-100k", "--preset=qick"], "invalid choice: 'qick'"),
         (["--model=BPR"], "--dataset"),
@@ -136,6 +139,22 @@ def test_a_wrong_value_ends_in_one_line_before_any_stage(arguments, message, cap
         main()
     assert end.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_blank_stands_for_the_equals_sign_of_every_flag_with_one_value():
+    parser = cli_common.command_parser("x", "", "")
+    parser.add_argument("file", nargs="?")
+    parser.add_argument("--dataset")
+    parser.add_argument("--answers", nargs="+")
+    cli_common.add_verbosity(parser)
+    arguments = ["--dataset", "tiny", "--epochs", "3", "--quiet", "a.csv", "--k", "-1", "--b=2"]
+    joined = ["--dataset=tiny", "--epochs=3", "--quiet", "a.csv", "--k=-1", "--b=2"]
+    assert cli_common.with_equals_signs(parser, arguments) == joined
+    assert cli_common.with_equals_signs(parser, joined) == joined
+    known, keys = cli_common.parse_with_keys(parser, [*arguments, "--answers", "x", "y"])
+    assert (known.dataset, known.file, known.quiet) == ("tiny", "a.csv", True)
+    assert known.answers == ["x", "y"]
+    assert keys == {"epochs": "3", "k": "-1", "b": "2"}
 
 
 def test_help_names_the_presets_and_the_other_commands_and_is_quick_to_load():

@@ -144,6 +144,47 @@ else:
     raise AssertionError("a caller outside RecBole got weights_only=False")
 """,
     ),
+    "a value of the configuration is a literal or a string and never runs": (
+        "literals",
+        """
+values = {"a": "1e-2", "b": "[1, 'x', None]", "c": "{'k': (1, -2)}", "d": "true", "e": " 7",
+          "f": "key", "g": "open('made', 'w').close()", "h": "max", "i": "1/0", "j": "10**9"}
+made = config("BPR", **values)
+read = [made[name] for name in values]
+assert read == [.01, [1, "x", None], {"k": (1, -2)}, True, 7, "key", values["g"], "max", "1/0",
+                "10**9"], read
+sys.argv = ["driver", "--note=param", "--call=open('made','w')", "--epochs=3"]
+made = config("BPR")
+assert (made["note"], made["call"], made["epochs"]) == ("param", "open('made','w')", 3)
+from recbole.trainer import HyperTuning
+with open("space.hyper", "w") as file:
+    file.write("embedding_size choice [8,16]")
+assert list(HyperTuning(None, params_file="space.hyper").space) == ["embedding_size"]
+with open("space.hyper", "w") as file:
+    file.write("embedding_size choice [open('made','w')]")
+try:
+    HyperTuning(None, params_file="space.hyper")
+except SyntaxError as error:
+    assert "is not a literal value" in str(error)
+else:
+    raise AssertionError("a space that is no literal was taken")
+assert not os.path.exists("made")
+""",
+    ),
+    "the teacher of KD_DAGFM is looked up by name": (
+        "teacher_by_name",
+        """
+keys = {"load_col": None, "threshold": {"rating": 3}, "LABEL_FIELD": "label",
+        "metrics": ["AUC"], "valid_metric": "AUC", "eval_args": {"mode": "labeled"},
+        "phase": "teacher_training"}
+run("KD_DAGFM", **keys)
+try:
+    run("KD_DAGFM", teacher="open('made', 'w')", **keys)
+except ValueError as error:
+    assert "is no network of KD_DAGFM" in str(error), error
+assert not os.path.exists("made")
+""",
+    ),
     "a result reads as plain numbers": (
         "plain_metrics",
         'assert "np.float64" not in repr(run("BPR", saved=False)["test_result"])',

@@ -216,7 +216,8 @@ def test_the_command_fills_the_layers_that_a_run_then_finds(settings, tmp_path, 
     with file.open("a") as rows:
         rows.write("user,u99,1,Nobody.\n")
     keys = [f"--{name}={settings[name]}" for name in ("data_path", "artifact_dir")]
-    main(["import-descriptions", str(file), "--dataset=tiny", *keys])
+    with_blanks = [part for key in keys for part in key.split("=")]
+    main(["import-descriptions", str(file), "--dataset", "tiny", *with_blanks])
     out = capsys.readouterr().out
     assert "layer 1: 53 nodes have an imported text" in out
     assert "1 are not in the file and keep the text of the layer below (item i3)" in out

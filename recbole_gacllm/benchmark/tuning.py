@@ -10,7 +10,6 @@ parameters, finds the finished trials by what determines them, and goes on.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import csv
 import difflib
@@ -44,6 +43,7 @@ from recbole_gacllm.benchmark.leaderboard import (
 )
 from recbole_gacllm.benchmark.plan import FIRST_SEED, Job, make_plan
 from recbole_gacllm.benchmark.space import Space
+from recbole_gacllm.config import literal
 from recbole_gacllm.errors import GaCLLMError
 
 logger = logging.getLogger(__name__)
@@ -262,6 +262,6 @@ def _write_best(search: Search, hyper: HyperTuning, algo: str) -> Path:
 def _literal(value: Any) -> Any:
     """``'[128,64]'``, as RecBole's spaces write a list, as the list."""
     if isinstance(value, str):
-        with contextlib.suppress(ValueError, SyntaxError):
-            return ast.literal_eval(value)
+        with contextlib.suppress(ValueError):
+            return literal(value)
     return value

@@ -9,7 +9,6 @@ ml-100k under two ids; "Halloween" is in the name "Halloween H20").
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from recbole_gacllm.descriptions.layers import Layer, layer_files
+from recbole_gacllm.descriptions.names import read_names
 from recbole_gacllm.descriptions.neighbors import TrainGraph
 
 # Shorter names ("Go", "M") are found in any text.
@@ -26,7 +26,11 @@ _MIN_NAME_CHARS = 4
 
 
 def audit_leakage(
-    inputs: Path, descriptions: Path, heldout: Sequence[tuple[str, str]], seed: int
+    inputs: Path,
+    descriptions: Path,
+    heldout: Sequence[tuple[str, str]],
+    seed: int,
+    names_file: Path | None = None,
 ) -> dict[str, Any]:
     """Compare mentions of held-out items with mentions of matched random items.
 
@@ -35,6 +39,7 @@ def audit_leakage(
         descriptions: Folder of the descriptions stage.
         heldout: (user token, item token) of the validation and test interactions.
         seed: Of the draw of matched items.
+        names_file: The run's own names of items; None takes those that were written last.
 
     Returns:
         ``n_pairs`` compared; ``heldout_mentions`` and ``matched_mentions``, how many of them name
@@ -44,7 +49,7 @@ def audit_leakage(
         training edges too, which must be 0 unless the data repeats interactions.
     """
     graph = TrainGraph.load(inputs / "graph.npz")
-    names: dict[str, str] = json.loads((inputs / "item_names.json").read_text("utf-8"))
+    names = read_names(inputs, names_file)
     user_of = {token: index for index, token in enumerate(graph.user_tokens.tolist())}
     item_of = {token: index for index, token in enumerate(graph.item_tokens.tolist())}
     texts = [""] * len(user_of)

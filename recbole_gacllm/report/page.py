@@ -49,12 +49,13 @@ class Section:
     is_left_out: bool = False
 
 
-def write_report(path: Path, output: Path | None = None) -> Path:
+def write_report(path: Path, output: Path | None = None, artifact_dir: Path | None = None) -> Path:
     """Write the page of a run or a leaderboard.
 
     Args:
         path: A ``run.json``, its folder, or the folder of a leaderboard.
         output: The file; default ``report.html`` beside what it shows.
+        artifact_dir: Where to look for artefacts that were moved away from the run.
 
     Returns:
         The file.
@@ -63,7 +64,10 @@ def write_report(path: Path, output: Path | None = None) -> Path:
         ValueError: If there is neither a run nor a leaderboard.
         GaCLLMError: If the file cannot be written, or splits of a leaderboard differ.
     """
-    page = _leaderboard_page(path) if (path / PLAN_FILE).is_file() else _run_page(Source.read(path))
+    if (path / PLAN_FILE).is_file():
+        page = _leaderboard_page(path, artifact_dir)
+    else:
+        page = _run_page(Source.read(path, artifact_dir))
     target = output or (path if path.is_dir() else path.parent) / "report.html"
     artifacts.write_atomic(target, page.encode("utf-8", "backslashreplace"))
     return target
@@ -85,7 +89,7 @@ def _run_page(source: Source) -> str:
     return _render(subtitle, "Run", tiles[:5], _facts(record, counts), parts, data)
 
 
-def _leaderboard_page(folder: Path) -> str:
+def _leaderboard_page(folder: Path, artifact_dir: Path | None) -> str:
     found = Board.read(folder)
     parts: list[Section] = []
     boards = board_sections.read_board(found)
@@ -109,7 +113,7 @@ def _leaderboard_page(folder: Path) -> str:
             f"{run.record['seed']}, {run.name}. For another, give its folder to the command report."
         )
         parts.append(Section("texts", "GaCLLM’s texts", f"<p>{escape(words)}</p>"))
-        data = _add_text_sections(parts, Source.read(run.folder))
+        data = _add_text_sections(parts, Source.read(run.folder, artifact_dir))
     else:
         parts.append(_absent("texts", "Texts", "no finished run of this leaderboard used texts"))
     first = boards[0]
