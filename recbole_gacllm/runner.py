@@ -37,6 +37,7 @@ from recbole.utils import (
 )
 
 from recbole_gacllm import __version__, artifacts
+from recbole_gacllm.data import user_names
 from recbole_gacllm.descriptions.audit import audit_leakage
 from recbole_gacllm.descriptions.quality import layer_qualities
 from recbole_gacllm.descriptions.quality_lines import quality_lines
@@ -244,7 +245,7 @@ def _text_record(
         }
         for stage, manifest in manifests.items()
     }
-    if "descriptions" in folders:
+    if "descriptions" in folders or manifests["inputs"].get("n_imported"):
         heldout = []
         for data in (valid_data, test_data):
             inter = data._dataset.inter_feat
@@ -252,9 +253,14 @@ def _text_record(
             items = data._dataset.id2token(data._dataset.iid_field, inter[data._dataset.iid_field])
             heldout += list(zip(users.tolist(), items.tolist(), strict=True))
         stages["leakage_audit"] = audit_leakage(
-            folders["inputs"], folders["descriptions"], heldout, seed=config["seed"]
+            folders["inputs"],
+            folders.get("descriptions"),
+            heldout,
+            seed=config["seed"],
+            user_names=user_names(config),
         )
         logger.info("leakage audit: %s", json.dumps(stages["leakage_audit"]))
+    if "descriptions" in folders:
         found = RunDescriptions(folders["descriptions"])
         layers = list(layer_qualities(found, _N_SAMPLES, config["seed"]))
         for layer in layers:

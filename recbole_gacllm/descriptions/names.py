@@ -1,4 +1,4 @@
-"""What an item is called, for the leakage audit and the command line."""
+"""What an item is called, for the leakage audit and the command line; and a user, for the audit."""
 
 from __future__ import annotations
 
@@ -47,3 +47,20 @@ def item_names(
         name = None if value is None else render({chosen: value})
         names[token] = cut_at_word(one_line(name or ""), _MAX_CHARS) or token
     return names
+
+
+def names_of_people(features: pd.DataFrame) -> dict[str, str]:
+    """Names of users by raw token: of the first field called so whose values tell users apart.
+
+    Args:
+        features: From :func:`.text.read_features`.
+    """
+    for field in features.columns:
+        values = features[field].dropna()
+        if "name" in str(field).lower() and 2 * values.nunique() > len(values):
+            told = {str(token): value for token, value in values.items()}
+            return {
+                token: one_line(value if isinstance(value, str) else " ".join(value))
+                for token, value in told.items()
+            }
+    return {}
