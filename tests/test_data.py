@@ -87,6 +87,41 @@ def test_no_projection_sees_more_than_some_rows_in_float32(texts, monkeypatch):
     assert torch.allclose(result, projection(texts.rows(0, nodes)), atol=1e-6)
 
 
+@pytest.fixture
+def load(tmp_path, texts):
+    """Loads the files of ``texts`` and a second layer, as another source of texts."""
+    table = np.random.default_rng(2).standard_normal((N_USERS + N_ITEMS, WIDTH))
+    np.save(tmp_path / "embeddings" / "layer_1.npy", table.astype(np.float16))
+    folders = {name: tmp_path / name for name in ("inputs", "embeddings")}
+    tokens = Layer.read(tmp_path / "inputs" / "layer_0.parquet").tokens
+    graph = SimpleNamespace(tokens=lambda side: np.array(tokens[side]))
+
+    def load(text_source: str, seed: int = 1) -> TextLayers:
+        options = SimpleNamespace(text_source=text_source)
+        return TextLayers.load(folders, 2, options, SimpleNamespace(graph=graph, seed=seed))
+
+    return load
+
+
+def test_each_layer_is_read_from_its_own_file(load, tmp_path):
+    made = load("generated")
+    for layer in range(2):
+        table = np.load(tmp_path / "embeddings" / f"layer_{layer}.npy").astype(np.float32)
+        rows = made.rows(layer, torch.arange(1, N_USERS + 1)).numpy()
+        assert np.array_equal(rows, table[:N_USERS])
+
+
+def test_shuffled_gives_the_nodes_of_both_sides_texts_of_others_of_their_side(load):
+    plain = load("generated").row_of_node
+    shuffled = load("shuffled").row_of_node
+    assert not torch.equal(shuffled, load("shuffled", seed=2).row_of_node)
+    assert torch.equal(shuffled, load("shuffled").row_of_node)
+    for nodes in (slice(1, N_USERS + 1), slice(N_USERS + 2, None)):
+        assert torch.equal(shuffled[nodes].sort().values, plain[nodes])
+        assert (shuffled[nodes] == plain[nodes]).float().mean() < 0.01
+    assert shuffled[[0, N_USERS + 1]].tolist() == [-1, -1]
+
+
 def test_item_mean_gives_a_user_the_mean_of_the_training_items_and_leaves_items_alone(
     texts, tmp_path
 ):

@@ -117,6 +117,28 @@ def test_text_and_its_weight_change_the_scores(settings, fake_texts):
     assert not torch.allclose(scores[1], scores[2])
 
 
+@pytest.mark.parametrize("loss_type", ["BPR", "SSM"])
+@pytest.mark.parametrize("key", ["align_weight", "reg_weight"])
+def test_the_loss_grows_linearly_with_the_weight_of_a_term(settings, fake_texts, loss_type, key):
+    losses = []
+    for weight in (0.0, 0.5, 2.0):
+        model, train, _, _ = build("GaCLLM", settings, loss_type=loss_type, **{key: weight})
+        model.eval()  # without dropout
+        torch.manual_seed(0)
+        losses.append(model.calculate_loss(next(iter(train))))
+    assert losses[1] > losses[0] + 0.01
+    assert torch.allclose(losses[2] - losses[0], 4 * (losses[1] - losses[0]), rtol=1e-3)
+
+
+def test_each_layer_of_texts_has_a_projection_of_its_own(settings, fake_texts):
+    model, _, _, _ = build("GaCLLM", settings)
+    model.eval()
+    nodes = torch.arange(1, 6)
+    for layer, projected in enumerate(model.project(nodes)):
+        alone = model.projections[layer](model.texts.rows(layer, nodes))
+        assert torch.allclose(projected, alone, atol=1e-6)
+
+
 def test_padding_has_no_text(settings, fake_texts):
     model, _, _, _ = build("GaCLLM", settings)
     pads = torch.tensor([0, model.n_users])
