@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from recbole_gacllm import artifacts
+from recbole_gacllm.descriptions import audit
 from recbole_gacllm.descriptions.audit import audit_leakage, verdict
 from recbole_gacllm.descriptions.layers import Layer
 from recbole_gacllm.descriptions.mentions import Marks
@@ -136,6 +138,41 @@ def test_what_raw_texts_of_training_items_name_is_no_leak(data):
     assert report["n_known_texts"] > 10
     assert report["heldout_mentions"] == report["matched_mentions"] == 0
     assert report["n_heldout"] == report["n_pairs"] + report["n_known_texts"]
+
+
+def test_only_texts_that_a_prompt_shows_are_known(data):
+    def sequels(item):
+        return f"As funny as {data.names[data.items[(item + 1) % N_ITEMS]]}."
+
+    data.layer(item=sequels).write(data.inputs / "layer_0.parquet")
+    key = {"neighbor_rule": "random", "n_neighbors": 1, "seed": 1}
+    counts = []
+    for made in (key, {**key, "n_neighbors": 99}, {**key, "imported": "digest"}, {}):
+        manifest = {"stage": "descriptions", "key": made}
+        artifacts.write_manifest(data.descriptions, manifest)
+        counts.append(data.audit()["n_known_texts"])
+    assert 0 < counts[0] < counts[1] / 3
+    assert counts[1] == counts[2] == counts[3]
+
+
+def test_what_features_of_a_node_name_is_no_leak(data):
+    def bio(user):
+        return f"Favourites: {', '.join(data.names[item] for item in data.of_user(user))}."
+
+    data.layer(user=bio).write(data.inputs / "layer_0.parquet")
+    report = data.audit(bio)
+    assert report["n_pairs"] == report["n_heldout"]
+    assert report["heldout_mentions"] == report["matched_mentions"] == 0
+
+
+def test_the_p_value_is_the_least_of_the_kinds_times_their_number():
+    def kind(heldout, matched):
+        pairs = [(True, False)] * heldout + [(False, True)] * matched + [(True, True)] * 5
+        return dict(zip(("heldout", "matched"), np.array(pairs).T, strict=True))
+
+    kinds = {"names": kind(6, 0), "parts": kind(3, 3), "ids": kind(0, 0)}
+    assert audit._p_value(kinds) == pytest.approx(2 * 0.5**6)
+    assert audit._p_value({"ids": kind(0, 0)}) is None
 
 
 def test_a_held_out_pair_in_the_training_graph_is_counted(data):
@@ -321,8 +358,6 @@ def test_verdict_of_a_record_of_an_older_version():
 
 
 def test_matches_are_of_nearly_the_same_popularity(data, monkeypatch):
-    from recbole_gacllm.descriptions import audit
-
     drawn = []
     matched = audit._matched
 

@@ -257,8 +257,9 @@ def leakage(source: Source) -> str:
     words = (
         "Each held-out item is compared with an item of nearly the same popularity that the user "
         "never touched: does the user's text name the item, or the item's text the user? If texts "
-        "knew the future, held-out pairs would be named more often. Names in another language or "
-        "with other endings, nicknames and hints without a name are not seen."
+        "knew the future, held-out pairs would be named more often; so they would be if texts "
+        "guessed well. Names in another language or with other endings, nicknames and hints "
+        "without a name are not seen."
     )
     if audit["heldout_mentions"] == audit["matched_mentions"] == 0:
         words += " These texts name neither, so the comparison has little to see."
