@@ -222,9 +222,11 @@ def _id_marks(id_: str) -> list[tuple[str, int]]:
     """An id's words and how they must be written; ``#5`` is a number behind "user" or "item"."""
     words = _plain_words(id_)
     joined = "".join(words)
+    is_short = joined.isalpha() and not _is_long(words)
     if joined.isdigit() and len(joined) < _MIN_ID_DIGITS:
-        return [(f"#{joined}", _ANYHOW)]
-    is_short = joined.isalpha() and len(joined) < _MIN_NAME_CHARS
+        if len(words) == 1:
+            return [(f"#{joined}", _ANYHOW)]
+        is_short = True  # "4.5" may be a rating
     return [(" ".join(words), _STANDS_OUT if is_short else _ANYHOW)] if words else []
 
 
