@@ -155,6 +155,18 @@ def test_only_texts_that_a_prompt_shows_are_known(data):
     assert counts[1] == counts[2] == counts[3]
 
 
+def test_the_result_does_not_depend_on_how_many_nodes_are_looked_at_at_once(data, monkeypatch):
+    data.layer(item=lambda item: data.names[data.items[item - 1]]).write(
+        data.inputs / "layer_0.parquet"
+    )
+    texts = [", ".join(list(data.names.values())[user : user + 15]) for user in range(N_USERS)]
+    whole = data.audit(lambda user: texts[user])
+    monkeypatch.setattr(audit, "_ROWS_AT_ONCE", 7)
+    assert data.audit(lambda user: texts[user]) == whole
+    assert whole["n_known_texts"] > 10
+    assert whole["heldout_mentions"] > 5
+
+
 def test_what_features_of_a_node_name_is_no_leak(data):
     def bio(user):
         return f"Favourites: {', '.join(data.names[item] for item in data.of_user(user))}."
