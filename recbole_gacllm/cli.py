@@ -151,13 +151,17 @@ def _print_summary(record: dict[str, Any], run_file: Path | None) -> None:
     for stage, figures in record.get("stages", {}).items():
         print(f"{stage:<13}{_stage_line(figures)}")
     if "leakage_audit" in record:
+        from recbole_gacllm.descriptions.audit import verdict
+
         audit = record["leakage_audit"]
         p_value = "" if audit["p_value"] is None else f" (p = {audit['p_value']:.2g})"
         print(
-            f"{'leakage':<13}{audit['heldout_mentions']} of {audit['n_pairs']} held-out items are "
-            f"named in their user's texts, {audit['matched_mentions']} of as many matched items"
+            f"{'leakage':<13}{audit['heldout_mentions']} of {audit['n_pairs']} held-out pairs are "
+            f"named in their texts, {audit['matched_mentions']} of as many matched pairs"
             f"{p_value}"
         )
+        if verdict(audit) == "unseen":
+            print(f"{'':<13}only {audit['n_checkable']} of {audit['n_heldout']} could be checked")
     print()
     for stage, folder in record.get("artifacts", {}).items():
         print(f"{stage:<13}{folder}")

@@ -38,6 +38,7 @@ from recbole.utils import (
 )
 
 from recbole_gacllm import __version__, artifacts, run_folder
+from recbole_gacllm.data import user_names
 from recbole_gacllm.descriptions.audit import audit_leakage
 from recbole_gacllm.descriptions.names import NAMES, names_file_of
 from recbole_gacllm.descriptions.quality import layer_qualities
@@ -255,7 +256,7 @@ def _text_record(
         }
         for stage, manifest in manifests.items()
     }
-    if "descriptions" in folders:
+    if "descriptions" in folders or manifests["inputs"].get("n_imported"):
         heldout = []
         for data in (valid_data, test_data):
             inter = data._dataset.inter_feat
@@ -264,12 +265,14 @@ def _text_record(
             heldout += list(zip(users.tolist(), items.tolist(), strict=True))
         stages["leakage_audit"] = audit_leakage(
             folders["inputs"],
-            folders["descriptions"],
+            folders.get("descriptions"),
             heldout,
             seed=config["seed"],
+            user_names=user_names(config),
             names_file=names_file_of(folders),
         )
         logger.info("leakage audit: %s", json.dumps(stages["leakage_audit"]))
+    if "descriptions" in folders:
         found = RunDescriptions(folders["descriptions"], names_file=names_file_of(folders))
         layers = list(layer_qualities(found, _N_SAMPLES, config["seed"]))
         for layer in layers:

@@ -253,6 +253,18 @@ def test_other_texts_are_not_resumed_from_an_older_attempt(
     assert out_file.read_bytes() == fresh.read_bytes()
 
 
+@pytest.mark.parametrize("change", ["dtype", "batch_size", "model"])
+def test_an_attempt_of_another_encoder_is_not_resumed(
+    tiny_encoder: Path, out_file: Path, change: str
+) -> None:
+    TextEncoder(tiny_encoder, "float32", 4, "cpu").encode_to_file(TEXTS, out_file)
+    if change == "model":
+        os.utime(tiny_encoder / "model.safetensors", (1, 1))
+    dtype = "bfloat16" if change == "dtype" else "float32"
+    encoder = TextEncoder(tiny_encoder, dtype, 2 if change == "batch_size" else 4, "cpu")
+    assert encoder.encode_to_file(TEXTS, out_file).n_resumed == 0
+
+
 def test_a_damaged_journal_starts_anew_and_says_so(
     encoder: TextEncoder, out_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""What an item is called, for the leakage audit, the report and the command line.
+"""What an item is called, for the leakage audit, the report and the command line; and a user.
 
 Names are of a run, not of its texts: ``text_item_name_field`` may differ between runs that share
 the folder of the inputs. So each set of names has a file of its own there, named by its content,
@@ -97,3 +97,20 @@ def names_file_of(folders: Mapping[str, Path]) -> Path | None:
     if own is None and "inputs" in folders and (folders["inputs"] / _OLD_FILE).is_file():
         return folders["inputs"] / _OLD_FILE
     return own
+
+
+def names_of_people(features: pd.DataFrame) -> dict[str, str]:
+    """Names of users by raw token: of the first field called so whose values tell users apart.
+
+    Args:
+        features: From :func:`.text.read_features`.
+    """
+    for field in features.columns:
+        values = features[field].dropna()
+        if "name" in str(field).lower() and 2 * values.nunique() > len(values):
+            told = {str(token): value for token, value in values.items()}
+            return {
+                token: one_line(value if isinstance(value, str) else " ".join(value))
+                for token, value in told.items()
+            }
+    return {}
