@@ -11,6 +11,7 @@ from typing import Any
 
 from recbole_gacllm import cli_benchmark, cli_common, cli_descriptions, cli_report
 from recbole_gacllm.config import preset_names
+from recbole_gacllm.console import flush, one_line, prepare, say
 from recbole_gacllm.errors import GaCLLMError
 
 _RUN_EPILOG = """\
@@ -49,6 +50,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; errors of input and of stages end in one line and exit code 2 or 1."""
+    prepare()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if cli_common.completing():
         arguments = cli_common.words_to_complete(_COMMANDS)
@@ -59,17 +61,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             _run(arguments)
     except GaCLLMError as error:
         _fail(error, 1)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:  # the latter of RecBole: no such setting
         if not _is_about_input(error):
             raise
         _fail(error, 2)
     except KeyboardInterrupt:
         print("interrupted; start again to resume: what was finished is kept", file=sys.stderr)
         sys.exit(130)
+    finally:
+        flush()
 
 
 def _fail(error: Exception, exit_code: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(exit_code)
 
 
@@ -120,31 +124,31 @@ def _run(arguments: list[str]) -> None:
 
 def _print_summary(record: dict[str, Any], run_file: Path | None) -> None:
     """The result and where every file lies."""
-    print(f"\n{record['model']} on {record['dataset']}, seed {record['seed']}")
+    say("", f"{record['model']} on {record['dataset']}, seed {record['seed']}")
     metrics = list(record["test"])
-    print("         " + " ".join(f"{name:>12}" for name in metrics))
+    say("         " + " ".join(f"{name:>12}" for name in metrics))
     for split in ("valid", "test"):
         values = [record[split].get(name) for name in metrics]
         cells = [f"{'-' if value is None else format(value, '.4f'):>12}" for value in values]
-        print(f"{split:<9}" + " ".join(cells))
+        say(f"{split:<9}" + " ".join(cells))
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in record["seconds"].items())
-    print(f"time     {seconds}\n")
+    say(f"time     {seconds}", "")
     for stage, figures in record.get("stages", {}).items():
-        print(f"{stage:<13}{_stage_line(figures)}")
+        say(f"{stage:<13}{_stage_line(figures)}")
     if "leakage_audit" in record:
         audit = record["leakage_audit"]
         p_value = "" if audit["p_value"] is None else f" (p = {audit['p_value']:.2g})"
-        print(
+        say(
             f"{'leakage':<13}{audit['heldout_mentions']} of {audit['n_pairs']} held-out items are "
             f"named in their user's texts, {audit['matched_mentions']} of as many matched items"
             f"{p_value}"
         )
-    print()
+    say("")
     for stage, folder in record.get("artifacts", {}).items():
-        print(f"{stage:<13}{folder}")
+        say(f"{stage:<13}{folder}")
     if record["checkpoint"]:
-        print(f"{'checkpoint':<13}{record['checkpoint']}")
-    print(f"{'run':<13}{run_file}")
+        say(f"{'checkpoint':<13}{record['checkpoint']}")
+    say(f"{'run':<13}{run_file}")
 
 
 def _stage_line(figures: dict[str, Any]) -> str:

@@ -11,11 +11,13 @@ import recbole
 import yaml
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
+from recbole.evaluator.register import metrics_dict
 from recbole.utils import ModelType, get_model, init_seed
 
 from recbole_gacllm.config import GaCLLMConfig, shipped_path
 from recbole_gacllm.data import TrainingData
 from recbole_gacllm.registration import MODELS
+from recbole_gacllm.run_checks import check_metrics, check_values
 
 _RECBOLE = Path(recbole.__file__).parent
 # RecBole's documentation of each: "this model is a non-sampling model, so you must set
@@ -38,7 +40,7 @@ def build_config(
     the times are loaded, unless the user says which columns are.
 
     Raises:
-        ValueError: If the model or a config file is unknown, a key of ours is bad, or a split by
+        ValueError: If the model or a config file is unknown, a value of a key is bad, or a split by
             time would have no times.
     """
     model_class = _find_model(model)
@@ -46,8 +48,12 @@ def build_config(
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f"config_files: {file!r} is not a file.")
+        _check_yaml(file)
     overrides = dict(config_dict or {})
     given, defaults = _external_and_internal(model, model_class, dataset, files, overrides)
+    overall = yaml.safe_load((_RECBOLE / "properties" / "overall.yaml").read_text("utf-8"))
+    check_values(given, overall, {} if model in MODELS else defaults)
+    check_metrics({**defaults, **given}, metrics_dict.keys())
     _check_dataset(dataset, {**defaults, **given}["data_path"])
     takes_features = model_class.type in (
         ModelType.CONTEXT,
@@ -67,6 +73,16 @@ def build_config(
     config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
     _check_times(config)
     return config
+
+
+def _check_yaml(file: str) -> None:
+    """Refuse a file that holds no keys, with the place of the mistake."""
+    try:
+        content = yaml.safe_load(Path(file).read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config_files: {file!r} is not yaml in UTF-8: {error}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"config_files: {file!r} holds no lines of the form 'key: value'.")
 
 
 def _find_model(model: str) -> Any:

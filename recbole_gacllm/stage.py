@@ -19,7 +19,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recbole_gacllm import artifacts, integrity
+from recbole_gacllm import artifacts, console, integrity
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.descriptions import text
 from recbole_gacllm.descriptions.convolution import Convolution
@@ -298,6 +298,7 @@ def main() -> None:
     if not by_torchrun:
         artifacts.die_with_parent()
     name, folder = sys.argv[1], Path(sys.argv[2])
+    console.prepare()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )

@@ -103,6 +103,11 @@ def test_export_writes_one_row_for_each_node_and_layer(described, tmp_path, suff
         (["--dataset=ml-100k", "--epochs", "3"], "'--epochs' is not of the form --key=value"),
         (["--dataset=ml-100k", "--a=b=c"], "goes into a file"),
         (["--dataset=ml-100k", "--preset=qick"], "invalid choice: 'qick'"),
+        (["--dataset=ml-100k", "--epochs=3", "--epochs=4"], "--epochs is given twice"),
+        (["--dataset=ml-100k", "--dataset=ml-1m"], "--dataset is given twice"),
+        (["audit", "x", "--seed=1", "--seed=2"], "--seed is given twice"),
+        (["audit", "x", "--seed=abc"], "invalid int value: 'abc'"),
+        (["leaderboard", "--models=Pop", "--datasets=x", "--seeds=many"], "invalid int value"),
         (["--model=BPR"], "--dataset"),
         (["describe", "--user=1"], "give either --dataset or --run"),
         (["export-descriptions", "--dataset=x", "--output=a.txt"], ".parquet or .csv"),
@@ -112,7 +117,10 @@ def test_a_wrong_command_line_is_refused_with_the_reason(arguments, message, cap
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -122,7 +130,27 @@ def test_a_wrong_command_line_is_refused_with_the_reason(arguments, message, cap
         (["--dataset=ml-100q"], "dataset: 'ml-100q' .* ml-100k"),
         (["--config_files=none.yaml"], "config_files: 'none.yaml' is not a file"),
         (["--llm_modle=x"], "unknown key 'llm_modle': did you mean llm_model"),
+        (["--config_files=list.yaml"], "config_files: 'list.yaml' holds no lines of the form"),
+        (["--config_files=bad.yaml"], "config_files: 'bad.yaml' is not yaml .* line 1"),
+        (["--config_files=latin.yaml"], "config_files: 'latin.yaml' is not yaml in UTF-8"),
         (["--embedding_size=many"], "embedding_size: 'many' is a str; it must be int"),
+        (["--seed=abc"], "seed: 'abc' is a str; it must be a whole number"),
+        (["--seed=1.5"], "seed: 1.5 is a float; it must be a whole number"),
+        (["--seed=-1"], "seed: -1 must be at least 0 and at most 4294967295"),
+        (["--seed=4294967296"], "seed: 4294967296 must be at least 0 and at most"),
+        (["--epochs=True"], "epochs: True is a bool; it must be a whole number"),
+        (["--epochs=-1"], "epochs: -1 must be at least 0"),
+        (["--train_batch_size=0"], "train_batch_size: 0 must be at least 1"),
+        (["--learning_rate=fast"], "learning_rate: 'fast' is a str; it must be a number"),
+        (["--use_gpu=maybe"], "use_gpu: 'maybe' is a str; it must be True or False"),
+        (["--eval_args=full"], "eval_args: 'full' is a str; it must be a dictionary"),
+        (["--topk=ten"], "topk: 'ten' is a str; it must be a whole number or a list"),
+        (["--topk=[5,'a']"], "topk: .* it must be a whole number or a list"),
+        (["--metrics=NGDC"], "metrics: 'NGDC' is not a metric of RecBole; near names: ndcg"),
+        (["--valid_metric=MAP@10"], "valid_metric: 'MAP@10' is not computed"),
+        (["--model=BPR", "--topk=5"], r"valid_metric: 'MRR@10' .* one of topk \(5\)"),
+        (["--model=LightGCN", "--n_layers=two"], "n_layers: 'two' is a str; it must be a number"),
+        (["--model=BPR", "--eval_args={'order':'XX'}"], "method .XX. has not been implemented"),
     ],
 )
 def test_a_wrong_value_ends_in_one_line_before_any_stage(arguments, message, capsys, monkeypatch):
@@ -130,10 +158,15 @@ def test_a_wrong_value_ends_in_one_line_before_any_stage(arguments, message, cap
 
     arguments = [*([] if "--dataset" in arguments[0] else ["--dataset=ml-100k"]), *arguments]
     monkeypatch.setattr(sys, "argv", ["run_recbole_gacllm.py", *arguments])
+    Path("list.yaml").write_text("- a")
+    Path("bad.yaml").write_text("a: [1")
+    Path("latin.yaml").write_bytes(b"a: \xe4")
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(message, error)
 
 
 def test_help_names_the_presets_and_the_other_commands_and_is_quick_to_load():
