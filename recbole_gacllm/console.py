@@ -8,6 +8,7 @@ harmless; what the commands print goes through :func:`say`, what is logged throu
 from __future__ import annotations
 
 import io
+import locale
 import logging
 import os
 import re
@@ -58,7 +59,9 @@ class VisibleRecord(logging.LogRecord):
         text = super().getMessage()
         parts = [text] if self.name.startswith(__package__) else _COLOUR.split(text)
         parts[::2] = ["\n".join(map(visible, part.split("\n"))) for part in parts[::2]]
-        return "".join(parts)
+        # RecBole opens its log files in the locale's encoding, where the rest would be an error.
+        encoding = locale.getpreferredencoding(False)
+        return "".join(parts).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def prepare() -> None:
