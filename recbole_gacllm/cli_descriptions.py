@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from recbole_gacllm import cli_batch, cli_common
 from recbole_gacllm.console import say
+from recbole_gacllm.descriptions.csv_cells import no_formula
 from recbole_gacllm.descriptions.layers import SIDES
 
 if TYPE_CHECKING:
@@ -167,6 +168,8 @@ def export_descriptions(arguments: list[str]) -> None:
     if known.output.suffix == ".parquet":
         frame.to_parquet(known.output, index=False)
     else:
+        for name in ("token", "text"):
+            frame[name] = frame[name].map(no_formula)
         frame.to_csv(known.output, index=False)
     say(f"{len(frame)} descriptions written to {known.output}")
 

@@ -1,4 +1,4 @@
-"""What is printed: no terminal obeys what strangers wrote, and no encoding or closed pipe is an error.
+"""What is printed: no terminal obeys strangers, no encoding and no closed pipe is an error.
 
 Ids, names, texts, paths and errors come from data, models and servers. :func:`visible` makes them
 harmless; what the commands print goes through :func:`say`, what is logged through
@@ -15,7 +15,9 @@ import re
 import sys
 
 # Control characters, line ends that are none of ours, bidirectional overrides, halves of pairs.
-_HIDDEN = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 _COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
 _BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
@@ -31,7 +33,7 @@ def one_line(error: object) -> str:
 
 
 def say(*lines: object) -> None:
-    """Print lines. Ends the program quietly when nobody reads them any more, as in ``| head -1``."""
+    """Print lines; end the program quietly when nobody reads on, as in ``| head -1``."""
     try:
         print("\n".join(visible(str(line)) for line in lines), flush=True)
     except BrokenPipeError:

@@ -43,7 +43,7 @@ def check_values(
             continue
         if not good:
             raise ValueError(f"{key}: {value!r} is a {type(value).__name__}; it must be {kind}.")
-        if key in _LEAST and value < _LEAST[key] or key == "seed" and value > _MAX_SEED:
+        if (key in _LEAST and value < _LEAST[key]) or (key == "seed" and value > _MAX_SEED):
             most = f" and at most {_MAX_SEED}" if key == "seed" else ""
             raise ValueError(f"{key}: {value!r} must be at least {_LEAST[key]}{most}.")
 

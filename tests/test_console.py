@@ -1,4 +1,4 @@
-"""What reaches a terminal: nothing that it obeys, in any encoding, and no complaint of a closed pipe."""
+"""What reaches a terminal: nothing that it obeys, in any encoding; a closed pipe is no error."""
 
 from __future__ import annotations
 

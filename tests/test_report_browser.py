@@ -37,7 +37,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """The page of a run with made-up texts; one of them holds a script, an id and a genre markup."""
+    """The page of a run with made-up texts; a text holds a script, an id and a genre markup."""
     root = tmp_path_factory.mktemp("report")
     settings = tiny_settings(write_dataset(root / "data"), root)
     for file in (root / "data" / "tiny").iterdir():
@@ -178,7 +178,8 @@ def test_an_id_that_looks_like_markup_is_text_and_has_an_address(page):
 
 
 @pytest.mark.parametrize(
-    "address", ["user=%zz", "item=%", "user=%E0%A4%A", "user=", "user=nobody", "user=__proto__", "%"]
+    "address",
+    ["user=%zz", "item=%", "user=%E0%A4%A", "user=", "user=nobody", "user=__proto__", "%"],
 )
 def test_an_address_of_no_node_opens_the_page_as_ever(page, report, address):
     page.get("about:blank")

@@ -26,7 +26,7 @@ def payload(place):
     """What a browser would take for markup, for the end of a script, of an attribute, a comment."""
     return (
         f"{place} &amp;&lt;b&gt; \u2028 \\u003c {{{{ 7 * 7 }}}} ` '\"><hostile onhostile='x' "
-        "onhostile=\"y\">\u202e</script></style></title><script>hostile()</script><!-- x --> ]]>"
+        'onhostile="y">\u202e</script></style></title><script>hostile()</script><!-- x --> ]]>'
     )
 
 

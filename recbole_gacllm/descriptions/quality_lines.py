@@ -40,7 +40,9 @@ def quality_lines(layer: LayerQuality) -> Iterator[str]:
         head = f"{sample.node}, {sample.n_neighbors} neighbours: {sample.below}"
         for words, sign in ((head, "  - "), (sample.text, "    → ")):
             short = textwrap.shorten(words, _MAX_PRINTED_CHARS, placeholder=" …")
-            yield from textwrap.wrap(short, 96, initial_indent=sign, subsequent_indent=" " * len(sign))
+            yield from textwrap.wrap(
+                short, 96, initial_indent=sign, subsequent_indent=" " * len(sign)
+            )
 
 
 def token_line(report: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the sections of a leaderboard's page show: table, tests, curves and degrees of all models."""
+"""What the sections of a leaderboard's page show: table, tests, curves, degrees of all models."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ class BoardData:
     @property
     def colours(self) -> dict[str, int]:
         """Each model's colour in all charts of the page."""
-        return {
-            model: place % charts.N_COLOURS for place, model in enumerate(self.table["models"])
-        }
+        return {model: place % charts.N_COLOURS for place, model in enumerate(self.table["models"])}
 
     @property
     def metric(self) -> str:

@@ -1,7 +1,7 @@
 """Charts as inline SVG: no library in the page, sharp in print, coloured by the page's theme.
 
-A chart is a list of shapes; ``templates/macros.html`` writes them. Colours are the classes ``c0`` to
-``c7`` of ``style.css``; ``other`` is grey.
+A chart is a list of shapes; ``templates/macros.html`` writes them. Colours are the classes ``c0``
+to ``c7`` of ``style.css``; ``other`` is grey.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def line_chart(
     shapes.append(_x_label(x_label))
     for line in series:
         points = [
-            (at_x(x), _at_y(y, y_ticks)) for x, y in zip(line.x, line.y, strict=True) if y is not None
+            (at_x(x), _at_y(y, y_ticks))
+            for x, y in zip(line.x, line.y, strict=True)
+            if y is not None
         ]
         if len(points) == 1:
             shapes.append(_circle(f"fill c{line.colour}", *points[0], 3.5))

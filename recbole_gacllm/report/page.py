@@ -1,7 +1,7 @@
 """Assembling the page: the parts of a run or a leaderboard, style and script in one file.
 
-HTML stands in ``templates/`` alone. Whatever they show is without the machine's folders and escaped,
-by the template engine (:func:`_environment`); what is ready as it is is a ``Markup``.
+HTML stands in ``templates/`` alone. Whatever they show is escaped, and without the machine's
+folders, by the template engine (:func:`_environment`); only what is a ``Markup`` is ready as it is.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def _run_page(source: Source) -> Page:
     parts = [
         _section("results", "Results", lambda: sections.results(source)),
         _section("curves", "Learning curves", lambda: sections.curves(source), "figures"),
-        _section("degrees", "Who and what it serves", lambda: sections.by_degree(source), "figures"),
+        _section(
+            "degrees", "Who and what it serves", lambda: sections.by_degree(source), "figures"
+        ),
     ]
     data = _add_text_sections(parts, source)
     command = sections.command(record)
@@ -144,9 +146,7 @@ def _leaderboard_page(folder: Path) -> Page:
             ("curves", "Learning curves", board_sections.curves, "figures"),
             ("degrees", "Who and what they serve", board_sections.by_degree, "figures"),
         ):
-            parts.append(
-                _section(anchor + end, title + on, functools.partial(make, one), template)
-            )
+            parts.append(_section(anchor + end, title + on, functools.partial(make, one), template))
     data: dict[str, Any] = {}
     if run := next((run for run in found.runs if run.record.get("artifacts")), None):
         about = {key: run.record[key] for key in ("dataset", "seed")} | {"run": run.name}
@@ -173,7 +173,9 @@ def _leaderboard_page(folder: Path) -> Page:
         ", ".join(plan["models"]) if len(plan["models"]) < 6 else f"{len(plan['models'])} models"
     )
     subtitle = f"{models} on {', '.join(plan['datasets'])}"
-    return Page("Leaderboard", subtitle, tiles, facts, parts, data, [run.record for run in found.runs])
+    return Page(
+        "Leaderboard", subtitle, tiles, facts, parts, data, [run.record for run in found.runs]
+    )
 
 
 def _leaderboard_command(plan: dict[str, Any]) -> str:
