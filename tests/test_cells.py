@@ -132,12 +132,7 @@ def test_exported_descriptions_come_back_as_they_were(tmp_path):
     assert texts == {"user": {"=1": "-a text"}, "item": {"'@x": "t"}}
 
 
-def test_recbole_reads_exported_embeddings_of_any_id(
-    embeddings,
-    settings,
-    dataset_root,
-    tmp_path,  # noqa: F811
-):
+def test_recbole_reads_exported_embeddings_of_any_id(embeddings, settings, dataset_root):  # noqa: F811
     tiny = dataset_root / "tiny"
     text = (tiny / "tiny.inter").read_text()
     for place, written in enumerate(['"""quoted"" id"', 'mid"dle', "'single'", '""""', "#x=1"]):
