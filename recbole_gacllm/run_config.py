@@ -11,15 +11,14 @@ import recbole
 import yaml
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
-from recbole.evaluator.register import metrics_dict
 from recbole.utils import ModelType, get_model, init_seed
 
 from recbole_gacllm.config import GaCLLMConfig, shipped_path
 from recbole_gacllm.data import TrainingData
 from recbole_gacllm.registration import MODELS
-from recbole_gacllm.run_checks import check_metrics, check_values
 
 _RECBOLE = Path(recbole.__file__).parent
+_MAX_SEED = 2**32 - 1  # numpy's
 # RecBole's documentation of each: "this model is a non-sampling model, so you must set
 # train_neg_sample_args=None when you run this model".
 NON_SAMPLING_MODELS = frozenset(
@@ -51,9 +50,11 @@ def build_config(
         _check_yaml(file)
     overrides = dict(config_dict or {})
     given, defaults = _external_and_internal(model, model_class, dataset, files, overrides)
-    overall = yaml.safe_load((_RECBOLE / "properties" / "overall.yaml").read_text("utf-8"))
-    check_values(given, overall, {} if model in MODELS else defaults)
-    check_metrics({**defaults, **given}, metrics_dict.keys())
+    if model not in MODELS:  # whose keys GaCLLMConfig checks
+        _check_numbers(given, defaults)
+    seed = {**defaults, **given}["seed"]
+    if type(seed) is not int or not 0 <= seed <= _MAX_SEED:
+        raise ValueError(f"seed: {seed!r} must be a whole number from 0 to {_MAX_SEED}.")
     _check_dataset(dataset, {**defaults, **given}["data_path"])
     takes_features = model_class.type in (
         ModelType.CONTEXT,
@@ -73,6 +74,20 @@ def build_config(
     config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
     _check_times(config)
     return config
+
+
+def _check_numbers(given: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Refuse words in the place of the numbers and switches of a model's defaults."""
+    for key, value in given.items():
+        default = defaults.get(key)
+        if isinstance(default, bool):
+            good, kind = value in (True, False), "True or False"
+        elif isinstance(default, int | float):
+            good, kind = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+        else:
+            continue
+        if not good:
+            raise ValueError(f"{key}: {value!r} is a {type(value).__name__}; it must be {kind}.")
 
 
 def _check_yaml(file: str) -> None:

@@ -23,7 +23,7 @@ ALLOWED = {
     "vllm": {"llm/vllm_engine.py", "llm/vllm_options.py"},
     "peft": {"llm/sft.py", "llm/sft_data.py", "llm/sft_trainer.py", "llm/transformers_engine.py"},
     "transformers": {"llm/"},
-    "jinja2": {"report/page.py"},
+    "jinja2": {"report/page.py", "llm/chat.py"},
     "httpx": {"llm/server.py", "llm/traffic.py"},
     "sentence_transformers": {"descriptions/encoder.py"},
     # Registration hands it RecBole's modules; it loads PyTorch, which the children must not.

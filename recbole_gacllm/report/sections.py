@@ -147,7 +147,27 @@ def leakage(source: Source) -> dict[str, Any]:
     audit = source.record.get("leakage_audit")
     if audit is None:
         raise LookupError(_why_no_texts(source, "no text was generated"))
-    return {"audit": audit}
+    p = audit["p_value"]
+    facts = {
+        "Held-out pairs in the training graph": f"{audit['edges_in_graph']:,}",
+        "Held-out items named in their user's texts": (
+            f"{audit['heldout_mentions']:,} of {audit['n_pairs']:,}"
+        ),
+        "Matched items named there": f"{audit['matched_mentions']:,} of {audit['n_pairs']:,}",
+        "Sign test, one-sided": "no pair differs" if p is None else f"p = {p:.3g}",
+    }
+    if "n_known_names" in audit:  # runs of older versions compared these, too
+        facts["Not compared: a training item of the user bears the name"] = (
+            f"{audit['n_known_names']:,}"
+        )
+    words = (
+        "Each held-out item is compared with an item of nearly the same popularity that the user "
+        "never touched. If texts knew the future, held-out items would be named more often."
+    )
+    if audit["heldout_mentions"] == audit["matched_mentions"] == 0:
+        words += " These texts name neither, so the comparison has little to see."
+    clean = audit["edges_in_graph"] == 0 and (p is None or p >= 0.05)
+    return {"verdict": "clean" if clean else "suspicious", "facts": facts, "words": words}
 
 
 def text_map(source: Source, data: dict[str, Any] | None) -> dict[str, Any]:
