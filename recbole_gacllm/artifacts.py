@@ -30,8 +30,8 @@ from filelock import FileLock, Timeout
 from recbole_gacllm import errors
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.launchers import without_launcher
-from recbole_gacllm.redaction import redact
 from recbole_gacllm.locate import require_no_links
+from recbole_gacllm.redaction import redact
 
 logger = logging.getLogger(__name__)
 

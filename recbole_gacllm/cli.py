@@ -13,6 +13,7 @@ from typing import Any
 
 from recbole_gacllm import cli_benchmark, cli_common, cli_descriptions, cli_report, launchers
 from recbole_gacllm.config import preset_names
+from recbole_gacllm.console import flush, one_line, prepare, say
 from recbole_gacllm.errors import GaCLLMError
 
 _RUN_EPILOG = """\
@@ -60,6 +61,7 @@ _OF_THE_PLACE = frozenset(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; errors of input and of stages end in one line and exit code 2 or 1."""
+    prepare()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if cli_common.completing():
         arguments = cli_common.words_to_complete(_COMMANDS)
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _run(arguments)
     except GaCLLMError as error:
         _fail(error, 1)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:  # the latter of RecBole: no such setting
         if not _is_about_input(error):
             raise
         _fail(error, 2)
@@ -84,10 +86,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted; start again to resume: what was finished is kept", file=sys.stderr)
         sys.exit(130)
+    finally:
+        flush()
 
 
 def _fail(error: Exception, exit_code: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(exit_code)
 
 
@@ -139,35 +143,35 @@ def _run(arguments: list[str]) -> None:
 
 def _print_summary(record: dict[str, Any], run_file: Path | None) -> None:
     """The result and where every file lies."""
-    print(f"\n{record['model']} on {record['dataset']}, seed {record['seed']}")
+    say("", f"{record['model']} on {record['dataset']}, seed {record['seed']}")
     metrics = list(record["test"])
-    print("         " + " ".join(f"{name:>12}" for name in metrics))
+    say("         " + " ".join(f"{name:>12}" for name in metrics))
     for split in ("valid", "test"):
         values = [record[split].get(name) for name in metrics]
         cells = [f"{'-' if value is None else format(value, '.4f'):>12}" for value in values]
-        print(f"{split:<9}" + " ".join(cells))
+        say(f"{split:<9}" + " ".join(cells))
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in record["seconds"].items())
-    print(f"time     {seconds}\n")
+    say(f"time     {seconds}", "")
     for stage, figures in record.get("stages", {}).items():
-        print(f"{stage:<13}{_stage_line(figures)}")
+        say(f"{stage:<13}{_stage_line(figures)}")
     if "leakage_audit" in record:
         from recbole_gacllm.descriptions.audit import verdict
 
         audit = record["leakage_audit"]
         p_value = "" if audit["p_value"] is None else f" (p = {audit['p_value']:.2g})"
-        print(
+        say(
             f"{'leakage':<13}{audit['heldout_mentions']} of {audit['n_pairs']} held-out pairs are "
             f"named in their texts, {audit['matched_mentions']} of as many matched pairs"
             f"{p_value}"
         )
         if verdict(audit) == "unseen":
-            print(f"{'':<13}only {audit['n_checkable']} of {audit['n_heldout']} could be checked")
-    print()
+            say(f"{'':<13}only {audit['n_checkable']} of {audit['n_heldout']} could be checked")
+    say("")
     for stage, folder in record.get("artifacts", {}).items():
-        print(f"{stage:<13}{folder}")
+        say(f"{stage:<13}{folder}")
     if record["checkpoint"]:
-        print(f"{'checkpoint':<13}{record['checkpoint']}")
-    print(f"{'run':<13}{run_file}")
+        say(f"{'checkpoint':<13}{record['checkpoint']}")
+    say(f"{'run':<13}{run_file}")
 
 
 def _stage_line(figures: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from recbole_gacllm import cli_common
 from recbole_gacllm.config import preset_names
+from recbole_gacllm.console import say
 
 if TYPE_CHECKING:
     from recbole_gacllm.stage_batch import Imported
@@ -65,7 +66,7 @@ def make_descriptions(
         options, data = training_data(known.dataset, known.config_files.split())
         if known.export_batch is None and known.import_batch is None:
             folder = pipeline.describe(options, data)
-            print(f"{folder}\n\nto see them\n  python -m recbole_gacllm audit {folder}")
+            say(folder, "", "to see them", f"  python -m recbole_gacllm audit {folder}")
             return
         folder, job = pipeline.description_job(options, data)
 
@@ -81,17 +82,17 @@ def make_descriptions(
 
 def _print_exported(manifest: dict[str, Any] | None, to: Path, command: str) -> None:
     if manifest is None:
-        print("nothing to export: all layers are in the store, where a run finds them")
+        say("nothing to export: all layers are in the store, where a run finds them")
         return
     n_second, n_shards = manifest["n_second_attempts"], len(manifest["shards"])
-    print(
+    say(
         f"layer {manifest['layer']} of {manifest['n_layers']}: {manifest['n_requests']} requests "
         f"({n_second} of them second attempts) in {n_shards} shard{'s' * (n_shards > 1)} in {to}"
     )
-    print(f"{'model':<9}{manifest['model_dir']}, called {manifest['model']!r} in the requests")
+    say(f"{'model':<9}{manifest['model_dir']}, called {manifest['model']!r} in the requests")
     if manifest["adapter_dir"]:
-        print(f"{'adapter':<9}{manifest['adapter_dir']}")
-    print(f"\nwhen there are answers, all or some\n  {command} --import-batch ANSWERS")
+        say(f"{'adapter':<9}{manifest['adapter_dir']}")
+    say("", "when there are answers, all or some", f"  {command} --import-batch ANSWERS")
 
 
 def _print_imported(done: Imported, command: str) -> None:
@@ -102,16 +103,16 @@ def _print_imported(done: Imported, command: str) -> None:
             "that --export-batch was given: weights, prompts, neighbours and sampling are in an id."
         )
     for layer in done.layers:
-        print(
+        say(
             f"layer {layer.layer}: {layer.n_imported} descriptions imported, {layer.n_failed} "
             f"failed for good, {layer.n_to_retry} to be asked again, {layer.n_errors} with an "
             f"error, {layer.n_unanswered} without an answer"
         )
-    print(
+    say(
         f"answers: {done.n_lines} lines, {done.n_damaged} damaged, {done.n_duplicates} double, "
         f"{done.n_known} known before, {done.n_unknown} unknown"
     )
     if done.complete:
-        print("all layers are in the store, where a run finds them")
+        say("all layers are in the store, where a run finds them")
     else:
-        print(f"\nwhat is missing goes out with\n  {command} --export-batch FOLDER")
+        say("", "what is missing goes out with", f"  {command} --export-batch FOLDER")

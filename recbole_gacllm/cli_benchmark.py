@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recbole_gacllm import cli_common
+from recbole_gacllm.console import say
 from recbole_gacllm.errors import GaCLLMError
 
 if TYPE_CHECKING:
@@ -110,14 +111,13 @@ def leaderboard(arguments: list[str]) -> None:
     for page in sorted((known.output / "results").glob("*.md")):
         text = page.read_text("utf-8")
         start = text.index("# Evaluation Results")
-        print("\n" + text[start : text.index("# Hyper-parameters")].strip())
-        print(f"\n{page}")
-    print(folder)
+        say("", *text[start : text.index("# Hyper-parameters")].strip().split("\n"), "", page)
+    say(folder)
     board = results.Board.read(known.output)
     for part, file in (("valid", known.valid_latex), ("test", known.test_latex)):
         if file is not None:
             group.write_latex(board, datasets[0], part, file)
-            print(file)
+            say(file)
     if board.failures:
         raise GaCLLMError(
             f"{len(board.failures)} of {len(made.jobs)} runs failed; start again to try them once "
@@ -195,9 +195,9 @@ def _show_progress(known: argparse.Namespace, keys: dict[str, str]) -> bool:
 
 def _print_search(search: Search, best: Path) -> None:
     finished = [trial for trial in search.trials if trial.score is not None]
-    print(f"\n{search.model} on {search.dataset}, {len(finished)} trials\n")
-    print(best.read_text("utf-8"))
-    print(f"{'trials':<10}{search.output / 'trials.csv'}")
-    print(f"{'best':<10}{best}")
-    print(f"{'use it':<10}--config_files={best}, or copy it to")
-    print(f"{'':<10}properties/baselines/{search.dataset}/{best.name}")
+    say("", f"{search.model} on {search.dataset}, {len(finished)} trials", "")
+    say(*best.read_text("utf-8").split("\n"))
+    say(f"{'trials':<10}{search.output / 'trials.csv'}")
+    say(f"{'best':<10}{best}")
+    say(f"{'use it':<10}--config_files={best}, or copy it to")
+    say(f"{'':<10}properties/baselines/{search.dataset}/{best.name}")

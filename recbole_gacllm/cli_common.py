@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ARTIFACT_DIR = Path("saved/gacllm")
 _VERBOSITY = ("--quiet", "--verbose")
@@ -18,13 +18,20 @@ _VERBOSITY = ("--quiet", "--verbose")
 
 def command_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser as all commands have it; ``epilog`` holds at least one example."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=prog,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are told as all others are: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ({self.prog} --help tells more)")
 
 
 def add_config_files(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +61,7 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
 def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     """All flags of a command that takes no keys."""
     _complete(parser)
+    _refuse_twice(parser, arguments)
     return parser.parse_args(arguments)
 
 
@@ -62,7 +70,9 @@ def parse_with_keys(
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """The parser's own flags, and all others as keys of RecBole and GaCLLM."""
     _complete(parser, with_keys=True)
-    known, others = parser.parse_known_args(with_equals_signs(parser, arguments))
+    arguments = with_equals_signs(parser, arguments)
+    _refuse_twice(parser, arguments)
+    known, others = parser.parse_known_args(arguments)
     require_key_value(parser, others)
     keys = dict(flag[2:].split("=") for flag in others)
     for key in keys:
@@ -86,6 +96,14 @@ def with_equals_signs(parser: argparse.ArgumentParser, arguments: Iterable[str])
         else:
             joined.append(argument)
     return joined
+
+
+def _refuse_twice(parser: argparse.ArgumentParser, arguments: Iterable[str]) -> None:
+    """Refuse a flag that is given twice: RecBole raises, argparse takes the last."""
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            parser.error(f"{flag} is given twice")
 
 
 def require_key_value(parser: argparse.ArgumentParser, flags: Iterable[str]) -> None:

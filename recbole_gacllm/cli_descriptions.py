@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recbole_gacllm import cli_batch, cli_common
+from recbole_gacllm.console import say
+from recbole_gacllm.descriptions.csv_cells import no_formula
 from recbole_gacllm.descriptions.layers import SIDES
 
 if TYPE_CHECKING:
@@ -54,15 +56,15 @@ def describe(arguments: list[str]) -> None:
     side, token = ("user", known.user) if known.user is not None else ("item", known.item)
     page = found.page(side, token)
     name = f", {page.name}" if page.name else ""
-    print(f"{side} {token}{name}: {page.degree} training interactions")
+    say(f"{side} {token}{name}: {page.degree} training interactions")
     for number, (status, text) in enumerate(page.texts):
-        print(f"\nlayer {number} ({status})")
-        print(textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  "))
-    print("\nneighbours in its prompts")
+        lines = textwrap.wrap(text, 96, initial_indent="  ", subsequent_indent="  ")
+        say("", f"layer {number} ({status})", *lines)
+    say("", "neighbours in its prompts")
     for neighbor, label, text in page.neighbors:
         head = f"{neighbor}: {label + '. ' if label else ''}{text}"
-        print(textwrap.fill(head, 96, initial_indent="  - ", subsequent_indent="    "))
-    print(f"\n{found.folder}")
+        say(*textwrap.wrap(head, 96, initial_indent="  - ", subsequent_indent="    "))
+    say("", found.folder)
 
 
 def audit(arguments: list[str]) -> None:
@@ -88,13 +90,13 @@ def audit(arguments: list[str]) -> None:
     found = RunDescriptions.of_run(known.run, True, known.artifact_dir)
     layers = list(layer_qualities(found, known.n_samples, known.seed))
     for layer in layers:
-        print("\n" + "\n".join(quality_lines(layer)))
+        say("", *quality_lines(layer))
     if found.unfinished is not None:
         _print_unfinished(found.unfinished)
     leakage = _leakage(known.run)
     if leakage is not None:
-        print("\nleakage audit " + ", ".join(f"{key} {value}" for key, value in leakage.items()))
-    print(f"\n{found.folder}")
+        say("", "leakage audit " + ", ".join(f"{key} {value}" for key, value in leakage.items()))
+    say("", found.folder)
     if known.json:
         figures = {
             "folder": str(found.folder),
@@ -136,13 +138,13 @@ def import_descriptions(arguments: list[str]) -> None:
     options, data = training_data(known.dataset, known.config_files.split())
     tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
     for report in imported.check(tokens, options.llm_n_layers):
-        print(describe(report))
+        say(describe(report))
     to_make = set(range(1, options.llm_n_layers + 1)) - set(imported.layers)
     if to_make:
-        print("left to the LLM of the run: layer", ", ".join(map(str, sorted(to_make))))
+        say(f"left to the LLM of the run: layer {', '.join(map(str, sorted(to_make)))}")
     else:
-        print(f"written to {pipeline.describe(options, data)}")
-    print(f"\nto train on them\n  python run_recbole_gacllm.py {shlex.join(flags)}")
+        say(f"written to {pipeline.describe(options, data)}")
+    say("", "to train on them", f"  python run_recbole_gacllm.py {shlex.join(flags)}")
 
 
 def export_descriptions(arguments: list[str]) -> None:
@@ -165,8 +167,10 @@ def export_descriptions(arguments: list[str]) -> None:
     if known.output.suffix == ".parquet":
         frame.to_parquet(known.output, index=False)
     else:
+        for name in ("token", "text"):
+            frame[name] = frame[name].map(no_formula)
         frame.to_csv(known.output, index=False)
-    print(f"{len(frame)} descriptions written to {known.output}")
+    say(f"{len(frame)} descriptions written to {known.output}")
 
 
 def export_embeddings(arguments: list[str]) -> None:
@@ -191,8 +195,8 @@ def export_embeddings(arguments: list[str]) -> None:
 
     folder = find_embeddings(known.artifact_dir, known.dataset, known.run, known.layer)
     for file in export_embeddings(folder, known.layer, known.output):
-        print(file)
-    print(f"from {folder}")
+        say(file)
+    say(f"from {folder}")
 
 
 def _artifact_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -225,7 +229,7 @@ def _print_unfinished(found: Unfinished) -> None:
     from recbole_gacllm.descriptions.quality_lines import token_line
 
     cost = dataclasses.asdict(found.cost)
-    print(f"\nlayer {found.number} of {found.n_layers} is not finished")
-    print(f"  generated       {found.cost.n_generated} prompts, for {found.n_nodes} nodes at most")
-    print(f"  tokens          {token_line(cost)}")
-    print("  start the run again: it goes on with what is missing")
+    say("", f"layer {found.number} of {found.n_layers} is not finished")
+    say(f"  generated       {found.cost.n_generated} prompts, for {found.n_nodes} nodes at most")
+    say(f"  tokens          {token_line(cost)}")
+    say("  start the run again: it goes on with what is missing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from recbole_gacllm.cli_common import add_artifact_dir, command_parser, parse
+from recbole_gacllm.console import say
 
 _EPILOG = """\
 The page holds what the run left: its record, its descriptions and the weights of its checkpoint,
@@ -38,4 +39,4 @@ def report(arguments: list[str]) -> None:
     from recbole_gacllm.report.page import write_report
 
     file = write_report(known.path, known.output, known.artifact_dir)
-    print(f"{file} ({file.stat().st_size / 1e6:.1f} MB)")
+    say(f"{file} ({file.stat().st_size / 1e6:.1f} MB)")

@@ -18,6 +18,7 @@ from recbole_gacllm.data import TrainingData
 from recbole_gacllm.registration import MODELS
 
 _RECBOLE = Path(recbole.__file__).parent
+_MAX_SEED = 2**32 - 1  # numpy's
 # RecBole's documentation of each: "this model is a non-sampling model, so you must set
 # train_neg_sample_args=None when you run this model".
 NON_SAMPLING_MODELS = frozenset(
@@ -38,7 +39,7 @@ def build_config(
     the times are loaded, unless the user says which columns are.
 
     Raises:
-        ValueError: If the model or a config file is unknown, a key of ours is bad, or a split by
+        ValueError: If the model or a config file is unknown, a value of a key is bad, or a split by
             time would have no times.
     """
     model_class = _find_model(model)
@@ -46,8 +47,14 @@ def build_config(
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f"config_files: {file!r} is not a file.")
+        _check_yaml(file)
     overrides = dict(config_dict or {})
     given, defaults = _external_and_internal(model, model_class, dataset, files, overrides)
+    if model not in MODELS:  # whose keys GaCLLMConfig checks
+        _check_numbers(given, defaults)
+    seed = {**defaults, **given}["seed"]
+    if type(seed) is not int or not 0 <= seed <= _MAX_SEED:
+        raise ValueError(f"seed: {seed!r} must be a whole number from 0 to {_MAX_SEED}.")
     _check_dataset(dataset, {**defaults, **given}["data_path"])
     takes_features = model_class.type in (
         ModelType.CONTEXT,
@@ -67,6 +74,30 @@ def build_config(
     config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
     _check_times(config)
     return config
+
+
+def _check_numbers(given: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Refuse words in the place of the numbers and switches of a model's defaults."""
+    for key, value in given.items():
+        default = defaults.get(key)
+        if isinstance(default, bool):
+            good, kind = value in (True, False), "True or False"
+        elif isinstance(default, int | float):
+            good, kind = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+        else:
+            continue
+        if not good:
+            raise ValueError(f"{key}: {value!r} is a {type(value).__name__}; it must be {kind}.")
+
+
+def _check_yaml(file: str) -> None:
+    """Refuse a file that holds no keys, with the place of the mistake."""
+    try:
+        content = yaml.safe_load(Path(file).read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config_files: {file!r} is not yaml in UTF-8: {error}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"config_files: {file!r} holds no lines of the form 'key: value'.")
 
 
 def _find_model(model: str) -> Any:

@@ -19,7 +19,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recbole_gacllm import artifacts, integrity
+from recbole_gacllm import artifacts, console, integrity
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.descriptions import text
 from recbole_gacllm.descriptions.convolution import Convolution
@@ -300,6 +300,7 @@ def main() -> None:
         artifacts.die_with_parent()
     elif "RANK" not in os.environ:
         sys.exit("a stage is started by a run, or by torchrun to go on with one; not by hand")
+    console.prepare()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )

@@ -108,6 +108,11 @@ def test_export_writes_one_row_for_each_node_and_layer(described, tmp_path, suff
         (["import-descriptions", "a=b.csv", "--dataset=x"], "goes into a file"),
         (["--dataset=ml-100k", "--a=b=c"], "goes into a file"),
         (["--dataset=ml-100k", "--preset=qick"], "invalid choice: 'qick'"),
+        (["--dataset=ml-100k", "--epochs=3", "--epochs=4"], "--epochs is given twice"),
+        (["--dataset=ml-100k", "--dataset=ml-1m"], "--dataset is given twice"),
+        (["audit", "x", "--seed=1", "--seed=2"], "--seed is given twice"),
+        (["audit", "x", "--seed=abc"], "invalid int value: 'abc'"),
+        (["leaderboard", "--models=Pop", "--datasets=x", "--seeds=many"], "invalid int value"),
         (["--model=BPR"], "--dataset"),
         (["describe", "--user=1"], "give either --dataset or --run"),
         (["export-descriptions", "--dataset=x", "--output=a.txt"], ".parquet or .csv"),
@@ -117,7 +122,10 @@ def test_a_wrong_command_line_is_refused_with_the_reason(arguments, message, cap
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -127,7 +135,21 @@ def test_a_wrong_command_line_is_refused_with_the_reason(arguments, message, cap
         (["--dataset=ml-100q"], "dataset: 'ml-100q' .* ml-100k"),
         (["--config_files=none.yaml"], "config_files: 'none.yaml' is not a file"),
         (["--llm_modle=x"], "unknown key 'llm_modle': did you mean llm_model"),
+        (["--config_files=list.yaml"], "config_files: 'list.yaml' holds no lines of the form"),
+        (["--config_files=bad.yaml"], "config_files: 'bad.yaml' is not yaml .* line 1"),
+        (["--config_files=latin.yaml"], "config_files: 'latin.yaml' is not yaml in UTF-8"),
         (["--embedding_size=many"], "embedding_size: 'many' is a str; it must be int"),
+        (["--model=BPR", "--seed=abc"], "seed: 'abc' .* must be a"),
+        (["--seed=abc"], "seed: 'abc' .*must be a whole number"),
+        (["--seed=1.5"], "seed: 1.5 .*must be a whole number"),
+        (["--seed=-1"], "seed: -1 "),
+        (["--seed=4294967296"], "seed: 4294967296 must be a whole number from 0 to 4294967295"),
+        (["--model=BPR", "--epochs=many"], "epochs: 'many' .* must be a"),
+        (["--model=BPR", "--learning_rate=fast"], "learning_rate: 'fast' .* must be a number"),
+        (["--model=BPR", "--use_gpu=maybe"], "use_gpu: 'maybe' .* must be True or False"),
+        (["--model=BPR", "--embedding_size=true"], "embedding_size: True .* must be a number"),
+        (["--model=LightGCN", "--n_layers=two"], "n_layers: 'two' .* must be a number"),
+        (["--model=BPR", "--eval_args={'order':'XX'}"], "XX"),
     ],
 )
 def test_a_wrong_value_ends_in_one_line_before_any_stage(arguments, message, capsys, monkeypatch):
@@ -135,10 +157,15 @@ def test_a_wrong_value_ends_in_one_line_before_any_stage(arguments, message, cap
 
     arguments = [*([] if "--dataset" in arguments[0] else ["--dataset=ml-100k"]), *arguments]
     monkeypatch.setattr(sys, "argv", ["run_recbole_gacllm.py", *arguments])
+    Path("list.yaml").write_text("- a")
+    Path("bad.yaml").write_text("a: [1")
+    Path("latin.yaml").write_bytes(b"a: \xe4")
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(message, error)
 
 
 def test_a_blank_stands_for_the_equals_sign_of_every_flag_with_one_value():

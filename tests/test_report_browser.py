@@ -26,6 +26,8 @@ pytestmark = [
     # selenium waits with sockets that it leaves to the garbage collector
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+ID = "<img src=x onerror=harm()>&'%zz%\u2028`${1}`"
+GENRE = "<i/onclick=harm()>&amp;</script>"
 FLAGS = (
     *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
     *("disable-background-networking", "disable-component-update", "disable-sync"),
@@ -35,9 +37,12 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """The page of a run with made-up texts; one of them holds a script."""
+    """The page of a run with made-up texts; a text holds a script, an id and a genre markup."""
     root = tmp_path_factory.mktemp("report")
     settings = tiny_settings(write_dataset(root / "data"), root)
+    for file in (root / "data" / "tiny").iterdir():
+        text = file.read_text("utf-8").replace("u23\t", f"{ID}\t").replace("Horror", GENRE)
+        file.write_text(text, "utf-8")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(root):
         patch.setattr(sys, "argv", ["pytest"])  # RecBole reads it
         return write_report(run_with_texts(settings), root / "report.html")
@@ -156,6 +161,32 @@ def test_a_script_in_a_description_is_shown_as_text(page):
     search(page, "u0")
     assert SCRIPT in texts(page, ".layer p")[1]
     assert page.execute_script("return window.harmed") is None
+
+
+def test_an_id_that_looks_like_markup_is_text_and_has_an_address(page):
+    search(page, "onerror")
+    title = f"User {ID}".replace("\u2028", " ")
+    assert texts(page, "#node h3")[0].replace("\u2028", " ") == title
+    page.refresh()
+    until(lambda: page.execute_script("return document.documentElement.dataset.ready"))
+    assert texts(page, "#node h3")[0].replace("\u2028", " ") == title
+    page.find_element("css selector", "#node .lists a[href^='#item']").click()
+    for foreign in ("img", "[onclick]", "[onerror]"):
+        assert find(page, foreign) == []
+    assert len(find(page, "script")) == 2
+    assert page.execute_script("return document.body.textContent").count(GENRE) > 0
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["user=%zz", "item=%", "user=%E0%A4%A", "user=", "user=nobody", "user=__proto__", "%"],
+)
+def test_an_address_of_no_node_opens_the_page_as_ever(page, report, address):
+    page.get("about:blank")
+    page.get(f"{report.as_uri()}#{address}")
+    until(lambda: page.execute_script("return document.documentElement.dataset.ready"))
+    assert len(texts(page, "#node h3")) == 1
+    page.get(f"{report.as_uri()}#{address}x")  # within the page
 
 
 def test_the_theme_follows_the_system_and_the_switch(page):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
-import csv
-import io
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
+from recbole_gacllm.benchmark import cells, markdown
 from recbole_gacllm.benchmark.results import Board, FinishedRun
+from recbole_gacllm.descriptions.csv_cells import csv_text
 from recbole_gacllm.registration import MODELS
 
 
@@ -71,7 +72,7 @@ def cost_rows(board: Board, dataset: str) -> list[list[str]]:
         ]
         rows.append(
             [
-                f"**{model}**",
+                markdown.bold(model),
                 f"{len(runs)}",
                 *(f"{statistics.mean(each[what] for each in seconds):,.1f}" for what in _SECONDS),
                 *(f"{total:,.0f}" for total in sums),
@@ -95,26 +96,25 @@ def environment_rows(board: Board, dataset: str) -> list[list[str]]:
             record = run.record
             name, commit = ("baselines", "")
             if ours:
-                name, commit = f"**{model}**", record["code"]["commit"] or "not in git"
+                name, commit = markdown.bold(model), record["code"]["commit"] or "not in git"
             packages = ", ".join(map(" ".join, record["versions"].items()))
-            numbers[name, commit, record["device"], packages] += 1
+            about = (commit, record["device"], packages)
+            numbers[name, *map(cells.markdown, about)] += 1
     return [[name, f"{n}", *rest] for (name, *rest), n in numbers.items()]
 
 
 def runs_to_csv(board: Board) -> str:
     """One row for each finished run: seconds, commit, validation and test metrics."""
     metrics = list(dict.fromkeys(name for run in board.runs for name in run.record["test"]))
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
+    rows: list[Sequence[Any]] = [
         [
             *("dataset", "model", "seed", "seconds_total", "seconds_train", "commit"),
             *(f"{part}_{metric}" for part in _PARTS for metric in metrics),
         ]
-    )
+    ]
     for run in board.runs:
         record = run.record
-        writer.writerow(
+        rows.append(
             [
                 *(record[key] for key in ("dataset", "model", "seed")),
                 *(record["seconds"][what] for what in _SECONDS),
@@ -122,7 +122,7 @@ def runs_to_csv(board: Board) -> str:
                 *((record[part] or {}).get(name, "") for part in _PARTS for name in metrics),
             ]
         )
-    return buffer.getvalue()
+    return csv_text(rows)
 
 
 _PARTS = ("valid", "test")

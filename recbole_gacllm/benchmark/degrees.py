@@ -202,7 +202,8 @@ def section(tables: dict[str, Any] | None, decimals: int) -> str:
             name = metric if metric.startswith("found") else markdown.metric_name(metric)
             head = [f"{name} by {side} degree", *of_side["buckets"]]
             body = [
-                [f"**{model}**", *(_cell(c, decimals) for c in row)] for model, row in rows.items()
+                [markdown.bold(model), *(_cell(c, decimals) for c in row)]
+                for model, row in rows.items()
             ]
             parts.append(markdown.table(head, [["n", *numbers], *body]))
     return "\n".join(parts)

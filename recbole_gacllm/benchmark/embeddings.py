@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 
 import numpy as np
@@ -77,14 +79,14 @@ def export_embeddings(folder: Path, layer: int, output: Path) -> list[Path]:
     files, offset = [], 0
     for side in SIDES:
         # RecBole wants the id column of these files under a name of their own.
-        head = f"{side[0]}id:token\t{side}_emb:float_seq\n"
         rows = vectors[offset : offset + len(tokens[side])].astype(np.float32)
-        lines = (
-            f"{token}\t{' '.join(f'{value:.6g}' for value in row)}\n"
-            for token, row in zip(tokens[side], rows, strict=True)
-        )
+        table = io.StringIO(newline="")
+        writer = csv.writer(table, delimiter="\t", lineterminator="\n")  # quotes as pandas reads
+        writer.writerow([f"{side[0]}id:token", f"{side}_emb:float_seq"])
+        for token, row in zip(tokens[side], rows, strict=True):
+            writer.writerow([token, " ".join(f"{value:.6g}" for value in row)])
         files.append(output / f"{dataset}.{side}emb")
-        artifacts.write_atomic(files[-1], (head + "".join(lines)).encode())
+        artifacts.write_atomic(files[-1], table.getvalue().encode())
         offset += len(tokens[side])
     files.append(output / f"{dataset}-emb.yaml")
     text = (

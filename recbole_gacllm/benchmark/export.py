@@ -5,19 +5,18 @@ OUTPUT/results.json  results.csv  runs.csv  results/<data set>.md  results/<data
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from recbole_gacllm import artifacts
-from recbole_gacllm.benchmark import degrees, markdown
+from recbole_gacllm.benchmark import cells, degrees, markdown
 from recbole_gacllm.benchmark.costs import command, cost_rows, environment_rows, runs_to_csv
 from recbole_gacllm.benchmark.results import DECIMALS, Board, summarize
+from recbole_gacllm.descriptions.csv_cells import csv_text
 from recbole_gacllm.registration import MODELS
 
 RESULTS_FILE = "results.json"
@@ -69,14 +68,12 @@ def to_csv(summary: dict[str, Any]) -> str:
         *("mark", "baseline", "difference", "difference_low", "difference_high"),
         *("t_p", "t_p_holm", "wilcoxon_p", "wilcoxon_p_holm"),
     )
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(head)
+    rows: list[Sequence[Any]] = [head]
     for dataset, table in summary["datasets"].items():
         for model, row in table["models"].items():
             for metric, cell in row["metrics"].items():
                 test = cell["test"] or {}
-                writer.writerow(
+                rows.append(
                     [
                         *(dataset, model, metric, round(cell["mean"], 6)),
                         "" if cell["std"] is None else round(cell["std"], 6),
@@ -87,7 +84,7 @@ def to_csv(summary: dict[str, Any]) -> str:
                         *(test.get(key, "") for key in head[-4:]),
                     ]
                 )
-    return buffer.getvalue()
+    return csv_text(rows)
 
 
 def to_latex(summary: dict[str, Any], dataset: str) -> str:
@@ -112,14 +109,17 @@ def to_latex(summary: dict[str, Any], dataset: str) -> str:
         "% needs \\usepackage{booktabs}",
         "\\begin{table}",
         "\\centering",
-        f"\\caption{{{_latex(_caption(summary, dataset))} $\\dagger$: differs from "
-        f"{_latex(table['baseline'])}, $p<0.05$ (paired Wilcoxon over users, Holm).}}",
+        f"\\caption{{{cells.latex(_caption(summary, dataset))} $\\dagger$: differs from "
+        f"{cells.latex(table['baseline'])}, $p<0.05$ (paired Wilcoxon over users, Holm).}}",
         f"\\begin{{tabular}}{{l{'c' * len(table['metrics'])}}}",
         "\\toprule",
-        " & ".join(["Method", *map(markdown.metric_name, table["metrics"])]) + " \\\\",
+        " & ".join(
+            ["Method", *(cells.latex(markdown.metric_name(name)) for name in table["metrics"])]
+        )
+        + " \\\\",
         "\\midrule",
     ]
-    lines += [" & ".join(row) + " \\\\" for row in _rows(table, cell, _latex)]
+    lines += [" & ".join(row) + " \\\\" for row in _rows(table, cell, cells.latex)]
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
 
 
@@ -136,27 +136,29 @@ def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
         numbers[f"n_{what}"] for what in ("users", "items", "interactions")
     )
     sparsity = 1 - n_edges / (n_users * n_items)
-    metrics = [markdown.metric_name(metric) for metric in table["metrics"]]
+    metrics = [cells.markdown(markdown.metric_name(metric)) for metric in table["metrics"]]
+    name = cells.markdown(dataset)
 
     def cell(value: dict[str, Any]) -> str:
         text = f"{value['mean']:.{DECIMALS}f}"
         text = {"best": f"**{text}**", "second": f"<u>{text}</u>"}.get(value["mark"], text)
         return text if value["std"] is None else f"{text} ± {value['std']:.{DECIMALS}f}"
 
+    made_by = f"{command(board)} --baseline={table['baseline']}"
     parts = [
-        f"# Experimental Setting\n\n**Dataset:** {dataset}\n",
-        f"**Filtering:** {'; '.join(given) or 'none'}\n",
-        f"**Evaluation:** {evaluation(config)}\n",
+        f"# Experimental Setting\n\n**Dataset:** {name}\n",
+        f"**Filtering:** {cells.markdown('; '.join(given) or 'none')}\n",
+        f"**Evaluation:** {cells.markdown(evaluation(config))}\n",
         f"**Metrics:** {', '.join(metrics)}\n",
         f"**Properties:**\n\n```yaml\n{_yaml(properties)}```\n",
         "# Dataset Statistics\n",
         markdown.table(
             ["Dataset", "#Users", "#Items", "#Interactions", "Sparsity"],
-            [[dataset, f"{n_users:,}", f"{n_items:,}", f"{n_edges:,}", f"{sparsity:.2%}"]],
+            [[name, f"{n_users:,}", f"{n_items:,}", f"{n_edges:,}", f"{sparsity:.2%}"]],
         ),
         "# Evaluation Results\n",
-        markdown.table(["Method", *metrics], _rows(table, cell, lambda name: f"**{name}**")),
-        _caption(summary, dataset) + " **Best**, <u>second</u>.\n",
+        markdown.table(["Method", *metrics], _rows(table, cell, markdown.bold)),
+        cells.markdown(_caption(summary, dataset)) + " **Best**, <u>second</u>.\n",
         _failures(summary, dataset),
         _notes(summary),
         degrees.section(table["by_degree"], DECIMALS),
@@ -166,7 +168,7 @@ def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
         "# Paired Tests\n",
         _tests(table),
         "# Cost\n",
-        f"Made by `{command(board)} --baseline={table['baseline']}`; means over the runs of a "
+        f"Made by {cells.markdown_code(made_by)}; means over the runs of a "
         "model. Every run's own numbers: runs.csv.\n",
         markdown.table(
             ["Method", "Runs", "Seconds", "Of these, training", "LLM tokens in", "LLM tokens out"],
@@ -244,8 +246,8 @@ def _tests(table: dict[str, Any]) -> str:
                 low, high = test["interval"]
                 rows.append(
                     [
-                        f"**{model}**",
-                        markdown.metric_name(metric),
+                        markdown.bold(model),
+                        cells.markdown(markdown.metric_name(metric)),
                         f"{test['difference']:+.{DECIMALS}f}",
                         f"[{low:+.{DECIMALS}f}, {high:+.{DECIMALS}f}]",
                         f"{test['t_p_holm']:.2g}",
@@ -254,7 +256,7 @@ def _tests(table: dict[str, Any]) -> str:
                 )
     if not rows:
         return "No model to compare with.\n"
-    baseline = table["baseline"]
+    baseline = cells.markdown(table["baseline"])
     head = ["Method", "Metric", f"Method - {baseline}", "95 % interval", "p (t)", "p (Wilcoxon)"]
     note = (
         "Two-sided, paired over users (each averaged over the seeds), Holm's correction over the "
@@ -269,16 +271,21 @@ def _hyper_parameters(plan: dict[str, Any], table: dict[str, Any], dataset: str)
         tuned = plan["tuned"][f"{dataset}/{model}"]
         given = tuned["given"]
         values = {**tuned["values"], **given}
-        source = "<br/>".join(tuned["files"])
+        source = _lines(tuned["files"])
         if not source:
             source = "GaCLLM.yaml" if model.partition(":")[0] in MODELS else "RecBole's defaults"
         if given:
             source += "<br/>the command line"
         if plan["config_files"]:
-            source += "<br/>" + "<br/>".join(plan["config_files"])
-        text = "<br/>".join(f"{key}={value}" for key, value in values.items())
-        rows.append([f"**{model}**", text.replace("|", "\\|"), source])
+            source += "<br/>" + _lines(plan["config_files"])
+        text = _lines(f"{key}={value}" for key, value in values.items())
+        rows.append([markdown.bold(model), text, source])
     return rows
+
+
+def _lines(texts: Iterable[str]) -> str:
+    """Lines of one cell."""
+    return "<br/>".join(map(cells.markdown, texts))
 
 
 def _tuning(plan: dict[str, Any], table: dict[str, Any], dataset: str) -> str:
@@ -289,13 +296,16 @@ def _tuning(plan: dict[str, Any], table: dict[str, Any], dataset: str) -> str:
         for file, note in plan["tuned"][f"{dataset}/{model}"]["files"].items()
         if note
     }
-    lines = [f"- `{file}`: {note}" for file, note in notes.items()]
+    lines = [
+        f"- {cells.markdown_code(file)}: {cells.markdown(note)}" for file, note in notes.items()
+    ]
     return "Sources and ranges:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _failures(summary: dict[str, Any], dataset: str) -> str:
     lines = [
-        f"- {failure['model']}, seed {failure['seed']}: `{' '.join(failure['error'].split())}`"
+        f"- {cells.markdown(failure['model'])}, seed {cells.markdown(failure['seed'])}: "
+        f"{cells.markdown_code(failure['error'])}"
         for failure in summary["failures"]
         if failure["dataset"] == dataset
     ]
@@ -314,7 +324,3 @@ def _notes(summary: dict[str, Any]) -> str:
 
 def _yaml(values: dict[str, Any]) -> str:
     return str(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=96))
-
-
-def _latex(text: str) -> str:
-    return "".join(f"\\{char}" if char in "&%$#_{}" else char for char in text)

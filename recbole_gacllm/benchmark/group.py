@@ -7,6 +7,7 @@ from pathlib import Path
 
 from recbole.utils import list_to_latex
 
+from recbole_gacllm.benchmark import cells
 from recbole_gacllm.benchmark.results import Board
 
 
@@ -27,7 +28,7 @@ def write_latex(board: Board, dataset: str, part: str, file: Path) -> None:
             metric: statistics.fmean(run.record[part][metric] for run in runs) for metric in metrics
         }
         if means:
-            rows.append({"Model": model.replace("_", "\\_"), **means})
+            rows.append({"Model": cells.latex(model), **means})
     bigger = all(run.record["config"]["valid_metric_bigger"] for run in board.of(dataset))
     columns = [name for name in rows[0] if name != "Model"]
     _, text = list_to_latex(rows, bigger_flag=bigger, subset_columns=columns)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from recbole_gacllm import artifacts
+from recbole_gacllm import artifacts, console
 from recbole_gacllm.benchmark.degrees import (
     DEGREES_FILE,
     Degrees,
@@ -272,6 +272,7 @@ def main() -> None:
     with open(folder / LOG_FILE, "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    console.prepare()
     with artifacts.reporting_errors(folder):
         try:
             _work(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from recbole_gacllm.benchmark import cells
+
 _METRIC_NAMES = {"mrr": "MRR", "ndcg": "NDCG", "map": "MAP", "auc": "AUC", "gauc": "GAUC"}
 
 
@@ -11,8 +13,13 @@ def metric_name(metric: str) -> str:
     return _METRIC_NAMES.get(name, name.capitalize()) + at + k
 
 
+def bold(name: str) -> str:
+    """A model's name in the first column."""
+    return f"**{cells.markdown(name)}**"
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns."""
+    """A Markdown table with aligned columns; its cells are Markdown, of :mod:`.cells`."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = [head, ["-" * width for width in widths], *rows]
     padded = [

@@ -105,7 +105,9 @@ def _write(board: Board, target: Path, tables: list[Path]) -> None:
     }
     for name, content in pages.items():
         (target / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
-    (target / "README.md").write_text(_README.format(command=command(board)), "utf-8")
+    (target / "README.md").write_text(
+        _README.format(command=" ".join(command(board).split())), "utf-8"
+    )
     sums = [
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(target).as_posix()}\n"
         for file in sorted(target.rglob("*"))

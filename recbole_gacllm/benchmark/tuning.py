@@ -11,7 +11,6 @@ parameters, finds the finished trials by what determines them, and goes on.
 from __future__ import annotations
 
 import contextlib
-import csv
 import difflib
 import io
 import json
@@ -44,6 +43,7 @@ from recbole_gacllm.benchmark.leaderboard import (
 from recbole_gacllm.benchmark.plan import FIRST_SEED, Job, make_plan
 from recbole_gacllm.benchmark.space import Space
 from recbole_gacllm.config import literal
+from recbole_gacllm.descriptions.csv_cells import csv_text
 from recbole_gacllm.errors import GaCLLMError
 
 logger = logging.getLogger(__name__)
@@ -220,12 +220,12 @@ def _make_trial(
 
 def _write_trials(search: Search) -> None:
     metrics = next((list(trial.valid) for trial in search.trials if trial.valid), [])
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     names = search.names()
-    writer.writerow(["trial", *names, *(f"valid {name}" for name in metrics), "seconds", "run"])
+    rows: list[list[Any]] = [
+        ["trial", *names, *(f"valid {name}" for name in metrics), "seconds", "run"]
+    ]
     for number, trial in enumerate(search.trials, 1):
-        writer.writerow(
+        rows.append(
             [
                 number,
                 *(trial.parameters[name] for name in names),
@@ -234,7 +234,7 @@ def _write_trials(search: Search) -> None:
                 trial.folder.name,
             ]
         )
-    artifacts.write_atomic(search.output / "trials.csv", buffer.getvalue().encode())
+    artifacts.write_atomic(search.output / "trials.csv", csv_text(rows).encode())
 
 
 def _write_best(search: Search, hyper: HyperTuning, algo: str) -> Path:

@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
+from recbole_gacllm.descriptions.csv_cells import as_before
 from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
 from recbole_gacllm.descriptions.neutralize import one_line
 
@@ -213,7 +214,8 @@ def _read_csv(file: Path) -> pd.DataFrame:
                     "put texts that hold a comma or a line break between quotation marks"
                 )
             rows.append(row)
-    return pd.DataFrame(rows, columns=header, dtype=object)
+    frame = pd.DataFrame(rows, columns=header, dtype=object)
+    return frame.map(as_before)
 
 
 def _problem(side: Any, token: Any, layer: Any, text: str | None) -> str | None:

@@ -33,14 +33,16 @@ def quality_lines(layer: LayerQuality) -> Iterator[str]:
         yield f"  generated       {report['n_generated']} prompts{others}"
         yield f"  tokens          {token_line(report)}"
     for side, quality in layer.sides.items():
-        yield f"\n  {side}s"
+        yield from ("", f"  {side}s")
         yield from _side_lines(quality)
-    yield "\n  samples"
+    yield from ("", "  samples")
     for sample in (sample for quality in layer.sides.values() for sample in quality.samples):
         head = f"{sample.node}, {sample.n_neighbors} neighbours: {sample.below}"
         for words, sign in ((head, "  - "), (sample.text, "    → ")):
             short = textwrap.shorten(words, _MAX_PRINTED_CHARS, placeholder=" …")
-            yield textwrap.fill(short, 96, initial_indent=sign, subsequent_indent=" " * len(sign))
+            yield from textwrap.wrap(
+                short, 96, initial_indent=sign, subsequent_indent=" " * len(sign)
+            )
 
 
 def token_line(report: Mapping[str, Any]) -> str:

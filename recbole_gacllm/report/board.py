@@ -1,10 +1,8 @@
-"""The sections of a leaderboard's page: table, tests, curves and degrees of all models."""
+"""What the sections of a leaderboard's page show: table, tests, curves, degrees of all models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from recbole_gacllm.benchmark.degrees import edges
@@ -12,8 +10,7 @@ from recbole_gacllm.benchmark.markdown import metric_name
 from recbole_gacllm.benchmark.results import Board, FinishedRun, summarize
 from recbole_gacllm.report import charts
 from recbole_gacllm.report.charts import Series
-from recbole_gacllm.report.degrees import Bucket, heldout_found, metric_by_degree
-from recbole_gacllm.report.markup import figure, figures, note, signed, table
+from recbole_gacllm.report.degrees import degree_chart, heldout_found, metric_by_degree
 from recbole_gacllm.report.scoring import Scored
 from recbole_gacllm.report.source import main_metric, scored_again
 
@@ -39,14 +36,24 @@ class BoardData:
         """Means, deviations, intervals and tests of this data set."""
         return dict(self.summary["datasets"][self.dataset])
 
-    def colour(self, model: str) -> int:
-        """A model's colour in all charts of the page."""
-        return list(self.table["models"]).index(model) % charts.N_COLOURS
+    @property
+    def colours(self) -> dict[str, int]:
+        """Each model's colour in all charts of the page."""
+        return {model: place % charts.N_COLOURS for place, model in enumerate(self.table["models"])}
 
     @property
     def metric(self) -> str:
         """The metric that chose the epochs."""
         return main_metric(next(iter(self.first.values())).record)
+
+    @property
+    def best(self) -> tuple[str, float]:
+        """The model with the highest mean, and this mean."""
+        means = {
+            model: float(row["metrics"][self.metric]["mean"])
+            for model, row in self.table["models"].items()
+        }
+        return max(means.items(), key=lambda pair: pair[1])
 
 
 def read_board(board: Board) -> list[BoardData]:
@@ -71,88 +78,32 @@ def read_board(board: Board) -> list[BoardData]:
     ]
 
 
-def results(data: BoardData) -> str:
+def results(data: BoardData) -> dict[str, Any]:
     """Means with deviations and intervals, best bold, second underlined; then the tests."""
-    shown, rows = data.table, []
-    for model, row in shown["models"].items():
-        cells = [f'<th scope="row">{escape(model)}</th>']
-        cells += [_cell(row["metrics"][metric]) for metric in shown["metrics"]]
-        rows.append(cells)
-    text = table(["", *(metric_name(metric) for metric in shown["metrics"])], rows, "numbers")
+    shown, metric = data.table, data.metric
     numbers = [len(row["seeds"]) for row in shown["models"].values()]
-    most = max(numbers)
-    seeds = str(most) if min(numbers) == most else f"{min(numbers)} to {most}"
-    words = "Best bold, second underlined. Small figures: 95 % t interval over users"
-    words += f", each averaged over {seeds} seeds; ± deviation over seeds." if most > 1 else "."
-    text += note(words)
-    rows_of_chart = [
-        (model, row["metrics"][data.metric]["mean"], *row["metrics"][data.metric]["interval"])
-        for model, row in shown["models"].items()
-        if row["metrics"][data.metric]["interval"]
+    seeds = " to ".join(map(str, sorted({min(numbers), max(numbers)})))
+    of_metric = {model: row["metrics"][metric] for model, row in shown["models"].items()}
+    rows = [
+        (model, value["mean"], *value["interval"])
+        for model, value in of_metric.items()
+        if value["interval"]
     ]
-    drawn = []
-    if rows_of_chart:
-        label = f"{metric_name(data.metric)}, 95 % intervals"
-        drawn.append(figure(label, charts.interval_chart(rows_of_chart, label)))
-    tests = _tests(data)
-    if tests:
-        drawn.append(tests)
-    failures = [
-        failure for failure in data.summary["failures"] if failure["dataset"] == data.dataset
-    ]
-    lost = "".join(
-        f"<li>{escape(one['model'])}, seed {one['seed']}: "
-        f"{escape(' '.join(one['error'].split()))}</li>"
-        for one in failures
-    )
-    missing = data.summary["n_missing"]
-    return (
-        text
-        + figures(drawn)
-        + (f"<h3>Failed runs</h3><ul>{lost}</ul>" if lost else "")
-        + (note(f"{missing} runs have not finished yet.") if missing else "")
-    )
+    label = f"{metric_name(metric)}, 95 % intervals"
+    return {
+        **{"metrics": shown["metrics"], "models": shown["models"], "metric": metric},
+        "averaged": f", each averaged over {seeds} seeds; ± deviation over seeds"
+        if max(numbers) > 1
+        else "",
+        "chart": charts.interval_chart(rows, label) if rows else None,
+        "tests": {model: value["test"] for model, value in of_metric.items() if value["test"]},
+        "baseline": shown["baseline"],
+        "failures": [one for one in data.summary["failures"] if one["dataset"] == data.dataset],
+        "n_missing": data.summary["n_missing"],
+    }
 
 
-def _cell(value: dict[str, Any]) -> str:
-    text = f"{value['mean']:.4f}"
-    text = {"best": f"<b>{text}</b>", "second": f"<u>{text}</u>"}.get(value["mark"], text)
-    if value["std"] is not None:
-        text += f' <span class="faint">± {value["std"]:.4f}</span>'
-    if value["interval"]:
-        low, high = value["interval"]
-        text += f"<small>{low:.4f} – {high:.4f}</small>"
-    return f"<td>{text}</td>"
-
-
-def _tests(data: BoardData) -> str:
-    shown, rows = data.table, []
-    for model, row in shown["models"].items():
-        test = row["metrics"][data.metric]["test"]
-        if test:
-            low, high = test["interval"]
-            rows.append(
-                [
-                    f'<th scope="row">{escape(model)}</th>',
-                    f"<td>{signed(test['difference'])}"
-                    f"<small>{signed(low)} to {signed(high)}</small></td>",
-                    f"<td>{_p(test['t_p_holm'])}</td>",
-                    f"<td>{_p(test['wilcoxon_p_holm'])}</td>",
-                ]
-            )
-    if not rows:
-        return ""
-    caption = f"{metric_name(data.metric)} against {shown['baseline']}"
-    head = ["", "Difference", "p (t)", "p (Wilcoxon)"]
-    words = "Paired over users, two-sided, Holm's correction over the models."
-    return figure(caption, table(head, rows, "numbers") + note(words))
-
-
-def _p(value: float) -> str:
-    return "&lt; .001" if value < 0.001 else f"{value:.3f}".replace("0.", ".", 1)
-
-
-def curves(data: BoardData) -> str:
+def curves(data: BoardData) -> dict[str, Any]:
     """Validation scores of all models by epoch."""
     lines = []
     for model, run in data.first.items():
@@ -160,7 +111,7 @@ def curves(data: BoardData) -> str:
         if len(history) > 1:
             scores = [entry["valid"].get(data.metric) for entry in history]
             epochs = [entry["epoch"] for entry in history]
-            lines.append(Series(model, scores, epochs, colour=data.colour(model)))
+            lines.append(Series(model, scores, epochs, colour=data.colours[model]))
     if not lines:
         raise LookupError("no run.json has a history of several epochs; runs of this version have")
     shown = lines[:_MAX_MODELS]
@@ -168,12 +119,12 @@ def curves(data: BoardData) -> str:
     label += f", {shown[0].name}" if len(shown) == 1 else ""
     seed = next(iter(data.first.values())).record["seed"]
     without = [model for model in data.first if model not in {line.name for line in shown}]
-    words = f"Seed {seed}. "
-    words += f"Not drawn, for want of a curve: {', '.join(without)}." if without else ""
-    return figures([figure(label, charts.line_chart(shown, label, "epoch"))]) + note(words)
+    note = f"Seed {seed}. "
+    note += f"Not drawn, for want of a curve: {', '.join(without)}." if without else ""
+    return {"figures": [(label, charts.line_chart(shown, label, "epoch"))], "note": note}
 
 
-def by_degree(data: BoardData) -> str:
+def by_degree(data: BoardData) -> dict[str, Any]:
     """Metric by user degree and held-out items found by item degree, of all models."""
     scored: dict[str, Scored] = {}
     reasons = []
@@ -193,33 +144,20 @@ def by_degree(data: BoardData) -> str:
         for model, one in scored.items()
         if data.metric in one.test
     }
-    drawn = []
-    if bars:
-        label = f"Test {metric_name(data.metric)} by user degree"
-        drawn.append(
-            figure(label, _bars(bars, data.colour, label, "training interactions of the user"))
-        )
     found = {model: heldout_found(one) for model, one in scored.items() if one.top}
-    if found:
-        label = "Share of held-out items in the top 10, by item degree"
-        x_label = "training interactions of the item"
-        drawn.append(figure(label, _bars(found, data.colour, label, x_label)))
-    words = (
+    figures = [
+        (label, degree_chart(of_models, data.colours, label, side))
+        for label, of_models, side in (
+            (f"Test {metric_name(data.metric)} by user degree", bars, "user"),
+            ("Share of held-out items in the top 10, by item degree", found, "item"),
+        )
+        if of_models
+    ]
+    note = (
         "First seed. Five groups of users or items, equal in number where degrees allow; n: users, "
         "held-out interactions. Whiskers: 95 % intervals."
     )
-    return figures(drawn) + note(" ".join([words, *reasons]))
-
-
-def _bars(
-    bars: dict[str, list[Bucket]], colour: Callable[[str], int], label: str, x_label: str
-) -> str:
-    first = next(iter(bars.values()))
-    series = [
-        Series(model, [b.value for b in buckets], (), [b.interval for b in buckets], colour(model))
-        for model, buckets in bars.items()
-    ]
-    return charts.bar_chart([(b.label, f"n = {b.n:,}") for b in first], series, label, x_label)
+    return {"figures": figures, "note": " ".join([note, *reasons])}
 
 
 def variants(data: BoardData) -> list[str]:
@@ -227,7 +165,7 @@ def variants(data: BoardData) -> list[str]:
     return [model for model in data.table["models"] if model.partition(":")[0] == "GaCLLM"]
 
 
-def side_by_side(data: BoardData) -> str:
+def side_by_side(data: BoardData) -> dict[str, Any]:
     """All metrics as bars: of GaCLLM's variants if there are several, else of all models."""
     shown = data.table
     models = variants(data) if len(variants(data)) > 1 else list(shown["models"])[:_MAX_MODELS]
@@ -237,7 +175,7 @@ def side_by_side(data: BoardData) -> str:
     for model in models:
         values = [shown["models"][model]["metrics"][metric] for metric in shown["metrics"]]
         means, intervals = zip(*((v["mean"], v["interval"]) for v in values), strict=True)
-        series.append(Series(model, means, (), intervals, data.colour(model)))
+        series.append(Series(model, means, (), intervals, data.colours[model]))
     categories = [(metric_name(metric), "") for metric in shown["metrics"]]
     chart = charts.bar_chart(categories, series, "Test metrics of all models", "")
-    return figures([figure("Test metrics, 95 % intervals", chart)])
+    return {"figures": [("Test metrics, 95 % intervals", chart)], "note": ""}

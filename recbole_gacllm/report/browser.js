@@ -62,8 +62,10 @@ function startBrowser(data) {
       side, at, token: token.toLowerCase(),
       words: (side === "user" ? `user ${token}` : data.item.c[at]).toLowerCase(),
     }));
+  // An address holds no half of a surrogate pair.
+  const wellFormed = (token) => token.replace(/\p{Surrogate}/gu, "\ufffd");
   const numbers = { user: new Map(), item: new Map() };
-  for (const side of ["user", "item"]) data[side].t.forEach((token, at) => numbers[side].set(token, at));
+  for (const side of ["user", "item"]) data[side].t.forEach((token, at) => numbers[side].set(wellFormed(token), at));
   const recommendedTo = data.item.t.map(() => []);
   (data.user.r || []).forEach((items, user) => items.forEach((item) => {
     if (typeof item === "number") recommendedTo[item].push(user);
@@ -128,7 +130,7 @@ function startBrowser(data) {
     }
   });
 
-  const address = (side, at) => `#${side}=${encodeURIComponent(data[side].t[at])}`;
+  const address = (side, at) => `#${side}=${encodeURIComponent(wellFormed(data[side].t[at]))}`;
   function go(side, at) {
     if (location.hash === address(side, at)) return;
     history.pushState(null, "", address(side, at));
@@ -137,7 +139,8 @@ function startBrowser(data) {
   function fromAddress() {
     const match = /^#(user|item)=(.*)$/.exec(location.hash);
     if (!match) return false;
-    const at = numbers[match[1]].get(decodeURIComponent(match[2]));
+    let at;
+    try { at = numbers[match[1]].get(decodeURIComponent(match[2])); } catch { return false; } // such as %zz
     if (at === undefined) return false;
     show(match[1], at);
     return true;

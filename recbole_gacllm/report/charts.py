@@ -1,6 +1,7 @@
 """Charts as inline SVG: no library in the page, sharp in print, coloured by the page's theme.
 
-Colours are the classes ``c0`` to ``c7`` of ``style.css``; ``other`` is grey.
+A chart is a list of shapes; ``templates/macros.html`` writes them. Colours are the classes ``c0``
+to ``c7`` of ``style.css``; ``other`` is grey.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 import numpy as np
 
@@ -36,6 +36,34 @@ class Series:
     colour: int = 0
 
 
+@dataclass(frozen=True)
+class Shape:
+    """An element of SVG: its name, its attributes, the words in it or those of its tooltip."""
+
+    tag: str
+    attributes: dict[str, str]
+    words: str = ""
+    tooltip: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What a template draws.
+
+    Attributes:
+        label: What is shown, for screen readers.
+        box: The ``viewBox``.
+        legend: Names and the classes of their colours.
+        kind: Class of the element.
+    """
+
+    label: str
+    box: str
+    shapes: list[Shape]
+    legend: list[tuple[str, str]]
+    kind: str = "chart"
+
+
 def ticks(low: float, high: float, n: int = 5) -> list[float]:
     """About ``n`` round numbers that span ``[low, high]``."""
     if high <= low:
@@ -60,7 +88,7 @@ def line_chart(
     label: str,
     x_label: str,
     marked: tuple[float, float, str] | None = None,
-) -> str:
+) -> Chart:
     """Lines over epochs or steps.
 
     Args:
@@ -71,50 +99,39 @@ def line_chart(
     """
     xs = [x for line in series for x in line.x]
     ys = [y for line in series for y in line.y if y is not None]
-    x_ticks = [tick for tick in ticks(min(xs), max(xs), 6) if min(xs) <= tick <= max(xs)]
     y_ticks = ticks(min(ys), max(ys))
     span = max(max(xs) - min(xs), 1e-9)
 
     def at_x(x: float) -> float:
         return _LEFT + (x - min(xs)) / span * (WIDTH - _LEFT - _RIGHT)
 
-    parts = [_y_axis(y_ticks)]
-    parts += [
-        f'<text class="tick" x="{at_x(tick):.1f}" y="{HEIGHT - _BOTTOM + 18}" '
-        f'text-anchor="middle">{number(tick)}</text>'
-        for tick in x_ticks
-        if float(tick).is_integer()
-    ]
-    parts.append(_x_label(x_label))
+    shapes = _y_axis(y_ticks)
+    for tick in ticks(min(xs), max(xs), 6):
+        if min(xs) <= tick <= max(xs) and float(tick).is_integer():
+            shapes.append(_text(number(tick), at_x(tick), HEIGHT - _BOTTOM + 18))
+    shapes.append(_x_label(x_label))
     for line in series:
         points = [
-            f"{at_x(x):.1f},{_at_y(y, y_ticks):.1f}"
+            (at_x(x), _at_y(y, y_ticks))
             for x, y in zip(line.x, line.y, strict=True)
             if y is not None
         ]
-        colour = f"c{line.colour}"
         if len(points) == 1:
-            left, top = points[0].split(",")
-            parts.append(f'<circle class="fill {colour}" cx="{left}" cy="{top}" r="3.5"/>')
+            shapes.append(_circle(f"fill c{line.colour}", *points[0], 3.5))
         else:
-            parts.append(f'<polyline class="line {colour}" points="{" ".join(points)}"/>')
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            shapes.append(Shape("polyline", {"class": f"line c{line.colour}", "points": path}))
     if marked is not None:
-        x, y, words = marked
-        near_right = at_x(x) > WIDTH * 0.6
-        anchor, shift = ("end", -8) if near_right else ("start", 8)
-        is_at_top = _at_y(y, y_ticks) < _TOP + 16
-        parts.append(
-            f'<circle class="mark" cx="{at_x(x):.1f}" cy="{_at_y(y, y_ticks):.1f}" r="4"/>'
-            f'<text class="note" x="{at_x(x) + shift:.1f}" '
-            f'y="{_at_y(y, y_ticks) + (18 if is_at_top else -8):.1f}" text-anchor="{anchor}">'
-            f"{escape(words)}</text>"
-        )
-    return _svg(parts, label) + _legend(series)
+        x, y = at_x(marked[0]), _at_y(marked[1], y_ticks)
+        anchor, shift = ("end", -8) if x > WIDTH * 0.6 else ("start", 8)
+        below = y + (18 if y < _TOP + 16 else -8)
+        shapes += [_circle("mark", x, y, 4), _text(marked[2], x + shift, below, "note", anchor)]
+    return Chart(label, f"0 0 {WIDTH} {HEIGHT}", shapes, _legend(series))
 
 
 def bar_chart(
     categories: Sequence[tuple[str, str]], series: Sequence[Series], label: str, x_label: str
-) -> str:
+) -> Chart:
     """Bars from zero, in groups, with whiskers for intervals.
 
     Args:
@@ -133,82 +150,68 @@ def bar_chart(
     height = HEIGHT + 16 if x_label else HEIGHT - 18
     slot = (WIDTH - _LEFT - _RIGHT) / len(categories)
     width = min(slot * 0.78 / len(series), 46)
-    parts = [_y_axis(y_ticks)]
+    shapes = _y_axis(y_ticks)
     for place, (first, second) in enumerate(categories):
         middle = _LEFT + slot * (place + 0.5)
-        parts.append(
-            f'<text class="tick" x="{middle:.1f}" y="{HEIGHT - _BOTTOM + 18}" '
-            f'text-anchor="middle">{escape(first)}</text>'
-            f'<text class="tick faint" x="{middle:.1f}" y="{HEIGHT - _BOTTOM + 33}" '
-            f'text-anchor="middle">{escape(second)}</text>'
-        )
+        shapes.append(_text(first, middle, HEIGHT - _BOTTOM + 18))
+        shapes.append(_text(second, middle, HEIGHT - _BOTTOM + 33, "tick faint"))
         for offset, one in enumerate(series):
             value = one.y[place]
             if value is None:
                 continue
-            left = middle + (offset - len(series) / 2) * width
-            top = _at_y(value, y_ticks)
-            parts.append(
-                f'<rect class="fill c{one.colour}" x="{left + 1:.1f}" y="{top:.1f}" '
-                f'width="{width - 2:.1f}" height="{max(_at_y(0, y_ticks) - top, 0):.1f}" rx="2">'
-                f"<title>{escape(one.name)}, {escape(first)}: {value:.4f}</title></rect>"
-            )
+            left, top = middle + (offset - len(series) / 2) * width, _at_y(value, y_ticks)
+            bar = {
+                "class": f"fill c{one.colour}",
+                "x": f"{left + 1:.1f}",
+                "y": f"{top:.1f}",
+                "width": f"{width - 2:.1f}",
+                "height": f"{max(_at_y(0, y_ticks) - top, 0):.1f}",
+                "rx": "2",
+            }
+            shapes.append(Shape("rect", bar, tooltip=f"{one.name}, {first}: {value:.4f}"))
             interval = one.intervals[place] if one.intervals else None
             if interval:
                 low, high = (_at_y(max(end, 0.0), y_ticks) for end in interval)
-                parts.append(
-                    f'<path class="whisker" d="M{left + width / 2:.1f} {low:.1f}V{high:.1f}"/>'
-                )
-    parts.append(_x_label(x_label, height))
-    return _svg(parts, label, height) + _legend(series)
+                shapes.append(_path("whisker", f"M{left + width / 2:.1f} {low:.1f}V{high:.1f}"))
+    shapes.append(_x_label(x_label, height))
+    return Chart(label, f"0 0 {WIDTH} {height}", shapes, _legend(series))
 
 
-def interval_chart(rows: Sequence[tuple[str, float, float, float]], label: str) -> str:
+def interval_chart(rows: Sequence[tuple[str, float, float, float]], label: str) -> Chart:
     """Means with intervals, one below the other: (name, mean, low, high)."""
     row_height, left = 30, 30 + 7.5 * min(max(len(row[0]) for row in rows), 26)
     height = _TOP + row_height * len(rows) + 30
-    low, high = min(row[2] for row in rows), max(row[3] for row in rows)
-    marks = ticks(low, high, 6)
+    marks = ticks(min(row[2] for row in rows), max(row[3] for row in rows), 6)
 
     def at(value: float) -> float:
         return left + (value - marks[0]) / (marks[-1] - marks[0]) * (WIDTH - left - 24)
 
-    parts = [
-        f'<path class="grid" d="M{at(tick):.1f} {_TOP}V{height - 28}"/>'
-        f'<text class="tick" x="{at(tick):.1f}" y="{height - 10}" text-anchor="middle">'
-        f"{number(tick)}</text>"
-        for tick in marks
-    ]
+    shapes = []
+    for tick in marks:
+        shapes.append(_path("grid", f"M{at(tick):.1f} {_TOP}V{height - 28}"))
+        shapes.append(_text(number(tick), at(tick), height - 10))
     for place, (name, mean, start, end) in enumerate(rows):
-        y = _TOP + row_height * (place + 0.5)
+        y, colour = _TOP + row_height * (place + 0.5), f"c{place % N_COLOURS}"
         shown = name if len(name) <= 26 else f"{name[:25]}…"
-        parts.append(
-            f'<text class="name" x="{left - 12}" y="{y + 4.5:.1f}" text-anchor="end">'
-            f'{escape(shown)}</text><path class="line c{place % N_COLOURS}" '
-            f'd="M{at(start):.1f} {y:.1f}H{at(end):.1f}"/>'
-            f'<circle class="fill c{place % N_COLOURS}" cx="{at(mean):.1f}" cy="{y:.1f}" r="5">'
-            f"<title>{escape(name)}: {mean:.4f} [{start:.4f}, {end:.4f}]</title></circle>"
-        )
-    return _svg(parts, label, height)
+        tooltip = f"{name}: {mean:.4f} [{start:.4f}, {end:.4f}]"
+        shapes.append(_text(shown, left - 12, y + 4.5, "name", "end"))
+        shapes.append(_path(f"line {colour}", f"M{at(start):.1f} {y:.1f}H{at(end):.1f}"))
+        shapes.append(_circle(f"fill {colour}", at(mean), y, 5, tooltip))
+    return Chart(label, f"0 0 {WIDTH} {height}", shapes, [])
 
 
-def point_map(groups: Sequence[Sequence[tuple[int, int]]], label: str) -> str:
+def point_map(groups: Sequence[Sequence[tuple[int, int]]], label: str) -> Chart:
     """Points of a 1000 x 800 field, one colour a group; the last group is grey.
 
     Each group is one path of round dots, so that thousands of points stay small.
     """
-    parts = []
+    shapes = []
     for place, points in reversed(list(enumerate(groups))):
-        if not points:
-            continue
-        colour = "other" if place == len(groups) - 1 else f"c{place % N_COLOURS}"
-        path = "".join(f"M{x} {y}h0" for x, y in points)
-        parts.append(f'<path class="dots {colour}" data-group="{place}" d="{path}"/>')
-    return (
-        f'<svg class="map" viewBox="-12 -12 1024 824" role="img" aria-label="{escape(label)}">'
-        + "".join(parts)
-        + '<circle class="found" r="13" hidden=""/></svg>'
-    )
+        if points:
+            colour = "other" if place == len(groups) - 1 else f"c{place % N_COLOURS}"
+            shapes.append(_path(f"dots {colour}", "".join(f"M{x} {y}h0" for x, y in points)))
+    shapes.append(Shape("circle", {"class": "found", "r": "13", "hidden": ""}))
+    return Chart(label, "-12 -12 1024 824", shapes, [], "map")
 
 
 def scaled(points: np.ndarray) -> list[tuple[int, int]]:
@@ -228,38 +231,33 @@ def _at_y(value: float, marks: Sequence[float]) -> float:
     return HEIGHT - _BOTTOM - share * (HEIGHT - _BOTTOM - _TOP)
 
 
-def _y_axis(marks: Sequence[float]) -> str:
-    return "".join(
-        f'<path class="grid" d="M{_LEFT} {_at_y(mark, marks):.1f}H{WIDTH - _RIGHT}"/>'
-        f'<text class="tick" x="{_LEFT - 8}" y="{_at_y(mark, marks) + 4.5:.1f}" '
-        f'text-anchor="end">{number(mark)}</text>'
-        for mark in marks
-    )
+def _y_axis(marks: Sequence[float]) -> list[Shape]:
+    shapes = []
+    for mark in marks:
+        y = _at_y(mark, marks)
+        shapes.append(_path("grid", f"M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"))
+        shapes.append(_text(number(mark), _LEFT - 8, y + 4.5, anchor="end"))
+    return shapes
 
 
-def _x_label(words: str, height: int = HEIGHT) -> str:
-    middle = (_LEFT + WIDTH - _RIGHT) / 2
-    return (
-        f'<text class="tick faint" x="{middle:.0f}" y="{height - 5}" text-anchor="middle">'
-        f"{escape(words)}</text>"
-    )
+def _x_label(words: str, height: int = HEIGHT) -> Shape:
+    return _text(words, (_LEFT + WIDTH - _RIGHT) / 2, height - 5, "tick faint")
 
 
-def _svg(parts: Sequence[str], label: str, height: int = HEIGHT) -> str:
-    return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{escape(label)}">{"".join(parts)}</svg>'
-    )
+def _text(words: str, x: float, y: float, kind: str = "tick", anchor: str = "middle") -> Shape:
+    place = {"class": kind, "x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor}
+    return Shape("text", place, words)
 
 
-def _legend(series: Sequence[Series]) -> str:
+def _path(kind: str, d: str) -> Shape:
+    return Shape("path", {"class": kind, "d": d})
+
+
+def _circle(kind: str, x: float, y: float, r: float, tooltip: str = "") -> Shape:
+    place = {"class": kind, "cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": f"{r:g}"}
+    return Shape("circle", place, tooltip=tooltip)
+
+
+def _legend(series: Sequence[Series]) -> list[tuple[str, str]]:
     """Names of the colours; one series needs none."""
-    if len(series) < 2:
-        return ""
-    return legend([(one.name, f"c{one.colour}") for one in series])
-
-
-def legend(keys: Sequence[tuple[str, str]]) -> str:
-    """Names and the classes of their colours."""
-    rows = "".join(f'<li><i class="key {colour}"></i>{escape(name)}</li>' for name, colour in keys)
-    return f'<ul class="legend">{rows}</ul>'
+    return [(one.name, f"c{one.colour}") for one in series] if len(series) > 1 else []

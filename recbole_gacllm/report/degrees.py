@@ -11,6 +11,7 @@ from scipy import stats
 
 from recbole_gacllm.benchmark.degrees import edges, label
 from recbole_gacllm.benchmark.significance import mean_interval
+from recbole_gacllm.report.charts import Chart, Series, bar_chart
 from recbole_gacllm.report.scoring import Scored
 
 
@@ -63,6 +64,18 @@ def heldout_found(scored: Scored) -> list[Bucket]:
         Bucket(label(low, high), n, found / n if n else None, _wilson(found, n))
         for (low, high), (found, n) in zip(ranges, counts, strict=True)
     ]
+
+
+def degree_chart(
+    bars: Mapping[str, list[Bucket]], colours: Mapping[str, int], label: str, side: str
+) -> Chart:
+    """Bars of each name's groups of users, or of items."""
+    series = [
+        Series(name, [b.value for b in groups], (), [b.interval for b in groups], colours[name])
+        for name, groups in bars.items()
+    ]
+    groups = [(b.label, f"n = {b.n:,}") for b in next(iter(bars.values()))]
+    return bar_chart(groups, series, label, f"training interactions of the {side}")
 
 
 def _wilson(found: int, n: int) -> tuple[float, float] | None:

@@ -1,0 +1,35 @@
+"""Cells of CSV files: text that a spreadsheet would calculate is written with a quote before it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """A CSV file of which a spreadsheet calculates nothing; numbers stay numbers."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerows([no_formula(value) for value in row] for row in rows)
+    return buffer.getvalue()
+
+
+def no_formula(value: Any) -> Any:
+    """A cell of CSV: text that a spreadsheet would calculate gets a quote before it."""
+    if not isinstance(value, str) or not _FORMULA.match(value):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def as_before(cell: str) -> str:
+    """What :func:`no_formula` was given."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
