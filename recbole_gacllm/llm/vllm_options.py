@@ -10,7 +10,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Final
 
-from recbole_gacllm.llm.weights import check_adapter
+from recbole_gacllm.llm.adapter import check_adapter
 
 logger = logging.getLogger(__name__)
 
