@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer
 
 import recbole_gacllm  # noqa: F401  (hides broken torchvision before transformers is imported)
 from recbole_gacllm import artifacts
@@ -140,7 +139,7 @@ def test_what_one_process_began_two_go_on_with(model_dir, alone, tmp_path):
 
 def fail_at(monkeypatch, *steps):
     """Memory runs out in these updates, counted from 1, once for each time they are given."""
-    left, trained = list(steps), Trainer.training_step
+    left, trained = list(steps), sft.Trainer.training_step
 
     def training_step(self, *args, **kwargs):
         if left and self.state.global_step + 1 == left[0]:
@@ -148,7 +147,7 @@ def fail_at(monkeypatch, *steps):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return trained(self, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(sft.Trainer, "training_step", training_step)
     return left
 
 
@@ -203,9 +202,9 @@ import sys
 sys.path[:0] = [{root!r}]
 import torch
 from pathlib import Path
-from transformers import Trainer
 from tests import test_sft_processes as here
 
+Trainer = here.sft.Trainer
 step = Trainer.training_step
 
 

@@ -47,7 +47,7 @@ PROGRESS_FILE = "sft.json"
 CHECKPOINTING_ABOVE = 1_000_000_000
 
 
-class SFTOutOfMemory(GaCLLMError):
+class SFTMemoryError(GaCLLMError):
     """Memory ran out; fewer sequences at once may do."""
 
 
@@ -103,12 +103,12 @@ def finetune(
         out_dir: Folder of this fine-tuning, for one model, one set of pairs and one set of options.
         options: How to train.
         model_name: Name of the base model for the adapter's config; the folder's name if None.
-        at_once: At most so many sequences a step of one process; an update takes as many steps more.
+        at_once: At most so many sequences a step of a process; an update takes more steps then.
 
     Raises:
         ValueError: If no pair fits ``max_tokens``, ``target_modules`` match nothing, or the
             processes cannot share an update equally.
-        SFTOutOfMemory: If memory runs out.
+        SFTMemoryError: If memory runs out.
         GaCLLMError: If the loss is no longer finite.
     """
     started = time.perf_counter()
@@ -172,7 +172,7 @@ def finetune(
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise SFTOutOfMemory(
+        raise SFTMemoryError(
             f"SFT ran out of memory with {at_once} sequences of up to sft_max_tokens="
             f"{options.max_tokens} tokens at once. Lower sft_batch_size={options.batch_size} "
             f"(raise sft_accumulation_steps={options.accumulation_steps} by the same factor), "

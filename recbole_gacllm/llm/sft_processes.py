@@ -16,7 +16,7 @@ from torch import distributed, multiprocessing
 
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm.generator import SFTPair
-from recbole_gacllm.llm.sft import SFTOutOfMemory, SFTReport, finetune, finished
+from recbole_gacllm.llm.sft import SFTMemoryError, SFTReport, finetune, finished
 from recbole_gacllm.llm.sft_trainer import SFTOptions, batch_of_a_process
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def finetune_on_all_cards(
     while True:
         try:
             return _in_processes(n, partial(work, at_once=at_once), out_dir)
-        except SFTOutOfMemory:
+        except SFTMemoryError:
             if at_once == 1:
                 raise
         # Not within `except`, which keeps the model's memory alive.
