@@ -583,7 +583,7 @@ def saved_bytes_a_token(model):
 
 
 def test_a_large_model_keeps_the_inputs_of_its_layers_only(tmp_path, monkeypatch):
-    """A layer's input is hidden_size numbers a token, of two layers and the end 3 x 64 x 4 bytes."""
+    """A layer's input has hidden_size numbers a token: 256 bytes; all it computes has 20 kB."""
     base = make_model(tmp_path / "base", hidden_size=64)
 
     def model():
@@ -608,14 +608,14 @@ def test_checkpointing_changes_no_gradient(model_dir, trained, tmp_path, monkeyp
 
 
 def test_weights_are_read_straight_to_the_device_of_the_process(model_dir, monkeypatch):
-    class Read(Exception):
+    class ReadError(Exception):
         pass
 
     def read(folder, **options):
-        raise Read(options)
+        raise ReadError(options)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", read)
-    with pytest.raises(Read) as call:
+    with pytest.raises(ReadError) as call:
         sft._load(model_dir, None, "bfloat16", torch.device("cuda:1"))
     [options] = call.value.args
     assert options["device_map"] == {"": torch.device("cuda:1")}
