@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from recbole_gacllm import stage
+from recbole_gacllm import pipeline, stage
 from recbole_gacllm.config import GaCLLMConfig, model_defaults, shipped_path
 from recbole_gacllm.descriptions.layers import Layer, Side
 from recbole_gacllm.descriptions.neighbors import TrainGraph
@@ -98,3 +100,25 @@ def test_each_key_of_fine_tuning_arrives_in_its_place(handed: Any) -> None:
         seed=11,
         show_progress=False,
     )
+
+
+def test_only_the_words_of_fine_tuning_fine_tune_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(shipped_path("properties", "prompts"), tmp_path / "prompts")
+    keys: list[dict[str, Any]] = []
+    monkeypatch.setattr(pipeline, "_run", lambda root, stage, key, *rest: keys.append(key))
+    changes = {**model_defaults(), "llm_prompts_dir": str(tmp_path / "prompts")}
+    options = GaCLLMConfig.from_mapping(changes)
+    data = SimpleNamespace(seed=1, show_progress=False)
+    model = pipeline._LanguageModel("tiny", tmp_path, "0123")
+
+    def key_after(file: str) -> dict[str, Any]:
+        with (tmp_path / "prompts" / file).open("a") as stream:
+            stream.write(" Briefly.")
+        pipeline._finetune(tmp_path, tmp_path / "inputs", options, data, model)
+        return keys[-1]
+
+    pipeline._finetune(tmp_path, tmp_path / "inputs", options, data, model)
+    assert key_after("user.txt") == key_after("item_deeper.txt") == keys[0]
+    assert key_after("sft_user_to_item.txt") != keys[0]
