@@ -31,6 +31,7 @@ from recbole_gacllm.llm.sft_data import (
     perplexity,
 )
 from recbole_gacllm.llm.sft_merge import merge
+from recbole_gacllm.llm.sft_processes import finetune_on_all_cards
 from recbole_gacllm.llm.sft_trainer import Progress, SFTOptions, last_checkpoint
 
 peft = pytest.importorskip("peft")
@@ -620,6 +621,19 @@ def test_weights_are_read_straight_to_the_device_of_the_process(model_dir, monke
     [options] = call.value.args
     assert options["device_map"] == {"": torch.device("cuda:1")}
     assert options["use_safetensors"] is True
+
+
+def test_weights_that_do_not_fit_are_not_read_again_in_vain(model_dir, tmp_path, monkeypatch):
+    reads = []
+
+    def read(folder, **options):
+        reads.append(folder)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", read)
+    with pytest.raises(GaCLLMError, match=r"do not fit into the memory of cpu. Take a smaller"):
+        finetune_on_all_cards(model_dir, PAIRS, HELDOUT, tmp_path / "run", OPTIONS)
+    assert len(reads) == 1
 
 
 def test_nothing_is_printed_and_the_bar_can_be_switched_off(model_dir, tmp_path, capfd):

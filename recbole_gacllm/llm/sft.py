@@ -150,8 +150,8 @@ def finetune(
     transformers.set_seed(options.seed)
     transformers.utils.logging.disable_progress_bar()
     at_once = args.per_device_train_batch_size
+    model = _load(model_dir, lora, options.dtype, args.device)
     try:
-        model = _load(model_dir, lora, options.dtype, args.device)
         trainer = Trainer(
             model=model,
             args=args,
@@ -256,14 +256,25 @@ def _load(model_dir: Path, config: LoraConfig, dtype: str, device: torch.device)
     """The model with a new adapter, read straight to its device.
 
     A large one keeps the inputs of its layers only and computes the rest again on the way back.
+
+    Raises:
+        GaCLLMError: If the weights alone need more memory than there is.
     """
-    base = AutoModelForCausalLM.from_pretrained(
-        model_dir,
-        dtype=resolve_dtype(dtype),
-        device_map={"": device},
-        use_safetensors=True,
-        local_files_only=True,
-    )
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=resolve_dtype(dtype),
+            device_map={"": device},
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise GaCLLMError(
+            f"SFT: the weights of {model_dir} do not fit into the memory of {device}. Take a "
+            "smaller llm_model or llm_dtype: bfloat16, or free the memory that others hold there."
+        ) from error
     base.config.use_cache = False
     if base.num_parameters() > CHECKPOINTING_ABOVE:
         base.gradient_checkpointing_enable({"use_reentrant": False})
