@@ -280,6 +280,9 @@ def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
     with pytest.raises(ValueError, match=r"peft's type 'IA3'; only LORA is served\. Merge it"):
         check_adapter(base, adapter)
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json is no JSON"):
+        check_adapter(base, adapter)
 
 
 def test_an_adapter_is_no_adapter_without_its_files_and_no_damaged_one(tmp_path: Path) -> None:

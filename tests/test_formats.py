@@ -91,6 +91,7 @@ PICKLE = {"config.json": {}, "pytorch_model.bin": {}}
             r"b\.safetensors is missing, but .*index\.json names it",
         ),
         ({**MODEL, INDEX: {}, "config.json": []}, "config.json holds no JSON object"),
+        ({"config.json": {}, INDEX: {"weight_map": [1]}}, "weight_map is no JSON object"),
         (
             {**MODEL, "config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "x.Y"}}},
             r"type 'mine', which only its own code can load .*x\.Y.* is never run",

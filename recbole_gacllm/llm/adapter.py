@@ -7,7 +7,6 @@ the model itself, made without weights, and transformers' own rules say which fi
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from recbole_gacllm.llm.formats import check_safetensors, weight_files
+from recbole_gacllm.llm.formats import check_safetensors, read_object, weight_files
 
 # Numbers that a merged weight can be stored in; others are quantised, and have scales elsewhere.
 _PLAIN: Final = ("F16", "BF16", "F32")
@@ -102,7 +101,7 @@ def check_adapter(model_dir: Path, adapter_dir: Path) -> None:
             f"{adapter_dir} is no adapter: adapter_model.safetensors and adapter_config.json are "
             "needed (peft's format). Train one with sft: True."
         )
-    kind = json.loads(config_file.read_bytes()).get("peft_type")
+    kind = read_object(config_file).get("peft_type")
     if kind != "LORA":
         raise ValueError(
             f"The adapter {adapter_dir} is of peft's type {kind!r}; only LORA is served. "

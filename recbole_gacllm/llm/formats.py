@@ -75,7 +75,7 @@ def refuse_code(folder: Path, key: str) -> None:
     Raises:
         ValueError: Names the code.
     """
-    config = _object(folder / "config.json")
+    config = read_object(folder / "config.json")
     if not config.get("auto_map"):
         return
     from transformers import CONFIG_MAPPING
@@ -125,7 +125,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if (folder / _WEIGHTS).is_file() or not index.is_file():
         return [file for file in (folder / _WEIGHTS,) if file.is_file()]
-    names = sorted(set(map(str, dict(_object(index).get("weight_map") or {}).values())))
+    names = sorted(set(map(str, _mapping(index, "weight_map").values())))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(
@@ -135,6 +135,18 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing, but {index} names it. Copy it again.")
     return [folder / name for name in names]
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    content = _json(file) if file.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object. Copy it again.")
+    return content
 
 
 def check_safetensors(folder: Path) -> None:
@@ -174,7 +186,7 @@ def _unusable(key: str, name: str, found: str) -> str:
 
 
 def _is_adapter(folder: Path, name: str) -> str:
-    base = _object(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     return (
         f"llm_model={name!r} is a LoRA adapter, not a model. Set llm_adapter: {name} and "
         f"llm_model to the model it was trained on ({base or 'its adapter_config.json names none'})"
@@ -210,12 +222,11 @@ def _modules(folder: Path) -> list[Path]:
     for part in parts:  # grows below: a router's modules lie in folders of their own
         if not part.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{file} names {part}, which lies outside its folder.")
-        config = _object(part / "config.json")
+        config = read_object(part / "config.json")
         for class_name in (str(config.get(key, "")) for key in _CLASS_KEYS):
             if "." in class_name:
                 _refuse_class(part / "config.json", class_name)
-        routes = _object(part / "router_config.json").get("types") or {}
-        for name, class_name in dict(routes).items():
+        for name, class_name in _mapping(part / "router_config.json", "types").items():
             _refuse_class(part / "router_config.json", class_name)
             parts.append(part / name)
     return parts
@@ -230,15 +241,11 @@ def _refuse_class(file: Path, class_name: Any) -> None:
         )
 
 
-def _object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none.
-
-    Raises:
-        ValueError: If the file holds something else.
-    """
-    content = _json(file) if file.is_file() else {}
+def _mapping(file: Path, key: str) -> dict[str, Any]:
+    """A mapping within a JSON file; empty where it is not there."""
+    content = read_object(file).get(key) or {}
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object. Copy it again.")
+        raise ValueError(f"{file}: {key} is no JSON object. Copy it again.")
     return content
 
 
