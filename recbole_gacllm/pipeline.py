@@ -146,8 +146,10 @@ def _before_descriptions(
         model = _LanguageModel.resolve(options)
         _templates(options)
         if options.llm_adapter is not None:
+            from recbole_gacllm.llm.adapter import check_adapter  # loads transformers
+
             adapter = Path(options.llm_adapter).resolve()
-            weights.check_adapter(model.folder, adapter)
+            check_adapter(model.folder, adapter)
         elif options.sft:
             folders["sft"] = _finetune(root, folders["inputs"], options, data, model)
             adapter = folders["sft"] / "adapter"
@@ -258,11 +260,10 @@ def _figures(manifest: dict[str, Any]) -> dict[str, Any]:
 def _finetune(
     root: Path, inputs: Path, options: GaCLLMConfig, data: TrainingData, model: _LanguageModel
 ) -> Path:
-    templates = _templates(options)
     key = {
         "inputs": inputs.name,
         "model": model.fingerprint,
-        "prompts": templates.version(),
+        "prompts": _templates(options).sft_version(),
         "dtype": resolve_dtype(options.llm_dtype),
         "seed": data.seed,
         **_options_with(options, "sft"),

@@ -97,7 +97,7 @@ def _forget_report(progress: Path) -> None:
 
 def merged(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """The base model with the adapter merged into its weights: ``model/``."""
-    from recbole_gacllm.llm.sft import merge
+    from recbole_gacllm.llm.sft_merge import merge
 
     merge(Path(job["model_dir"]), Path(job["adapter_dir"]), folder / "model")
     return {}
@@ -152,7 +152,7 @@ def convolution_of(
     job: dict[str, Any], graph: TrainGraph, store: DescriptionStore, backend: Backend
 ) -> Convolution:
     """The convolution of a job, which loads its engine when it is needed."""
-    from recbole_gacllm.llm.weights import check_adapter
+    from recbole_gacllm.llm.adapter import check_adapter
 
     options = _options(job)
     tokenizer = _tokenizer(job, job["generator_dir"])

@@ -22,7 +22,7 @@ ALLOWED = {
         "benchmark/",
     },
     "vllm": {"llm/vllm_engine.py", "llm/vllm_options.py"},
-    "peft": {"llm/sft.py", "llm/sft_data.py", "llm/sft_trainer.py", "llm/transformers_engine.py"},
+    "peft": {"llm/sft.py", "llm/sft_merge.py", "llm/transformers_engine.py"},
     "transformers": {"llm/"},
     "jinja2": {"report/page.py", "llm/chat.py"},
     "httpx": {"llm/endpoints.py", "llm/traffic.py"},

@@ -28,6 +28,7 @@ from recbole_gacllm.llm.vllm_options import (
     prepare_environment,
     stay_in_this_process,
     tell_of_death,
+    text_only_options,
 )
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,7 @@ class VLLMGenerator:
         from vllm.platforms import current_platform
 
         options, on_cpu = dict(self._options), current_platform.is_cpu()
+        options |= text_only_options(Path(options["model"]))
         if on_cpu:
             stay_in_this_process()
             self._n_sequences = self._n_sequences or CPU_SEQUENCES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -10,7 +11,9 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Final
 
-from recbole_gacllm.llm.weights import check_adapter
+from transformers import AutoConfig
+
+from recbole_gacllm.llm.adapter import check_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +90,19 @@ def cpu_options(max_model_len: int, n_sequences: int) -> dict[str, Any]:
         "max_num_batched_tokens": n_sequences * max_model_len,
         "kv_cache_memory_bytes": cache * n_sequences // CPU_SEQUENCES,
     }
+
+
+def text_only_options(model_dir: Path) -> dict[str, Any]:
+    """For a model that also reads images or sound: its language model alone.
+
+    Its other parts need room, and a processor, which vLLM does not make without a tokenizer.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    names = {field.name for field in dataclasses.fields(EngineArgs)}
+    is_whole = config.get_text_config() is not config
+    return {"language_model_only": True} if is_whole and "language_model_only" in names else {}
 
 
 def lora_options(model_dir: Path, adapter_dir: Path) -> dict[str, Any]:
