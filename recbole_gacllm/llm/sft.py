@@ -31,8 +31,8 @@ from transformers.pytorch_utils import Conv1D
 
 from recbole_gacllm.artifacts import write_atomic
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.llm.engines import out_of_memory, resolve_dtype
 from recbole_gacllm.llm.generator import SFTPair
+from recbole_gacllm.llm.hardware import out_of_memory, training_dtype
 from recbole_gacllm.llm.sft_data import completion_loss, encode_pairs, pad_left, perplexity
 from recbole_gacllm.llm.sft_trainer import (
     Progress,
@@ -145,7 +145,7 @@ def finetune(
 
     transformers.set_seed(options.seed)
     transformers.utils.logging.disable_progress_bar()
-    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=resolve_dtype(options.dtype))
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=training_dtype(options.dtype))
     base.config.use_cache = False
     model = get_peft_model(base, _lora_config(base, options))
     trainer = Trainer(
