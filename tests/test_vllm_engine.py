@@ -53,6 +53,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(vllm, "LLM", fail)
         monkeypatch.setattr(type(current_platform), "is_cpu", lambda _self: on_cpu)
+        monkeypatch.setattr(vllm.distributed, "cleanup_dist_env_and_memory", lambda: None)
         with pytest.raises(GenerationError) as caught:
             VLLMGenerator(model, **{"dtype": "float32", **keys})
         return caught.value, tried
