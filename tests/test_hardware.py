@@ -41,6 +41,7 @@ def smi(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 
 @pytest.fixture
@@ -75,6 +76,43 @@ def test_the_visible_cards_are_those_that_cuda_would_show(
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert "".join(card.index for card in hardware.visible_cards()) == indices
+
+
+def test_numbers_of_unlike_cards_say_nothing_where_cuda_counts_the_fastest_first(
+    cards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards(CARD, OLD)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert hardware.visible_cards() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-cccc")
+    assert [card.index for card in hardware.visible_cards()] == ["2"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert len(hardware.visible_cards()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\n", "550.54.15"),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n"
+            "GCC version:  gcc version 12.3.0\n",
+            "580.65.06",
+        ),
+        ("?", "of unknown version"),
+    ],
+)
+def test_the_kernel_tells_the_driver_where_its_devices_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: str
+) -> None:
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(hardware, "_DRIVER_FILE", tmp_path / "version")
+    monkeypatch.setattr(hardware, "_DEVICE_FILE", tmp_path / "nvidiactl")
+    assert hardware.driver_version() is None  # a container on a machine with cards, without them
+    (tmp_path / "nvidiactl").touch()
+    assert hardware.driver_version() == expected
 
 
 def test_a_broken_nvidia_smi_knows_no_card(
@@ -319,7 +357,7 @@ def test_a_missing_compiler_is_named(
 def test_missing_headers_of_python_are_named(
     vllm_for_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
     with pytest.raises(ValueError, match=r"Python\.h.*python3-dev"):
         check(tmp_path)
 

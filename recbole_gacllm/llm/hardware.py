@@ -67,15 +67,20 @@ def cards() -> list[Card]:
 
 
 def visible_cards() -> list[Card]:
-    """Those that CUDA_VISIBLE_DEVICES names, by number or UUID, in its order."""
+    """Those that CUDA_VISIBLE_DEVICES names, by number or UUID, in its order.
+
+    None where it gives numbers of unlike cards: unless CUDA_DEVICE_ORDER is PCI_BUS_ID, CUDA
+    numbers the fastest first, and ``nvidia-smi`` does not say which that is.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        return cards()
     every, visible = cards(), []
-    for name in (part.strip() for part in named.split(",")):
-        card = next(
-            (c for c in every if name and (c.index == name or c.uuid.startswith(name))), None
-        )
+    if named is None:
+        return every
+    by_bus = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    numbered = by_bus or len({card.name for card in every}) == 1
+    for name in filter(None, (part.strip() for part in named.split(","))):
+        known = (c for c in every if c.uuid.startswith(name) or (numbered and c.index == name))
+        card = next(known, None)
         if card is None:  # as CUDA does, which stops at the first that it does not know
             break
         visible.append(card)
@@ -145,7 +150,7 @@ def check_cuda_tools() -> None:
             "run time). Install one (`apt-get install gcc`), name it in CC, or set llm_backend: "
             "transformers."
         )
-    header = Path(sysconfig.get_path("include"), "Python.h")
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
     if not header.is_file():
         raise ValueError(
             f"llm_backend: vllm needs {header} on GPUs and it is missing (Triton compiles at run "
