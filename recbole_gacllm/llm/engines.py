@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from recbole_gacllm.llm.generator import Backend, TextGenerator
 from recbole_gacllm.llm.hardware import card_groups, check_cuda_tools
-from recbole_gacllm.llm.vllm_options import CPU_SEQUENCES
 
 if TYPE_CHECKING:
     from recbole_gacllm.llm.vllm_engine import VLLMGenerator
@@ -143,6 +142,8 @@ def open_generator(backend: Backend, **kwargs: Any) -> TextGenerator:
         from recbole_gacllm.llm.fleet import Fleet
 
         if _is_cpu_build():
+            from recbole_gacllm.llm.vllm_options import CPU_SEQUENCES
+
             loads = [
                 partial(_open_vllm, {**kwargs, "n_sequences": CPU_SEQUENCES >> n})
                 for n in range(1 + _SUCCESSORS)
