@@ -119,6 +119,19 @@ def test_a_smaller_engine_goes_on_in_a_new_process_where_memory_ran_out(launch, 
     assert texts_of(fleet.generate(make_requests(9))) == expected_texts(9)
 
 
+def test_vllm_on_a_cpu_has_a_process_of_its_own_and_smaller_successors(monkeypatch):
+    made = []
+    monkeypatch.setattr(engines, "_is_cpu_build", lambda: True)
+    monkeypatch.setattr(
+        "recbole_gacllm.llm.fleet.Fleet", lambda *args, **keys: made.append((args, keys))
+    )
+    engines.open_generator("vllm", model_dir=Path("model"))
+    [(([(environment, first)],), keys)] = made
+    assert environment == {}
+    sizes = [load.args[0]["n_sequences"] for load in (first, *keys["successors"])]
+    assert sizes == [32, 16, 8, 4]
+
+
 def test_a_smaller_engine_goes_on_where_the_system_killed_the_last(launch):
     fleet = launch(load, successors=[load])
     found: dict[str, str] = {}
