@@ -4,8 +4,8 @@ RecBole 1.2.1 (February 2025) runs as it is on NumPy < 2, SciPy < 1.13 and PyTor
 repair is a small function that acts on one module of RecBole right after its import, so nothing is
 imported early and what other libraries see stays as it is, except where a docstring says so. A
 repair goes when a RecBole release makes it unnecessary; ``tests/test_compat.py`` shows that each
-is needed now. More stand in ``compat_distributed.py``, ``compat_evaluation.py`` and
-``compat_anomaly.py``; the tables at the end of this module name all of them.
+is needed now. More stand in ``compat_distributed.py``, ``compat_device.py``,
+``compat_evaluation.py`` and ``compat_anomaly.py``; the tables at the end of this module name all.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from recbole_gacllm.compat_anomaly import anomaly_mode_kept
+from recbole_gacllm.compat_device import cards_as_asked
 from recbole_gacllm.compat_distributed import (
     config_outside_its_group,
     ddp_trainer,
@@ -317,6 +318,7 @@ REPAIRS: dict[Callable[[Any], None], tuple[str, ...]] = {
     hyperopt_random_state: ("recbole.trainer.hyper_tuning",),
     gloo_on_cpu: ("recbole.config.configurator",),
     config_outside_its_group: ("recbole.config.configurator",),
+    cards_as_asked: ("recbole.config.configurator",),
     ddp_trainer: ("recbole.trainer.trainer",),
     ensure_dir: ("recbole.utils.utils",),
     repaired_children: ("recbole.quick_start.quick_start",),

@@ -33,7 +33,13 @@ def run_distributed(
     """
     keys = dict(config_dict or {})
     # A mistake is told once, not by every process.
-    build_config(model, dataset, config_files, dict(keys))
+    config = build_config(model, dataset, config_files, dict(keys))
+    if config["device"].type == "cuda" and len(config["gpu_id"].split(",")) < nproc:
+        raise ValueError(
+            f"nproc: {nproc} needs as many GPUs; gpu_id: {config['gpu_id']!r} names fewer. Name "
+            f"{nproc}, such as --gpu_id={','.join(map(str, range(nproc)))}, lower nproc, or set "
+            "use_gpu: False."
+        )
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])

@@ -27,5 +27,9 @@ class GenerationError(GaCLLMError):
     """The text generator could not be started or stopped working."""
 
 
+class MemoryRanOutError(GenerationError):
+    """The text generator stopped because memory ran out; another may do with less at once."""
+
+
 class StoreError(GaCLLMError):
     """The description store is damaged, locked or cannot be written."""

@@ -40,7 +40,8 @@ from recbole_gacllm.descriptions.prompts import PromptTemplates
 from recbole_gacllm.descriptions.requests import RETRY_TEMPERATURE
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm import weights
-from recbole_gacllm.llm.engines import choose_backend, resolve_dtype
+from recbole_gacllm.llm.engines import check_engine, choose_backend
+from recbole_gacllm.llm.hardware import resolve_dtype, training_dtype
 from recbole_gacllm.locate import store_of
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,12 @@ def _before_descriptions(
     model = adapter = None
     if imported is None or not set(range(1, options.llm_n_layers + 1)) <= set(imported.layers):
         model = _LanguageModel.resolve(options)
+        check_engine(
+            options.llm_backend,
+            model.folder,
+            options.llm_tensor_parallel_size,
+            options.llm_pipeline_parallel_size,
+        )
         _templates(options)
         if options.llm_adapter is not None:
             from recbole_gacllm.llm.adapter import check_adapter  # loads transformers
@@ -264,7 +271,7 @@ def _finetune(
         "inputs": inputs.name,
         "model": model.fingerprint,
         "prompts": _templates(options).sft_version(),
-        "dtype": resolve_dtype(options.llm_dtype),
+        "dtype": training_dtype(options.llm_dtype),
         "seed": data.seed,
         **_options_with(options, "sft"),
     }
@@ -353,7 +360,7 @@ def _encode(
     key = {
         "texts": [layer.digest() for layer in layers],
         "encoder": weights.fingerprint(encoder),
-        "dtype": resolve_dtype(options.encoder_dtype),
+        "dtype": resolve_dtype(options.encoder_dtype, "encoder_dtype"),
         "prompt": options.encoder_prompt,
         # Not in the digests: rows follow the order of the nodes.
         "order": artifacts.fingerprint({side: layers[0].tokens[side] for side in SIDES}),

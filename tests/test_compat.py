@@ -301,6 +301,16 @@ for module in (recbole.quick_start, quick_start):
     assert b"recbole_gacllm" in pickle.dumps(module.run_recboles)
 """,
     ),
+    "a run has the cards of the user's variable, or none where it wants none": (
+        "cards_as_asked",
+        """
+del SETTINGS["gpu_id"]
+os.environ["CUDA_VISIBLE_DEVICES"] = "3"
+assert config("BPR")["gpu_id"] == os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+assert config("BPR", use_gpu=False)["gpu_id"] == os.environ["CUDA_VISIBLE_DEVICES"] == ""
+assert config("BPR")["gpu_id"] == "3"
+""",
+    ),
     "importing a sequential model leaves anomaly detection as it was": (
         "anomaly_mode_kept",
         """

@@ -431,23 +431,8 @@ def test_code_of_a_model_folder_is_not_run(model_dir: Path, tmp_path: Path) -> N
 def test_a_missing_folder_and_an_unknown_dtype_are_refused(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"encoder_model: .*absent is not a folder"):
         TextEncoder(tmp_path / "absent", "auto", 4)
-    with pytest.raises(ValueError, match="encoder_dtype: 'float16'; allowed are auto"):
-        TextEncoder(model_dir, "float16", 4)
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("avx512f avx512_bf16", torch.bfloat16),
-        ("amx_bf16", torch.bfloat16),
-        ("avx2", torch.float32),
-    ],
-)
-def test_auto_takes_bfloat16_where_the_processor_computes_in_it(
-    monkeypatch: pytest.MonkeyPatch, flags: str, expected: torch.dtype
-) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda _self: f"flags\t\t: fpu {flags}\n")
-    assert encoder_module._resolve_dtype("auto", "cpu") is expected
+    with pytest.raises(ValueError, match=r"^encoder_dtype='fp8' is unknown; allowed: auto"):
+        TextEncoder(model_dir, "fp8", 4)
 
 
 def test_progress_is_shown_only_on_request(

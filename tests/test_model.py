@@ -57,6 +57,27 @@ def test_without_text_and_with_bpr_it_is_recboles_lightgcn(settings):
     assert torch.allclose(ours.full_sort_predict(batch), theirs.full_sort_predict(batch), atol=1e-6)
 
 
+@pytest.mark.parametrize("propagate_every", [1, 4])
+def test_the_stages_run_before_anything_of_the_model_takes_memory_of_the_device(
+    settings, fake_texts, monkeypatch, propagate_every
+):
+    """They start an engine that needs the card for itself."""
+    prepare, from_edges, order = model_module.prepare, model_module.Adjacency.from_edges, []
+
+    def preparing(options, data):
+        order.append("stages")
+        return prepare(options, data)
+
+    def building(*args):
+        order.append("graph")
+        return from_edges(*args)
+
+    monkeypatch.setattr(model_module, "prepare", preparing)
+    monkeypatch.setattr(model_module.Adjacency, "from_edges", building)
+    build("GaCLLM", settings, propagate_every=propagate_every)
+    assert order == ["stages", "graph"]
+
+
 @pytest.mark.parametrize("loss_type", ["BPR", "SSM"])
 def test_predict_and_full_sort_predict_agree(settings, fake_texts, loss_type):
     model, train, _, _ = build("GaCLLM", settings, loss_type=loss_type)

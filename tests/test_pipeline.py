@@ -404,6 +404,15 @@ def test_bad_input_ends_in_one_clear_error_before_any_long_stage(keys, change, m
     assert not list(Path(keys["artifact_dir"]).glob("*/*/adapter"))
 
 
+def test_heads_that_gpus_cannot_share_are_refused_before_the_fine_tuning(keys, monkeypatch):
+    from recbole_gacllm.llm import engines
+
+    monkeypatch.setattr(engines, "choose_backend", lambda requested: ("vllm", "a stand-in"))
+    with pytest.raises(ValueError, match=r"size: 3 cannot share the 4 attention heads.*: 1, 2, 4"):
+        run("GaCLLM", "tiny", config_dict={**keys, "llm_tensor_parallel_size": 3})
+    assert not list(Path(keys["artifact_dir"]).glob("*/sft-*"))
+
+
 def test_recent_neighbours_without_times_are_refused_before_any_long_stage(keys):
     columns = {"inter": ["user_id", "item_id"]}
     with pytest.raises(ValueError, match="neighbor_rule is 'recent'"):

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, Trainer
 from recbole_gacllm.artifacts import whole_folder, write_atomic
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm.adapter import linear_layers
-from recbole_gacllm.llm.engines import out_of_memory, resolve_dtype
 from recbole_gacllm.llm.generator import SFTPair
+from recbole_gacllm.llm.hardware import out_of_memory
 from recbole_gacllm.llm.sft_data import completion_loss, encode_pairs, pad_left, perplexity
 from recbole_gacllm.llm.sft_trainer import (
     Progress,
@@ -263,7 +263,7 @@ def _load(model_dir: Path, config: LoraConfig, dtype: str, device: torch.device)
     try:
         base = AutoModelForCausalLM.from_pretrained(
             model_dir,
-            dtype=resolve_dtype(dtype),
+            dtype=training_dtype(dtype),
             device_map={"": device},
             use_safetensors=True,
             local_files_only=True,
