@@ -63,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not _is_about_input(error):
             raise
         _fail(error, 2)
+    except ModuleNotFoundError as error:
+        if error.name != "recbole":
+            raise
+        _fail(error, 1)
     except KeyboardInterrupt:
         print("interrupted; start again to resume: what was finished is kept", file=sys.stderr)
         sys.exit(130)

@@ -30,13 +30,18 @@ from recbole_gacllm.compat_distributed import (
     repaired_children,
 )
 from recbole_gacllm.compat_evaluation import counts_beside_tensors, plain_metrics
-from recbole_gacllm.import_hooks import after_import, around_import
+from recbole_gacllm.import_hooks import after_import, around_import, explain_absence
 
 _logger = logging.getLogger(__name__)
+NO_RECBOLE = (
+    "RecBole is not installed: it requires a Ray that Python 3.12 and later do not have. "
+    "Install it without: pip install --no-deps recbole==1.2.1"
+)
 
 
 def apply() -> None:
     """Arrange every repair of :data:`REPAIRS` and :data:`IMPORT_REPAIRS`; idempotent and cheap."""
+    explain_absence("recbole", NO_RECBOLE)
     for repair, modules in REPAIRS.items():
         for name in modules:
             after_import(name, repair)
