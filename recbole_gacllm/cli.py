@@ -83,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         threading.excepthook = lambda _: None  # TensorBoard's thread would say the same, at length
         hint = "Free space or rights there, or choose another folder, and start again."
         _fail(OSError(f"{error}. {hint}"), 2)
+    except ModuleNotFoundError as error:
+        if error.name != "recbole":
+            raise
+        _fail(error, 1)
     except KeyboardInterrupt:
         print("interrupted; start again to resume: what was finished is kept", file=sys.stderr)
         sys.exit(130)

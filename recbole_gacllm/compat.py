@@ -36,13 +36,18 @@ from recbole_gacllm.compat_evaluation import (
     validation_of_one_epoch,
 )
 from recbole_gacllm.config import literal
-from recbole_gacllm.import_hooks import after_import, around_import
+from recbole_gacllm.import_hooks import after_import, around_import, explain_absence
 
 _logger = logging.getLogger(__name__)
+NO_RECBOLE = (
+    "RecBole is not installed: it requires a Ray that Python 3.12 and later do not have. "
+    "Install it without: pip install --no-deps recbole==1.2.1"
+)
 
 
 def apply() -> None:
     """Arrange every repair of :data:`REPAIRS` and :data:`IMPORT_REPAIRS`; idempotent and cheap."""
+    explain_absence("recbole", NO_RECBOLE)
     for repair, modules in REPAIRS.items():
         for name in modules:
             after_import(name, repair)
@@ -163,14 +168,17 @@ def known_warnings(_utils: ModuleType) -> None:
 
     Causes: pandas 2.2 announces that chained ``fillna(inplace=True)`` ends with pandas 3 (this
     package requires pandas < 3, see ``pyproject.toml``); PyTorch 2.4 renamed
-    ``torch.cuda.amp.GradScaler`` and ``torch.cuda.amp.autocast``. Only these messages, and only
-    from RecBole's modules. Python's own filters still come first where a user or pytest sets them
-    later.
-    Upstream: issue 2215. End: a RecBole release that runs on pandas 3 and PyTorch 2.4.
+    ``torch.cuda.amp.GradScaler`` and ``torch.cuda.amp.autocast``; Python 3.12 warns where it
+    compiles DIEN's docstring (at the first import, after an installation by uv). Only these
+    messages, and only from RecBole's modules. Python's own filters still come first where a user
+    or pytest sets them later.
+    Upstream: issue 2215. End: a RecBole release that runs on pandas 3, PyTorch 2.4 and Python 3.12.
     """
     amp = r"`torch\.cuda\.amp\.(GradScaler|autocast)"
     for message in ("A value is trying to be set on a copy", amp):
         warnings.filterwarnings("ignore", message, FutureWarning, r"recbole\.")
+    # While a file is compiled, its path stands for the module's name.
+    warnings.filterwarnings("ignore", ".*invalid escape sequence", SyntaxWarning, r".*\brecbole\b")
 
 
 # Ray and hyperopt

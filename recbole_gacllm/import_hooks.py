@@ -21,6 +21,7 @@ AroundImport = Callable[[], AbstractContextManager[None]]
 _after: dict[str, list[AfterImport]] = {}
 _around: dict[str, list[AroundImport]] = {}
 _aliases: dict[str, str] = {}
+_absence: dict[str, str] = {}
 
 
 def after_import(name: str, callback: AfterImport) -> None:
@@ -52,6 +53,12 @@ def alias_module(name: str, target: str) -> None:
     _aliases[name] = target
 
 
+def explain_absence(name: str, message: str) -> None:
+    """Let :class:`ModuleNotFoundError` say ``message`` where module ``name`` is not installed."""
+    _install()
+    _absence[name] = message
+
+
 class _Finder(MetaPathFinder):
     """Leaves finding to the other finders and adds our steps to what they found."""
 
@@ -60,7 +67,7 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname in _aliases:
             return ModuleSpec(fullname, _AliasLoader(_aliases[fullname]))
-        if fullname not in _after and fullname not in _around:
+        if not any(fullname in steps for steps in (_after, _around, _absence)):
             return None
         for finder in sys.meta_path:
             if finder is not self:
@@ -68,6 +75,8 @@ class _Finder(MetaPathFinder):
                 if spec is not None:
                     _extend(spec)
                     return spec
+        if fullname in _absence:
+            raise ModuleNotFoundError(_absence[fullname], name=fullname)
         return None
 
 

@@ -30,7 +30,7 @@ from recbole_gacllm.artifacts import whole_folder, write_atomic
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm.adapter import linear_layers
 from recbole_gacllm.llm.generator import SFTPair
-from recbole_gacllm.llm.hardware import out_of_memory
+from recbole_gacllm.llm.hardware import out_of_memory, training_dtype
 from recbole_gacllm.llm.sft_data import completion_loss, encode_pairs, pad_left, perplexity
 from recbole_gacllm.llm.sft_trainer import (
     Progress,
