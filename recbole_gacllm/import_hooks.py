@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 AfterImport = Callable[[ModuleType], None]
 AroundImport = Callable[[], AbstractContextManager[None]]
@@ -50,6 +51,17 @@ def alias_module(name: str, target: str) -> None:
     """Let ``import name`` give module ``target``, imported when first asked for."""
     _install()
     _aliases[name] = target
+
+
+class Overlay:
+    """A module with some names replaced."""
+
+    def __init__(self, module: ModuleType, **names: Any) -> None:
+        self.__dict__.update(names)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 class _Finder(MetaPathFinder):

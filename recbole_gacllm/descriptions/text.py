@@ -8,132 +8,76 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from recbole_gacllm.atomic import MISSING, read_atomic
 from recbole_gacllm.descriptions.neutralize import neutralize
 from recbole_gacllm.descriptions.templates import Value, compile_template, default_sentence
 
 logger = logging.getLogger(__name__)
-
-_TYPES = ("token", "token_seq", "float", "float_seq")
-# What pandas, and so RecBole, reads as missing; a blank cell is missing too.
-_MISSING = frozenset(
-    {"nan", "NaN", "NAN", "-nan", "NA", "N/A", "n/a", "<NA>", "null", "NULL", "None"}
-)
 
 
 def read_features(
     path: Path,
     id_field: str,
     field_separator: str = "\t",
-    encoding: str = "utf-8",
+    encoding: str | None = None,
     seq_separator: str = " ",
+    ids: Collection[str] | None = None,
 ) -> pd.DataFrame:
-    """Read an atomic feature file (``.user`` or ``.item``).
+    """Read an atomic feature file (``.user`` or ``.item``) with :func:`.atomic.read_atomic`.
 
-    One line is one row: a quote never swallows the next line, but a pair around a value is
-    stripped, as in RecBole. Of rows with the same id the first counts, as in RecBole. Fields of
-    type ``float_seq`` are vectors, not text, and are not read. A cell of a ``float`` field that is
-    no number stays the text it is.
+    Of rows with the same id the first counts, as in RecBole. Fields of type ``float_seq`` are
+    vectors, not text, and are not read. A cell of a ``float`` field that is no number stays the
+    text it is.
 
     Args:
         path: The file; its header holds ``name:type`` for each column.
         id_field: Name of the id column (RecBole's ``USER_ID_FIELD`` or ``ITEM_ID_FIELD``).
         field_separator: RecBole's key of the same name.
-        encoding: RecBole's key of the same name; a byte order mark is skipped in UTF-8.
+        encoding: RecBole's key of the same name.
         seq_separator: RecBole's key of the same name.
+        ids: Ids that occur in the interactions.
 
     Returns:
         Index: the raw token, as RecBole keeps it. Columns: the fields in file order. Cells: a
         ``str``, for ``token_seq`` a tuple of ``str``, or None where missing.
 
     Raises:
-        ValueError: If the file is empty, not in ``encoding``, not an atomic file, has no
-            ``id_field``, or a row longer than its header.
+        ValueError: If the file cannot be read, is empty or has no ``id_field``.
     """
-    if encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
-        encoding = "utf-8-sig"
-    try:
-        with path.open(encoding=encoding, newline="\n") as file:
-            lines = [line.rstrip("\r\n") for line in file]
-    except UnicodeDecodeError as error:
+    file = read_atomic(path, field_separator, encoding, id_field, ids)
+    if id_field not in file.names:
         raise ValueError(
-            f"{path} is not {encoding} text ({error.reason} at byte {error.start}); "
-            "set RecBole's key `encoding` to the file's encoding"
-        ) from error
-    rows = [(number, line) for number, line in enumerate(lines[1:], start=2) if line.strip()]
-    if not rows:
-        found = "a header and no rows" if lines and lines[0].strip() else "nothing"
-        raise ValueError(f"{path} is empty: it holds {found}; fill it, or remove it to go without")
-
-    names, types = _read_header(path, lines[0], id_field, field_separator)
-    id_at = names.index(id_field)
-    kept = [at for at, kind in enumerate(types) if at != id_at and kind != "float_seq"]
-    index: list[str] = []
-    columns: list[list[Value | None]] = [[] for _ in kept]
-    seen: set[str] = set()
-    for number, line in rows:
-        cells = line.split(field_separator)
-        if len(cells) > len(names) and any(cells[len(names) :]):
-            raise ValueError(
-                f"{path}, line {number}: {len(cells)} cells for {len(names)} columns; a value must "
-                f"not contain the field separator {field_separator!r}"
-            )
-        cells += [""] * (len(names) - len(cells))
-        token = _unquote(cells[id_at])
-        if not token or token in _MISSING or token in seen:
-            continue
-        seen.add(token)
-        index.append(token)
-        for column, at in zip(columns, kept, strict=True):
-            column.append(_read_cell(cells[at], types[at], seq_separator))
-    frame = pd.DataFrame(
-        {
-            names[at]: pd.Series(column, dtype=object)
-            for at, column in zip(kept, columns, strict=True)
-        }
-    )
-    frame.index = pd.Index(index, dtype=object, name=id_field)
+            f"{path} has no column {id_field!r}, it has {', '.join(file.names)}; "
+            "rename the column or set RecBole's USER_ID_FIELD / ITEM_ID_FIELD"
+        )
+    if file.cells.empty:
+        raise ValueError(
+            f"{path} is empty: it holds a header and no rows; fill it, or remove it to go without"
+        )
+    cells = file.cells[file.cells[id_field].notna()].drop_duplicates(id_field)
+    columns = {
+        name: pd.Series(
+            [
+                None if cell != cell else _read_cell(cell, kind, seq_separator)
+                for cell in cells[name]
+            ],
+            dtype=object,
+        )
+        for name, kind in zip(file.names, file.types, strict=True)
+        if name != id_field and kind != "float_seq"
+    }
+    frame = pd.DataFrame(columns)
+    frame.index = pd.Index(cells[id_field], dtype=object, name=id_field)
     return frame
 
 
-def _read_header(
-    path: Path, line: str, id_field: str, field_separator: str
-) -> tuple[list[str], list[str]]:
-    names: list[str] = []
-    types: list[str] = []
-    for column in line.split(field_separator):
-        name, _, kind = _unquote(column).partition(":")
-        if not name or kind not in _TYPES:
-            raise ValueError(
-                f"{path}: column {column!r} of the header is not name:type with a type of "
-                f"{', '.join(_TYPES)}; check the header and RecBole's key `field_separator` "
-                f"(now {field_separator!r})"
-            )
-        if name in names:
-            raise ValueError(f"{path}: two columns are called {name!r}; rename one in the header")
-        names.append(name)
-        types.append(kind)
-    if id_field not in names:
-        raise ValueError(
-            f"{path} has no column {id_field!r}, it has {', '.join(names)}; "
-            "rename the column or set RecBole's USER_ID_FIELD / ITEM_ID_FIELD"
-        )
-    return names, types
-
-
-def _unquote(cell: str) -> str:
-    if len(cell) >= 2 and cell[0] == cell[-1] == '"':
-        return cell[1:-1].replace('""', '"')
-    return cell
-
-
 def _read_cell(cell: str, kind: str, seq_separator: str) -> Value | None:
-    cell = _unquote(cell)
-    if not cell.strip() or cell.strip() in _MISSING:
+    if not cell.strip() or cell.strip() in MISSING or cell.strip() == "NAN":
         return None
     if kind == "token_seq":
         return tuple(filter(None, cell.split(seq_separator))) or None
