@@ -9,8 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from recbole_gacllm.import_hooks import Overlay
 
 
@@ -105,7 +103,7 @@ def exact_times(module: ModuleType) -> None:
         if plain and is_ordered:
             inter = inter.sort_values(time, kind="stable", ignore_index=True)
             self.inter_feat = inter
-        exact = inter[time].to_numpy(np.float64) if plain else None
+        exact = inter[time].to_numpy("float64") if plain else None
         change(self)
         if exact is not None and self.config["model"] in MODELS:
             import torch
