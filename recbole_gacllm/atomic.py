@@ -120,17 +120,48 @@ def read_atomic(
     return file
 
 
-def _decode(path: Path, encoding: str | None) -> str:
-    content = path.read_bytes()
-    marked = next((name for mark, name in _MARKS if content.startswith(mark)), None)
-    encoding = marked or encoding or "utf-8"
+def read_header(
+    path: Path, separator: str = "\t", encoding: str | None = None
+) -> tuple[list[str], list[str]]:
+    """Names and types of a file's columns.
+
+    Raises:
+        ValueError: As :func:`read_atomic`.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(1 << 16)
+    marked = _marked(start)
+    # Of a long file its first lines will do; what is cut within a character is not decoded.
+    decoder = codecs.getincrementaldecoder(_known(marked or encoding or "utf-8"))
     try:
-        text = content.decode(encoding)
+        text = decoder().decode(start)
+    except UnicodeDecodeError:
+        text = _decode(path, encoding)
+    line = next((line for line in re.split(r"\r?\n|\r", text) if line.strip()), None)
+    if line is None:
+        raise ValueError(f"{path} is empty: fill it, or remove it to go without.")
+    return _header(path, line, separator)
+
+
+def _marked(content: bytes) -> str | None:
+    return next((name for mark, name in _MARKS if content.startswith(mark)), None)
+
+
+def _known(encoding: str) -> str:
+    try:
+        return codecs.lookup(encoding).name
     except LookupError:
         raise ValueError(
             f"encoding: {encoding!r} is unknown to Python; give one such as utf-8, latin-1, "
             "cp1252 or gb18030."
         ) from None
+
+
+def _decode(path: Path, encoding: str | None) -> str:
+    content = path.read_bytes()
+    encoding = _known(_marked(content) or encoding or "utf-8")
+    try:
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(

@@ -15,9 +15,12 @@ import pandas as pd
 
 from recbole_gacllm.atomic import MISSING, read_atomic
 from recbole_gacllm.descriptions.neutralize import neutralize
-from recbole_gacllm.descriptions.templates import Value, compile_template, default_sentence
+from recbole_gacllm.descriptions.templates import compile_template, default_sentence
+from recbole_gacllm.descriptions.values import Value, column_values, in_order, says_nothing
 
 logger = logging.getLogger(__name__)
+
+_MISSING = MISSING | {"NAN"}
 
 
 def read_features(
@@ -61,13 +64,7 @@ def read_features(
         )
     cells = file.cells[file.cells[id_field].notna()].drop_duplicates(id_field)
     columns = {
-        name: pd.Series(
-            [
-                None if cell != cell else _read_cell(cell, kind, seq_separator)
-                for cell in cells[name]
-            ],
-            dtype=object,
-        )
+        name: pd.Series(_column(name, kind, cells[name], seq_separator), dtype=object)
         for name, kind in zip(file.names, file.types, strict=True)
         if name != id_field and kind != "float_seq"
     }
@@ -76,14 +73,16 @@ def read_features(
     return frame
 
 
-def _read_cell(cell: str, kind: str, seq_separator: str) -> Value | None:
-    if not cell.strip() or cell.strip() in MISSING or cell.strip() == "NAN":
-        return None
-    if kind == "token_seq":
-        return tuple(filter(None, cell.split(seq_separator))) or None
+def _column(
+    name: str, kind: str, cells: Iterable[object], seq_separator: str
+) -> list[Value | None]:
+    texts = [
+        cell if isinstance(cell, str) and cell.strip() and cell.strip() not in _MISSING else None
+        for cell in cells
+    ]
     if kind == "float":
-        return _read_number(cell)
-    return cell
+        return [None if text is None else _read_number(text) for text in texts]
+    return column_values(name, kind, texts, seq_separator)
 
 
 def _read_number(cell: str) -> str | None:
@@ -138,9 +137,9 @@ def render_descriptions(
     in it is missing; outside brackets a missing field reads "unknown". A sequence is joined by
     blanks (words of a title); ``{field|list}`` joins it as "a, b and c"; ``{field|title}`` joins it
     by blanks and turns "Net, The" into "The Net". ``{{ }} [[ ]]`` stand for single braces and
-    brackets; brackets do not nest. Without a template all fields are listed in file order, "release
-    year: 1995; …", sequences with commas unless the field's name says that it is prose (title,
-    name, description, …).
+    brackets; brackets do not nest. Without a template all fields are listed, "title: Toy Story;
+    release year: 1995; …": the name first, long prose last; fields that say nothing to a language
+    model (ids, codes, addresses, raw times) are left out and named in the log.
 
     Args:
         tokens: Raw tokens of the nodes to describe.
@@ -162,7 +161,10 @@ def render_descriptions(
     """
     special = frozenset(special_tokens)
     fields = [] if features is None else [str(name) for name in features.columns]
-    render = default_sentence(fields) if template is None else compile_template(template, fields)
+    if template is not None:
+        render = compile_template(template, fields)
+    else:
+        render = default_sentence([] if features is None else _fields_to_tell(features, noun))
     table: dict[str, list[Value | None]] = {}
     row_of: dict[str, int] = {}
     if features is not None:
@@ -172,6 +174,7 @@ def render_descriptions(
 
     unknown = nothing_known(noun)
     texts: list[str] = []
+    n_cut = 0
     for token in tokens:
         row = row_of.get(token)
         values = {} if row is None else {field: column[row] for field, column in table.items()}
@@ -179,11 +182,26 @@ def render_descriptions(
         if text is None and not fields and allow_ids:
             text = f"{_with_article(noun)} with id {token}."
         # Once more over the whole: adjacent harmless values must not add up to a token.
-        texts.append(cut_at_word(unknown if text is None else neutralize(text, special), max_chars))
+        line = unknown if text is None else neutralize(text, special)
+        n_cut += len(line) > max_chars
+        texts.append(cut_at_word(line, max_chars))
+    if n_cut:
+        logger.info(
+            "%d of %d %s texts are cut at text_max_chars: %d", n_cut, len(texts), noun, max_chars
+        )
     n_unknown = texts.count(unknown)
     if n_unknown:
         logger.info("nothing is known of %d of %d %s nodes", n_unknown, len(texts), noun)
     return texts
+
+
+def _fields_to_tell(features: pd.DataFrame, noun: str) -> list[str]:
+    columns = {str(name): list(features[name]) for name in features.columns}
+    reasons = {name: says_nothing(name, values) for name, values in columns.items()}
+    told = [name for name, reason in reasons.items() if reason is None]
+    if left_out := [f"{name} ({reason})" for name, reason in reasons.items() if reason]:
+        logger.info("fields left out of the %s texts: %s", noun, ", ".join(left_out))
+    return in_order(told, {name: columns[name] for name in told})
 
 
 def cut_at_word(text: str, max_chars: int) -> str:
