@@ -58,6 +58,7 @@ def atomic_files(module: Any) -> None:
 
     def read_csv(path: Any, *args: Any, **keys: Any) -> Any:
         """RecBole reads the columns ``usecols`` of a file, called ``name:type``."""
+        import numpy as np
         import pandas as pd
 
         from recbole_gacllm.atomic import numbers, times
@@ -70,7 +71,10 @@ def atomic_files(module: Any) -> None:
             name, _, kind = column.rpartition(":")
             if kind == "float":
                 is_time = file.path.suffix == ".inter" and name == dataset.time_field
-                columns[column] = (times if is_time else numbers)(file, name)
+                values = (times if is_time else numbers)(file, name)
+                columns[column] = values
+                if is_time and len(values):  # RecBole may normalise them
+                    dataset.time_range = float(np.nanmin(values)), float(np.nanmax(values))
             else:
                 columns[column] = file.cells[name]
         return pd.DataFrame(columns)

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-logger = logging.getLogger(__name__)
+from recbole_gacllm.atomic import read_atomic
+from recbole_gacllm.registration import MODELS
 
 # Below this share of nodes with a row in their file something is likely to be wrong.
 _FEW = 0.9
@@ -30,7 +31,7 @@ class DataReport:
         n_interactions: Rows of all parts of the split.
         parts: Rows of training, validation and test.
         n_repeats: Rows whose user and item stand in an earlier row.
-        times: First and last time, or None without times.
+        times: First and last time in the file, or None without times.
         filters: What took rows away: name, rows before, rows after.
         covered: Side -> share of its nodes that have a row in their file; without a file none.
         warnings: What a person should know before trusting the numbers.
@@ -84,7 +85,8 @@ def inspect(config: Any, dataset: Any, parts: Iterable[Any]) -> DataReport:
         parts: Data sets of training, validation and test.
 
     Raises:
-        ValueError: If a part that is needed is empty, or the ranking is longer than the catalogue.
+        ValueError: If a part that is needed is empty, the ranking is longer than the catalogue, or
+            no node has a row in the feature file that a text model reads.
     """
     train, valid, test = parts
     n_users, n_items = dataset.user_num - 1, dataset.item_num - 1
@@ -97,6 +99,7 @@ def inspect(config: Any, dataset: Any, parts: Iterable[Any]) -> DataReport:
             "loosen the filters."
         )
     pairs = _pairs(dataset, (train, valid, test))
+    _check_negatives(config, dataset, pairs)
     n_repeats = len(pairs) - len(np.unique(pairs))
     report = DataReport(
         n_users=n_users,
@@ -104,12 +107,81 @@ def inspect(config: Any, dataset: Any, parts: Iterable[Any]) -> DataReport:
         n_interactions=len(pairs),
         parts=(n_rows[0], n_rows[1], n_rows[2]),
         n_repeats=n_repeats,
-        times=_time_range(dataset),
+        times=getattr(dataset, "time_range", None),
         filters=list(getattr(dataset, "filter_counts", [])),
     )
     _warn_of_repeats(report, config)
     _warn_of_labels(report, config)
+    if config["model"] in MODELS and config["use_text"]:
+        _look_at_features(report, config, dataset)
     return report
+
+
+def read_and_inspect(
+    model: str, dataset: str, config_files: Sequence[str], config_dict: dict[str, Any]
+) -> tuple[Any, Any, DataReport]:
+    """Read and split a data set as a run of a model does.
+
+    Returns:
+        RecBole's configuration, the training part, and what was seen.
+
+    Raises:
+        ValueError: As :func:`.run_config.build_config` and :func:`inspect`.
+    """
+    from recbole.data import create_dataset
+    from recbole.utils import init_seed
+
+    from recbole_gacllm.run_config import build_config
+
+    config = build_config(model, dataset, config_files, config_dict)
+    init_seed(config["seed"], config["reproducibility"])
+    whole = create_dataset(config)
+    train = whole.build()[0]
+    return config, train, whole.data_report
+
+
+def sample_texts(
+    config: Any, train: Any, dataset: str, config_files: Sequence[str], config_dict: dict[str, Any]
+) -> dict[str, list[str]]:
+    """Side -> texts of layer 0 of some of its nodes, drawn by the seed.
+
+    Raises:
+        ValueError: As :func:`.data.raw_descriptions`.
+    """
+    from recbole_gacllm.config import GaCLLMConfig
+    from recbole_gacllm.data import TrainingData, raw_descriptions
+    from recbole_gacllm.run_config import build_config
+
+    if config["model"] not in MODELS:  # the words are GaCLLM's all the same
+        config = build_config("GaCLLM", dataset, config_files, config_dict)
+    options = GaCLLMConfig.from_mapping(config.final_config_dict)
+    raw, _ = raw_descriptions(options, TrainingData.from_recbole(config, train))
+    return samples(raw.texts, config["seed"])
+
+
+def samples(texts: Mapping[Any, Sequence[str]], seed: int) -> dict[str, list[str]]:
+    """Side -> some of its texts."""
+    rng = np.random.default_rng(seed)
+    return {
+        str(side): [of_side[at] for at in rng.permutation(len(of_side))[:_SHOWN].tolist()]
+        for side, of_side in texts.items()
+    }
+
+
+def _look_at_features(report: DataReport, config: Any, dataset: Any) -> None:
+    fields = {"user": dataset.uid_field, "item": dataset.iid_field}
+    for side, id_field in fields.items():
+        file = Path(config["data_path"], f"{config['dataset']}.{side}")
+        if not file.is_file():
+            continue
+        ids = dataset.field2id_token[id_field][1:].tolist()
+        rows = read_atomic(
+            file, config["field_separator"], config["encoding"], id_field, frozenset(ids)
+        )
+        if id_field in rows.names:
+            there = rows.cells[id_field].dropna()
+            report.covered[side], warning = match_ids(side, file, ids, there)
+            report.warnings += [warning] if warning else []
 
 
 def _check_parts(config: Any, n_rows: list[int]) -> None:
@@ -126,6 +198,22 @@ def _check_parts(config: Any, n_rows: list[int]) -> None:
             )
 
 
+def _check_negatives(config: Any, dataset: Any, pairs: np.ndarray) -> None:
+    """A user of all items has no negative one to draw."""
+    if config["train_neg_sample_args"]["distribution"] == "none":
+        return
+    users, n_items_of = np.unique(np.unique(pairs) // dataset.item_num, return_counts=True)
+    full = users[n_items_of >= dataset.item_num - 1]
+    if len(full) > 0:
+        tokens = _some(dataset.field2id_token[dataset.uid_field][full].tolist())
+        raise ValueError(
+            f"{len(full)} users ({tokens}) have interacted with all {dataset.item_num - 1} items, "
+            "so there is no negative item to draw for them. Filter them with "
+            f'user_inter_num_interval: "[1,{dataset.item_num - 2}]", or choose a model that draws '
+            "none (GaCLLM with loss_type: SSM, EASE)."
+        )
+
+
 def _pairs(dataset: Any, parts: Iterable[Any]) -> np.ndarray:
     """User and item of each interaction as one number, those of sequences' beginnings as well."""
     pairs = []
@@ -140,14 +228,6 @@ def _pairs(dataset: Any, parts: Iterable[Any]) -> np.ndarray:
             first = inter[part.item_list_length_field].numpy() == 1
             pairs.append(users[first] * dataset.item_num + inter[lists][:, 0].numpy()[first])
     return np.concatenate(pairs)
-
-
-def _time_range(dataset: Any) -> tuple[float, float] | None:
-    inter = dataset.inter_feat
-    if dataset.time_field is None or dataset.time_field not in inter or len(inter) == 0:
-        return None
-    times = np.asarray(inter[dataset.time_field], dtype=np.float64)
-    return (float(times.min()), float(times.max())) if times.ndim == 1 else None
 
 
 def _warn_of_repeats(report: DataReport, config: Any) -> None:
@@ -191,7 +271,7 @@ def _warn_of_labels(report: DataReport, config: Any) -> None:
 
 
 def match_ids(
-    side: Literal["user", "item"], file: Path, ids: Iterable[str], rows: Iterable[str]
+    side: str, file: Path, ids: Iterable[str], rows: Iterable[str]
 ) -> tuple[float, str | None]:
     """How many nodes have a row in their feature file.
 
@@ -245,34 +325,45 @@ def _likely(missing: list[str], there: set[str]) -> str | None:
     return None
 
 
-def count_filters(module: Any) -> None:
-    """Let RecBole's ``Dataset`` count what each filter takes, and name one that leaves nothing.
+def add_to(module: Any) -> None:
+    """Let RecBole's ``Dataset`` count what each filter takes, and be inspected once it is split.
 
-    ``registration.py`` calls it for ``recbole.data.dataset.dataset``.
+    Every way into RecBole passes there. What was seen is ``dataset.data_report``.
     """
-    import functools
+    dataset_class = module.Dataset
+    build = dataset_class.build
 
+    @functools.wraps(build)
+    def build_and_inspect(self: Any) -> Any:
+        parts = build(self)
+        self.data_report = inspect(self.config, self, parts)
+        return parts
+
+    dataset_class.build = build_and_inspect
     for method, keys in _FILTERS.items():
-        original = getattr(module.Dataset, method)
+        setattr(dataset_class, method, _counting(getattr(dataset_class, method), keys))
 
-        def counting(self: Any, original: Any = original, keys: Any = keys) -> None:
-            before = len(self.inter_feat)
-            original(self)
-            after = len(self.inter_feat)
-            values = ", ".join(f"{key}: {self.config[key]}" for key in keys if self.config[key])
-            name = values or "interactions without a user or an item"
-            self.filter_counts = [*getattr(self, "filter_counts", []), (name, before, after)]
-            if after == 0:
-                raise ValueError(
-                    f"{name} leaves none of {before} interactions of {self.dataset_name}. Loosen "
-                    "it, or check the values of its column."
-                )
 
-        setattr(module.Dataset, method, functools.wraps(original)(counting))
+def _counting(filter_rows: Callable[[Any], None], keys: tuple[str, ...]) -> Callable[[Any], None]:
+    @functools.wraps(filter_rows)
+    def counting(self: Any) -> None:
+        before = len(self.inter_feat)
+        filter_rows(self)
+        after = len(self.inter_feat)
+        values = ", ".join(f"{key}: {self.config[key]}" for key in keys if self.config[key])
+        name = values or "interactions without a user or an item"
+        self.filter_counts = [*getattr(self, "filter_counts", []), (name, before, after)]
+        if after == 0:
+            raise ValueError(
+                f"{name} leaves none of {before} interactions of {self.dataset_name}. Loosen it, "
+                "or check the values of its column."
+            )
+
+    return counting
 
 
 #: Method of RecBole that filters -> the keys it follows.
-_FILTERS = {
+_FILTERS: dict[str, tuple[str, ...]] = {
     "_filter_nan_user_or_item": (),
     "_remove_duplication": ("rm_dup_inter",),
     "_filter_by_field_value": ("val_interval",),

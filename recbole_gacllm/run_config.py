@@ -181,7 +181,7 @@ def _check_column_names(
         if field not in columns:
             raise ValueError(
                 f"{key}: {field!r} is not a column of {file} ({', '.join(columns)}), and "
-                f"{_USES[key]} needs it. Name the right column, or rename it in the header."
+                f"{_USES[key]} needs it. Set {key} to the column that is meant, or rename it."
             )
         if loaded != "*" and field not in loaded:
             raise ValueError(

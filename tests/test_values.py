@@ -39,10 +39,10 @@ def test_entities_are_resolved_tags_and_addresses_go_and_the_rest_stays(raw, exp
     ("name", "kind", "cells", "expected"),
     [
         # RecBole's steam: quoted words between commas in a column split at blanks
-        ("categories", "token_seq", ["'Toys & Games', 'Pretend Play'"], ("Toys & Games", "Pretend Play")),
+        ("cats", "token_seq", ["'Toys & Games', 'Pretend Play'"], ("Toys & Games", "Pretend Play")),
         ("category", "token", ["[['Toys & Games', 'Puzzles']]"], ("Toys & Games", "Puzzles")),
         ("category", "token", ['["A", "B"]'], ("A", "B")),
-        ("attributes", "token", ["{'Color': 'Red', 'Sizes': ['S', 'M']}"], ("Color: Red", "Sizes: S, M")),
+        ("kinds", "token", ["{'Hue': 'Red', 'Sizes': ['S', 'M']}"], ("Hue: Red", "Sizes: S, M")),
         ("genres", "token", ["Action|Comedy"], ("Action", "Comedy")),
         ("genres", "token_seq", ["Action, Indie Game, RPG"] * 3, ("Action", "Indie Game", "RPG")),
         ("class", "token_seq", ["Animation Children's"], ("Animation", "Children's")),
