@@ -154,6 +154,13 @@ def _check_columns(config: Config) -> None:
             )
         columns, _ = read_header(file, config["field_separator"], config["encoding"])
         _check_column_names(config, file, columns, loaded)
+        lists = f"{config['ITEM_ID_FIELD']}{config['LIST_SUFFIX']}"
+        if parts and config["MODEL_TYPE"] == ModelType.SEQUENTIAL and lists not in columns:
+            raise ValueError(
+                f"benchmark_filename: {file} has no column {lists!r}, and the sequential model "
+                f"{config['model']} reads a user's history from there. Write the items before each "
+                f"target into {lists}:token_seq, or leave benchmark_filename out and split by time."
+            )
 
 
 # What needs the column that a key names.

@@ -116,3 +116,16 @@ def test_the_folder_of_the_data_set_itself_is_told(settings, tmp_path):
     (folder / "mine.inter").write_text("user_id:token\titem_id:token\nu\ti\n")
     with pytest.raises(ValueError, match=rf"--data_path={tmp_path}"):
         build_config("BPR", "mine", config_dict={"data_path": str(folder)})
+
+
+def test_a_sequential_model_needs_histories_in_ready_split_files(settings, tmp_path):
+    folder = tmp_path / "ready"
+    folder.mkdir()
+    for part in ("train", "valid", "test"):
+        file = folder / f"ready.{part}.inter"
+        file.write_text("user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\n")
+    parts = ["train", "valid", "test"]
+    keys = {"data_path": str(tmp_path), "benchmark_filename": parts, "load_col": {"inter": "*"}}
+    build_config("BPR", "ready", config_dict=keys)
+    with pytest.raises(ValueError, match="no column 'item_id_list'"):
+        build_config("SASRec", "ready", config_dict=keys)
