@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recbole_gacllm import cli_benchmark, cli_common, cli_descriptions, cli_report, launchers
+from recbole_gacllm import (
+    cli_benchmark,
+    cli_check,
+    cli_common,
+    cli_descriptions,
+    cli_report,
+    launchers,
+)
 from recbole_gacllm.config import preset_names
 from recbole_gacllm.console import flush, one_line, prepare, say
 from recbole_gacllm.errors import GaCLLMError
@@ -27,6 +34,7 @@ examples:
   python run_recbole_gacllm.py --dataset=ml-100k --nproc=2 --use_gpu=False
 
 other commands (each has --help):
+  check                 read a data set as a run would, and show three texts of each side
   leaderboard           models x data sets x seeds on identical splits, with tests and tables
   tune                  search hyper-parameters with RecBole's HyperTuning
   report                write a page about a run or a leaderboard: one HTML file
@@ -39,6 +47,7 @@ other commands (each has --help):
 """
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "check": cli_check.check,
     "leaderboard": cli_benchmark.leaderboard,
     "tune": cli_benchmark.tune,
     "report": cli_report.report,

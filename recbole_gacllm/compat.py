@@ -4,7 +4,7 @@ RecBole 1.2.1 (February 2025) runs as it is on NumPy < 2, SciPy < 1.13 and PyTor
 repair is a small function that acts on one module of RecBole right after its import, so nothing is
 imported early and what other libraries see stays as it is, except where a docstring says so. A
 repair goes when a RecBole release makes it unnecessary; ``tests/test_compat.py`` shows that each
-is needed now. More stand in ``compat_distributed.py``, ``compat_device.py``,
+is needed now. More stand in ``compat_data.py``, ``compat_distributed.py``, ``compat_device.py``,
 ``compat_evaluation.py`` and ``compat_anomaly.py``; the tables at the end of this module name all.
 """
 
@@ -22,6 +22,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from recbole_gacllm.compat_anomaly import anomaly_mode_kept
+from recbole_gacllm.compat_data import atomic_files, exact_times
 from recbole_gacllm.compat_device import cards_as_asked
 from recbole_gacllm.compat_distributed import (
     config_outside_its_group,
@@ -36,7 +37,7 @@ from recbole_gacllm.compat_evaluation import (
     validation_of_one_epoch,
 )
 from recbole_gacllm.config import literal
-from recbole_gacllm.import_hooks import after_import, around_import, explain_absence
+from recbole_gacllm.import_hooks import Overlay, after_import, around_import, explain_absence
 
 _logger = logging.getLogger(__name__)
 NO_RECBOLE = (
@@ -253,18 +254,7 @@ def hyperopt_random_state(hyper_tuning: Any) -> None:
         def integers(self, low: int, high: int | None = None, size: Any = None) -> Any:
             return self.randint(low, high, size)
 
-    hyper_tuning.np = _Overlay(np, random=_Overlay(np.random, RandomState=RandomState))
-
-
-class _Overlay:
-    """A module with some names replaced."""
-
-    def __init__(self, module: ModuleType, **names: Any) -> None:
-        self.__dict__.update(names)
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+    hyper_tuning.np = Overlay(np, random=Overlay(np.random, RandomState=RandomState))
 
 
 # torchvision
@@ -317,6 +307,8 @@ REPAIRS: dict[Callable[[Any], None], tuple[str, ...]] = {
         f"{_KNOWLEDGE}.mcclk",
     ),
     torch_load_default: ("recbole.utils.utils",),
+    atomic_files: ("recbole.data.dataset.dataset",),
+    exact_times: ("recbole.data.dataset.dataset",),
     plain_metrics: ("recbole.evaluator.evaluator",),
     counts_beside_tensors: ("recbole.evaluator.collector",),
     validation_of_one_epoch: ("recbole.trainer.trainer",),

@@ -44,7 +44,7 @@ class TrainingData:
     id_fields: dict[Side, str]
     field_separator: str
     seq_separator: str
-    encoding: str
+    encoding: str | None
     seed: int
     show_progress: bool
 
@@ -70,7 +70,7 @@ class TrainingData:
             id_fields=id_fields,
             field_separator=config["field_separator"],
             seq_separator=config["seq_separator"],
-            encoding=config["encoding"] or "utf-8",
+            encoding=config["encoding"],
             seed=config["seed"],
             show_progress=bool(config["show_progress"]),
         )
@@ -188,7 +188,12 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
             None
             if file is None
             else text.read_features(
-                file, data.id_fields[side], data.field_separator, data.encoding, data.seq_separator
+                file,
+                data.id_fields[side],
+                data.field_separator,
+                data.encoding,
+                data.seq_separator,
+                frozenset(data.graph.tokens(side).tolist()),
             )
         )
     text.require_some_text(features["user"], features["item"], options.text_allow_ids)

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 AfterImport = Callable[[ModuleType], None]
 AroundImport = Callable[[], AbstractContextManager[None]]
@@ -57,6 +58,17 @@ def explain_absence(name: str, message: str) -> None:
     """Let :class:`ModuleNotFoundError` say ``message`` where module ``name`` is not installed."""
     _install()
     _absence[name] = message
+
+
+class Overlay:
+    """A module with some names replaced."""
+
+    def __init__(self, module: ModuleType, **names: Any) -> None:
+        self.__dict__.update(names)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 class _Finder(MetaPathFinder):

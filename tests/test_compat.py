@@ -342,6 +342,36 @@ assert "torchvision.ops" not in sys.modules
 import torchaudio
 """,
     ),
+    "a lone quote in a title": (
+        "atomic_files",
+        """
+from recbole.data import create_dataset
+os.makedirs("lone")
+os.link("tiny/tiny.inter", "lone/lone.inter")
+with open("lone/lone.item", "w") as file:
+    file.write('item_id:token\\ttitle:token\\ni1\\t"Lone\\ni2\\tLamp\\ni3\\tKettle\\n')
+from recbole.config import Config
+columns = {"inter": ["user_id", "item_id"], "item": ["item_id", "title"]}
+made = create_dataset(Config("BPR", "lone", config_dict={**SETTINGS, "load_col": columns}))
+assert len(made.field2id_token["title"]) == 4
+""",
+    ),
+    "clicks seconds apart": (
+        "exact_times",
+        """
+import numpy as np
+from recbole.data import create_dataset
+os.makedirs("clicks")
+with open("clicks/clicks.inter", "w") as file:
+    file.write("user_id:token\\titem_id:token\\ttimestamp:float\\n")
+    for second in (9, 3, 6, 0):
+        file.write(f"u\\ti{second}\\t{1_700_000_000 + second}\\n")
+from recbole.config import Config
+keys = {**SETTINGS, "load_col": None, "eval_args": {"order": "TO", "split": {"LS": "test_only"}}}
+made = create_dataset(Config("BPR", "clicks", config_dict=keys)).build()[2]
+assert made.id2token("item_id", made.inter_feat["item_id"]) == "i9"
+""",
+    ),
 }
 
 

@@ -92,7 +92,7 @@ def test_the_seq_separator_of_recbole_is_honoured(tmp_path):
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ("", "nothing"),
+        ("", "is empty"),
         ("item_id:token\tname:token\n", "no rows"),
         ("id:token\tname:token\n1\tx\n", "no column 'item_id'"),
         ("item_id\tname\n1\tx\n", "name:type"),
