@@ -13,10 +13,11 @@ from recbole_gacllm.config import shipped_path
 from recbole_gacllm.descriptions.convolution import Convolution, record_of
 from recbole_gacllm.descriptions.layers import SIDES, Layer
 from recbole_gacllm.descriptions.neighbors import TrainGraph
-from recbole_gacllm.descriptions.pairs import sample_pairs
+from recbole_gacllm.descriptions.pairs import sample_pairs, told_edges
 from recbole_gacllm.descriptions.prompts import PromptTemplates
 from recbole_gacllm.descriptions.requests import RETRY_TEMPERATURE, ConvolutionOptions, RequestMaker
 from recbole_gacllm.descriptions.store import DescriptionStore
+from recbole_gacllm.descriptions.text import nothing_known
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.generator import Sampling
 
