@@ -12,6 +12,8 @@ ALLOWED = {
         "compat.py",
         "compat_distributed.py",
         "run_config.py",
+        "key_checks.py",
+        "data_checks.py",
         "import_hooks.py",
         "registration.py",
         "runner.py",

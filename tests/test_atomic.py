@@ -207,6 +207,8 @@ def test_the_last_click_is_the_test_item_though_clicks_are_seconds_apart(
             "group_by": "user",
         },
         "checkpoint_dir": str(tmp_path),
+        "topk": [5],
+        "valid_metric": "MRR@5",
         **({"train_neg_sample_args": None} if model == "SASRec" else {}),
         **({"use_text": False} if model == "GaCLLM" else {}),
     }

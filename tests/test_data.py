@@ -149,7 +149,7 @@ def test_training_data_has_the_files_and_settings_that_recbole_reads_them_with(t
     config["encoding"] = None
     data = data_module.TrainingData.from_recbole(config, dataset)
     assert data.graph.timestamps is None
-    assert data.encoding == "utf-8"
+    assert data.encoding is None  # the mark of the file, else UTF-8
 
 
 def test_raw_texts_and_names_are_read_with_these_settings(tmp_path):

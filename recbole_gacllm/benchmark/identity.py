@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from recbole_gacllm.config import shipped_path
+from recbole_gacllm.console import say
 from recbole_gacllm.descriptions.imported import ImportedTexts
 from recbole_gacllm.descriptions.prompts import PromptTemplates
 from recbole_gacllm.llm import weights
@@ -286,9 +287,10 @@ def main() -> None:
     if arguments and (len(arguments) != 2 or arguments[0] not in ("same", "new")):
         sys.exit(__doc__)
     if arguments:
-        print("listed:", ", ".join(list_present(arguments[0] == "same", arguments[1])) or "nothing")
+        listed = list_present(arguments[0] == "same", arguments[1])
+        say(f"listed: {', '.join(listed) or 'nothing'}")
     else:
-        print("changed, in no line of", f"{_TABLE}:", ", ".join(unlisted()) or "nothing")
+        say(f"changed, in no line of {_TABLE}: {', '.join(unlisted()) or 'nothing'}")
 
 
 if __name__ == "__main__":
