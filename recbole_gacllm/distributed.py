@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+from recbole_gacllm import console
 from recbole_gacllm.run_config import build_config
 from recbole_gacllm.runner import run
 
@@ -50,6 +51,7 @@ def run_distributed(
 def _run_rank(
     rank: int, model: str, dataset: str, files: list[str], keys: dict[str, Any], queue: Any
 ) -> None:
+    console.prepare()
     done = run(model, dataset, files, {**keys, "local_rank": rank})
     if rank == 0:
         # A path, not the record: a pipe that nobody reads yet holds 64 KiB.
