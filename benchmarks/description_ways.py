@@ -15,7 +15,7 @@ from benchmarks.description_work import Clock, Work
 from recbole_gacllm.descriptions.encoder import TextEncoder
 from recbole_gacllm.llm import weights
 from recbole_gacllm.llm.chat import ChatTokenizer
-from recbole_gacllm.llm.engines import resolve_dtype
+from recbole_gacllm.llm.hardware import resolve_dtype
 
 
 def open_engine(

@@ -62,7 +62,7 @@ from benchmarks.description_ways import (
     raw_vllm,
 )
 from benchmarks.description_work import Work
-from recbole_gacllm.llm.engines import resolve_dtype
+from recbole_gacllm.llm.hardware import resolve_dtype
 
 N_WARM_UP = 16
 SPECULATION = {

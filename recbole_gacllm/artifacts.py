@@ -13,11 +13,13 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,11 +30,15 @@ from filelock import FileLock, Timeout
 
 from recbole_gacllm import errors
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.launchers import without_launcher
+from recbole_gacllm.locate import require_no_links
+from recbole_gacllm.redaction import redact
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 JOB_FILE = "job.json"
+CHILD = "child"  # last argument of a process that run_child starts
 _SECONDS_TO_STOP = 10.0  # how long an interrupted child may tidy up before it is killed
 _MAX_ERROR_BYTES = 60_000  # fits the socket's buffer: the parent reads when the child has ended
 # How safetensors (the first two) and torch.save tell a full disk.
@@ -81,6 +87,18 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 @contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into; it takes the place of ``folder`` when all is written."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+
+
+@contextmanager
 def explaining_disk_errors(path: Path) -> Iterator[None]:
     """Tell a full, read-only or failing disk by the path that was written and the next step.
 
@@ -99,8 +117,8 @@ def explaining_disk_errors(path: Path) -> Iterator[None]:
 
 def _cannot_write(path: Path, error: Exception) -> GaCLLMError:
     return GaCLLMError(
-        f"cannot write {path}: {error}. Free space or rights there, or set artifact_dir to "
-        "another folder, and start again: what was finished is kept."
+        f"cannot write {path}: {error}. Free space or rights there, or choose another folder "
+        "(artifact_dir, checkpoint_dir, --output), and start again: what was finished is kept."
     )
 
 
@@ -124,7 +142,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged_manifest(path, str(error)) from error
     if not isinstance(manifest, dict):
         raise _damaged_manifest(path, f"a JSON object expected, {type(manifest).__name__} found")
@@ -151,7 +169,9 @@ def stage_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         ValueError: If the folder cannot be made or written.
+        GaCLLMError: If it holds symbolic links, through which a stage would write elsewhere.
     """
+    require_no_links(folder)
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,9 +192,10 @@ def stage_lock(folder: Path) -> Iterator[None]:
 
 
 def run_child(stage: str, folder: Path, *, module: str = "recbole_gacllm.stage") -> None:
-    """Run ``python -m module stage folder`` to its end, in a process group of its own.
+    """Run ``python -m module stage folder child`` to its end, in a process group of its own.
 
-    The child inherits standard output and error and a copy of the environment. Its standard input
+    The child inherits standard output and error and a copy of the environment, without what a
+    launcher such as torchrun told this process. Its standard input
     is a socket to this process: its end tells the child when this process dies
     (:func:`die_with_parent`), and the child's error comes back on it, so that a full disk cannot
     swallow it. Ctrl-C here interrupts the child, waits for it and goes on here. Whatever the child
@@ -189,7 +210,7 @@ def run_child(stage: str, folder: Path, *, module: str = "recbole_gacllm.stage")
     with ours:
         with of_child:
             child = subprocess.Popen(
-                [sys.executable, "-m", module, stage, str(folder)],
+                [sys.executable, "-m", module, stage, str(folder), CHILD],
                 stdin=of_child.fileno(),
                 env=_child_environment(),
                 process_group=0,
@@ -252,17 +273,17 @@ def reporting_errors(folder: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace")
+        text = redact(f"{type(error).__name__}: {error}").encode("utf-8", "backslashreplace")
         assert _to_parent is not None, "die_with_parent comes first"
         os.write(_to_parent, text[:_MAX_ERROR_BYTES])
-        if type(error) is ValueError or isinstance(error, GaCLLMError):
-            sys.exit(1)
-        raise
+        if type(error) is not ValueError and not isinstance(error, GaCLLMError):
+            sys.stderr.write(redact(traceback.format_exc()))
+        sys.exit(1)
 
 
 def _child_environment() -> dict[str, str]:
-    """A copy of ours in which this package can be imported from a checkout, too."""
-    environment = os.environ.copy()
+    """A copy of ours, of no launcher's, in which this package can be imported from a checkout."""
+    environment = without_launcher(os.environ)
     # Idle OpenMP threads that spin cost five times the speed on a machine that does anything else;
     # libgomp reads this when it is loaded, so it cannot be set later.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")

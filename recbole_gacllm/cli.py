@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recbole_gacllm import cli_benchmark, cli_common, cli_descriptions, cli_report
+from recbole_gacllm import (
+    cli_benchmark,
+    cli_check,
+    cli_common,
+    cli_descriptions,
+    cli_report,
+    launchers,
+)
 from recbole_gacllm.config import preset_names
 from recbole_gacllm.console import flush, one_line, prepare, say
 from recbole_gacllm.errors import GaCLLMError
@@ -25,6 +34,7 @@ examples:
   python run_recbole_gacllm.py --dataset=ml-100k --nproc=2 --use_gpu=False
 
 other commands (each has --help):
+  check                 read a data set as a run would, and show three texts of each side
   leaderboard           models x data sets x seeds on identical splits, with tests and tables
   tune                  search hyper-parameters with RecBole's HyperTuning
   report                write a page about a run or a leaderboard: one HTML file
@@ -37,6 +47,7 @@ other commands (each has --help):
 """
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "check": cli_check.check,
     "leaderboard": cli_benchmark.leaderboard,
     "tune": cli_benchmark.tune,
     "report": cli_report.report,
@@ -48,6 +59,15 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
+# Errors of the disk and of rights: the place that was given cannot be used.
+_OF_THE_PLACE = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+        *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    }
+)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; errors of input and of stages end in one line and exit code 2 or 1."""
     prepare()
@@ -55,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cli_common.completing():
         arguments = cli_common.words_to_complete(_COMMANDS)
     try:
+        launchers.require_one_process()
         if arguments and arguments[0] in _COMMANDS:
             _COMMANDS[arguments[0]](arguments[1:])
         else:
@@ -65,6 +86,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not _is_about_input(error):
             raise
         _fail(error, 2)
+    except OSError as error:
+        if error.errno not in _OF_THE_PLACE:
+            raise
+        threading.excepthook = lambda _: None  # TensorBoard's thread would say the same, at length
+        hint = "Free space or rights there, or choose another folder, and start again."
+        _fail(OSError(f"{error}. {hint}"), 2)
+    except ModuleNotFoundError as error:
+        if error.name != "recbole":
+            raise
+        _fail(error, 1)
     except KeyboardInterrupt:
         print("interrupted; start again to resume: what was finished is kept", file=sys.stderr)
         sys.exit(130)
@@ -101,6 +132,7 @@ def _run(arguments: list[str]) -> None:
     cli_common.add_verbosity(parser)
     if cli_common.completing():
         parser.add_argument("command", nargs="?", choices=list(_COMMANDS))
+    arguments = cli_common.with_equals_signs(parser, arguments)
     known, _ = cli_common.parse_with_keys(parser, arguments)
     flags = cli_common.for_recbole(arguments)
     cli_common.require_key_value(parser, flags)
@@ -136,13 +168,17 @@ def _print_summary(record: dict[str, Any], run_file: Path | None) -> None:
     for stage, figures in record.get("stages", {}).items():
         say(f"{stage:<13}{_stage_line(figures)}")
     if "leakage_audit" in record:
+        from recbole_gacllm.descriptions.audit import verdict
+
         audit = record["leakage_audit"]
         p_value = "" if audit["p_value"] is None else f" (p = {audit['p_value']:.2g})"
         say(
-            f"{'leakage':<13}{audit['heldout_mentions']} of {audit['n_pairs']} held-out items are "
-            f"named in their user's texts, {audit['matched_mentions']} of as many matched items"
+            f"{'leakage':<13}{audit['heldout_mentions']} of {audit['n_pairs']} held-out pairs are "
+            f"named in their texts, {audit['matched_mentions']} of as many matched pairs"
             f"{p_value}"
         )
+        if verdict(audit) == "unseen":
+            say(f"{'':<13}only {audit['n_checkable']} of {audit['n_heldout']} could be checked")
     say("")
     for stage, folder in record.get("artifacts", {}).items():
         say(f"{stage:<13}{folder}")

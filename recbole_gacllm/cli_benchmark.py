@@ -86,13 +86,13 @@ def leaderboard(arguments: list[str]) -> None:
     if (known.valid_latex or known.test_latex) and len(datasets) > 1:
         parser.error("--valid_latex and --test_latex take one data set")
 
-    from recbole_gacllm.benchmark import group, plan, results, submission
+    from recbole_gacllm.benchmark import group, plan, results, rows, submission
     from recbole_gacllm.benchmark import leaderboard as board_runs
 
     sys.argv[1:] = []  # RecBole reads it; the keys reach each run by its job
     show_progress = _show_progress(known, keys)
     made = plan.make_plan(
-        plan.split_models(known.models),
+        rows.split_models(known.models),
         datasets,
         known.seeds,
         known.protocol,

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+ARTIFACT_DIR = Path("saved/gacllm")
 _VERBOSITY = ("--quiet", "--verbose")
 
 
@@ -38,6 +39,16 @@ def add_config_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config_files", default="", help='yaml files, as "a.yaml b.yaml"')
 
 
+def add_artifact_dir(parser: argparse.ArgumentParser) -> None:
+    """The flag ``--artifact_dir`` of the commands that read what a run left."""
+    parser.add_argument(
+        "--artifact_dir",
+        type=Path,
+        default=ARTIFACT_DIR,
+        help="as in the run, or where its artefacts lie now; default saved/gacllm",
+    )
+
+
 def add_verbosity(parser: argparse.ArgumentParser) -> None:
     """The flags ``--quiet`` and ``--verbose``."""
     group = parser.add_mutually_exclusive_group()
@@ -59,6 +70,7 @@ def parse_with_keys(
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """The parser's own flags, and all others as keys of RecBole and GaCLLM."""
     _complete(parser, with_keys=True)
+    arguments = with_equals_signs(parser, arguments)
     _refuse_twice(parser, arguments)
     known, others = parser.parse_known_args(arguments)
     require_key_value(parser, others)
@@ -67,6 +79,23 @@ def parse_with_keys(
         if not key.isidentifier():
             parser.error(f"'--{key}': the key must be a name of letters, digits and underscores")
     return known, keys
+
+
+def with_equals_signs(parser: argparse.ArgumentParser, arguments: Iterable[str]) -> list[str]:
+    """``--key value`` as ``--key=value``, which is all that RecBole reads.
+
+    A flag of the parser that takes none or several values stays as it is.
+    """
+    joined: list[str] = []
+    for argument in arguments:
+        flag = joined[-1] if joined else ""
+        action = parser._option_string_actions.get(flag)
+        takes_one = flag.startswith("--") and (action is None or action.nargs is None)
+        if takes_one and "=" not in flag and not argument.startswith("--"):
+            joined[-1] = f"{flag}={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _refuse_twice(parser: argparse.ArgumentParser, arguments: Iterable[str]) -> None:
@@ -82,8 +111,8 @@ def require_key_value(parser: argparse.ArgumentParser, flags: Iterable[str]) -> 
     for flag in flags:
         if not flag.startswith("--") or flag.count("=") != 1:
             parser.error(
-                f"{flag!r} is not of the form --key=value, all that RecBole reads; a value "
-                "that holds '=' goes into a file for --config_files"
+                f"{flag!r} is not of the form --key=value or --key value; a value that holds '=' "
+                "goes into a file for --config_files"
             )
 
 

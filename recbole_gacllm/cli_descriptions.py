@@ -19,9 +19,6 @@ from recbole_gacllm.descriptions.layers import SIDES
 if TYPE_CHECKING:
     from recbole_gacllm.descriptions.reading import Unfinished
 
-_ARTIFACT_DIR = Path("saved/gacllm")
-
-
 _DESCRIBE_EPILOG = """\
 Without --user or --item it makes the descriptions of a run, with the run's keys as flags: features,
 fine-tuning, LLM, no training. --export-batch and --import-batch let a cluster answer the prompts,
@@ -54,7 +51,7 @@ def describe(arguments: list[str]) -> None:
         return
     if keys:
         parser.error(f"--{next(iter(keys))}: --user and --item take no keys of a run")
-    known.artifact_dir = known.artifact_dir or _ARTIFACT_DIR
+    known.artifact_dir = known.artifact_dir or cli_common.ARTIFACT_DIR
     found = _artifacts(parser, known)
     side, token = ("user", known.user) if known.user is not None else ("item", known.item)
     page = found.page(side, token)
@@ -77,9 +74,10 @@ def audit(arguments: list[str]) -> None:
         "Figures and samples of every layer of descriptions: failures, retries, "
         "lengths, copies, repetition, names of items, and the leakage audit of the run. Of a run "
         "that goes on or was killed, its finished layers, and how far the next one is.",
-        "example:\n  python -m recbole_gacllm audit saved/GaCLLM-ml-100k --n-samples=10",
+        "example:\n  python -m recbole_gacllm audit saved/runs/ml-100k-GaCLLM-Nov-22-2026_15-19-14",
     )
     parser.add_argument("run", type=Path, help="a run.json, its folder, or a descriptions-… folder")
+    cli_common.add_artifact_dir(parser)
     parser.add_argument("--n-samples", type=int, default=10, help="of each layer")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of samples")
     parser.add_argument("--json", type=Path, help="file to write all figures to, too")
@@ -89,7 +87,7 @@ def audit(arguments: list[str]) -> None:
     from recbole_gacllm.descriptions.quality_lines import quality_lines
     from recbole_gacllm.descriptions.reading import RunDescriptions
 
-    found = RunDescriptions.of_run(known.run, unfinished=True)
+    found = RunDescriptions.of_run(known.run, True, known.artifact_dir)
     layers = list(layer_qualities(found, known.n_samples, known.seed))
     for layer in layers:
         say("", *quality_lines(layer))
@@ -121,14 +119,15 @@ def import_descriptions(arguments: list[str]) -> None:
     parser.add_argument("file", type=Path, help=".parquet or .csv")
     parser.add_argument("--dataset", required=True, help="name of the data set")
     cli_common.add_config_files(parser)
+    arguments = cli_common.with_equals_signs(parser, arguments)
     known, keys = cli_common.parse_with_keys(parser, arguments)
     flags = [flag for flag in arguments if flag.startswith("--")]
+    flags.append(f"--text_import_file={known.file}")
     cli_common.require_key_value(parser, flags)
 
     from recbole_gacllm.descriptions.imported import ImportedTexts, describe
 
     imported = ImportedTexts.read(known.file.resolve())
-    flags.append(f"--text_import_file={known.file}")
     if max(imported.layers) > 0 and "llm_n_layers" not in keys:
         flags.append(f"--llm_n_layers={max(imported.layers)}")
 
@@ -204,7 +203,7 @@ def _artifact_parser(prog: str, description: str, epilog: str) -> argparse.Argum
     parser = cli_common.command_parser(f"python -m recbole_gacllm {prog}", description, epilog)
     parser.add_argument("--dataset", help="the newest descriptions of this data set")
     parser.add_argument("--run", type=Path, help="or those of a run: a run.json or its folder")
-    parser.add_argument("--artifact_dir", type=Path, default=_ARTIFACT_DIR, help="as in the run")
+    cli_common.add_artifact_dir(parser)
     return parser
 
 
@@ -214,7 +213,7 @@ def _artifacts(parser: argparse.ArgumentParser, known: argparse.Namespace) -> An
     if (known.dataset is None) == (known.run is None):
         parser.error("give either --dataset or --run")
     if known.run is not None:
-        return RunDescriptions.of_run(known.run)
+        return RunDescriptions.of_run(known.run, artifact_dir=known.artifact_dir)
     return RunDescriptions.newest(known.artifact_dir, known.dataset)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recbole_gacllm.cli_common import command_parser, parse
+from recbole_gacllm.cli_common import add_artifact_dir, command_parser, parse
 from recbole_gacllm.console import say
 
 _EPILOG = """\
-The page holds what the run left: its record, its descriptions and its checkpoint, which is loaded
-to score every user once more (a pickle, as RecBole writes it: only report on runs you trust).
-Sections without data say why. Open it by a double click.
+The page holds what the run left: its record, its descriptions and the weights of its checkpoint,
+with which every user is scored once more. A run of somebody else may be reported on: no pickle is
+loaded and nothing of it is executed. Sections without data say why. Open it by a double click.
 
 examples:
   python -m recbole_gacllm report saved/runs/ml-100k-GaCLLM-Nov-22-2026_15-19-14
@@ -29,6 +29,7 @@ def report(arguments: list[str]) -> None:
     parser.add_argument(
         "path", type=Path, help="a run.json, its folder, or the folder of a leaderboard"
     )
+    add_artifact_dir(parser)
     parser.add_argument("--output", type=Path, help="file to write; default PATH/report.html")
     known = parse(parser, arguments)
     if known.output is not None and not known.output.resolve().parent.is_dir():
@@ -37,5 +38,5 @@ def report(arguments: list[str]) -> None:
     # RecBole's import takes seconds: --help does not wait for it.
     from recbole_gacllm.report.page import write_report
 
-    file = write_report(known.path, known.output)
+    file = write_report(known.path, known.output, known.artifact_dir)
     say(f"{file} ({file.stat().st_size / 1e6:.1f} MB)")

@@ -4,8 +4,8 @@ RecBole 1.2.1 (February 2025) runs as it is on NumPy < 2, SciPy < 1.13 and PyTor
 repair is a small function that acts on one module of RecBole right after its import, so nothing is
 imported early and what other libraries see stays as it is, except where a docstring says so. A
 repair goes when a RecBole release makes it unnecessary; ``tests/test_compat.py`` shows that each
-is needed now. More stand in ``compat_distributed.py``, ``compat_evaluation.py`` and
-``compat_anomaly.py``; the tables at the end of this module name all of them.
+is needed now. More stand in ``compat_data.py``, ``compat_distributed.py``, ``compat_device.py``,
+``compat_evaluation.py`` and ``compat_anomaly.py``; the tables at the end of this module name all.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from recbole_gacllm.compat_anomaly import anomaly_mode_kept
+from recbole_gacllm.compat_data import atomic_files, exact_times
+from recbole_gacllm.compat_device import cards_as_asked
 from recbole_gacllm.compat_distributed import (
     config_outside_its_group,
     ddp_trainer,
@@ -29,14 +31,24 @@ from recbole_gacllm.compat_distributed import (
     gloo_on_cpu,
     repaired_children,
 )
-from recbole_gacllm.compat_evaluation import counts_beside_tensors, plain_metrics
-from recbole_gacllm.import_hooks import after_import, around_import
+from recbole_gacllm.compat_evaluation import (
+    counts_beside_tensors,
+    plain_metrics,
+    validation_of_one_epoch,
+)
+from recbole_gacllm.config import literal
+from recbole_gacllm.import_hooks import Overlay, after_import, around_import, explain_absence
 
 _logger = logging.getLogger(__name__)
+NO_RECBOLE = (
+    "RecBole is not installed: it requires a Ray that Python 3.12 and later do not have. "
+    "Install it without: pip install --no-deps recbole==1.2.1"
+)
 
 
 def apply() -> None:
     """Arrange every repair of :data:`REPAIRS` and :data:`IMPORT_REPAIRS`; idempotent and cheap."""
+    explain_absence("recbole", NO_RECBOLE)
     for repair, modules in REPAIRS.items():
         for name in modules:
             after_import(name, repair)
@@ -116,19 +128,58 @@ def torch_load_default(_utils: ModuleType) -> None:
     torch.load = load
 
 
+def literals(module: Any) -> None:
+    """Read values of the command line, of ``config_dict`` and of space files as literals.
+
+    Cause: ``Config._convert_config_dict`` and ``HyperTuning`` call ``eval`` on them: a value that
+    comes with a file of somebody else runs as code, and a value ``key`` or ``param`` becomes what
+    RecBole's own variable of that name holds. Their modules get an ``eval`` of their own, which
+    gives literals the same values; a value that is none stays a string.
+    Upstream: none reported. End: a RecBole release that does not call ``eval``.
+    """
+
+    def read(text: str) -> Any:
+        try:
+            return literal(text)
+        except ValueError as error:
+            raise SyntaxError(str(error)) from error  # what ``_convert_config_dict`` waits for
+
+    module.eval = read
+
+
+def teacher_by_name(kd_dagfm: Any) -> None:
+    """Look KD_DAGFM's teacher network up by its name.
+
+    Cause: its constructor calls ``eval`` on the key ``teacher``, which may come from the
+    configuration of a run that somebody else made.
+    Upstream: none reported. End: a RecBole release that does not call ``eval``.
+    """
+
+    def network(name: str) -> Any:
+        found = vars(kd_dagfm).get(name)
+        if not isinstance(found, type):
+            raise ValueError(f"teacher: {name!r} is no network of KD_DAGFM, such as CrossNet.")
+        return found
+
+    kd_dagfm.eval = network
+
+
 def known_warnings(_utils: ModuleType) -> None:
     """Keep warnings that say nothing to a user out of every run.
 
     Causes: pandas 2.2 announces that chained ``fillna(inplace=True)`` ends with pandas 3 (this
     package requires pandas < 3, see ``pyproject.toml``); PyTorch 2.4 renamed
-    ``torch.cuda.amp.GradScaler`` and ``torch.cuda.amp.autocast``. Only these messages, and only
-    from RecBole's modules. Python's own filters still come first where a user or pytest sets them
-    later.
-    Upstream: issue 2215. End: a RecBole release that runs on pandas 3 and PyTorch 2.4.
+    ``torch.cuda.amp.GradScaler`` and ``torch.cuda.amp.autocast``; Python 3.12 warns where it
+    compiles DIEN's docstring (at the first import, after an installation by uv). Only these
+    messages, and only from RecBole's modules. Python's own filters still come first where a user
+    or pytest sets them later.
+    Upstream: issue 2215. End: a RecBole release that runs on pandas 3, PyTorch 2.4 and Python 3.12.
     """
     amp = r"`torch\.cuda\.amp\.(GradScaler|autocast)"
     for message in ("A value is trying to be set on a copy", amp):
         warnings.filterwarnings("ignore", message, FutureWarning, r"recbole\.")
+    # While a file is compiled, its path stands for the module's name.
+    warnings.filterwarnings("ignore", ".*invalid escape sequence", SyntaxWarning, r".*\brecbole\b")
 
 
 # Ray and hyperopt
@@ -203,18 +254,7 @@ def hyperopt_random_state(hyper_tuning: Any) -> None:
         def integers(self, low: int, high: int | None = None, size: Any = None) -> Any:
             return self.randint(low, high, size)
 
-    hyper_tuning.np = _Overlay(np, random=_Overlay(np.random, RandomState=RandomState))
-
-
-class _Overlay:
-    """A module with some names replaced."""
-
-    def __init__(self, module: ModuleType, **names: Any) -> None:
-        self.__dict__.update(names)
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+    hyper_tuning.np = Overlay(np, random=Overlay(np.random, RandomState=RandomState))
 
 
 # torchvision
@@ -267,12 +307,18 @@ REPAIRS: dict[Callable[[Any], None], tuple[str, ...]] = {
         f"{_KNOWLEDGE}.mcclk",
     ),
     torch_load_default: ("recbole.utils.utils",),
+    atomic_files: ("recbole.data.dataset.dataset",),
+    exact_times: ("recbole.data.dataset.dataset",),
     plain_metrics: ("recbole.evaluator.evaluator",),
     counts_beside_tensors: ("recbole.evaluator.collector",),
+    validation_of_one_epoch: ("recbole.trainer.trainer",),
+    literals: ("recbole.config.configurator", "recbole.trainer.hyper_tuning"),
+    teacher_by_name: ("recbole.model.context_aware_recommender.kd_dagfm",),
     known_warnings: ("recbole.utils.utils",),
     hyperopt_random_state: ("recbole.trainer.hyper_tuning",),
     gloo_on_cpu: ("recbole.config.configurator",),
     config_outside_its_group: ("recbole.config.configurator",),
+    cards_as_asked: ("recbole.config.configurator",),
     ddp_trainer: ("recbole.trainer.trainer",),
     ensure_dir: ("recbole.utils.utils",),
     repaired_children: ("recbole.quick_start.quick_start",),

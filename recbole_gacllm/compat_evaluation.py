@@ -48,3 +48,21 @@ def counts_beside_tensors(collector: ModuleType) -> None:
         return struct
 
     collector.Collector.get_data_struct = get_data_struct
+
+
+def validation_of_one_epoch(trainer: ModuleType) -> None:
+    """Validate, and so save, models without training under ``eval_step: 2`` or more.
+
+    Cause: ``Trainer.__init__`` bounds ``eval_step`` by ``epochs``, then ``TraditionalTrainer`` sets
+    ``epochs`` to 1: EASE, ItemKNN, Pop, Random and the like are never validated, no checkpoint is
+    saved, and the test ends with ``FileNotFoundError``.
+    Upstream: none reported. End: a RecBole release that bounds it afterwards.
+    """
+    init = trainer.TraditionalTrainer.__init__
+
+    @functools.wraps(init)
+    def init_and_bound(self: Any, config: Any, model: Any) -> None:
+        init(self, config, model)
+        self.eval_step = min(self.eval_step, self.epochs)
+
+    trainer.TraditionalTrainer.__init__ = init_and_bound

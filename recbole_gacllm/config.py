@@ -7,6 +7,7 @@ frozen, checked view of our keys in the result.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import functools
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from recbole_gacllm.redaction import api_key, redact
 
 OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_", "linear_")
 
@@ -92,6 +95,20 @@ def check_keys(external: Mapping[str, Any], others: Collection[str] = ()) -> Non
                 f"unknown key {key!r}: {hint} All keys stand in docs/config.md and in "
                 f"{shipped_path('properties', 'model', 'GaCLLM.yaml')}."
             )
+
+
+def literal(text: str) -> Any:
+    """What a Python literal stands for: numbers, strings, lists, tuples, dicts, None, True, False.
+
+    Nothing is evaluated, so text of any origin may be given.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{text!r} is not a literal value.") from error
 
 
 _Check = Callable[[Any], str | None]
@@ -190,13 +207,13 @@ class GaCLLMConfig:
     llm_max_new_tokens: int = _key(_at_least(4))
     llm_temperature: float = _key(_at_least(0))
     llm_repetition_penalty: float = _key(_above(0))
-    llm_dtype: str = _key(_one_of("auto", "bfloat16", "float32"))
+    llm_dtype: str = _key(_one_of("auto", "bfloat16", "float16", "float32"))
     llm_adapter: str | None = _key(_not_empty)
     llm_merge_adapter: bool = _key()
     llm_prompts_dir: str | None = _key(_not_empty)
     llm_tensor_parallel_size: int = _key(_at_least(1))
     llm_pipeline_parallel_size: int = _key(_at_least(1))
-    llm_gpu_memory_utilization: float = _key(_share)
+    llm_gpu_memory_utilization: float | None = _key(_share)
     sft: bool = _key()
     sft_n_pairs: int = _key(_at_least(1))
     sft_n_heldout: int = _key(_at_least(1))
@@ -213,13 +230,15 @@ class GaCLLMConfig:
     encoder_model: str = _key(_not_empty)
     encoder_prompt: str | None = _key()
     encoder_batch_size: int = _key(_at_least(1))
-    encoder_dtype: str = _key(_one_of("auto", "bfloat16", "float32"))
+    encoder_dtype: str = _key(_one_of("auto", "bfloat16", "float16", "float32"))
     train_share: float = _key(_share)
     cold_item_share: float = _key(_from_to(0, 0.5))
     fast_paths: bool = _key()
     artifact_dir: str = _key(_not_empty)
 
     def __post_init__(self) -> None:
+        if self.llm_backend == "server":
+            api_key(self.llm_api_key_variable)  # a broken one is told before any stage
         if (self.llm_backend == "server") != (self.llm_endpoints is not None):
             raise ValueError(
                 f"llm_endpoints: {self.llm_endpoints!r} does not go with llm_backend: "
@@ -282,7 +301,7 @@ def checked(key: str, value: Any) -> Any:
     value = _convert(key, value, hint)
     problem = check and value is not None and check(value)
     if problem:
-        raise ValueError(f"{key}: {value!r} is not allowed; {problem}.")
+        raise ValueError(f"{key}: {_shown(key, value)} is not allowed; {problem}.")
     return value
 
 
@@ -300,4 +319,10 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     names = " or ".join(
         "null" if o is types.NoneType else str(getattr(o, "__name__", o)) for o in options
     )
-    raise ValueError(f"{key}: {value!r} is a {type(value).__name__}; it must be {names}.")
+    found = f"{_shown(key, value)} is a {type(value).__name__}"
+    raise ValueError(f"{key}: {found}; it must be {names}.")
+
+
+def _shown(key: str, value: Any) -> str:
+    """A value in an error; where a name belongs, the key itself may stand by mistake."""
+    return "what it holds" if key == "llm_api_key_variable" else redact(repr(value))

@@ -17,7 +17,7 @@ from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.descriptions import text
 from recbole_gacllm.descriptions.imported import ImportedTexts
 from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
-from recbole_gacllm.descriptions.names import item_names
+from recbole_gacllm.descriptions.names import item_names, names_of_people
 from recbole_gacllm.descriptions.neighbors import TrainGraph
 
 #: So many text embeddings are taken to float32 at once: 100 MB of width 384.
@@ -44,7 +44,7 @@ class TrainingData:
     id_fields: dict[Side, str]
     field_separator: str
     seq_separator: str
-    encoding: str
+    encoding: str | None
     seed: int
     show_progress: bool
 
@@ -70,7 +70,7 @@ class TrainingData:
             id_fields=id_fields,
             field_separator=config["field_separator"],
             seq_separator=config["seq_separator"],
-            encoding=config["encoding"] or "utf-8",
+            encoding=config["encoding"],
             seed=config["seed"],
             show_progress=bool(config["show_progress"]),
         )
@@ -188,7 +188,12 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
             None
             if file is None
             else text.read_features(
-                file, data.id_fields[side], data.field_separator, data.encoding, data.seq_separator
+                file,
+                data.id_fields[side],
+                data.field_separator,
+                data.encoding,
+                data.seq_separator,
+                frozenset(data.graph.tokens(side).tolist()),
             )
         )
     text.require_some_text(features["user"], features["item"], options.text_allow_ids)
@@ -211,6 +216,15 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
     }
     names = item_names(tokens["item"], features["item"], options.text_item_name_field)
     return Layer.raw(tokens, texts), names
+
+
+def user_names(config: Any) -> dict[str, str]:
+    """Names of users by raw token, as their feature file has them, for the leakage audit."""
+    file = Path(config["data_path"]) / f"{config['dataset']}.user"
+    if not file.is_file():
+        return {}
+    reading = (config["field_separator"], config["encoding"] or "utf-8", config["seq_separator"])
+    return names_of_people(text.read_features(file, config["USER_ID_FIELD"], *reading))
 
 
 def imported_texts(options: GaCLLMConfig, raw: Layer) -> ImportedTexts | None:

@@ -11,6 +11,7 @@ import torch
 from torch import multiprocessing
 
 from recbole_gacllm import console
+from recbole_gacllm.launchers import leave_launcher
 from recbole_gacllm.run_config import build_config
 from recbole_gacllm.runner import run
 
@@ -33,7 +34,13 @@ def run_distributed(
     """
     keys = dict(config_dict or {})
     # A mistake is told once, not by every process.
-    build_config(model, dataset, config_files, dict(keys))
+    config = build_config(model, dataset, config_files, dict(keys))
+    if config["device"].type == "cuda" and len(config["gpu_id"].split(",")) < nproc:
+        raise ValueError(
+            f"nproc: {nproc} needs as many GPUs; gpu_id: {config['gpu_id']!r} names fewer. Name "
+            f"{nproc}, such as --gpu_id={','.join(map(str, range(nproc)))}, lower nproc, or set "
+            "use_gpu: False."
+        )
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
@@ -52,6 +59,7 @@ def _run_rank(
     rank: int, model: str, dataset: str, files: list[str], keys: dict[str, Any], queue: Any
 ) -> None:
     console.prepare()
+    leave_launcher()  # RecBole says who is who
     done = run(model, dataset, files, {**keys, "local_rank": rank})
     if rank == 0:
         # A path, not the record: a pipe that nobody reads yet holds 64 KiB.

@@ -6,9 +6,17 @@ Bad input (a key, a file, a value) raises ``ValueError``; a stage that failed on
 
 from __future__ import annotations
 
+from recbole_gacllm.redaction import redact
+
 
 class GaCLLMError(RuntimeError):
-    """A stage of GaCLLM could not be finished; what it had finished is kept."""
+    """A stage of GaCLLM could not be finished; what it had finished is kept.
+
+    Its message shows no key or password, whoever wrote the words in it.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class WeightsError(GaCLLMError):
@@ -17,6 +25,10 @@ class WeightsError(GaCLLMError):
 
 class GenerationError(GaCLLMError):
     """The text generator could not be started or stopped working."""
+
+
+class MemoryRanOutError(GenerationError):
+    """The text generator stopped because memory ran out; another may do with less at once."""
 
 
 class StoreError(GaCLLMError):

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 AfterImport = Callable[[ModuleType], None]
 AroundImport = Callable[[], AbstractContextManager[None]]
@@ -21,6 +22,7 @@ AroundImport = Callable[[], AbstractContextManager[None]]
 _after: dict[str, list[AfterImport]] = {}
 _around: dict[str, list[AroundImport]] = {}
 _aliases: dict[str, str] = {}
+_absence: dict[str, str] = {}
 
 
 def after_import(name: str, callback: AfterImport) -> None:
@@ -52,6 +54,23 @@ def alias_module(name: str, target: str) -> None:
     _aliases[name] = target
 
 
+def explain_absence(name: str, message: str) -> None:
+    """Let :class:`ModuleNotFoundError` say ``message`` where module ``name`` is not installed."""
+    _install()
+    _absence[name] = message
+
+
+class Overlay:
+    """A module with some names replaced."""
+
+    def __init__(self, module: ModuleType, **names: Any) -> None:
+        self.__dict__.update(names)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 class _Finder(MetaPathFinder):
     """Leaves finding to the other finders and adds our steps to what they found."""
 
@@ -60,7 +79,7 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname in _aliases:
             return ModuleSpec(fullname, _AliasLoader(_aliases[fullname]))
-        if fullname not in _after and fullname not in _around:
+        if not any(fullname in steps for steps in (_after, _around, _absence)):
             return None
         for finder in sys.meta_path:
             if finder is not self:
@@ -68,6 +87,8 @@ class _Finder(MetaPathFinder):
                 if spec is not None:
                     _extend(spec)
                     return spec
+        if fullname in _absence:
+            raise ModuleNotFoundError(_absence[fullname], name=fullname)
         return None
 
 

@@ -32,10 +32,10 @@ def digests(folder: Path, outputs: Sequence[str]) -> dict[str, str]:
 
 
 def finished(folder: Path, key: Mapping[str, Any], outputs: Sequence[str]) -> bool:
-    """Whether a stage has finished here and its outputs are what it wrote.
+    """Whether a stage has finished here and its outputs are what it wrote; changes nothing.
 
-    An output that is gone or changed is logged and removed, manifest first, so that the stage
-    makes it again. A manifest without digests, of an earlier release, counts as not finished.
+    An output that is gone or changed is logged. A manifest without digests, of an earlier release,
+    counts as not finished.
 
     Args:
         folder: Of the stage; the caller holds its lock.
@@ -48,25 +48,42 @@ def finished(folder: Path, key: Mapping[str, Any], outputs: Sequence[str]) -> bo
     manifest = read_manifest(folder)
     for name in (JOB_FILE, MANIFEST_FILE):
         _require_own(folder / name, key)
-    if manifest is None or "files" not in manifest:
+    if manifest is None or not isinstance(manifest.get("files"), dict):
         return False
-    found = digests(folder, outputs)
-    wrong = {file for file, _ in found.items() ^ manifest["files"].items()}
-    wrong |= {output for output in outputs if not (folder / output).exists()}
-    if not wrong:
-        return True
-    logger.warning(
-        "%s in %s: gone, or not what the stage wrote; made again",
-        ", ".join(sorted(wrong)),
-        folder,
-    )
+    wrong = _wrong(folder, manifest["files"], outputs)
+    if wrong:
+        logger.warning(
+            "%s in %s: gone, or not what the stage wrote; made again",
+            ", ".join(sorted(wrong)),
+            folder,
+        )
+    return not wrong
+
+
+def discard_damaged(folder: Path, outputs: Sequence[str]) -> None:
+    """Remove what :func:`finished` found gone or changed, manifest first: it is made again now.
+
+    Only what the stage itself makes is removed, whatever the manifest names. The caller holds the
+    lock. A folder without a manifest is half-written, and all in it stays.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        return
+    wrong = _wrong(folder, manifest["files"], outputs)
     (folder / MANIFEST_FILE).unlink()
-    for output in {file.split("/")[0] for file in wrong}:
-        if (folder / output).is_dir():
-            shutil.rmtree(folder / output)
-        else:
-            (folder / output).unlink(missing_ok=True)
-    return False
+    for output in outputs:
+        if any(file == output or file.startswith(f"{output}/") for file in wrong):
+            if (folder / output).is_dir():
+                shutil.rmtree(folder / output)
+            else:
+                (folder / output).unlink(missing_ok=True)
+
+
+def _wrong(folder: Path, recorded: Mapping[str, Any], outputs: Sequence[str]) -> set[str]:
+    """Outputs that are gone, changed, or not of the stage."""
+    made = digests(folder, outputs)
+    wrong = {file for file in {*made, *recorded} if made.get(file) != recorded.get(file)}
+    return wrong | {output for output in outputs if not (folder / output).exists()}
 
 
 def _files(output: Path) -> Iterator[Path]:
@@ -87,7 +104,7 @@ def _require_own(file: Path, key: Mapping[str, Any]) -> None:
         found = json.loads(file.read_bytes()).get("key")
     except (FileNotFoundError, ValueError, AttributeError):
         return  # nothing there, or of an unfinished stage and written anew
-    if found is None or fingerprint(found) == fingerprint(key):
+    if not isinstance(found, dict) or fingerprint(found) == fingerprint(key):
         return
     wanted = json.loads(json.dumps(key))
     names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
+from torch.nn import functional as F
 
 # Matrix, inverse and weights take 20 bytes an entry: 8 GB at this size, and minutes to invert.
 MAX_ITEMS = 20_000
@@ -24,6 +25,9 @@ NEAR = 0.995  # of the best NDCG@10
 HELD_OUT = 0.1  # of the training interactions
 MAX_ITEMS_OF_CHOICE = 3_000
 MAX_USERS_OF_CHOICE = 10_000
+# Share of a batch's histories that is filled: below it sums over their items beat a dense product,
+# on 1,700 to 17,000 items and one thread.
+SPARSE = 0.03
 
 
 class ItemItemModel:
@@ -126,8 +130,17 @@ class ItemItemModel:
         Shapes:
             users: ``[B]``; result ``[B, n_items]``.
         """
-        rows = torch.from_numpy(self._histories[users.cpu().numpy()].toarray())
-        scores = rows.to(self._weights.device) @ self._weights
+        rows, device = self._histories[users.cpu().numpy()], self._weights.device
+        if rows.nnz < SPARSE * len(users) * self.n_covered:
+            scores = F.embedding_bag(
+                torch.from_numpy(rows.indices).to(device),
+                self._weights,
+                torch.from_numpy(rows.indptr[:-1]).to(device),
+                mode="sum",
+                per_sample_weights=torch.from_numpy(rows.data).to(device),
+            )
+        else:
+            scores = torch.from_numpy(rows.toarray()).to(device) @ self._weights
         if self._covered is None:
             return scores
         return scores.new_zeros(len(users), self._n_items).index_copy_(1, self._covered, scores)

@@ -62,14 +62,6 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         self.user_embedding = nn.Embedding(self.n_users, options.embedding_size)
         self.item_embedding = nn.Embedding(self.n_items, options.embedding_size)
         data = TrainingData.from_recbole(config, dataset)
-        self.adjacency = Adjacency.from_edges(
-            data.graph.users + 1, data.graph.items + 1, self.n_users, self.n_items, self.device
-        )
-        self.periodic: PeriodicPropagation | None = None
-        if options.propagate_every > 1:
-            self.periodic = PeriodicPropagation(
-                self.adjacency, options.n_layers, options.propagate_every
-            )
         self.texts: TextLayers | None = None
         if options.use_text:
             self.texts = prepare(options, data).to(self.device)
@@ -81,6 +73,15 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
                     options.text_dropout,
                 )
                 for _ in range(len(self.texts))
+            )
+        # After the stages, which need the GPU's memory for themselves.
+        self.adjacency = Adjacency.from_edges(
+            data.graph.users + 1, data.graph.items + 1, self.n_users, self.n_items, self.device
+        )
+        self.periodic: PeriodicPropagation | None = None
+        if options.propagate_every > 1:
+            self.periodic = PeriodicPropagation(
+                self.adjacency, options.n_layers, options.propagate_every
             )
         self.unseen: UnseenItems | None = None  # that only text can speak for
         if self.texts is not None:

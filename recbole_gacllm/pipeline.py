@@ -6,7 +6,7 @@ folder under ``artifact_dir/<dataset>/``, named by a fingerprint of all that det
 on where it was. The stages run in child processes (``stage.py``), so that GPU memory is free when
 RecBole trains, and a crash of an engine cannot take the run down.
 
-    inputs-…/        graph.npz (training edges), layer_0.parquet (raw descriptions), item_names.json
+    inputs-…/        graph.npz (training edges), layer_0.parquet (raw texts), item_names-….json
     sft-…/           adapter/ (peft, safetensors)
     merged-…/        model/ (the LLM with the adapter in its weights)
     descriptions-…/  layer_1.parquet … layer_L.parquet
@@ -34,12 +34,15 @@ from recbole_gacllm.data import TextLayers, TrainingData, imported_texts, raw_de
 from recbole_gacllm.descriptions.cleaning import CLEANING_VERSION
 from recbole_gacllm.descriptions.imported import ImportedTexts
 from recbole_gacllm.descriptions.layers import SIDES, Layer
+from recbole_gacllm.descriptions.names import NAMES, write_names
 from recbole_gacllm.descriptions.neighbors import TrainGraph, check_rule
 from recbole_gacllm.descriptions.prompts import PromptTemplates
 from recbole_gacllm.descriptions.requests import RETRY_TEMPERATURE
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm import weights
-from recbole_gacllm.llm.engines import choose_backend, resolve_dtype
+from recbole_gacllm.llm.engines import check_engine, choose_backend
+from recbole_gacllm.llm.hardware import resolve_dtype, training_dtype
+from recbole_gacllm.locate import store_of
 
 logger = logging.getLogger(__name__)
 
@@ -136,16 +139,24 @@ def _before_descriptions(
     if imported is not None and 0 in imported.layers:
         raw = imported.fill(0, raw)
     root = Path(options.artifact_dir).resolve() / data.dataset
-    folders = {"inputs": _write_inputs(root, data.graph, raw, names)}
+    folders = _write_inputs(root, data.graph, raw, names)
     if not options.is_described:
         return root, folders, None
     model = adapter = None
     if imported is None or not set(range(1, options.llm_n_layers + 1)) <= set(imported.layers):
         model = _LanguageModel.resolve(options)
+        check_engine(
+            options.llm_backend,
+            model.folder,
+            options.llm_tensor_parallel_size,
+            options.llm_pipeline_parallel_size,
+        )
         _templates(options)
         if options.llm_adapter is not None:
+            from recbole_gacllm.llm.adapter import check_adapter  # loads transformers
+
             adapter = Path(options.llm_adapter).resolve()
-            weights.check_adapter(model.folder, adapter)
+            check_adapter(model.folder, adapter)
         elif options.sft:
             folders["sft"] = _finetune(root, folders["inputs"], options, data, model)
             adapter = folders["sft"] / "adapter"
@@ -190,15 +201,18 @@ def _options_with(options: GaCLLMConfig, *prefixes: str) -> dict[str, Any]:
     }
 
 
-def _write_inputs(root: Path, graph: TrainGraph, raw: Layer, names: dict[str, str]) -> Path:
-    """Write the training graph and layer 0, which every stage starts from."""
+def _write_inputs(
+    root: Path, graph: TrainGraph, raw: Layer, names: dict[str, str]
+) -> dict[str, Path]:
+    """Write the training graph, layer 0, which every stage starts from, and names of items."""
     key = {"graph": graph.fingerprint(), "texts": raw.digest()}
     outputs = ["graph.npz", "layer_0.parquet"]
     folder = root / f"inputs-{artifacts.fingerprint(key)[:16]}"
     with artifacts.stage_lock(folder), artifacts.explaining_disk_errors(folder):
         # Only shown and looked for, never a cause of results: not in the key.
-        artifacts.write_atomic(folder / "item_names.json", json.dumps(names).encode())
+        names_file = write_names(folder, names)
         if not integrity.finished(folder, key, outputs):
+            integrity.discard_damaged(folder, outputs)
             graph.save(folder / "graph.npz")
             raw.write(folder / "layer_0.parquet")
             manifest: dict[str, Any] = {f"n_{side}s": len(raw.tokens[side]) for side in SIDES}
@@ -207,7 +221,7 @@ def _write_inputs(root: Path, graph: TrainGraph, raw: Layer, names: dict[str, st
             manifest |= {"stage": "inputs", "key": key}
             manifest["files"] = integrity.digests(folder, outputs)
             artifacts.write_manifest(folder, manifest)
-    return folder
+    return {"inputs": folder, NAMES: names_file}
 
 
 def _run(
@@ -228,6 +242,7 @@ def _run(
             logger.info("stage %s was done before and is reused: %s", stage, folder)
         else:
             logger.info("stage %s starts in %s", stage, folder)
+            integrity.discard_damaged(folder, outputs)
             text_of_job = json.dumps({**job, "key": key, "outputs": outputs}, indent=2)
             artifacts.write_atomic(folder / artifacts.JOB_FILE, text_of_job.encode())
             artifacts.run_child(stage, folder)
@@ -252,12 +267,11 @@ def _figures(manifest: dict[str, Any]) -> dict[str, Any]:
 def _finetune(
     root: Path, inputs: Path, options: GaCLLMConfig, data: TrainingData, model: _LanguageModel
 ) -> Path:
-    templates = _templates(options)
     key = {
         "inputs": inputs.name,
         "model": model.fingerprint,
-        "prompts": templates.version(),
-        "dtype": resolve_dtype(options.llm_dtype),
+        "prompts": _templates(options).sft_version(),
+        "dtype": training_dtype(options.llm_dtype),
         "seed": data.seed,
         **_options_with(options, "sft"),
     }
@@ -317,7 +331,7 @@ def _describe(
         job["adapter_dir"] = str(adapter) if adapter and not merged else None
         name = job["generator_dir"] if merged else model.name
         job["served_model"] = options.llm_served_model or name
-    job["store"] = str(Path(options.artifact_dir).resolve() / "store.sqlite")
+    job["store"] = str(store_of(folders["inputs"]))
     return key, job, [f"layer_{number}.parquet" for number in range(1, options.llm_n_layers + 1)]
 
 
@@ -346,7 +360,7 @@ def _encode(
     key = {
         "texts": [layer.digest() for layer in layers],
         "encoder": weights.fingerprint(encoder),
-        "dtype": resolve_dtype(options.encoder_dtype),
+        "dtype": resolve_dtype(options.encoder_dtype, "encoder_dtype"),
         "prompt": options.encoder_prompt,
         # Not in the digests: rows follow the order of the nodes.
         "order": artifacts.fingerprint({side: layers[0].tokens[side] for side in SIDES}),

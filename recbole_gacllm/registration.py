@@ -61,6 +61,7 @@ def register() -> None:
         after_import(name, _add_fast_paths)
     for name in SPLIT_MODULES:
         after_import(name, _add_splits)
+    after_import(SPLIT_MODULES[0], _add_checks)
 
 
 def _add_fast_paths(module: ModuleType) -> None:
@@ -71,6 +72,11 @@ def _add_fast_paths(module: ModuleType) -> None:
 def _add_splits(module: ModuleType) -> None:
     """As :func:`_add_fast_paths`."""
     importlib.import_module("recbole_gacllm.splits").add_to(module)
+
+
+def _add_checks(module: ModuleType) -> None:
+    """As :func:`_add_fast_paths`; after the splits, so that they are seen."""
+    importlib.import_module("recbole_gacllm.data_checks").add_to(module)
 
 
 def _extend_config(configurator: ModuleType) -> None:

@@ -13,12 +13,13 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import ModelType, get_model, init_seed
 
+from recbole_gacllm.atomic import read_header
 from recbole_gacllm.config import GaCLLMConfig, shipped_path
 from recbole_gacllm.data import TrainingData
+from recbole_gacllm.key_checks import check_evaluation, check_given
 from recbole_gacllm.registration import MODELS
 
 _RECBOLE = Path(recbole.__file__).parent
-_MAX_SEED = 2**32 - 1  # numpy's
 # RecBole's documentation of each: "this model is a non-sampling model, so you must set
 # train_neg_sample_args=None when you run this model".
 NON_SAMPLING_MODELS = frozenset(
@@ -50,11 +51,8 @@ def build_config(
         _check_yaml(file)
     overrides = dict(config_dict or {})
     given, defaults = _external_and_internal(model, model_class, dataset, files, overrides)
-    if model not in MODELS:  # whose keys GaCLLMConfig checks
-        _check_numbers(given, defaults)
-    seed = {**defaults, **given}["seed"]
-    if type(seed) is not int or not 0 <= seed <= _MAX_SEED:
-        raise ValueError(f"seed: {seed!r} must be a whole number from 0 to {_MAX_SEED}.")
+    check_given(given, {} if model in MODELS else defaults)
+    check_evaluation({**defaults, **given})
     _check_dataset(dataset, {**defaults, **given}["data_path"])
     takes_features = model_class.type in (
         ModelType.CONTEXT,
@@ -65,29 +63,15 @@ def build_config(
     if shipped.is_file() and not takes_features:
         files.insert(0, str(shipped))
     elif "load_col" not in given:
-        overrides.update(_columns_with_times({**defaults, **given}))
+        overrides.update(_columns({**defaults, **given}))
     cross_entropy = (
         model_class.type == ModelType.SEQUENTIAL and {**defaults, **given}.get("loss_type") == "CE"
     )
     if "train_neg_sample_args" not in given and (model in NON_SAMPLING_MODELS or cross_entropy):
         overrides["train_neg_sample_args"] = None
     config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
-    _check_times(config)
+    _check_columns(config)
     return config
-
-
-def _check_numbers(given: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Refuse words in the place of the numbers and switches of a model's defaults."""
-    for key, value in given.items():
-        default = defaults.get(key)
-        if isinstance(default, bool):
-            good, kind = value in (True, False), "True or False"
-        elif isinstance(default, int | float):
-            good, kind = isinstance(value, int | float) and not isinstance(value, bool), "a number"
-        else:
-            continue
-        if not good:
-            raise ValueError(f"{key}: {value!r} is a {type(value).__name__}; it must be {kind}.")
 
 
 def _check_yaml(file: str) -> None:
@@ -123,44 +107,105 @@ def _check_dataset(dataset: str, data_path: str) -> None:
     folders = (Path(data_path), _RECBOLE / "dataset_example")
     listed = yaml.safe_load((_RECBOLE / "properties" / "dataset" / "url.yaml").read_text())
     local = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
-    if dataset not in local | set(listed):
-        near = difflib.get_close_matches(dataset, [*sorted(local), *listed], n=3)
-        raise ValueError(
-            f"dataset: {dataset!r} is neither a folder of data_path ({data_path}) nor a data set "
-            f"that RecBole downloads; near names: {', '.join(near) or 'none'}."
-        )
-
-
-def _columns_with_times(keys: dict[str, Any]) -> dict[str, Any]:
-    """RecBole's own ``load_col``, which is users and items only, with times for a split by them."""
-    load_col, time = keys.get("load_col") or {}, keys.get("TIME_FIELD")
-    columns = load_col.get("inter")
-    if keys["eval_args"].get("order") != "TO" or columns is None or time in columns:
-        return {}
-    return {"load_col": {**load_col, "inter": [*columns, time]}}
-
-
-def _check_times(config: Config) -> None:
-    """Refuse a split by time without the column of times: RecBole's error names no key."""
-    if config["eval_args"]["order"] != "TO":
+    if dataset in local | set(listed):
         return
-    columns, time = (config["load_col"] or {}).get("inter"), config["TIME_FIELD"]
-    if columns is not None and time not in columns:
+    inside = Path(data_path).resolve()
+    if any(inside.glob(f"{dataset}.*inter")):
         raise ValueError(
-            f"load_col: {columns} of the .inter file are without TIME_FIELD {time!r}, and a split "
-            "in order of time (eval_args' order: TO) needs it. Load it, with a file for "
-            f"config_files that holds load_col: {{inter: [{', '.join([*columns, str(time)])}]}}."
+            f"data_path: {data_path!r} holds the files of {dataset!r} themselves. RecBole reads "
+            f"data_path/{dataset}/{dataset}.inter: give the folder above"
+            + (
+                f", --data_path={inside.parent}."
+                if inside.name == dataset
+                else f", and name this one {dataset!r}."
+            )
         )
-    file = Path(config["data_path"], f"{config['dataset']}.inter")
-    if file.is_file():
-        with file.open(encoding=config["encoding"] or "utf-8") as lines:
-            header = lines.readline().rstrip("\n").split(config["field_separator"])
-        names = [column.partition(":")[0] for column in header]
-        if time not in names:
+    near = difflib.get_close_matches(dataset, [*sorted(local), *listed], n=3)
+    raise ValueError(
+        f"dataset: {dataset!r} is neither a folder of data_path ({data_path}) nor a data set "
+        f"that RecBole downloads; near names: {', '.join(near) or 'none'}."
+    )
+
+
+def _columns(keys: dict[str, Any]) -> dict[str, Any]:
+    """RecBole's own ``load_col``, which is ``user_id`` and ``item_id``, made to fit the other keys.
+
+    It follows USER_ID_FIELD and ITEM_ID_FIELD, and takes the columns that a filter, a split by
+    time or the rule ``recent`` need.
+    """
+    load_col = keys.get("load_col") or {}
+    if "inter" not in load_col:
+        return {}
+    columns = [keys["USER_ID_FIELD"], keys["ITEM_ID_FIELD"]]
+    by_time = keys["eval_args"].get("order") == "TO" or keys.get("neighbor_rule") == "recent"
+    wanted = [keys["TIME_FIELD"]] if by_time else []
+    wanted += [*(keys.get("val_interval") or {}), *(keys.get("threshold") or {})]
+    columns += [column for column in dict.fromkeys(wanted) if column not in columns]
+    return {"load_col": {**load_col, "inter": columns}}
+
+
+def _check_columns(config: Config) -> None:
+    """Refuse interaction files without the columns that the keys name: RecBole names no key."""
+    loaded = (config["load_col"] or {"inter": "*"}).get("inter", [])
+    parts = config["benchmark_filename"]
+    if parts is not None and (not isinstance(parts, list) or len(parts) != 3):
+        raise ValueError(
+            f"benchmark_filename: {parts!r} must name three files, of training, validation and "
+            f"test: [train, valid, test] for {config['dataset']}.train.inter and so on."
+        )
+    names = [f"{config['dataset']}.{part}.inter" for part in parts or []]
+    for name in names or [f"{config['dataset']}.inter"]:
+        file = Path(config["data_path"], name)
+        if not file.is_file():
+            if not Path(config["data_path"]).is_dir():
+                return  # RecBole will download it
             raise ValueError(
-                f"TIME_FIELD: {time!r} is not a column of {file} ({', '.join(names)}), and a split "
-                "in order of time (eval_args' order: TO) needs it. Name the column of times, or "
-                "split at random (order: RO)."
+                f"{file} is not there. The interactions of a data set lie in "
+                "data_path/NAME/NAME.inter, or in the files that benchmark_filename names."
+            )
+        columns, _ = read_header(file, config["field_separator"], config["encoding"])
+        _check_column_names(config, file, columns, loaded)
+        lists = f"{config['ITEM_ID_FIELD']}{config['LIST_SUFFIX']}"
+        if parts and config["MODEL_TYPE"] == ModelType.SEQUENTIAL and lists not in columns:
+            raise ValueError(
+                f"benchmark_filename: {file} has no column {lists!r}, and the sequential model "
+                f"{config['model']} reads a user's history from there. Write the items before each "
+                f"target into {lists}:token_seq, or leave benchmark_filename out and split by time."
+            )
+
+
+# What needs the column that a key names.
+_USES = {
+    "USER_ID_FIELD": "every run",
+    "ITEM_ID_FIELD": "every run",
+    "TIME_FIELD": "a split in order of time (eval_args' order: TO)",
+    "val_interval": "the filter of its values",
+    "threshold": "the labels",
+}
+
+
+def _check_column_names(
+    config: Config, file: Path, columns: list[str], loaded: list[str] | str
+) -> None:
+    needs = [(key, config[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD")]
+    if config["eval_args"]["order"] == "TO" and config["benchmark_filename"] is None:
+        needs.append(("TIME_FIELD", config["TIME_FIELD"]))
+    others = (names for source, names in (config["load_col"] or {}).items() if source != "inter")
+    elsewhere = {name for names in others for name in names}
+    for key in ("val_interval", "threshold"):
+        fields = [field for field in config[key] or {} if field not in elsewhere]
+        needs += [(key, field) for field in fields if "*" not in elsewhere]
+    for key, field in needs:
+        if field not in columns:
+            raise ValueError(
+                f"{key}: {field!r} is not a column of {file} ({', '.join(columns)}), and "
+                f"{_USES[key]} needs it. Set {key} to the column that is meant, or rename it."
+            )
+        if loaded != "*" and field not in loaded:
+            raise ValueError(
+                f"load_col: {loaded} of the .inter file are without {field!r}, and {_USES[key]} "
+                "needs it. Load it, with a file for config_files that holds "
+                f"load_col: {{inter: [{', '.join([*loaded, str(field)])}]}}."
             )
 
 

@@ -17,6 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,13 +37,16 @@ from recbole.utils import (
     set_color,
 )
 
-from recbole_gacllm import __version__, artifacts
+from recbole_gacllm import __version__, artifacts, run_folder
+from recbole_gacllm.data import user_names
 from recbole_gacllm.descriptions.audit import audit_leakage
+from recbole_gacllm.descriptions.names import NAMES, names_file_of
 from recbole_gacllm.descriptions.quality import layer_qualities
 from recbole_gacllm.descriptions.quality_lines import quality_lines
 from recbole_gacllm.descriptions.reading import RunDescriptions
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.model import GaCLLM
+from recbole_gacllm.redaction import redact, redacted
 from recbole_gacllm.run_config import build_config
 from recbole_gacllm.text_knn import TextKNN
 from recbole_gacllm.tracking import track_stages
@@ -105,14 +109,31 @@ def run(
     """
     started = time.time()
     config = build_config(model, dataset, config_files, config_dict)
-    runs_folder = _writable(config["checkpoint_dir"])
+    runs = run_folder.require_writable(config["checkpoint_dir"])
+    with ExitStack() as stack:
+        folder = None
+        if config["local_rank"] == 0:
+            folder = stack.enter_context(run_folder.claimed(runs, dataset, model))
+        return _run(config, folder, saved, observer, started)
+
+
+def _run(
+    config: Config, folder: Path | None, saved: bool, observer: Observer | None, started: float
+) -> Run:
+    """:func:`run` with its configuration, in a folder of its own."""
+    model, dataset = config["model"], config["dataset"]
+    moment = run_folder.time_of(folder, dataset, model)
     init_seed(config["seed"], config["reproducibility"])
     if os.environ.get("NO_COLOR"):
         colorama.init(strip=True)  # under RecBole's own, which colours all it logs
-    init_logger(config)
     root_logger = logging.getLogger()
-    root_logger.info(sys.argv)
-    root_logger.info(config)
+    with run_folder.recbole_at(moment):
+        init_logger(config)
+    for handler in root_logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handleError = _no_traceback  # type: ignore[method-assign]
+    root_logger.info(redacted(sys.argv))
+    root_logger.info(redact(str(config)))
 
     full_dataset = create_dataset(config)
     root_logger.info(full_dataset)
@@ -130,7 +151,8 @@ def run(
     )
     root_logger.info(set_color("FLOPs", "blue") + f": {flops}")
 
-    trainer = get_trainer(config["MODEL_TYPE"], model)(config, recommender)
+    with run_folder.recbole_at(moment):
+        trainer = get_trainer(config["MODEL_TYPE"], model)(config, recommender)
     if observer is not None:
         observer.on_trainer(trainer)
     history = _recorded_history(trainer)
@@ -138,9 +160,10 @@ def run(
     if with_text and config["local_rank"] == 0:
         track_stages(trainer, _manifests(recommender.texts.run_files))
     begin = time.time()
-    best_valid_score, best_valid_result = trainer.fit(
-        train_data, valid_data, saved=saved, show_progress=config["show_progress"]
-    )
+    with artifacts.explaining_disk_errors(Path(trainer.saved_model_file)):
+        best_valid_score, best_valid_result = trainer.fit(
+            train_data, valid_data, saved=saved, show_progress=config["show_progress"]
+        )
     train_seconds, begin = time.time() - begin, time.time()
     test_result = trainer.evaluate(
         test_data, load_best_model=saved, show_progress=config["show_progress"]
@@ -155,8 +178,10 @@ def run(
         "best_valid_result": best_valid_result,
         "test_result": test_result,
     }
+    root_logger.info(set_color("best valid ", "yellow") + f": {best_valid_result}")
+    root_logger.info(set_color("test result", "yellow") + f": {test_result}")
     run_file, record = None, {}
-    if config["local_rank"] == 0:
+    if folder is not None:
         record = {
             "model": model,
             "dataset": dataset,
@@ -173,8 +198,8 @@ def run(
             "flops": flops,
             "device": str(config["device"]),
             "versions": _versions(),
-            "command": sys.argv,
-            "config": _plain(config.final_config_dict),
+            "command": redacted(sys.argv),
+            "config": redacted(_plain(config.final_config_dict)),
         }
         if isinstance(recommender, GaCLLM) and recommender.linear is not None:
             record["linear_model"] = {
@@ -182,17 +207,18 @@ def run(
                 "held_out_ndcg@10": recommender.linear.held_out_ndcg,
             }
         record["config_fingerprint"] = artifacts.fingerprint(record["config"])
-        run_file = runs_folder / f"{dataset}-{Path(trainer.saved_model_file).stem}" / "run.json"
-        run_file.parent.mkdir(exist_ok=True)
+        run_file = folder / run_folder.RUN_FILE
         _write_record(run_file, record)  # the metrics are safe, whatever befalls the audit
         if with_text:
             record |= _text_record(recommender, config, valid_data, test_data, started)
             _write_record(run_file, record)
-    root_logger.info(set_color("best valid ", "yellow") + f": {best_valid_result}")
-    root_logger.info(set_color("test result", "yellow") + f": {test_result}")
     if not config["single_spec"]:
         torch.distributed.destroy_process_group()
     return Run(result, run_file, record)
+
+
+def _no_traceback(record: logging.LogRecord) -> None:
+    """A full disk is told once, by what is lost, and not at each line of the log."""
 
 
 def _recorded_history(trainer: Any) -> list[dict[str, Any]]:
@@ -210,20 +236,6 @@ def _recorded_history(trainer: Any) -> list[dict[str, Any]]:
 
     trainer._valid_epoch = recording
     return history
-
-
-def _writable(checkpoint_dir: str) -> Path:
-    """The folder of all runs' records, found writable before anything expensive."""
-    folder = Path(checkpoint_dir).resolve() / "runs"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        artifacts.write_atomic(folder / ".writable", b"")
-    except (OSError, GaCLLMError) as error:
-        raise ValueError(
-            f"checkpoint_dir: {checkpoint_dir!r} cannot be written ({error}). Give a folder that "
-            "this user may write."
-        ) from error
-    return folder
 
 
 def _text_record(
@@ -244,7 +256,7 @@ def _text_record(
         }
         for stage, manifest in manifests.items()
     }
-    if "descriptions" in folders:
+    if "descriptions" in folders or manifests["inputs"].get("n_imported"):
         heldout = []
         for data in (valid_data, test_data):
             inter = data._dataset.inter_feat
@@ -252,10 +264,16 @@ def _text_record(
             items = data._dataset.id2token(data._dataset.iid_field, inter[data._dataset.iid_field])
             heldout += list(zip(users.tolist(), items.tolist(), strict=True))
         stages["leakage_audit"] = audit_leakage(
-            folders["inputs"], folders["descriptions"], heldout, seed=config["seed"]
+            folders["inputs"],
+            folders.get("descriptions"),
+            heldout,
+            seed=config["seed"],
+            user_names=user_names(config),
+            names_file=names_file_of(folders),
         )
         logger.info("leakage audit: %s", json.dumps(stages["leakage_audit"]))
-        found = RunDescriptions(folders["descriptions"])
+    if "descriptions" in folders:
+        found = RunDescriptions(folders["descriptions"], names_file=names_file_of(folders))
         layers = list(layer_qualities(found, _N_SAMPLES, config["seed"]))
         for layer in layers:
             logger.info("descriptions, %s", "\n".join(quality_lines(layer)))
@@ -265,11 +283,19 @@ def _text_record(
 
 def _write_record(run_file: Path, record: dict[str, Any]) -> None:
     text = json.dumps(record, indent=2, ensure_ascii=False)
-    artifacts.write_atomic(run_file, text.encode("utf-8", "backslashreplace"))
+    try:
+        artifacts.write_atomic(run_file, text.encode("utf-8", "backslashreplace"))
+    except GaCLLMError as error:
+        figures = {part: record[part] for part in ("valid", "test")}
+        raise GaCLLMError(f"{error} What the run gave: {json.dumps(figures)}.") from error
 
 
 def _manifests(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    return {stage: artifacts.read_manifest(path) or {} for stage, path in folders.items()}
+    return {
+        stage: artifacts.read_manifest(path) or {}
+        for stage, path in folders.items()
+        if stage != NAMES
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The stages that run in child processes: ``python -m recbole_gacllm.stage NAME FOLDER``.
+"""The stages that run in child processes: ``python -m recbole_gacllm.stage NAME FOLDER child``.
 
 Started by :func:`recbole_gacllm.artifacts.run_child`. A stage reads ``FOLDER/job.json``, goes on
 where an earlier process stopped, and writes its manifest last. By hand only ``torchrun … -m
@@ -85,8 +85,8 @@ def sft(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_first_process() -> bool:
-    """Of those that ``torchrun`` started; a stage that the pipeline starts is one process."""
-    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+    """Of those that ``torchrun`` started; a child of a run is one process, without a rank."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _forget_report(progress: Path) -> None:
@@ -97,7 +97,7 @@ def _forget_report(progress: Path) -> None:
 
 def merged(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """The base model with the adapter merged into its weights: ``model/``."""
-    from recbole_gacllm.llm.sft import merge
+    from recbole_gacllm.llm.sft_merge import merge
 
     merge(Path(job["model_dir"]), Path(job["adapter_dir"]), folder / "model")
     return {}
@@ -152,7 +152,7 @@ def convolution_of(
     job: dict[str, Any], graph: TrainGraph, store: DescriptionStore, backend: Backend
 ) -> Convolution:
     """The convolution of a job, which loads its engine when it is needed."""
-    from recbole_gacllm.llm.weights import check_adapter
+    from recbole_gacllm.llm.adapter import check_adapter
 
     options = _options(job)
     tokenizer = _tokenizer(job, job["generator_dir"])
@@ -294,10 +294,12 @@ def _templates(job: dict[str, Any]) -> PromptTemplates:
 
 def main() -> None:
     """Run one stage of one folder."""
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    if not by_torchrun:
+    name, folder, *role = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
+    is_child = role == [artifacts.CHILD]
+    if is_child:
         artifacts.die_with_parent()
-    name, folder = sys.argv[1], Path(sys.argv[2])
+    elif "RANK" not in os.environ:
+        sys.exit("a stage is started by a run, or by torchrun to go on with one; not by hand")
     console.prepare()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
@@ -306,7 +308,7 @@ def main() -> None:
     # Models are local folders by now; no library asks a hub about them.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    guard = artifacts.stage_lock if by_torchrun else artifacts.reporting_errors
+    guard = artifacts.reporting_errors if is_child else artifacts.stage_lock
     with guard(folder) if _is_first_process() else nullcontext():
         job = json.loads((folder / artifacts.JOB_FILE).read_text())
         started = time.perf_counter()

@@ -32,9 +32,10 @@ from recbole_gacllm.descriptions.convolution import Convolution, record_of
 from recbole_gacllm.descriptions.imported import ImportedTexts
 from recbole_gacllm.descriptions.store import DescriptionStore, Record
 from recbole_gacllm.llm.chat import ChatTokenizer
-from recbole_gacllm.llm.chat_api import chat_body, completion_of
+from recbole_gacllm.llm.chat_api import chat_body, completion_of, no_completion
 from recbole_gacllm.llm.engines import choose_backend
 from recbole_gacllm.llm.generator import Request
+from recbole_gacllm.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ _RETRY_FILE = "second_attempts.txt"
 # What a cluster needs besides the shards; see cluster/ray_describe.py.
 _JOB_FILES = ("ray_describe.py", "requirements.txt")
 _BATCH = 512  # records a durable write
+_MAX_ODD = 20  # answers that are none, if no other one is: then it is not the requests
 
 
 @dataclass
@@ -56,6 +58,7 @@ class ImportReport:
         n_to_retry: Prompts whose answer was no description; the next export asks again.
         n_errors: Requests that the batch job reports as failed.
         n_unanswered: Prompts without any answer.
+        n_odd: Of the answers, those that are no chat completion; they count as no description.
     """
 
     layer: int
@@ -64,6 +67,7 @@ class ImportReport:
     n_to_retry: int = 0
     n_errors: int = 0
     n_unanswered: int = 0
+    n_odd: int = 0
 
     @property
     def n_missing(self) -> int:
@@ -169,15 +173,18 @@ def import_batch(folder: Path, job: dict[str, Any], paths: list[Path]) -> Import
             report = ImportReport(layers.number)
             reports.append(report)
             records: list[Record] = []
-            for request in requests:
-                context = layers.convolution.context_of(request)
-                record = _record(request, context, answers, report, second, added)
-                if record is not None:
-                    records.append(record)
-                if len(records) == _BATCH:
-                    layers.store.put_many(records)
-                    records = []
-            layers.store.put_many(records)
+            try:
+                for request in requests:
+                    context = layers.convolution.context_of(request)
+                    record = _record(request, context, answers, report, second, added)
+                    _check_odd(report)
+                    if record is not None:
+                        records.append(record)
+                    if len(records) == _BATCH:
+                        layers.store.put_many(records)
+                        records = []
+            finally:
+                layers.store.put_many(records)  # what is good stays, whatever comes after it
             if report.n_missing:
                 break
         layers.write_to_retry(second)
@@ -217,9 +224,9 @@ def _record(
         try:
             completion = completion_of(request.id, answers.body(name))
         except ValueError as reason:
-            logger.warning("request %s: %s", name, reason)
-            error = True
-            continue
+            logger.warning("request %s: %s", name, redact(str(reason)))
+            completion = no_completion(request.id, str(reason))
+            report.n_odd += 1
         record = record_of(completion, context, attempt)
         if record.status == "ok" or attempt == 2:
             report.n_imported += record.status == "ok"
@@ -233,6 +240,21 @@ def _record(
     else:
         report.n_unanswered += 1
     return None
+
+
+def _check_odd(report: ImportReport) -> None:
+    """Refuse files of something else, before all prompts have failed by them.
+
+    Raises:
+        ValueError: If many answers are none, and no other one is a chat completion.
+    """
+    n_good = report.n_imported + report.n_failed + report.n_to_retry - report.n_odd
+    if report.n_odd >= _MAX_ODD and n_good <= 0:
+        raise ValueError(
+            f"--import-batch: the first {report.n_odd} answers are no chat completions, see the "
+            "log above. Answers are lines of OpenAI's batch format, with choices, finish_reason "
+            "and usage; mend what writes them and import again."
+        )
 
 
 class _Layers:

@@ -252,7 +252,7 @@ class _Run:
                 os.setpgid(0, 0)
                 os.dup2(stdin, 0)
                 os.closerange(3, 1024)
-                run.enter(command[-2])
+                run.enter(command[3])
                 sys.argv = command[2:]
                 stage.main()
 

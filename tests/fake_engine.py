@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.fleet import Fleet
 from recbole_gacllm.llm.generator import Request
 
@@ -16,11 +17,17 @@ def _slow_words(request: Request) -> str:
     return " ".join([*filter(None, [os.environ.get("NOTE")]), _hashed_words(request)])
 
 
-def load(fail_after: int | None = None, error: Exception | None = None) -> FakeGenerator:
+def load(
+    fail_after: int | None = None,
+    error: Exception | None = None,
+    failure: type[GenerationError] = GenerationError,
+) -> FakeGenerator:
     """A fake engine that takes its time and begins texts with the variable NOTE, if it is set."""
     if error is not None:
         raise error
-    return FakeGenerator(answer=_slow_words, fail_after=fail_after, max_model_len=512)
+    return FakeGenerator(
+        answer=_slow_words, fail_after=fail_after, failure=failure, max_model_len=512
+    )
 
 
 def pids(fleet: Fleet) -> list[int]:

@@ -21,7 +21,7 @@ class FakeGenerator:
         window: Requests taken ahead.
         max_model_len: Longest prompt plus completion, in words.
         answer: Makes the text instead, if given; cut to ``max_new_tokens`` words.
-        fail_after: Completions handed out before the generator raises GenerationError.
+        fail_after: Completions handed out before the generator raises ``failure``.
     """
 
     def __init__(
@@ -30,11 +30,12 @@ class FakeGenerator:
         max_model_len: int = 4096,
         answer: Callable[[Request], str] | None = None,
         fail_after: int | None = None,
+        failure: type[GenerationError] = GenerationError,
     ) -> None:
         self.window = window
         self.max_model_len = max_model_len
         self.answer = answer or _hashed_words
-        self.fail_after = fail_after
+        self.fail_after, self.failure = fail_after, failure
         self.requests: list[Request] = []
         self.closed = False
         self.n_completed = 0
@@ -45,7 +46,7 @@ class FakeGenerator:
             self.requests += window
             for request in reversed(window):
                 if self.n_completed == self.fail_after:
-                    raise GenerationError(f"fake failure after {self.fail_after} completions")
+                    raise self.failure(f"fake failure after {self.fail_after} completions")
                 completion = self._complete(request)
                 self.n_completed += 1
                 yield completion

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Self
 
 from recbole_gacllm.llm.generator import Request, Sampling
@@ -13,8 +16,9 @@ from recbole_gacllm.llm.generator import Request, Sampling
 from .fake_generator import FakeGenerator
 
 # What to do with a request: None answers it, a number is the status of a refusal, "drop" closes the
-# connection, "garble" sends what is no gzip as such, a dictionary is sent as it is.
-Behaviour = Callable[[dict[str, Any]], "int | str | dict[str, Any] | None"]
+# connection, "garble" sends what is no gzip as such, "trickle" sends a byte now and then without
+# end, a dictionary or bytes are sent as they are.
+Behaviour = Callable[[dict[str, Any]], "int | str | bytes | dict[str, Any] | None"]
 
 
 class FakeServer:
@@ -24,12 +28,21 @@ class FakeServer:
         bodies: Every chat request that came, answered or not.
         answered: Contents of the last message of every request that was answered.
         keys: Authorization headers that came.
-        retry_after: Header of every refusal.
+        retry_after, location: Headers of every refusal.
+
+    Args:
+        certificate: File with a key and a certificate; None speaks without TLS.
     """
 
     retry_after: str | None = None
+    location: str | None = None
 
-    def __init__(self, behaviour: Behaviour | None = None, models: tuple[str, ...] = ("fake",)):
+    def __init__(
+        self,
+        behaviour: Behaviour | None = None,
+        models: tuple[str, ...] = ("fake",),
+        certificate: Path | None = None,
+    ) -> None:
         self.behaviour: Behaviour = behaviour or (lambda body: None)
         self.models = models
         self.bodies: list[dict[str, Any]] = []
@@ -67,20 +80,31 @@ class FakeServer:
                     self.close_connection = True
                 elif told == "garble":
                     self.answer(200, {}, ("Content-Encoding", "gzip"))
-                elif isinstance(told, dict):
+                elif told == "trickle":
+                    self.trickle()
+                elif isinstance(told, dict | bytes):
                     self.answer(200, told)
                 elif told is not None:
                     key = self.headers.get("Authorization")
-                    wish = [("Retry-After", fake.retry_after)] if fake.retry_after else []
-                    self.answer(int(told), {"error": f"told to; your key is {key}"}, *wish)
+                    headers = {"Retry-After": fake.retry_after, "Location": fake.location}
+                    given = [(name, value) for name, value in headers.items() if value]
+                    self.answer(int(told), {"error": f"told to; your key is {key}"}, *given)
                 else:
                     self.answer(200, chat_completion(generator, body))
                     fake.answered.append(body["messages"][-1]["content"])
 
+            def trickle(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", "1000000")
+                self.end_headers()
+                while True:
+                    self.wfile.write(b" ")
+                    time.sleep(0.05)
+
             def answer(
-                self, status: int, content: dict[str, Any], *headers: tuple[str, str]
+                self, status: int, content: dict[str, Any] | bytes, *headers: tuple[str, str]
             ) -> None:
-                data = json.dumps(content).encode()
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 for header in headers:
                     self.send_header(*header)
@@ -97,7 +121,12 @@ class FakeServer:
                 pass  # a client that has gone
 
         self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        scheme = "http" if certificate is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{self._server.server_port}/v1"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
 
     def __enter__(self) -> Self:

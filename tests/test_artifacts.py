@@ -414,3 +414,57 @@ def test_a_manifest_is_json_for_other_programs(tmp_path: Path) -> None:
     write_manifest(tmp_path, {"lone": "\udc80", "n": [1, 2.5, None]})
     manifest = json.loads((tmp_path / "manifest.json").read_text("utf-8"))
     assert manifest == {"lone": "\udc80", "n": [1, 2.5, None]}
+
+
+# Launchers
+
+LAUNCHED = """
+import sys
+from pathlib import Path
+from recbole_gacllm import artifacts
+
+folder = Path(sys.argv[1])
+with artifacts.stage_lock(folder):  # as the pipeline holds it while a stage runs
+    artifacts.run_child("fast", folder, module="fast_stage")
+"""
+FAST_STAGE = """
+import os
+from recbole_gacllm import stage
+
+stage.STAGES["fast"] = lambda folder, job: {"environment": dict(os.environ)}
+stage.main()
+"""
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_a_stage_of_a_run_under_a_launcher_is_the_run_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+    (tmp_path / "fast_stage.py").write_text(FAST_STAGE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "job.json").write_text('{"key": {}, "outputs": []}')
+    command = [sys.executable, "-m"]
+    if launcher == "torchrun":
+        command += ["torch.distributed.run", "--nproc-per-node=1"]
+    else:
+        command += ["accelerate.commands.launch", "--cpu", "--num_processes=1"]
+        command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    command += [str(tmp_path / "launched.py"), str(folder)]
+    subprocess.run(command, check=True, timeout=120)
+    environment = read_manifest(folder)["environment"]
+    names = {name for name in environment if name.startswith(("TORCHELASTIC", "ACCELERATE_"))}
+    assert not names | {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & environment.keys()
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_stage_started_by_hand_says_who_starts_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "recbole_gacllm.stage", "sft", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "a stage is started by a run, or by torchrun to go on with one; not by hand"
+    )

@@ -314,18 +314,19 @@ def test_every_kind_of_line_is_counted_and_none_is_silently_lost(fakes, generato
     lines = [*answers[:10], answers[3], bad(names[10]), empty, cut, *foreign]
     done = fakes.take(lines)
     [layer] = done.layers
-    assert (layer.n_imported, layer.n_to_retry, layer.n_errors) == (10, 1, 2)
+    assert (layer.n_imported, layer.n_to_retry, layer.n_errors) == (10, 2, 1)
     assert layer.n_unanswered == 54 - 13
     assert (done.n_lines, done.n_duplicates, done.n_unknown) == (len(lines), 1, 3)
     assert not done.complete
     again = fakes.take(lines)
     assert (again.n_known, again.layers[0].n_imported) == (10, 0)
     manifest, left = fakes.export()
-    assert manifest["n_second_attempts"] == 1
+    assert manifest["n_second_attempts"] == 2
     assert {request["custom_id"] for request in left} == {
         *names[10:11],
         names[11] + "-2",
-        *names[12:],
+        names[12] + "-2",
+        *names[13:],
     }
 
 

@@ -77,10 +77,32 @@ def test_a_good_description_stays_as_it_is(text: str) -> None:
         f"Sure, here is a description of this person:\n\n{GOOD}",
         f"Sure! Here's the paragraph:\n{GOOD}",
         f"Here are the preferences: Answer: {GOOD}",
+        f"Of course! Below is a short summary of this person: {GOOD}",
+        f"Here is a two-sentence description of the movies this person enjoys: {GOOD}",
+        f"Sure! User description: {GOOD}",
+        f"Description of this person's movies: {GOOD}",
+        f"Summary of Toy Story: {GOOD}",
+        f"「{GOOD}」",
     ],
 )
 def test_what_surrounds_a_description_is_removed(raw: str) -> None:
     assert text_of(raw) == GOOD
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        *("Here Comes the Bride", "Here Is Your Life", "Here Are the Young Men", "Here's to Life"),
+        *("Yes", "Yes, Minister", "Sure", "A Sure Thing", "Sure, Here We Go Again", "OK Computer"),
+        *("Absolutely Fabulous", "Of Course, My Love", "Certainly", "The Following", "Below"),
+        *("The Following Week", "Below the Surface", "Okay", "Here", "The Perfect Answer"),
+        *("Profile of a Killer", "Criminal Profile", "Description of a Struggle"),
+    ],
+)
+@pytest.mark.parametrize("case", [str, str.lower])
+def test_a_title_that_begins_as_a_lead_in_does_stays(title, case):
+    text = f"{case(title)}: a comedy about two families and a dog."
+    assert cleaned(text) == Cleaned(text, None)
 
 
 def test_a_list_becomes_one_line() -> None:
@@ -101,8 +123,12 @@ def test_repeated_sentences_are_collapsed_to_one() -> None:
         ("He likes war, war, war, war, and crime.", "He likes war, and crime."),
         (
             "He likes Comedy; drama; comedy! He likes crime.",
-            "He likes Comedy, drama! He likes crime.",
+            "He likes Comedy; drama! He likes crime.",
         ),
+        ("He likes war; war; love; art.", "He likes war; love; art."),
+        ("He likes war, love; war, art; love.", "He likes war, love; art."),
+        ("喜欢喜剧、剧情、喜剧、动作；喜剧。", "喜欢喜剧、剧情、动作。"),
+        ("يحب الكوميديا، الدراما، الكوميديا، الحرب", "يحب الكوميديا، الدراما، الحرب"),
         (
             "He likes a film of war, a film of love, a film of war",
             "He likes a film of war, a film of love",
@@ -135,6 +161,106 @@ def test_a_completion_cut_by_the_limit_ends_at_a_sentence_or_a_word(
     raw: str, expected: str
 ) -> None:
     assert text_of(raw, "length") == expected
+
+
+# A sentence that is finished, in scripts with and without blanks and full stops, and what a limit
+# may leave of another one.
+SCRIPTS = [
+    ("This person enjoys comedies.", " This person also li"),
+    ("这个人喜欢科幻电影。", "他也喜欢动"),
+    ("他说：“我喜欢喜剧。”", "然后他去看"),
+    ("你好，我喜欢喜剧!", "还有动作"),
+    ("この人はコメディが好きです！？", "また、ドラ"),
+    ("彼は「アニメが好きです。」", "と言"),
+    ("이 사람은 코미디를 좋아합니다.", " 그는 드라"),
+    ("คนนี้ชอบหนังตลกมาก", " เขายังชอบหนังสื"),
+    ("ຄົນນີ້ມັກຮູບເງົາຕະຫຼົກ", " ລາວຍັງມັກ"),
+    ("មនុស្សនេះចូលចិត្តរឿងកំប្លែង។", " គាត់ក៏"),
+    ("ဒီလူက ဟာသရုပ်ရှင်တွေ ကြိုက်တယ်။", "သူက"),
+    ("མི་འདི་གློག་བརྙན་ལ་དགའ།", " ཁོང་"),
+    ("यह व्यक्ति हास्य फिल्में पसंद करता है।", " वह ना"),
+    ("এই ব্যক্তি হাসির ছবি পছন্দ করেন।", " তিনি"),
+    ("هل يحب هذا الشخص الأفلام؟", " إنه يح"),
+    ("یہ شخص مزاحیہ فلمیں پسند کرتا ہے۔", " وہ ڈرا"),
+    ("Նա սիրում է կատակերգություններ։", " Նա նա"),
+    ("እሱ ኮሜዲ ፊልሞችን ይወዳል።", " እሱ ደ"),
+    ("Этот человек любит комедии.", " Он также лю"),
+]
+
+
+@pytest.mark.parametrize(("whole", "begun"), SCRIPTS)
+def test_a_finished_sentence_of_any_script_survives_the_limit(whole: str, begun: str) -> None:
+    assert text_of(whole + begun, "length") == whole
+    assert text_of(whole, "stop") == whole
+
+
+@given(data=st.data())
+def test_any_row_of_finished_sentences_survives_any_cut_and_stays_as_it_is(data) -> None:
+    whole, begun = data.draw(st.sampled_from(SCRIPTS))
+    parts = data.draw(st.lists(st.sampled_from([s[0] for s in SCRIPTS]), unique=True, max_size=3))
+    text = " ".join([*(part for part in parts if part != whole), whole])
+    text_cut = text + begun[: data.draw(st.integers(2, len(begun)))]
+    result = cleaned(text_cut, "length")
+    assert result.problem is None
+    assert result.text.startswith(text)
+    assert cleaned(result.text) == result
+    assert cleaned(text) == Cleaned(text, None)
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("这个人喜欢科幻电影，还喜欢动", "这个人喜欢科幻电影，还喜欢…"),
+        ("这个人喜欢科幻电影，", "这个人喜欢科幻电影…"),
+        ("这个人喜欢 Star War", "这个人喜欢 Star…"),
+        ("这个人喜欢Star War", "这个人喜欢Star…"),
+        ("คนนี้ชอบหนังตลกและเ", "คนนี้ชอบหนังตลกและ…"),
+        ("ស្រលាញ់រឿងកំប្លែងខ្ម", "ស្រលាញ់រឿងកំប្លែង…"),
+    ],
+)
+def test_scripts_without_blanks_are_cut_after_a_whole_character(raw: str, expected: str) -> None:
+    assert text_of(raw, "length") == expected
+
+
+def test_sentences_without_blanks_between_them_are_kept_so_and_collapse_where_repeated() -> None:
+    assert text_of("喜欢喜剧。喜欢动作片。喜欢喜剧。") == "喜欢喜剧。喜欢动作片。"
+    assert text_of("เขาชอบหนังตลก เขาชอบหนังผี เขาชอบหนังตลก") == "เขาชอบหนังตลก เขาชอบหนังผี"
+    assert text_of("หนังตลก และ หนังผี และ หนังรัก") == "หนังตลก และ หนังผี และ หนังรัก"
+
+
+def test_copies_and_circles_are_found_in_scripts_without_blanks() -> None:
+    request = "用两句话描述这个人喜欢什么样的电影。"
+    context = CleaningContext(
+        f"{request}\n这个人：爱看科幻电影和动作电影、战争电影和爱情电影的工程师。", request
+    )
+    for copy in ("爱看科幻电影和动作电影、战争电影和爱情电影的工程师", f"好的。{request}"):
+        assert clean(copy, "stop", context).problem == "echo"
+    assert clean("这个人喜欢什么样的冒险都可以。", "stop", context).problem is None
+    begun = CleaningContext(context.prompt, request, "这个人喜欢")
+    assert clean("科幻电影和动作电影、战争电影和爱情电影", "stop", begun).problem == "echo"
+    assert clean("科幻电影", "stop", begun).problem is None  # a short list of kinds
+    assert clean("这个人喜欢冒险电影。", "stop", begun).text == "这个人喜欢冒险电影。"  # begun anew
+    circles = "科幻电影很好看的人喜欢"
+    assert clean(circles * 3, "stop", CleaningContext("", "")).problem == "loop"
+    assert cleaned("科幻电影迷爱看科幻电影，也写科幻电影的影评。").problem is None
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "part",
+    [" *a", " **a _b", "`a ", "a, ", "b; b; ", "a… , ", '"a ', "Answer: ", "。”", "กิ "],
+)
+def test_a_long_answer_is_cleaned_in_a_moment(part: str) -> None:
+    numbered = "".join(f"{part}{number % 5000}" for number in range(96_000 // (len(part) + 4)))
+    for raw in (part * (96_000 // len(part)), numbered):
+        for finish_reason in ("stop", "length"):
+            cleaned(raw, finish_reason)
+
+
+def test_what_is_longer_than_the_request_allows_is_cut_as_by_the_limit() -> None:
+    context = CleaningContext(PROMPT, REQUEST, "", max_chars=60)
+    long = f"{GOOD} They like drama. " + "They also like other things a lot. " * 4000
+    assert clean(long, "stop", context) == Cleaned(f"{GOOD} They like drama.", None)
 
 
 def test_the_same_text_ended_by_the_model_keeps_its_last_sentence() -> None:

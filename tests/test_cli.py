@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from recbole_gacllm import artifacts, cli_common
+from recbole_gacllm import artifacts, cli, cli_common
 from recbole_gacllm.cli import main
 from recbole_gacllm.descriptions.layers import Layer
 from recbole_gacllm.descriptions.neighbors import TrainGraph
@@ -100,7 +102,10 @@ def test_export_writes_one_row_for_each_node_and_layer(described, tmp_path, suff
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset=ml-100k", "--epochs", "3"], "'--epochs' is not of the form --key=value"),
+        (["--dataset=ml-100k", "--epochs"], "'--epochs' is not of the form --key=value or"),
+        (["--dataset", "ml-100k", "3"], "'3' is not of the form --key=value or --key value"),
+        (["--dataset", "ml-100k", "--text_user_noun", "a=b"], "goes into a file"),
+        (["import-descriptions", "a=b.csv", "--dataset=x"], "goes into a file"),
         (["--dataset=ml-100k", "--a=b=c"], "goes into a file"),
         (["--dataset=ml-100k", "--preset=qick"], "invalid choice: 'qick'"),
         (["--dataset=ml-100k", "--epochs=3", "--epochs=4"], "--epochs is given twice"),
@@ -138,12 +143,12 @@ def test_a_wrong_command_line_is_refused_with_the_reason(arguments, message, cap
         (["--seed=abc"], "seed: 'abc' .*must be a whole number"),
         (["--seed=1.5"], "seed: 1.5 .*must be a whole number"),
         (["--seed=-1"], "seed: -1 "),
-        (["--seed=4294967296"], "seed: 4294967296 must be a whole number from 0 to 4294967295"),
+        (["--seed=4294967296"], "seed: 4294967296 .*from 0 to 4294967295"),
         (["--model=BPR", "--epochs=many"], "epochs: 'many' .* must be a"),
         (["--model=BPR", "--learning_rate=fast"], "learning_rate: 'fast' .* must be a number"),
         (["--model=BPR", "--use_gpu=maybe"], "use_gpu: 'maybe' .* must be True or False"),
-        (["--model=BPR", "--embedding_size=true"], "embedding_size: True .* must be a number"),
-        (["--model=LightGCN", "--n_layers=two"], "n_layers: 'two' .* must be a number"),
+        (["--model=BPR", "--embedding_size=true"], "embedding_size: True .*must be a number"),
+        (["--model=LightGCN", "--n_layers=two"], "n_layers: 'two' .*must be a number"),
         (["--model=BPR", "--eval_args={'order':'XX'}"], "XX"),
     ],
 )
@@ -161,6 +166,22 @@ def test_a_wrong_value_ends_in_one_line_before_any_stage(arguments, message, cap
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert re.search(message, error)
+
+
+def test_a_blank_stands_for_the_equals_sign_of_every_flag_with_one_value():
+    parser = cli_common.command_parser("x", "", "")
+    parser.add_argument("file", nargs="?")
+    parser.add_argument("--dataset")
+    parser.add_argument("--answers", nargs="+")
+    cli_common.add_verbosity(parser)
+    arguments = ["--dataset", "tiny", "--epochs", "3", "--quiet", "a.csv", "--k", "-1", "--b=2"]
+    joined = ["--dataset=tiny", "--epochs=3", "--quiet", "a.csv", "--k=-1", "--b=2"]
+    assert cli_common.with_equals_signs(parser, arguments) == joined
+    assert cli_common.with_equals_signs(parser, joined) == joined
+    known, keys = cli_common.parse_with_keys(parser, [*arguments, "--answers", "x", "y"])
+    assert (known.dataset, known.file, known.quiet) == ("tiny", "a.csv", True)
+    assert known.answers == ["x", "y"]
+    assert keys == {"epochs": "3", "k": "-1", "b": "2"}
 
 
 def test_help_names_the_presets_and_the_other_commands_and_is_quick_to_load():
@@ -270,3 +291,39 @@ def test_no_color_leaves_no_escape_sequence_on_a_terminal(settings, tmp_path, no
     assert run.wait() == 0, output
     assert b"test result" in output
     assert (b"\x1b[1;3" in output) == coloured
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize("arguments", [["--dataset=ml-100k"], ["leaderboard", "--help"]])
+def test_one_of_several_processes_of_a_launcher_is_refused(monkeypatch, capsys, name, arguments):
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert f"error: {name}=2: a launcher" in capsys.readouterr().err
+
+
+def test_what_a_launcher_said_is_not_passed_on(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANKING", "kept")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    assert "ACCELERATE_MIXED_PRECISION" not in os.environ
+    assert os.environ["RANKING"] == "kept"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOTDIR])
+def test_a_place_that_cannot_be_used_is_one_line(monkeypatch, capsys, number):
+    def fail(_):
+        raise OSError(number, os.strerror(number), "/somewhere")
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setitem(cli._COMMANDS, "audit", fail)
+    with pytest.raises(SystemExit) as end:
+        main(["audit"])
+    assert end.value.code == 2
+    message = f"error: [Errno {number}] {os.strerror(number)}: '/somewhere'. Free space or rights"
+    assert capsys.readouterr().err.startswith(message)

@@ -144,6 +144,47 @@ else:
     raise AssertionError("a caller outside RecBole got weights_only=False")
 """,
     ),
+    "a value of the configuration is a literal or a string and never runs": (
+        "literals",
+        """
+values = {"a": "1e-2", "b": "[1, 'x', None]", "c": "{'k': (1, -2)}", "d": "true", "e": " 7",
+          "f": "key", "g": "open('made', 'w').close()", "h": "max", "i": "1/0", "j": "10**9"}
+made = config("BPR", **values)
+read = [made[name] for name in values]
+assert read == [.01, [1, "x", None], {"k": (1, -2)}, True, 7, "key", values["g"], "max", "1/0",
+                "10**9"], read
+sys.argv = ["driver", "--note=param", "--call=open('made','w')", "--epochs=3"]
+made = config("BPR")
+assert (made["note"], made["call"], made["epochs"]) == ("param", "open('made','w')", 3)
+from recbole.trainer import HyperTuning
+with open("space.hyper", "w") as file:
+    file.write("embedding_size choice [8,16]")
+assert list(HyperTuning(None, params_file="space.hyper").space) == ["embedding_size"]
+with open("space.hyper", "w") as file:
+    file.write("embedding_size choice [open('made','w')]")
+try:
+    HyperTuning(None, params_file="space.hyper")
+except SyntaxError as error:
+    assert "is not a literal value" in str(error)
+else:
+    raise AssertionError("a space that is no literal was taken")
+assert not os.path.exists("made")
+""",
+    ),
+    "the teacher of KD_DAGFM is looked up by name": (
+        "teacher_by_name",
+        """
+keys = {"load_col": None, "threshold": {"rating": 3}, "LABEL_FIELD": "label",
+        "metrics": ["AUC"], "valid_metric": "AUC", "eval_args": {"mode": "labeled"},
+        "phase": "teacher_training"}
+run("KD_DAGFM", **keys)
+try:
+    run("KD_DAGFM", teacher="open('made', 'w')", **keys)
+except ValueError as error:
+    assert "is no network of KD_DAGFM" in str(error), error
+assert not os.path.exists("made")
+""",
+    ),
     "a result reads as plain numbers": (
         "plain_metrics",
         'assert "np.float64" not in repr(run("BPR", saved=False)["test_result"])',
@@ -156,6 +197,14 @@ result = run("BPR", topk=[2, 3], metrics=["Recall", *metrics], valid_metric="Rec
 # Each of 15 items is somebody's; RecBole counts its padding item among the 16.
 assert 0.5 < result["test_result"]["itemcoverage@3"] <= 15 / 16
 assert len(result["test_result"]) == 12
+""",
+    ),
+    "a model without training is validated and saved, however rarely others are": (
+        "validation_of_one_epoch",
+        """
+for model in ("EASE", "Pop", "ItemKNN", "Random"):
+    result = run(model, epochs=300, eval_step=5)
+    assert result["best_valid_result"] and result["test_result"], model
 """,
     ),
     "a run does not show warnings about RecBole's own code": (
@@ -252,6 +301,16 @@ for module in (recbole.quick_start, quick_start):
     assert b"recbole_gacllm" in pickle.dumps(module.run_recboles)
 """,
     ),
+    "a run has the cards of the user's variable, or none where it wants none": (
+        "cards_as_asked",
+        """
+del SETTINGS["gpu_id"]
+os.environ["CUDA_VISIBLE_DEVICES"] = "3"
+assert config("BPR")["gpu_id"] == os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+assert config("BPR", use_gpu=False)["gpu_id"] == os.environ["CUDA_VISIBLE_DEVICES"] == ""
+assert config("BPR")["gpu_id"] == "3"
+""",
+    ),
     "importing a sequential model leaves anomaly detection as it was": (
         "anomaly_mode_kept",
         """
@@ -281,6 +340,36 @@ import transformers
 assert transformers.has_vision is None
 assert "torchvision.ops" not in sys.modules
 import torchaudio
+""",
+    ),
+    "a lone quote in a title": (
+        "atomic_files",
+        """
+from recbole.data import create_dataset
+os.makedirs("lone")
+os.link("tiny/tiny.inter", "lone/lone.inter")
+with open("lone/lone.item", "w") as file:
+    file.write('item_id:token\\ttitle:token\\ni1\\t"Lone\\ni2\\tLamp\\ni3\\tKettle\\n')
+from recbole.config import Config
+columns = {"inter": ["user_id", "item_id"], "item": ["item_id", "title"]}
+made = create_dataset(Config("BPR", "lone", config_dict={**SETTINGS, "load_col": columns}))
+assert len(made.field2id_token["title"]) == 4
+""",
+    ),
+    "clicks seconds apart": (
+        "exact_times",
+        """
+import numpy as np
+from recbole.data import create_dataset
+os.makedirs("clicks")
+with open("clicks/clicks.inter", "w") as file:
+    file.write("user_id:token\\titem_id:token\\ttimestamp:float\\n")
+    for second in (9, 3, 6, 0):
+        file.write(f"u\\ti{second}\\t{1_700_000_000 + second}\\n")
+from recbole.config import Config
+keys = {**SETTINGS, "load_col": None, "eval_args": {"order": "TO", "split": {"LS": "test_only"}}}
+made = create_dataset(Config("BPR", "clicks", config_dict=keys)).build()[2]
+assert made.id2token("item_id", made.inter_feat["item_id"]) == "i9"
 """,
     ),
 }

@@ -10,6 +10,7 @@ from recbole_gacllm.config import (
     GaCLLMConfig,
     check_keys,
     dataset_defaults,
+    literal,
     model_defaults,
     preset_names,
     shipped_path,
@@ -98,3 +99,16 @@ def test_dataset_configs_do_not_change_the_evaluation(dataset):
 
 def test_a_dataset_without_a_config_has_no_defaults():
     assert dataset_defaults("no-such-dataset") == {}
+
+
+@pytest.mark.parametrize(
+    "value", [1, -2.5e-3, "a 'word'", None, True, [1, ["x"]], (1, 2), {"k": {"n": [None]}}]
+)
+def test_a_literal_is_read_as_what_it_stands_for(value):
+    assert literal(repr(value)) == value
+
+
+@pytest.mark.parametrize("text", ["", "key", "1/0", "open('x')", "[i for i in 'a']", "[" * 9999])
+def test_what_is_no_literal_is_refused(text):
+    with pytest.raises(ValueError, match="is not a literal value"):
+        literal(text)

@@ -28,6 +28,9 @@ NOTHING = {
 }
 
 
+GREEDY = Sampling(64, 0.0, 1.05)
+
+
 class WordTokenizer:
     """A token is a word between blanks."""
 
@@ -428,6 +431,43 @@ def test_sampling_seeds_belong_to_the_prompt_not_to_its_place(convolve):
     seeds = [{prompt_of(r): r.sampling.seed for r in g.requests} for g in (first, second)]
     assert len(set(seeds[0].values())) == 14
     assert set(seeds[0]) == set(seeds[1])
+
+
+def maker_of(templates, sampling=GREEDY, seed=2020, key="fake"):
+    options = ConvolutionOptions("rare_first", 3, 300, 32, sampling, seed, False)
+    return RequestMaker(graph_of(), templates, WordTokenizer(), {"model": key}, options)
+
+
+def test_all_that_draws_an_answer_is_part_of_its_address(templates, monkeypatch):
+    chat = ({"role": "user", "content": "Describe it."},)
+    drawn = Sampling(64, 0.7, 1.05)
+    makers = [
+        maker_of(templates),
+        maker_of(templates, Sampling(63, 0.0, 1.05)),
+        maker_of(templates, Sampling(64, 0.0, 1.0)),
+        maker_of(templates, drawn),
+        maker_of(templates, drawn, seed=2021),
+        maker_of(templates, key="other"),
+        maker_of(PromptTemplates.load(shipped_path("properties", "prompts"), "person", "book")),
+    ]
+    monkeypatch.setattr("recbole_gacllm.descriptions.requests.CLEANING_VERSION", -1)
+    makers.append(maker_of(templates))
+    keys = [maker.key(chat) for maker in makers] + [makers[0].key((*chat, *chat))]
+    assert len(set(keys)) == len(keys)
+    # A greedy answer is the same whatever the seed.
+    assert maker_of(templates, seed=1).key(chat) == maker_of(templates, seed=2).key(chat)
+
+
+def test_another_cleaning_draws_the_same_answers(templates, monkeypatch):
+    chat = ({"role": "user", "content": "Describe it."},)
+    before = maker_of(templates)
+    monkeypatch.setattr("recbole_gacllm.descriptions.requests.CLEANING_VERSION", -1)
+    after = maker_of(templates)
+    first, then = before.request(chat), after.request(chat)
+    assert first.id != then.id
+    assert first.sampling == then.sampling
+    assert before.retry_of(first).sampling == after.retry_of(then).sampling
+    assert before.retry_of(first).sampling.seed != first.sampling.seed
 
 
 def test_planted_held_out_interactions_leave_no_trace(convolve, templates):

@@ -87,6 +87,106 @@ def test_no_projection_sees_more_than_some_rows_in_float32(texts, monkeypatch):
     assert torch.allclose(result, projection(texts.rows(0, nodes)), atol=1e-6)
 
 
+@pytest.fixture
+def load(tmp_path, texts):
+    """Loads the files of ``texts`` and a second layer, as another source of texts."""
+    table = np.random.default_rng(2).standard_normal((N_USERS + N_ITEMS, WIDTH))
+    np.save(tmp_path / "embeddings" / "layer_1.npy", table.astype(np.float16))
+    folders = {name: tmp_path / name for name in ("inputs", "embeddings")}
+    tokens = Layer.read(tmp_path / "inputs" / "layer_0.parquet").tokens
+    graph = SimpleNamespace(tokens=lambda side: np.array(tokens[side]))
+
+    def load(text_source: str, seed: int = 1) -> TextLayers:
+        options = SimpleNamespace(text_source=text_source)
+        return TextLayers.load(folders, 2, options, SimpleNamespace(graph=graph, seed=seed))
+
+    return load
+
+
+def test_each_layer_is_read_from_its_own_file(load, tmp_path):
+    made = load("generated")
+    for layer in range(2):
+        table = np.load(tmp_path / "embeddings" / f"layer_{layer}.npy").astype(np.float32)
+        rows = made.rows(layer, torch.arange(1, N_USERS + 1)).numpy()
+        assert np.array_equal(rows, table[:N_USERS])
+
+
+def test_shuffled_gives_the_nodes_of_both_sides_texts_of_others_of_their_side(load):
+    plain = load("generated").row_of_node
+    shuffled = load("shuffled").row_of_node
+    assert not torch.equal(shuffled, load("shuffled", seed=2).row_of_node)
+    assert torch.equal(shuffled, load("shuffled").row_of_node)
+    for nodes in (slice(1, N_USERS + 1), slice(N_USERS + 2, None)):
+        assert torch.equal(shuffled[nodes].sort().values, plain[nodes])
+        assert (shuffled[nodes] == plain[nodes]).float().mean() < 0.01
+    assert shuffled[[0, N_USERS + 1]].tolist() == [-1, -1]
+
+
+def test_training_data_has_the_files_and_settings_that_recbole_reads_them_with(tmp_path):
+    config = {"data_path": str(tmp_path), "dataset": "books", "field_separator": ";"}
+    config |= {"seq_separator": "|", "encoding": "latin-1", "seed": 5, "show_progress": True}
+    (tmp_path / "books.user").touch()
+    dataset = SimpleNamespace(
+        uid_field="reader",
+        iid_field="book",
+        time_field="when",
+        field2id_token={"reader": ["[PAD]", "a", "b"], "book": ["[PAD]", "x"]},
+        inter_feat={
+            "reader": torch.tensor([1, 2]),
+            "book": torch.tensor([1, 1]),
+            "when": torch.tensor([7.0, 3.0]),
+        },
+    )
+    data = data_module.TrainingData.from_recbole(config, dataset)
+    assert data.feature_files == {"user": tmp_path / "books.user", "item": None}
+    assert data.id_fields == {"user": "reader", "item": "book"}
+    read_with = (data.field_separator, data.seq_separator, data.encoding)
+    assert read_with == (";", "|", "latin-1")
+    assert (data.seed, data.show_progress) == (5, True)
+    assert data.graph.timestamps.tolist() == [7.0, 3.0]
+    assert data.graph.item_tokens.tolist() == ["x"]
+    del dataset.inter_feat["when"]
+    config["encoding"] = None
+    data = data_module.TrainingData.from_recbole(config, dataset)
+    assert data.graph.timestamps is None
+    assert data.encoding == "utf-8"
+
+
+def test_raw_texts_and_names_are_read_with_these_settings(tmp_path):
+    (tmp_path / "books.user").write_text(
+        "reader:token;né:token;name:token\na;1;Zoë\nb;2;Ann\n", "latin-1"
+    )
+    (tmp_path / "books.item").write_text("book:token;title:token_seq\nx;Dune|Two\n", "latin-1")
+    config = {"data_path": str(tmp_path), "dataset": "books", "field_separator": ";"}
+    config |= {"seq_separator": "|", "encoding": "latin-1", "USER_ID_FIELD": "reader"}
+    assert data_module.user_names(config) == {"a": "Zoë", "b": "Ann"}
+    data = data_module.TrainingData(
+        dataset="books",
+        graph=TrainGraph(np.array(["a", "b"]), np.array(["x", "y"]), [0], [0]),
+        feature_files={side: tmp_path / f"books.{side}" for side in ("user", "item")},
+        id_fields={"user": "reader", "item": "book"},
+        field_separator=";",
+        seq_separator="|",
+        encoding="latin-1",
+        seed=1,
+        show_progress=False,
+    )
+    options = SimpleNamespace(
+        text_user_template="A {né} reader",
+        text_item_template=None,
+        text_user_noun="reader",
+        text_item_noun="book",
+        text_value_names={"né": {1: "young", "2": "old"}},
+        text_max_chars=50,
+        text_allow_ids=False,
+        text_item_name_field=None,
+    )
+    layer, names = data_module.raw_descriptions(options, data)
+    assert layer.texts["user"] == ["A young reader", "A old reader"]
+    assert layer.texts["item"] == ["title: Dune Two", "A book of which nothing is known."]
+    assert names == {"x": "Dune Two", "y": "y"}
+
+
 def test_item_mean_gives_a_user_the_mean_of_the_training_items_and_leaves_items_alone(
     texts, tmp_path
 ):

@@ -253,6 +253,18 @@ def test_other_texts_are_not_resumed_from_an_older_attempt(
     assert out_file.read_bytes() == fresh.read_bytes()
 
 
+@pytest.mark.parametrize("change", ["dtype", "batch_size", "model"])
+def test_an_attempt_of_another_encoder_is_not_resumed(
+    tiny_encoder: Path, out_file: Path, change: str
+) -> None:
+    TextEncoder(tiny_encoder, "float32", 4, "cpu").encode_to_file(TEXTS, out_file)
+    if change == "model":
+        os.utime(tiny_encoder / "model.safetensors", (1, 1))
+    dtype = "bfloat16" if change == "dtype" else "float32"
+    encoder = TextEncoder(tiny_encoder, dtype, 2 if change == "batch_size" else 4, "cpu")
+    assert encoder.encode_to_file(TEXTS, out_file).n_resumed == 0
+
+
 def test_a_damaged_journal_starts_anew_and_says_so(
     encoder: TextEncoder, out_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -419,23 +431,8 @@ def test_code_of_a_model_folder_is_not_run(model_dir: Path, tmp_path: Path) -> N
 def test_a_missing_folder_and_an_unknown_dtype_are_refused(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"encoder_model: .*absent is not a folder"):
         TextEncoder(tmp_path / "absent", "auto", 4)
-    with pytest.raises(ValueError, match="encoder_dtype: 'float16'; allowed are auto"):
-        TextEncoder(model_dir, "float16", 4)
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ("avx512f avx512_bf16", torch.bfloat16),
-        ("amx_bf16", torch.bfloat16),
-        ("avx2", torch.float32),
-    ],
-)
-def test_auto_takes_bfloat16_where_the_processor_computes_in_it(
-    monkeypatch: pytest.MonkeyPatch, flags: str, expected: torch.dtype
-) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda _self: f"flags\t\t: fpu {flags}\n")
-    assert encoder_module._resolve_dtype("auto", "cpu") is expected
+    with pytest.raises(ValueError, match=r"^encoder_dtype='fp8' is unknown; allowed: auto"):
+        TextEncoder(model_dir, "fp8", 4)
 
 
 def test_progress_is_shown_only_on_request(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from recbole_gacllm.errors import GenerationError
+from recbole_gacllm.errors import GenerationError, MemoryRanOutError
 from recbole_gacllm.llm import engines
 from recbole_gacllm.llm.fleet import Fleet
 
@@ -29,9 +29,9 @@ from .test_generator_contract import MAX_MODEL_LEN, make_requests, texts_of
 def launch() -> Iterator[Callable[..., Fleet]]:
     fleets: list[Fleet] = []
 
-    def make(*loads: Any, notes: tuple[str, ...] = ()) -> Fleet:
+    def make(*loads: Any, notes: tuple[str, ...] = (), successors: Any = ()) -> Fleet:
         environments = [{"NOTE": note} for note in notes] or [{}] * len(loads)
-        fleets.append(Fleet(list(zip(environments, loads, strict=True))))
+        fleets.append(Fleet(list(zip(environments, loads, strict=True)), successors))
         return fleets[-1]
 
     yield make
@@ -99,6 +99,61 @@ def test_where_none_is_left_one_error_names_each_and_what_came_before_is_good(la
     assert len(found) >= 40
     with pytest.raises(GenerationError, match="all engines have stopped"):
         list(fleet.generate(make_requests(1)))
+
+
+NO_ROOM = MemoryRanOutError("memory ran out")
+
+
+def test_a_smaller_engine_goes_on_in_a_new_process_where_memory_ran_out(launch, caplog):
+    starts = [partial(load, fail_after=9, failure=MemoryRanOutError), partial(load, error=NO_ROOM)]
+    fleet = launch(starts[0], successors=[starts[1], load])
+    found: dict[str, str] = {}
+    for completion in fleet.generate(make_requests(80)):
+        assert completion.id not in found
+        found[completion.id] = completion.text
+    assert found == expected_texts(80)
+    assert len(set(pids(fleet))) == 3
+    assert not any(map(is_running, pids(fleet)[:2]))
+    assert "engine 1 has stopped: memory ran out" in caplog.text
+    assert "engine 2 goes on, with" in caplog.text
+    assert texts_of(fleet.generate(make_requests(9))) == expected_texts(9)
+
+
+def test_vllm_on_a_cpu_has_a_process_of_its_own_and_smaller_successors(monkeypatch):
+    made = []
+    monkeypatch.setattr(engines, "_is_cpu_build", lambda: True)
+    monkeypatch.setattr(
+        "recbole_gacllm.llm.fleet.Fleet", lambda *args, **keys: made.append((args, keys))
+    )
+    engines.open_generator("vllm", model_dir=Path("model"))
+    [(([(environment, first)],), keys)] = made
+    assert environment == {}
+    sizes = [load.args[0]["n_sequences"] for load in (first, *keys["successors"])]
+    assert sizes == [32, 16, 8, 4]
+
+
+def test_a_smaller_engine_goes_on_where_the_system_killed_the_last(launch):
+    fleet = launch(load, successors=[load])
+    found: dict[str, str] = {}
+    for completion in fleet.generate(make_requests(60)):
+        found[completion.id] = completion.text
+        if len(found) == 20:
+            os.kill(pids(fleet)[0], signal.SIGKILL)
+    assert found == expected_texts(60)
+
+
+@pytest.mark.parametrize(
+    ("loads", "n_members"),
+    [
+        ([partial(load, error=NO_ROOM)] * 3, 3),
+        ([partial(load, error=GenerationError("a broken model")), load], 1),
+    ],
+    ids=["none is small enough", "memory is not the reason"],
+)
+def test_no_smaller_engine_helps(launch, loads, n_members, caplog):
+    with pytest.raises(GenerationError, match="all engines have stopped"):
+        launch(loads[0], successors=loads[1:])
+    assert caplog.text.count("has stopped") == n_members
 
 
 def test_an_engine_that_does_not_start_is_left_out(launch, caplog):
@@ -210,6 +265,7 @@ def test_two_real_engines_write_what_one_writes_even_if_one_is_killed(monkeypatc
     with closing(engines.open_generator("vllm", **options)) as one:
         expected = {c.id: (c.text, c.n_output_tokens) for c in one.generate(requests)}
     monkeypatch.setattr(engines, "card_groups", lambda n_cards: [{}, {}])
+    monkeypatch.setattr(engines, "_is_cpu_build", lambda: False)
     with closing(engines.open_generator("vllm", **options)) as two:
         assert isinstance(two, Fleet)
         found = {}

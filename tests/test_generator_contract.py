@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from recbole_gacllm.errors import GenerationError
-from recbole_gacllm.llm.engines import choose_backend, open_generator, resolve_dtype
+from recbole_gacllm.errors import GenerationError, MemoryRanOutError
+from recbole_gacllm.llm.engines import choose_backend, open_generator
 from recbole_gacllm.llm.fleet import Fleet
 from recbole_gacllm.llm.generator import Completion, Message, Request, Sampling, TextGenerator
+from recbole_gacllm.llm.hardware import resolve_dtype
 
 from .fake_engine import load as load_fake_engine
 from .fake_generator import FakeGenerator
@@ -146,6 +149,8 @@ def contacted_hosts() -> list[Any]:
 @pytest.fixture(scope="module")
 def vllm_generator(smollm2: Path, adapter: Path, contacted_hosts: list[Any]) -> Iterator[Any]:
     """The one real vLLM engine of this module, in float32 with an adapter."""
+    from recbole_gacllm.llm.vllm_engine import VLLMGenerator
+
     psutil = pytest.importorskip("psutil")
     environment, children = environment_now(), psutil.Process().children(recursive=True)
     set_num_threads = torch.set_num_threads
@@ -157,12 +162,8 @@ def vllm_generator(smollm2: Path, adapter: Path, contacted_hosts: list[Any]) -> 
             connect(self, address)
 
         patch.setattr(socket.socket, "connect", recording)
-        generator = open_generator(
-            "vllm",
-            model_dir=smollm2,
-            adapter_dir=adapter,
-            dtype="float32",
-            max_model_len=MAX_MODEL_LEN,
+        generator = VLLMGenerator(
+            smollm2, adapter_dir=adapter, dtype="float32", max_model_len=MAX_MODEL_LEN
         )
         yield generator
         generator.close()
@@ -393,7 +394,9 @@ def test_an_answer_that_is_begun_is_gone_on_with(smollm2: Path) -> None:
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("unable to mmap 269060552 bytes from file: Cannot allocate memory (12)"),
     MemoryError(),
+    OSError(errno.ENOMEM, "no room"),
 ]
 
 
@@ -508,7 +511,8 @@ def test_unknown_backends_and_number_types_are_refused() -> None:
         ValueError, match="'vlm' is unknown; allowed: auto, vllm, transformers, server"
     ):
         choose_backend("vlm")
-    with pytest.raises(ValueError, match="'fp8' is unknown; allowed: auto, bfloat16, float32"):
+    allowed = "auto, bfloat16, float16, float32"
+    with pytest.raises(ValueError, match=f"^llm_dtype='fp8' is unknown; allowed: {allowed}"):
         resolve_dtype("fp8")
 
 
@@ -608,72 +612,16 @@ def test_a_failure_inside_vllm_becomes_a_generation_error(
 
 @pytest.mark.engine
 @pytest.mark.parametrize("error", OUT_OF_MEMORY[1:], ids=lambda error: type(error).__name__)
-def test_out_of_memory_in_vllm_starts_it_again_with_half_the_sequences(
-    error: Exception,
-    vllm_generator: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_out_of_memory_in_vllm_in_this_process_says_that_another_process_may_do(
+    error: Exception, vllm_generator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests = make_requests(40)
-    expected = texts_of(vllm_generator.generate(requests))
-    before, n_steps = vllm_generator.window, itertools.count()
-    step = vllm_generator._engine.step
+    def no_room() -> Any:
+        raise error
 
-    def with_little_memory() -> Any:
-        if next(n_steps) == 5:
-            raise error
-        return step()
-
-    monkeypatch.setattr(vllm_generator._engine, "step", with_little_memory)
-    found = {}
-    for completion in vllm_generator.generate(requests):
-        assert completion.id not in found
-        found[completion.id] = completion.text
-    assert found == expected
-    assert vllm_generator.window == before // 2
-    assert f"vLLM starts again with {before // 2} sequences at once" in caplog.text
-
-
-@pytest.mark.engine
-def test_vllm_that_finds_no_memory_at_the_start_tries_less_and_then_says_what_helps(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if choose_backend("auto")[0] != "vllm":
-        pytest.skip("vLLM cannot run here")
-    import vllm
-
-    tried: list[tuple[int, int]] = []
-
-    def no_room(**options: Any) -> None:
-        tried.append((options["max_num_seqs"], options["kv_cache_memory_bytes"]))
-        raise OUT_OF_MEMORY[1]
-
-    monkeypatch.setattr(vllm, "LLM", no_room)
-    with pytest.raises(GenerationError, match=r"did not start on .*Memory ran out: lower llm_max"):
-        open_generator("vllm", model_dir=tiny_model, dtype="float32")
-    assert [n for n, _ in tried] == [32, 16, 8, 4]
-    assert all(b < 0.7 * a for (_, a), (_, b) in itertools.pairwise(tried))
-
-
-@pytest.mark.engine
-def test_tensor_and_pipeline_sizes_reach_vllm(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if choose_backend("auto")[0] != "vllm":
-        pytest.skip("vLLM cannot run here")
-    import vllm
-
-    given: list[dict[str, Any]] = []
-
-    def not_here(**options: Any) -> None:
-        given.append(options)
-        raise OUT_OF_MEMORY[1]
-
-    monkeypatch.setattr(vllm, "LLM", not_here)
-    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}
-    with pytest.raises(GenerationError):
-        open_generator("vllm", model_dir=tiny_model, dtype="float32", **sizes)
-    assert {key: given[0][key] for key in sizes} == sizes
+    monkeypatch.setattr(vllm_generator, "_alive", True)  # put back to True after this test
+    monkeypatch.setattr(vllm_generator._engine, "step", no_room)
+    with pytest.raises(MemoryRanOutError, match=r"stopped working.*Memory ran out: lower llm_max"):
+        list(vllm_generator.generate(make_requests(1)))
 
 
 # vLLM's engine in a process of its own, as on GPUs; on CPU we keep it in ours otherwise.
@@ -683,14 +631,12 @@ from pathlib import Path
 
 sys.path.insert(0, {root!r})
 import recbole_gacllm
-from recbole_gacllm.llm.engines import open_generator
+from recbole_gacllm.llm.vllm_engine import VLLMGenerator
 from tests.test_generator_contract import make_requests, texts_of
 
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    generator = open_generator(
-        "vllm", model_dir=Path({model!r}), dtype="float32", max_model_len=512
-    )
+    generator = VLLMGenerator(Path({model!r}), dtype="float32", max_model_len=512)
     requests = make_requests(48, max_new_tokens=24)
     expected = texts_of(generator.generate(requests))
     [engine] = generator._engine.engine_core.resources.engine_manager.processes
@@ -721,3 +667,32 @@ def test_a_killed_engine_process_is_started_again_and_nothing_is_lost(
     assert dict(found) == expected
     assert window == 16
     assert "vLLM starts again with 16 sequences at once: EngineDeadError" in ran.stderr
+
+
+# As pytest, with what the engine's process must have imported first: it is a fresh Python.
+IN_ITS_OWN_PROCESS = """
+import sys
+import recbole_gacllm
+import pytest
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([{file!r}, "-q", "-k", "[vllm]", "-p", "no:cacheprovider"]))
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_the_contract_holds_for_an_engine_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """As vLLM runs on GPUs; spawned, as :func:`prepare_environment` says."""
+    if choose_backend("auto")[0] != "vllm":
+        pytest.skip("vLLM cannot run here")
+    script = tmp_path / "contract.py"
+    script.write_text(IN_ITS_OWN_PROCESS.format(file=__file__))
+    ran = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-2000:]
+    assert re.search(r"\b11 passed", ran.stdout), ran.stdout[-500:]

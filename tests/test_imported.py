@@ -198,6 +198,31 @@ def test_a_run_on_imported_texts_needs_no_llm_and_says_so(settings, tmp_path, mo
         run("GaCLLM", "tiny", config_dict=keys)
 
 
+def test_imported_texts_of_layer_0_are_audited_for_leaks(settings, dataset_root, tmp_path):
+    people = dataset_root / "tiny" / "tiny.user"
+    header, *rows = people.read_text().splitlines()
+    rows = [f"{row}\tAnna Person{at}" for at, row in enumerate(rows)]
+    people.write_text("\n".join([f"{header}\tname:token", *rows]))
+    lines = (dataset_root / "tiny" / "tiny.inter").read_text().splitlines()[1:]
+    pairs = [line.split("\t")[:2] for line in lines]  # held-out ones, too
+    texts = [
+        ("user", user, 0, " ".join(f"The Great Film {i[1:]}." for u, i in pairs if u == user))
+        for user in {user for user, _ in pairs}
+    ] + [
+        ("item", item, 0, " ".join(f"Anna Person{u[1:]}." for u, i in pairs if i == item))
+        for item in {item for _, item in pairs}
+    ]
+    for side, kind in (("user", "item_names"), ("item", "user_names")):
+        file = write(tmp_path / f"{side}.csv", [row for row in texts if row[0] == side])
+        keys = {"text_source": "raw", "text_import_file": str(file), "epochs": 1}
+        record = run("GaCLLM", "tiny", config_dict={**settings, **keys}).record
+        audit = record["leakage_audit"]
+        assert "descriptions" not in record["artifacts"]
+        assert audit["kinds"][kind]["heldout_mentions"] == audit["n_pairs"] > 40
+        assert audit["p_value"] < 1e-6
+        assert audit["not_checked"][f"{'item' if side == 'user' else 'user'}_texts"] > 40
+
+
 def test_a_layer_that_is_not_imported_is_generated_from_the_imported_one(settings, tmp_path):
     from .test_generator_contract import save_tiny_model
     from .test_pipeline import TINY
@@ -216,7 +241,8 @@ def test_the_command_fills_the_layers_that_a_run_then_finds(settings, tmp_path, 
     with file.open("a") as rows:
         rows.write("user,u99,1,Nobody.\n")
     keys = [f"--{name}={settings[name]}" for name in ("data_path", "artifact_dir")]
-    main(["import-descriptions", str(file), "--dataset=tiny", *keys])
+    with_blanks = [part for key in keys for part in key.split("=")]
+    main(["import-descriptions", str(file), "--dataset", "tiny", *with_blanks])
     out = capsys.readouterr().out
     assert "layer 1: 53 nodes have an imported text" in out
     assert "1 are not in the file and keep the text of the layer below (item i3)" in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from recbole_gacllm.benchmark import leaderboard
 from recbole_gacllm.benchmark.group import write_latex
 from recbole_gacllm.benchmark.job import Recorder
 from recbole_gacllm.benchmark.leaderboard import run_leaderboard
-from recbole_gacllm.benchmark.plan import baseline_files, make_plan, split_models
+from recbole_gacllm.benchmark.plan import baseline_files, make_plan
 from recbole_gacllm.benchmark.results import Board
+from recbole_gacllm.benchmark.rows import split_models, split_seeds, split_variant
 from recbole_gacllm.cli import main
 from recbole_gacllm.config import shipped_path
 from recbole_gacllm.errors import GaCLLMError
@@ -130,6 +132,47 @@ def test_a_variant_is_a_row_of_its_own_with_its_keys_over_the_users(keys):
     folders = {job.name for job in plan.jobs}
     assert len(folders) == 3
     assert all("/" not in name and ":" not in name for name in folders)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("GaCLLM:x=[[1,2],[3,4]],EASE", ["GaCLLM:x=[[1,2],[3,4]]", "EASE"]),
+        ("MultiVAE:mlp_hidden_size=[600],Pop", ["MultiVAE:mlp_hidden_size=[600]", "Pop"]),
+        ("A:x=({1,2},[(3,4)]),B", ["A:x=({1,2},[(3,4)])", "B"]),
+        ("A:x={'a':[1,2],'b':{'c':3,'d':4}}:y=2,B", ["A:x={'a':[1,2],'b':{'c':3,'d':4}}:y=2", "B"]),
+        ("A:x='1,2',B:y=\"a,'b\",C", ["A:x='1,2'", 'B:y="a,\'b"', "C"]),
+        ("A:x=['],',2],B", ["A:x=['],',2]", "B"]),
+        (r"A:x='it\'s, so',B", [r"A:x='it\'s, so'", "B"]),
+        ("A:x=children's,B:y=girls'", ["A:x=children's", "B:y=girls'"]),
+    ],
+)
+def test_a_comma_within_brackets_or_quotes_does_not_end_a_row(text, rows):
+    assert split_models(text) == rows
+
+
+def test_a_value_may_be_a_mapping():
+    row = "GaCLLM:text_value_names={'gender':{'M':'man'}}:n_layers=1:seeds=2"
+    label, n_seeds = split_seeds(row, 3)
+    assert n_seeds == 2
+    assert split_variant(label) == (
+        "GaCLLM",
+        {"text_value_names": "{'gender':{'M':'man'}}", "n_layers": "1"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("A:x=[1,2,B", "has no ']' for what was opened"),
+        ("A:x='1,2,B", 'has no "\'" for what was opened'),
+        ("A:x=1],B", "has a ']' that nothing opened"),
+        ("A:x=[(1],B", "has a ']' that nothing opened"),
+    ],
+)
+def test_brackets_that_do_not_match_are_refused(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        split_models(text)
 
 
 def test_a_row_may_have_the_first_seeds_only_and_keeps_its_name_and_runs(keys):
@@ -356,6 +399,13 @@ def test_a_run_that_another_process_holds_is_left_to_it(keys, tmp_path, monkeypa
     monkeypatch.setattr(leaderboard.time, "sleep", other_finishes)
     run_leaderboard(plan, tmp_path / "out", show_progress=False)
     assert started == [free.name]
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_any_run(keys, tmp_path):
+    (tmp_path / "file").touch()
+    plan = make_plan(["Pop"], ["tiny"], 1, config_dict=keys)
+    with pytest.raises(ValueError, match=r"--output: '\S+/file' cannot be written \(.*Not a dir"):
+        run_leaderboard(plan, tmp_path / "file", show_progress=False)
 
 
 def test_another_command_on_the_folder_does_not_change_what_is_shown(keys, tmp_path, monkeypatch):

@@ -271,3 +271,19 @@ def test_a_model_says_what_its_linear_part_leaves_out(settings, monkeypatch, cap
     model, train, _, _ = build("GaCLLM", settings, use_text=False, linear_weight=1.0)
     assert f"of {model.n_items} items the linear model covers the 4 with most" in caplog.text
     assert torch.isfinite(model.full_sort_predict(next(iter(train)))).all()
+
+
+def test_short_histories_give_the_scores_of_the_dense_product_without_dense_rows(monkeypatch):
+    rng = np.random.default_rng(11)
+    users, items = np.arange(400) // 4, rng.integers(0, 300, 400)  # user 100 has none
+    texts = torch.from_numpy(rng.standard_normal((300, 8)))
+    counts = rng.random(400)
+    model = ItemItemModel(users, items, 101, 300, 2.0, texts, 0.5, recency=counts)
+    batch = torch.tensor([3, 100, 0, 3, 57])
+    monkeypatch.setattr(linear, "SPARSE", 0.0)
+    dense = model.scores(batch)
+    monkeypatch.undo()
+    monkeypatch.setattr(type(model._histories), "toarray", None)
+    assert torch.allclose(model.scores(batch), dense, atol=1e-6)
+    assert dense[0].abs().max() > 0
+    assert not dense[1].any()

@@ -57,6 +57,27 @@ def test_without_text_and_with_bpr_it_is_recboles_lightgcn(settings):
     assert torch.allclose(ours.full_sort_predict(batch), theirs.full_sort_predict(batch), atol=1e-6)
 
 
+@pytest.mark.parametrize("propagate_every", [1, 4])
+def test_the_stages_run_before_anything_of_the_model_takes_memory_of_the_device(
+    settings, fake_texts, monkeypatch, propagate_every
+):
+    """They start an engine that needs the card for itself."""
+    prepare, from_edges, order = model_module.prepare, model_module.Adjacency.from_edges, []
+
+    def preparing(options, data):
+        order.append("stages")
+        return prepare(options, data)
+
+    def building(*args):
+        order.append("graph")
+        return from_edges(*args)
+
+    monkeypatch.setattr(model_module, "prepare", preparing)
+    monkeypatch.setattr(model_module.Adjacency, "from_edges", building)
+    build("GaCLLM", settings, propagate_every=propagate_every)
+    assert order == ["stages", "graph"]
+
+
 @pytest.mark.parametrize("loss_type", ["BPR", "SSM"])
 def test_predict_and_full_sort_predict_agree(settings, fake_texts, loss_type):
     model, train, _, _ = build("GaCLLM", settings, loss_type=loss_type)
@@ -115,6 +136,73 @@ def test_text_and_its_weight_change_the_scores(settings, fake_texts):
         scores.append(model.full_sort_predict(next(iter(train))))
     assert not torch.allclose(scores[0], scores[1])
     assert not torch.allclose(scores[1], scores[2])
+
+
+@pytest.mark.parametrize("loss_type", ["BPR", "SSM"])
+@pytest.mark.parametrize("key", ["align_weight", "reg_weight"])
+def test_the_loss_grows_linearly_with_the_weight_of_a_term(settings, fake_texts, loss_type, key):
+    losses = []
+    for weight in (0.0, 0.5, 2.0):
+        model, train, _, _ = build("GaCLLM", settings, loss_type=loss_type, **{key: weight})
+        model.eval()  # without dropout
+        torch.manual_seed(0)
+        losses.append(model.calculate_loss(next(iter(train))))
+    assert losses[1] > losses[0] + 0.01
+    assert torch.allclose(losses[2] - losses[0], 4 * (losses[1] - losses[0]), rtol=1e-3)
+
+
+def test_the_l2_term_is_of_the_pairs_and_with_bpr_of_negatives(settings, fake_texts):
+    for loss_type, n_blocks in (("BPR", 3), ("SSM", 2)):
+        found = []
+        for weight in (0.0, 1.0):
+            keys = {"loss_type": loss_type, "reg_weight": weight, "require_pow": True}
+            model, train, _, _ = build("GaCLLM", settings, **keys)
+            model.eval()
+            torch.manual_seed(0)
+            batch = next(iter(train))
+            found.append(model.calculate_loss(batch))
+        users, items = model.user_embedding.weight, model.item_embedding.weight
+        nodes = [users[batch["user_id"]], items[batch["item_id"]]]
+        if loss_type == "BPR":
+            nodes.append(items[batch["neg_item_id"]])
+        assert len(nodes) == n_blocks
+        expected = sum(block.square().sum() for block in nodes) / 2 / len(batch)
+        assert torch.allclose(found[1] - found[0], expected, rtol=1e-3)
+
+
+def test_the_alignment_is_of_both_sides_and_all_hops_at_its_own_temperature(settings, fake_texts):
+    keys = {"align_temperature": 0.3, "ssm_temperature": 0.1, "align_n_nodes": None}
+    model, _, _, _ = build("GaCLLM", settings, **keys)
+    nodes = torch.tensor([1, 2, 5, model.n_users + 3, model.n_users + 4])
+    hops, texts = (list(torch.randn(2, 5, 8).unbind()) for _ in range(2))
+    terms = [
+        model_module.losses.alignment(hop[side], text[side], 0.3)
+        for hop, text in zip(hops, texts, strict=True)
+        for side in (slice(0, 3), slice(3, 5))
+    ]
+    found = model._alignment(nodes, 3, hops, texts)
+    assert found.item() == pytest.approx(sum(terms).item() / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["BPR", "SSM"])
+def test_the_weight_of_texts_is_in_the_loss(settings, fake_texts, loss_type):
+    losses = []
+    for weight in (0.0, 1.0, 3.0):
+        keys = {"loss_type": loss_type, "align_weight": 0.0, "text_weight": weight}
+        model, train, _, _ = build("GaCLLM", settings, **keys)
+        model.eval()
+        torch.manual_seed(0)
+        losses.append(model.calculate_loss(next(iter(train))).item())
+    assert len({round(loss, 4) for loss in losses}) == 3
+
+
+def test_each_layer_of_texts_has_a_projection_of_its_own(settings, fake_texts):
+    model, _, _, _ = build("GaCLLM", settings)
+    model.eval()
+    nodes = torch.arange(1, 6)
+    for layer, projected in enumerate(model.project(nodes)):
+        alone = model.projections[layer](model.texts.rows(layer, nodes))
+        assert torch.allclose(projected, alone, atol=1e-6)
 
 
 def test_padding_has_no_text(settings, fake_texts):

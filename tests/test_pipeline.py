@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from recbole_gacllm.descriptions.layers import SIDES, Layer
+from recbole_gacllm.descriptions.reading import RunDescriptions
 from recbole_gacllm.runner import run
 
 from .conftest import tiny_settings, write_dataset
@@ -163,6 +164,22 @@ def test_shuffled_texts_use_the_same_artefacts_on_other_nodes(finished, monkeypa
     )
 
 
+def test_a_run_with_other_names_of_items_shares_the_texts_and_leaves_the_names_of_the_first(
+    finished, monkeypatch, tmp_path
+):
+    keys, first = finished
+    monkeypatch.setattr(
+        "recbole_gacllm.artifacts.run_child", lambda *a, **k: pytest.fail("a stage was run again")
+    )
+    other = {"text_item_name_field": "class", "checkpoint_dir": str(tmp_path)}
+    second = run("GaCLLM", "tiny", config_dict=keys | other)
+    assert {k: v for k, v in second.record["artifacts"].items() if k != "item_names"} == {
+        k: v for k, v in first.record["artifacts"].items() if k != "item_names"
+    }
+    names = [RunDescriptions.of_run(done.run_file).names["i1"] for done in (first, second)]
+    assert names == ["The Great Film 1", "Comedy"]
+
+
 def test_no_layers_are_the_raw_texts_and_can_be_shuffled(finished, tmp_path, monkeypatch):
     keys = finished[0] | {"artifact_dir": str(tmp_path / "artifacts")}
     monkeypatch.chdir(tmp_path)
@@ -172,7 +189,8 @@ def test_no_layers_are_the_raw_texts_and_can_be_shuffled(finished, tmp_path, mon
         )
         for source, n in (("raw", 1), ("generated", 0), ("shuffled", 0))
     }
-    assert all(set(one.record["artifacts"]) == {"inputs", "embeddings"} for one in done.values())
+    stages = {"inputs", "item_names", "embeddings"}
+    assert all(set(one.record["artifacts"]) == stages for one in done.values())
     scores = {source: one.result["best_valid_score"] for source, one in done.items()}
     assert scores["generated"] == scores["raw"]
     # Of the same initial weights; so small a data set may end with the same ranks.
@@ -384,6 +402,15 @@ def test_bad_input_ends_in_one_clear_error_before_any_long_stage(keys, change, m
     with pytest.raises((ValueError, WeightsError), match=message):
         run("GaCLLM", "tiny", config_dict={**keys, **change})
     assert not list(Path(keys["artifact_dir"]).glob("*/*/adapter"))
+
+
+def test_heads_that_gpus_cannot_share_are_refused_before_the_fine_tuning(keys, monkeypatch):
+    from recbole_gacllm.llm import engines
+
+    monkeypatch.setattr(engines, "choose_backend", lambda requested: ("vllm", "a stand-in"))
+    with pytest.raises(ValueError, match=r"size: 3 cannot share the 4 attention heads.*: 1, 2, 4"):
+        run("GaCLLM", "tiny", config_dict={**keys, "llm_tensor_parallel_size": 3})
+    assert not list(Path(keys["artifact_dir"]).glob("*/sft-*"))
 
 
 def test_recent_neighbours_without_times_are_refused_before_any_long_stage(keys):

@@ -1,3 +1,4 @@
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,27 @@ def test_the_version_changes_with_any_word_and_with_the_nouns(folder):
     versions.add(load(folder).version())
     assert len(versions) == 3
     assert load(folder).version() == load(folder).version()
+
+
+def test_fine_tuning_has_a_version_of_its_own_words_alone(folder):
+    before = load(folder).sft_version()
+    for name in ("user", "item", "user_deeper", "item_deeper"):
+        (folder / f"{name}.txt").write_text("Other words. $text $neighbors")
+    for name in ("user_isolated", "item_isolated"):
+        (folder / f"{name}.txt").write_text("Other words. $text")
+    assert load(folder).sft_version() == before
+    versions = {before}
+    for name in ("system", "sft_user_to_item", "sft_item_to_user"):
+        (folder / f"{name}.txt").write_text("" if name == "system" else "Other words. $text")
+        versions.add(load(folder).sft_version())
+    assert len(versions) == 4
+
+
+def test_the_version_that_addresses_stored_descriptions_stays(tmp_path):
+    """Another hash would make every description of every user again."""
+    templates = PromptTemplates({"user": "a", "user_deeper": "b", "sft_user_to_item": "c"})
+    texts = "sft_user_to_item\0c\0user\0a"
+    assert templates.version() == hashlib.sha256(texts.encode()).hexdigest()
 
 
 def test_the_wording_of_deeper_layers_counts_only_where_there_are_some(folder):

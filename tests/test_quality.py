@@ -34,8 +34,8 @@ REPORT = {
 
 @pytest.fixture
 def folder(tmp_path):
-    inputs, folder = tmp_path / "inputs-1", tmp_path / "descriptions-1"
-    inputs.mkdir()
+    inputs, folder = tmp_path / "tiny" / "inputs-1", tmp_path / "tiny" / "descriptions-1"
+    inputs.mkdir(parents=True)
     folder.mkdir()
     tokens = {"user": ["u1", "u2", "u3"], "item": ["i1", "i2", "i3", "i4"]}
     graph = TrainGraph(
@@ -182,15 +182,16 @@ def test_audit_takes_a_descriptions_folder_and_refuses_anything_else(folder, tmp
     assert "is not what a run wrote" in refused(tmp_path, capsys)
     (tmp_path / "run.json").write_text('{"model": "LightGCN"}')
     assert "had no generated descriptions" in refused(tmp_path, capsys)
-    artifacts.write_manifest(tmp_path / "inputs-1", {"stage": "inputs"})
-    assert "the folder of the stage inputs" in refused(tmp_path / "inputs-1", capsys)
+    inputs = folder.parent / "inputs-1"
+    artifacts.write_manifest(inputs, {"stage": "inputs"})
+    assert "the folder of the stage inputs" in refused(inputs, capsys)
 
 
 def test_audit_of_a_run_that_was_killed_shows_its_finished_layers_and_how_far_it_is(
     folder, tmp_path, capsys
 ):
     (folder / artifacts.MANIFEST_FILE).unlink()  # written last
-    name = f"{tmp_path.name}/{folder.name}"
+    name = f"tiny/{folder.name}"
     with DescriptionStore(tmp_path / "store.sqlite") as store:
         store.put_many([], LayerCost(name, 1, Cost(6, 700, 80, 90, 12.0)))
         store.put_many([], LayerCost(name, 2, Cost(5, 600, 70, 50, 8.0)))

@@ -175,6 +175,39 @@ def test_a_refused_request_is_an_error_line_and_not_asked_again():
         assert len(server.bodies) == 8
 
 
+def test_odd_answers_are_error_lines_of_their_requests(monkeypatch):
+    monkeypatch.setattr(job, "_TRIES", 2)
+    monkeypatch.setattr(job, "_MAX_BYTES", 20_000)
+    odd = [b"[" * 10_000, b"", b"[]", {"choices": None}, b"x" * 30_000, "garble"]
+
+    def behave(body):
+        number = int(body["messages"][-1]["content"].split()[-1])
+        return odd[number] if number < len(odd) else None
+
+    with FakeServer(behave) as server:
+        lines = ask([server], 10)
+    assert [line["error"] is None for line in lines] == [False] * len(odd) + [True] * 4
+
+
+def test_a_key_goes_to_the_endpoint_alone_and_into_no_answer(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123\r\n")
+    with FakeServer() as elsewhere, FakeServer(lambda body: 307) as server:
+        server.location = f"{elsewhere.url}/chat/completions"
+        [line] = ask([server], 1)
+        assert server.bodies
+        assert not elsewhere.bodies
+    assert "status 307" in line["error"]["message"]
+    assert "sk-secret-123" not in json.dumps(line)  # the server says it
+    for broken in ("sk-a\rsecret", "sk-\u00fcsecret"):
+        monkeypatch.setenv("OPENAI_API_KEY", broken)
+        with pytest.raises(ValueError, match="OPENAI_API_KEY holds no key") as caught:
+            job.api_key()
+        assert "secret" not in str(caught.value)
+    with pytest.raises(ValueError, match="no endpoint answers") as caught:
+        job.check_endpoints(["http://me:hunter22@127.0.0.1:9/v1"])
+    assert "hunter22" not in str(caught.value)
+
+
 def test_without_any_endpoint_the_job_does_not_start():
     with FakeServer() as server:
         job.check_endpoints(["http://127.0.0.1:9/v1", server.url])

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 import recbole_gacllm.model
 from recbole_gacllm import artifacts, runner
@@ -218,6 +217,31 @@ def test_a_run_without_texts_says_so_and_shows_the_rest(settings, tmp_path):
         assert "Left out" not in section_of(page, anchor)
 
 
+def test_the_report_of_a_run_that_was_moved_with_all_it_made_is_whole(text_run, tmp_path):
+    there = tmp_path / "elsewhere"
+    there.mkdir()
+    for name in ("saved", "artifacts", "data"):
+        (tmp_path / name).rename(there / name)
+    file = there / text_run.relative_to(tmp_path)
+    assert "Left out" not in page_of(file, tmp_path)
+    (there / "artifacts").rename(tmp_path / "disk")
+    assert "the artefacts are gone" in page_of(file, tmp_path)
+    main(["report", str(file), f"--artifact_dir={tmp_path / 'disk'}"])
+    assert "Left out" not in (file.parent / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", "[" * 99999, '{"test": {"a": 1}, "config": {}}', '{"test": 1, "config": 2}'],
+)
+def test_a_record_that_no_run_wrote_is_refused(tmp_path, content, capsys):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(tmp_path)])
+    assert end.value.code == 2
+    assert "run.json is not the record of a run" in capsys.readouterr().err
+
+
 def test_lost_artefacts_and_checkpoints_are_named(text_run, tmp_path):
     record = json.loads(text_run.read_text())
     Path(record["checkpoint"]).unlink()
@@ -239,10 +263,9 @@ def test_a_checkpoint_that_no_longer_gives_the_metrics_is_not_believed(text_run,
 
 
 def test_a_run_older_than_a_key_is_scored_with_the_keys_default(text_run):
-    checkpoint = json.loads(text_run.read_text())["checkpoint"]
-    loaded = torch.load(checkpoint, weights_only=False)
-    del loaded["config"].final_config_dict["align_n_nodes"]
-    torch.save(loaded, checkpoint)
+    record = json.loads(text_run.read_text())
+    del record["config"]["align_n_nodes"]
+    text_run.write_text(json.dumps(record))
     assert not isinstance(Source.read(text_run).scored, str)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
+import torch
 
+from recbole_gacllm import artifacts
+from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.run_config import NON_SAMPLING_MODELS, build_config
 from recbole_gacllm.runner import run
 
@@ -40,6 +44,54 @@ def test_feature_models_keep_recboles_columns(settings):
     config = build_config("FM", "ml-100k", config_dict=columns)
     assert set(config["load_col"]) == {"inter", "user", "item"}
     assert set(build_config("BPR", "ml-100k", config_dict=columns)["load_col"]) == {"inter"}
+
+
+@pytest.mark.parametrize(
+    ("model", "epochs", "eval_step", "n_validated"),
+    [("EASE", 300, 2, 1), ("BPR", 1, 2, 1), ("BPR", 3, 2, 1), ("GaCLLM", 2, 5, 1)],
+)
+def test_a_run_is_validated_once_at_least(settings, model, epochs, eval_step, n_validated):
+    keys = dict(settings, epochs=epochs, eval_step=eval_step, use_text=False)
+    record = run(model, "tiny", config_dict=keys).record
+    assert len(record["history"]) == n_validated
+    assert record["valid"] == record["history"][0]["valid"]
+    assert record["test"]["ndcg@10"] > 0
+
+
+def test_metrics_are_told_where_the_record_cannot_be_written(settings, monkeypatch):
+    def full(path, data):
+        if path.name == "run.json":
+            raise GaCLLMError(f"cannot write {path}: No space left on device.")
+
+    monkeypatch.setattr(artifacts, "write_atomic", full)
+    match = r"cannot write \S+/run.json: .*gave: {\"valid\": {.*\"test\": {\"recall@10\": \d"
+    with pytest.raises(GaCLLMError, match=match):
+        run("Pop", "tiny", config_dict=dict(settings))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 20"),
+    ],
+)
+def test_a_full_disk_at_the_checkpoint_is_one_clear_error(settings, monkeypatch, error, tmp_path):
+    def full(*_args, **_keys):
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    match = r"cannot write \S+/saved/Pop-\S+\.pth: .*Free space or rights there.*checkpoint_dir"
+    with pytest.raises(GaCLLMError, match=match):
+        run("Pop", "tiny", config_dict=dict(settings))
+    assert not list(tmp_path.glob("saved/runs/tiny-*"))
+
+
+@pytest.mark.parametrize("folder", ["log", "log_tensorboard", "saved"])
+def test_a_folder_that_cannot_be_written_is_named_before_training(settings, tmp_path, folder):
+    (tmp_path / folder).touch()
+    with pytest.raises(ValueError, match=rf"{folder}\S* cannot be written \("):
+        run("Pop", "tiny", config_dict=dict(settings))
 
 
 @pytest.mark.parametrize("model", ["BPR", "SASRec", "EASE"])

@@ -396,7 +396,7 @@ def test_a_run_takes_its_texts_from_servers_and_writes_the_key_nowhere(
     from .fake_generator import WORDS
     from .test_pipeline import TINY
 
-    monkeypatch.setenv("MY_KEY", "sk-secret-123")
+    monkeypatch.setenv("MY_KEY", "sk-secret-123\r\n")  # from a file with the line ends of Windows
     failed: list[int] = []
 
     def fail_at_first(body):

@@ -18,9 +18,10 @@ from torch.nn import functional
 
 import recbole_gacllm  # noqa: F401  (hides broken torchvision before transformers is imported)
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.llm import sft
 from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.generator import SFTPair
-from recbole_gacllm.llm.sft import finetune, merge
+from recbole_gacllm.llm.sft import finetune
 from recbole_gacllm.llm.sft_data import (
     IGNORED,
     completion_loss,
@@ -29,6 +30,8 @@ from recbole_gacllm.llm.sft_data import (
     pad_left,
     perplexity,
 )
+from recbole_gacllm.llm.sft_merge import merge
+from recbole_gacllm.llm.sft_processes import finetune_on_all_cards
 from recbole_gacllm.llm.sft_trainer import Progress, SFTOptions, last_checkpoint
 
 peft = pytest.importorskip("peft")
@@ -553,8 +556,84 @@ def test_out_of_memory_names_the_batch_size(model_dir, tmp_path, monkeypatch, er
         raise error
 
     monkeypatch.setattr("recbole_gacllm.llm.sft.completion_loss", fail)
-    with pytest.raises(GaCLLMError, match="ran out of memory at sft_batch_size=4"):
+    with pytest.raises(
+        GaCLLMError, match=r"ran out of memory with 4 sequences .* Lower sft_batch_size=4"
+    ):
         finetune(model_dir, PAIRS, HELDOUT, tmp_path / "run", OPTIONS)
+
+
+def saved_bytes_a_token(model):
+    """What a forward pass keeps for the way back, weights left out, of each token more."""
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def kept(n_tokens):
+        sizes = {}
+
+        def pack(tensor):
+            if tensor.data_ptr() not in weights:
+                sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        ids = torch.ones(1, n_tokens, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            alive = model(ids, logits_to_keep=1)
+        assert alive.logits.requires_grad
+        return sum(sizes.values())
+
+    return (kept(64) - kept(32)) / 32
+
+
+def test_a_large_model_keeps_the_inputs_of_its_layers_only(tmp_path, monkeypatch):
+    """A layer's input has hidden_size numbers a token: 256 bytes; all it computes has 20 kB."""
+    base = make_model(tmp_path / "base", hidden_size=64)
+
+    def model():
+        return sft._load(
+            base, sft._lora_config(base, OPTIONS), "float32", torch.device("cpu")
+        ).train()
+
+    plain = saved_bytes_a_token(model())
+    monkeypatch.setattr(sft, "CHECKPOINTING_ABOVE", 1000)
+    checkpointed = saved_bytes_a_token(model())
+    assert plain > 10_000
+    assert checkpointed < 0.15 * plain
+
+
+def test_checkpointing_changes_no_gradient(model_dir, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "CHECKPOINTING_ABOVE", 1000)
+    report = finetune(model_dir, PAIRS, HELDOUT, tmp_path / "run", OPTIONS, model_name="tiny")
+    assert report.train_losses == pytest.approx(trained[1].train_losses, rel=1e-5)
+    found, wanted = adapter_of(tmp_path / "run"), adapter_of(trained[0])
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_are_read_straight_to_the_device_of_the_process(model_dir, monkeypatch):
+    class ReadError(Exception):
+        pass
+
+    def read(folder, **options):
+        raise ReadError(options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", read)
+    with pytest.raises(ReadError) as call:
+        sft._load(model_dir, None, "bfloat16", torch.device("cuda:1"))
+    [options] = call.value.args
+    assert options["device_map"] == {"": torch.device("cuda:1")}
+    assert options["use_safetensors"] is True
+
+
+def test_weights_that_do_not_fit_are_not_read_again_in_vain(model_dir, tmp_path, monkeypatch):
+    reads = []
+
+    def read(folder, **options):
+        reads.append(folder)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", read)
+    with pytest.raises(GaCLLMError, match=r"do not fit into the memory of cpu. Take a smaller"):
+        finetune_on_all_cards(model_dir, PAIRS, HELDOUT, tmp_path / "run", OPTIONS)
+    assert len(reads) == 1
 
 
 def test_nothing_is_printed_and_the_bar_can_be_switched_off(model_dir, tmp_path, capfd):

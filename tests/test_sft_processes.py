@@ -16,7 +16,9 @@ import torch
 
 import recbole_gacllm  # noqa: F401  (hides broken torchvision before transformers is imported)
 from recbole_gacllm import artifacts
-from recbole_gacllm.llm.sft import finetune
+from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.llm import sft
+from recbole_gacllm.llm.sft import finetune, finished
 from recbole_gacllm.llm.sft_processes import finetune_on_all_cards
 from recbole_gacllm.llm.sft_trainer import batch_of_a_process, last_checkpoint
 
@@ -135,6 +137,102 @@ def test_what_one_process_began_two_go_on_with(model_dir, alone, tmp_path):
     assert_as_in_one_process(out_dir, replace(report, train_losses=losses), alone)
 
 
+def fail_at(monkeypatch, *steps):
+    """Memory runs out in these updates, counted from 1, once for each time they are given."""
+    left, trained = list(steps), sft.Trainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if left and self.state.global_step + 1 == left[0]:
+            left.pop(0)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return trained(self, *args, **kwargs)
+
+    monkeypatch.setattr(sft.Trainer, "training_step", training_step)
+    return left
+
+
+def test_out_of_memory_it_goes_on_with_half_at_once_from_the_last_checkpoint(
+    model_dir, alone, tmp_path, monkeypatch, caplog
+):
+    left = fail_at(monkeypatch, 4, 6)
+    batches = []
+    loss = sft.completion_loss
+
+    def counting(outputs, labels, *args, **kwargs):
+        if torch.is_grad_enabled():
+            batches.append(len(labels))
+        return loss(outputs, labels, *args, **kwargs)
+
+    monkeypatch.setattr("recbole_gacllm.llm.sft.completion_loss", counting)
+    steps = count_updates(monkeypatch)
+    report = finetune_on_all_cards(
+        model_dir, FEW, HELDOUT, tmp_path / "run", PLAIN, model_name="tiny"
+    )
+    assert not left
+    # Checkpoints are made every second update: the third and the fifth are made again.
+    assert steps == [1, 2, 3, 3, 4, 5, 5, 6, 7, 8, 8]  # the last is the summary
+    assert batches == [4] * 6 + [2] * 12 + [1] * 32
+    assert_as_in_one_process(tmp_path / "run", report, alone)
+    assert "goes on from its last checkpoint with 2 sequences at once and 4 steps" in caplog.text
+    assert "goes on from its last checkpoint with 1 sequences at once and 8 steps" in caplog.text
+
+
+def test_out_of_memory_before_any_checkpoint_it_starts_again(
+    model_dir, alone, tmp_path, monkeypatch
+):
+    fail_at(monkeypatch, 1)
+    report = finetune_on_all_cards(
+        model_dir, FEW, HELDOUT, tmp_path / "run", PLAIN, model_name="tiny"
+    )
+    assert_as_in_one_process(tmp_path / "run", report, alone)
+
+
+def test_memory_that_does_not_do_for_one_sequence_ends_with_what_to_change(
+    model_dir, tmp_path, monkeypatch, caplog
+):
+    fail_at(monkeypatch, 1, 1, 1, 1)
+    with pytest.raises(GaCLLMError, match=r"with 1 sequences .* take a smaller llm_model"):
+        finetune_on_all_cards(model_dir, FEW, HELDOUT, tmp_path / "run", PLAIN)
+    assert caplog.text.count("goes on from its last checkpoint") == 2
+
+
+OUT_OF_MEMORY = """
+import sys
+
+sys.path[:0] = [{root!r}]
+import torch
+from pathlib import Path
+from tests import test_sft_processes as here
+
+Trainer = here.sft.Trainer
+step = Trainer.training_step
+
+
+def fail_once(self, *args, **keys):
+    if self.args.process_index == 1 and self.args.per_device_train_batch_size == 4:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return step(self, *args, **keys)
+
+
+Trainer.training_step = fail_once  # in the spawned processes, too: they import this file
+
+if __name__ == "__main__":
+    here.finetune_on_all_cards(
+        Path({model!r}), here.FEW, here.HELDOUT, Path({out!r}), here.PLAIN,
+        model_name="tiny", n_processes=2
+    )
+"""
+
+
+def test_out_of_memory_in_one_of_two_processes_both_go_on_with_half(model_dir, alone, tmp_path):
+    root, script, out = Path(__file__).resolve().parent.parent, tmp_path / "a.py", tmp_path / "two"
+    script.write_text(OUT_OF_MEMORY.format(root=str(root), model=str(model_dir), out=str(out)))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "with 2 sequences at once and 2 steps an update" in done.stderr
+    assert_as_in_one_process(out, finished(out), alone)
+
+
 def test_an_error_in_the_processes_is_told_once_and_as_it_is(model_dir, tmp_path):
     with pytest.raises(ValueError, match=r"^sft_max_tokens=5: none of the 32 SFT pairs fits"):
         finetune_on_all_cards(
@@ -147,6 +245,10 @@ def test_an_update_has_the_same_sequences_on_any_number_of_processes():
     found = {n: batch_of_a_process(options, n) for n in (1, 2, 4, 8, 16)}
     assert found == {1: (8, 2), 2: (8, 1), 4: (4, 1), 8: (2, 1), 16: (1, 1)}
     assert batch_of_a_process(replace(OPTIONS, batch_size=4, accumulation_steps=3), 2) == (3, 2)
+    assert [batch_of_a_process(options, 2, at_once) for at_once in (8, 5, 2, 1)] == (
+        [(8, 1), (4, 2), (2, 4), (1, 8)]
+    )
+    assert batch_of_a_process(replace(OPTIONS, batch_size=6, accumulation_steps=1), 1, 4) == (3, 2)
     with pytest.raises(ValueError, match=r"16 sequences .* shared equally by 3 processes"):
         batch_of_a_process(options, 3)
 

@@ -124,6 +124,14 @@ def test_what_a_killed_writer_had_acknowledged_is_all_there(
     assert len(found) % 5 == 0, "a transaction is there as a whole or not at all"
 
 
+def test_what_is_acknowledged_survives_a_loss_of_power(path: Path) -> None:
+    """SQLite waits for the disk at each commit; no test here can pull the plug."""
+    for _ in ("made", "opened again"):
+        with DescriptionStore(path) as store:
+            assert store._db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
+            assert store._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
 COST = Cost(3, n_prompt_tokens=90, n_cached_tokens=30, n_output_tokens=21, seconds=1.5)
 
 

@@ -92,7 +92,7 @@ def test_the_seq_separator_of_recbole_is_honoured(tmp_path):
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ("", "nothing"),
+        ("", "is empty"),
         ("item_id:token\tname:token\n", "no rows"),
         ("id:token\tname:token\n1\tx\n", "no column 'item_id'"),
         ("item_id\tname\n1\tx\n", "name:type"),
@@ -198,10 +198,18 @@ def test_long_text_is_cut_at_a_word(tmp_path):
     assert cut_at_word("one two three", 8) == "one two…"
     assert cut_at_word("one two three", 7) == "one…"
     assert cut_at_word("unbroken", 4) == "unb…"
+    assert cut_at_word("名称 一部关于太空的电影。", 9) == "名称 一部关于太…"
     features = read(tmp_path, f"item_id:token\ttext:token\n1\t{'word ' * 20_000}\n")
     (text,) = render(features, max_chars=600)
     assert len(text) <= 600
     assert text.endswith("word…")
+
+
+@given(text=st.text("ab ,.字กิ", max_size=40), limit=st.integers(1, 42))
+def test_a_text_has_at_most_its_limit_and_one_that_has_stays(text, limit):
+    cut = cut_at_word(text, limit)
+    assert len(cut) <= limit
+    assert (cut == text) == (len(text) <= limit)
 
 
 @pytest.mark.parametrize(

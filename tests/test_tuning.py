@@ -136,6 +136,9 @@ def test_recboles_format_and_its_yaml_give_the_same_space(tmp_path):
         ("n_layers choise [1]", "'choise' is not one of choice, uniform"),
         ("n_layers uniform 1", r"uniform takes 2 numbers, not \[1\]"),
         ("n_layers choice [a", "is not a list of values"),
+        ("n_layers choice [open('made', 'w')]", "is not a list of values"),
+        ("n_layers choice " + "[" * 9999, "is not a list of values"),
+        ("n_layers uniform 'a','b'", "uniform takes 2 numbers, not .'a', 'b'."),
         ("# nothing", "names no parameter"),
     ],
 )
@@ -143,6 +146,24 @@ def test_a_bad_space_is_refused_with_its_line(tmp_path, text, message):
     file = tmp_path / "a.hyper"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
+        read_space(file)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["- choice", "choice: [1, 2]", "choice: {a: [1", "!!python/object/apply:os.getcwd []"],
+)
+def test_a_yaml_that_is_no_params_dict_is_refused(tmp_path, content):
+    file = tmp_path / "a.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match="is not the yaml of RecBole's params_dict"):
+        read_space(file)
+
+
+def test_a_space_in_another_encoding_is_refused(tmp_path):
+    file = tmp_path / "a.hyper"
+    file.write_bytes("name choice ['é']".encode("latin-1"))
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
         read_space(file)
 
 

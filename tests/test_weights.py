@@ -65,6 +65,12 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three seconds later: what was written is no longer too fresh to be remembered."""
+    now = time.time_ns
+    monkeypatch.setattr(weights.time, "time_ns", lambda: now() + 3 * 10**9)
+
+
 def write_model(folder: Path, **tensors: torch.Tensor) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -311,34 +317,58 @@ def test_a_large_file_is_hashed_once_until_it_changes(
 ) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"a" * (1 << 20))
-    os.utime(file, ns=(0, 10**18))
     reads: list[Path] = []
     real = embedded.sha256
     monkeypatch.setattr(embedded, "sha256", lambda path: reads.append(path) or real(path))
-    first = hash_file(file)
+    hash_file(file)
+    first = hash_file(file)  # written just now: too fresh to be remembered
     assert first == hashlib.sha256(b"a" * (1 << 20)).hexdigest()
-    assert hash_file(file) == first
-    assert len(reads) == 1
-    file.write_bytes(b"b" * (1 << 20))  # written just now: too fresh to be remembered
-    assert hash_file(file) != first
-    assert hash_file(file) == hashlib.sha256(b"b" * (1 << 20)).hexdigest()
+    assert len(reads) == 2
+    later(monkeypatch)
+    assert [hash_file(file) for _ in range(3)] == [first] * 3
     assert len(reads) == 3
+    file.write_bytes(b"b" * (1 << 20))
+    assert hash_file(file) == hashlib.sha256(b"b" * (1 << 20)).hexdigest()
 
 
-def test_a_damaged_memory_of_hashes_is_no_obstacle(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_change_that_keeps_size_and_time_is_seen(
+    in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later(monkeypatch)
+    file, other = tmp_path / "model.safetensors", tmp_path / "other"
+    for path, letter in ((file, b"a"), (other, b"b")):
+        path.write_bytes(letter * (1 << 20))
+        os.utime(path, ns=(0, 10**18))
+    first = hash_file(file)
+    if in_place:
+        file.write_bytes(other.read_bytes())
+        os.utime(file, ns=(0, 10**18))
+    else:
+        os.replace(other, file)
+    assert file.stat().st_mtime_ns == 10**18
+    assert hash_file(file) == hashlib.sha256(b"b" * (1 << 20)).hexdigest() != first
+
+
+def test_a_damaged_memory_of_hashes_is_no_obstacle(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later(monkeypatch)
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"a" * (1 << 20))
-    os.utime(file, ns=(0, 10**18))
     first = hash_file(file)
+    assert (cache / "hashes.json").is_file()
     (cache / "hashes.json").write_text('{"/model')
     assert hash_file(file) == first
 
 
-def test_hashing_works_without_a_cache_that_can_be_written(tmp_path: Path) -> None:
+def test_hashing_works_without_a_cache_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later(monkeypatch)
     (tmp_path / "cache").write_text("a file where a folder should be")
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"a" * (1 << 20))
-    os.utime(file, ns=(0, 10**18))
     assert hash_file(file) == hashlib.sha256(b"a" * (1 << 20)).hexdigest()
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from recbole_gacllm import artifacts
+from recbole_gacllm import artifacts, locate
 from recbole_gacllm.descriptions.layers import SIDES, Layer
-from recbole_gacllm.descriptions.reading import folder_of_run
+from recbole_gacllm.descriptions.reading import folders_of_run, read_job
+from recbole_gacllm.errors import GaCLLMError
 
 _CONFIG = {
     "additional_feat_suffix": ["useremb", "itememb"],
@@ -29,7 +29,7 @@ def find_embeddings(artifact_dir: Path, dataset: str | None, run: Path | None, l
         ValueError: If there is none.
     """
     if run is not None:
-        return folder_of_run(run, "embeddings", "text embeddings")
+        return folders_of_run(run, "embeddings", "text embeddings", artifact_dir)["embeddings"]
     manifests = list((artifact_dir / str(dataset)).glob("embeddings-*/manifest.json"))
     with_layer = [file for file in manifests if (file.parent / f"layer_{layer}.npy").is_file()]
     newest = max(with_layer, key=lambda file: file.stat().st_mtime, default=None)
@@ -58,16 +58,22 @@ def export_embeddings(folder: Path, layer: int, output: Path) -> list[Path]:
     Raises:
         ValueError: If there are no finished embeddings or no such layer.
     """
+    locate.require_no_links(folder)
     if artifacts.read_manifest(folder) is None:
         raise ValueError(f"{folder} holds no finished embeddings; run GaCLLM first.")
-    layer_files = json.loads((folder / "job.json").read_text("utf-8"))["layer_files"]
+    layer_files = read_job(folder, "layer_files")["layer_files"]
     if not 0 <= layer < len(layer_files):
         raise ValueError(f"layer: {layer} is not one of 0 to {len(layer_files) - 1}.")
-    inputs = Path(layer_files[0])
-    if not inputs.is_file():  # the artefacts were moved together
-        inputs = folder.parent / inputs.parent.name / inputs.name
-    tokens = Layer.read(inputs).tokens
-    vectors = np.load(folder / f"layer_{layer}.npy", mmap_mode="r")
+    inputs = locate.beside(folder, Path(layer_files[0]).parent)
+    locate.require_no_links(inputs)
+    tokens = Layer.read(inputs / "layer_0.parquet").tokens
+    try:
+        vectors = np.load(folder / f"layer_{layer}.npy", mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise GaCLLMError(
+            f"the embeddings of layer {layer} in {folder} are damaged: {error}. Start the run "
+            "again: they are made anew."
+        ) from error
     dataset = output.resolve().name
     output.mkdir(parents=True, exist_ok=True)
     files, offset = [], 0

@@ -201,6 +201,7 @@ def _work(folder: Path) -> None:
         record = done.record
     else:
         record = _run_distributed(model, job, keys, recorder)
+    _require_the_same_inputs(record["config"], job["key"])
     content = recorder.per_user(record["test"], record["config"]["metric_decimal_place"])
     artifacts.write_atomic(folder / PER_USER_FILE, content)
     artifacts.write_atomic(folder / DEGREES_FILE, recorder.by_degree())
@@ -213,6 +214,23 @@ def _work(folder: Path) -> None:
     }
     text = json.dumps(record, indent=2, ensure_ascii=False)
     artifacts.write_atomic(folder / RUN_FILE, text.encode())
+
+
+def _require_the_same_inputs(config: dict[str, Any], key: dict[str, Any]) -> None:
+    """Refuse a result whose inputs, or the code, changed after the leaderboard was started.
+
+    Raises:
+        GaCLLMError: Names what changed.
+    """
+    from recbole_gacllm.benchmark import identity
+
+    now = identity.of(config, identity.file_sha256)
+    changed = [part for part in ("data", "read", "code") if now.get(part) != key.get(part)]
+    if changed:
+        raise GaCLLMError(
+            f"what this run reads has changed since the command was started ({', '.join(changed)}: "
+            f"{[now.get(part) for part in changed]} now). Its result is not kept; start again."
+        )
 
 
 def _run_distributed(

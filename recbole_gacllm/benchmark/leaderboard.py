@@ -65,10 +65,17 @@ def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> Pat
         ``output``.
 
     Raises:
-        GaCLLMError: If the folder cannot be written.
+        ValueError: If the folder cannot be written.
+        GaCLLMError: If the disk is full.
     """
-    (output / "runs").mkdir(parents=True, exist_ok=True)
-    _write_plan(output, plan)
+    try:
+        (output / "runs").mkdir(parents=True, exist_ok=True)
+        _write_plan(output, plan)
+    except (OSError, GaCLLMError) as error:
+        raise ValueError(
+            f"--output: {str(output)!r} cannot be written ({error}). Give a folder that this user "
+            "may write, on a disk with room."
+        ) from error
     runs = [(job, output / "runs" / job.name) for job in plan.jobs]
     failed_before = {folder: read_if_there(folder / FAILED_FILE) for _, folder in runs}
     n_done = sum((folder / RUN_FILE).is_file() for _, folder in runs)

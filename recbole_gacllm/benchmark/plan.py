@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import importlib.metadata
 import itertools
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from recbole.evaluator.register import smaller_metrics
 from recbole.utils import ModelType
 
 from recbole_gacllm import artifacts
+from recbole_gacllm.benchmark import identity
+from recbole_gacllm.benchmark.rows import split_seeds, split_variant
 from recbole_gacllm.config import SPLIT_KEYS, GaCLLMConfig, shipped_path
 from recbole_gacllm.registration import MODEL, MODELS
 from recbole_gacllm.run_config import build_config
@@ -34,10 +37,6 @@ _NOT_DETERMINING = frozenset(
         *("log_wandb", "wandb_project", "llm_gpu_memory_utilization"),
     }
 )
-
-
-# What all rows of a table must share; the split is compared by its hash besides.
-_SHARED_KEYS = frozenset({"seed", "eval_args", "metrics", "topk", "valid_metric", *SPLIT_KEYS})
 
 
 @dataclass(frozen=True)
@@ -87,56 +86,6 @@ def baseline_files(model: str, dataset: str) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def split_models(text: str) -> list[str]:
-    """``BPR,GaCLLM:topk=[5,10]`` -> its rows; a comma within brackets does not separate."""
-    return re.split(r",(?![^\[({]*[\])}])", text)
-
-
-def split_seeds(row: str, n_seeds: int) -> tuple[str, int]:
-    """``NeuMF:seeds=5`` -> ``NeuMF`` and 5; a row without ``seeds`` has all of them.
-
-    Raises:
-        ValueError: If it is not one number from 1 to ``n_seeds``.
-    """
-    name, *parts = row.split(":")
-    given = [part for part in parts if part.startswith("seeds=")]
-    if len(given) > 1:
-        raise ValueError(f"models: {row!r} gives seeds twice; give it once.")
-    for part in given:
-        value = part.removeprefix("seeds=")
-        if not value.isdecimal() or not 1 <= int(value) <= n_seeds:
-            raise ValueError(
-                f"models: {part!r} of {row!r} must be a number from 1 to {n_seeds} (--seeds): the "
-                "first so many of all seeds."
-            )
-    label = ":".join([name, *(part for part in parts if part not in given)])
-    return label, int(given[-1].removeprefix("seeds=")) if given else n_seeds
-
-
-def split_variant(row: str) -> tuple[str, dict[str, str]]:
-    """``GaCLLM:use_text=False:n_layers=1`` -> ``GaCLLM`` and the variant's own keys.
-
-    Raises:
-        ValueError: If a part is not ``key=value``, a key stands there twice, or must be the same
-            for all rows.
-    """
-    model, *parts = row.split(":")
-    keys = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if not equals or not key.isidentifier():
-            raise ValueError(
-                f"models: {part!r} of {row!r} is not key=value. A variant is written "
-                "Model:key=value:key=value; a value that holds ':' goes into a config file."
-            )
-        if key in _SHARED_KEYS:
-            raise ValueError(f"models: {key} of {row!r} must be the same for all; give --{key}=….")
-        if key in keys:
-            raise ValueError(f"models: {row!r} gives {key} twice; give it once.")
-        keys[key] = value
-    return model, keys
-
-
 def make_plan(
     models: Sequence[str],
     datasets: Sequence[str],
@@ -181,8 +130,8 @@ def make_plan(
     jobs: list[Job] = []
     sources: dict[str, dict[str, Any]] = {}
     properties: dict[str, dict[str, Any]] = {}
+    sha256 = functools.cache(identity.file_sha256)  # each file once
     for dataset in datasets:
-        data: dict[str, str] | None = None
         rows: dict[str, str] = {}
         for row, n_own in seeds_of.items():
             model, own = split_variant(row)
@@ -195,17 +144,16 @@ def make_plan(
                 keys = {k: v for k, v in given.items() if k not in foreign} | own
                 config = build_config(model, dataset, paths, {**keys, "seed": first_seed})
             _check_order(model, config)
-            if data is None:
-                data = _data_digests(config)
+            if not Path(config["data_path"]).is_dir():
+                create_dataset(config)  # RecBole fetches it where it can
             # Enums and the like become their names.
             resolved = json.loads(json.dumps(config.final_config_dict, default=str))
             determines: dict[str, Any] = {
                 "model": model,
                 "dataset": dataset,
-                "config": {k: v for k, v in resolved.items() if k not in _NOT_DETERMINING},
-                "data": data,
+                "config": {k: v for k, v in resolved.items() if _determines(k, v)},
                 "recbole": importlib.metadata.version("recbole"),
-                "code": code_digest() if model in MODELS else None,
+                **identity.of(resolved, sha256),
             }
             if nproc > 1:  # the batches of DDP are others
                 determines["nproc"] = nproc
@@ -252,26 +200,28 @@ def make_plan(
     return Plan(tuple(jobs), summary)
 
 
-def code_digest() -> str:
-    """SHA-256 of this package's modules that can change a result."""
-    package = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        name = file.relative_to(package).as_posix()
-        if not name.startswith(("benchmark/", "report/", "cli", "tracking", "__main__")):
-            digest.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
-    return digest.hexdigest()
+def _determines(key: str, value: Any) -> bool:
+    """Whether a key of a configuration belongs to a run's identity."""
+    return key not in _NOT_DETERMINING and (
+        key not in identity.LATER_KEYS or identity.LATER_KEYS[key] != value
+    )
 
 
 def code_version() -> dict[str, Any]:
-    """Version, digest, and the commit where this is a git checkout."""
+    """Version, digests of the code that computes, and the commit where this is a git checkout."""
     try:
         installed = importlib.metadata.version("recbole_gacllm")
     except importlib.metadata.PackageNotFoundError:
         installed = None  # a checkout that is run as it is
-    version = {"version": installed, "digest": code_digest(), "commit": None}
+    concerns = identity.code_digests()
+    version = {
+        "version": installed,
+        "digest": artifacts.fingerprint(concerns),
+        "concerns": concerns,
+        "commit": None,
+    }
     root = Path(__file__).resolve().parent.parent.parent
-    if (root / ".git").exists():
+    if (root / ".git").exists() and shutil.which("git"):
         done = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
             capture_output=True,
@@ -297,17 +247,6 @@ def _check_order(model: str, config: Any) -> None:
             "random split (--protocol=general) has none. Set --protocol=sequential, where general "
             "and sequential models stand side by side, or leave it out."
         )
-
-
-def _data_digests(config: Any) -> dict[str, str]:
-    """SHA-256 of the data set's files; RecBole fetches them first where it can."""
-    folder = Path(config["data_path"])
-    if not folder.is_dir():
-        create_dataset(config)
-    files = [folder / f"{config['dataset']}.{suffix}" for suffix in ("inter", "user", "item")]
-    return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
-    }
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from recbole_gacllm.benchmark.job import PER_USER_FILE, RUN_FILE
 from recbole_gacllm.benchmark.leaderboard import FAILED_FILE, PLAN_FILE
 from recbole_gacllm.benchmark.significance import compare, marks, mean_interval
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.locate import inside
 
 DECIMALS = 4
 
@@ -80,7 +81,7 @@ class Board:
         plan = json.loads(file.read_text("utf-8"))
         runs, failures, n_missing = [], [], 0
         for name in plan["runs"]:
-            path = folder / "runs" / name
+            path = inside(folder / "runs", name)
             if (path / RUN_FILE).is_file():
                 record = json.loads((path / RUN_FILE).read_text("utf-8"))
                 runs.append(FinishedRun(name, path, record))

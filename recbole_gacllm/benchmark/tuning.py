@@ -10,7 +10,6 @@ parameters, finds the finished trials by what determines them, and goes on.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import difflib
 import io
@@ -31,6 +30,7 @@ from recbole.trainer import HyperTuning
 from tqdm import tqdm
 
 from recbole_gacllm import __version__, artifacts
+from recbole_gacllm.benchmark.identity import LATER_KEYS
 from recbole_gacllm.benchmark.job import RUN_FILE
 from recbole_gacllm.benchmark.leaderboard import (
     FAILED_FILE,
@@ -42,6 +42,7 @@ from recbole_gacllm.benchmark.leaderboard import (
 )
 from recbole_gacllm.benchmark.plan import FIRST_SEED, Job, make_plan
 from recbole_gacllm.benchmark.space import Space
+from recbole_gacllm.config import literal
 from recbole_gacllm.descriptions.csv_cells import csv_text
 from recbole_gacllm.errors import GaCLLMError
 
@@ -182,7 +183,7 @@ def tune(
 
 def _check_names(search: Search) -> None:
     """Refuse a parameter that the model does not read, which RecBole would ignore."""
-    known = search.job({}).key["config"]
+    known = search.job({}).key["config"] | LATER_KEYS
     for name in search.names():
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
@@ -261,6 +262,6 @@ def _write_best(search: Search, hyper: HyperTuning, algo: str) -> Path:
 def _literal(value: Any) -> Any:
     """``'[128,64]'``, as RecBole's spaces write a list, as the list."""
     if isinstance(value, str):
-        with contextlib.suppress(ValueError, SyntaxError):
-            return ast.literal_eval(value)
+        with contextlib.suppress(ValueError):
+            return literal(value)
     return value

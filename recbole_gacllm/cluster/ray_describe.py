@@ -21,6 +21,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 import urllib.error
@@ -33,7 +34,8 @@ _KEY_VARIABLE = "OPENAI_API_KEY"
 _TRIES = 8  # of a request, at any endpoint
 _LONGEST_PAUSE = 30.0  # seconds between two tries
 _SICK_SECONDS = 10.0  # how long an endpoint that failed is asked only if there is no other
-_TIMEOUT_SECONDS = 600.0
+_TIMEOUT_SECONDS = 600.0  # of a request, to the last byte of its answer
+_MAX_BYTES = 1 << 23  # of an answer
 # Another number than that of the tasks before, so that Ray does not fuse them into one, whose rows
 # it would hand on in one piece.
 _OWN_TASKS = {"num_cpus": 0.25}
@@ -67,8 +69,27 @@ def answered(lines: Iterable[bytes]) -> Iterator[str]:
             answer = json.loads(line)
             if answer["error"] is None and answer["response"]["status_code"] == 200:
                 yield answer["custom_id"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
+
+
+def api_key() -> str:
+    """The key of the endpoints, without the line end that a file may have given it.
+
+    Raises:
+        ValueError: If it cannot stand in a header. The message has no part of it.
+    """
+    key = os.environ.get(_KEY_VARIABLE, "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise ValueError(f"{_KEY_VARIABLE} holds no key: a key is one line of printable ASCII.")
+    return key
+
+
+def redact(text: str) -> str:
+    """A message without the key, and without user names and passwords in addresses."""
+    if key := os.environ.get(_KEY_VARIABLE, "").strip():
+        text = text.replace(key, "***")
+    return re.sub(r"(?<=://)[^\s/'\"<>]+(?=@)", "***", text)
 
 
 def answered_in(folder: Path) -> set[str]:
@@ -89,7 +110,7 @@ def parse_request(line: str) -> dict[str, str]:
 def answer_line(custom_id: str, body: Any = None, status: int = 200, error: str = "") -> str:
     """A line of an output file, as vLLM's ``run-batch`` and OpenAI's Batch API write it."""
     response = None if error and body is None else {"status_code": status, "body": body}
-    failure = {"message": error} if error else None
+    failure = {"message": redact(error)} if error else None
     return json.dumps({"custom_id": custom_id, "response": response, "error": failure})
 
 
@@ -151,7 +172,7 @@ class _Session:
     async def __aenter__(self) -> Self:
         import aiohttp
 
-        key = os.environ.get(_KEY_VARIABLE)
+        key = api_key()
         self._http = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=aiohttp.ClientTimeout(total=_TIMEOUT_SECONDS),
@@ -192,16 +213,34 @@ class _Session:
                 f"{url}/chat/completions",
                 data=body.encode(),
                 headers={"Content-Type": "application/json"},
+                allow_redirects=False,  # keys and texts are for the endpoints alone
             ) as response:
+                content = await _read(response.content, _MAX_BYTES)
                 if response.status != 200:
-                    said = (await response.text())[:300]
+                    said = redact(content.decode("utf-8", "replace"))[:300]
                     return response.status, None, f"status {response.status}: {said}"
-                answer = await response.json()
+                answer = json.loads(content)
                 return 200, answer, "" if answer.get("choices") else f"no choices: {answer}"[:300]
-        except (aiohttp.ClientError, TimeoutError, ValueError, AttributeError) as error:
-            return 0, None, f"{type(error).__name__}: {error}"[:300]
+        except (
+            *(aiohttp.ClientError, TimeoutError, ValueError, AttributeError, RecursionError),
+        ) as error:
+            return 0, None, redact(f"{type(error).__name__}: {error}")[:300]
         finally:
             self._endpoints.n_open[url] -= 1
+
+
+async def _read(content: Any, limit: int) -> bytes:
+    """All of an answer.
+
+    Raises:
+        ValueError: If it is longer than the limit.
+    """
+    body = b""
+    async for part in content.iter_any():
+        body += part
+        if len(body) > limit:
+            raise ValueError(f"an answer of more than {limit} bytes")
+    return body
 
 
 class _Answer:
@@ -304,7 +343,7 @@ def check_endpoints(urls: list[str]) -> None:
         except urllib.error.HTTPError:
             return
         except (OSError, ValueError) as error:
-            failures.append(f"{url}: {error}")
+            failures.append(redact(f"{url}: {error}"))
     raise ValueError(f"no endpoint answers: {'; '.join(failures)}")
 
 
@@ -320,6 +359,7 @@ def run(known: argparse.Namespace) -> tuple[int, int, int]:
     files = [str(file) for file in request_files(known.input)]
     known.output.mkdir(parents=True, exist_ok=True)
     if known.endpoint:
+        api_key()
         check_endpoints(known.endpoint)
     before = answered_in(known.output)
     ray.init(address=known.address, ignore_reinit_error=True)

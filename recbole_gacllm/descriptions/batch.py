@@ -19,6 +19,7 @@ from typing import Any
 
 from recbole_gacllm.artifacts import sync_folder
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -148,13 +149,13 @@ class Answers:
                     continue
                 self.n_lines += 1
                 try:
-                    name, body = _read_line(line)
+                    name, _, reason = _read_line(line)
                 except (ValueError, RecursionError):
                     n_damaged += 1
                     continue
-                if isinstance(body, str):
+                if reason:
                     if name not in self._place:
-                        self.errors[name] = body
+                        self.errors[name] = reason
                 elif name in self._place:
                     self.n_duplicates += 1
                 else:
@@ -174,14 +175,12 @@ class Answers:
     def __len__(self) -> int:
         return len(self._place)
 
-    def body(self, name: str) -> dict[str, Any]:
-        """The chat completion that answers a request."""
+    def body(self, name: str) -> Any:
+        """What answers a request: a chat completion, or whatever else stands in its place."""
         number, offset = self._place[name]
         with open(self.files[number], "rb") as file:
             file.seek(offset)
-            body = _read_line(file.readline())[1]
-        assert isinstance(body, dict)
-        return body
+            return _read_line(file.readline())[1]
 
 
 def key_of(name: str) -> str | None:
@@ -190,8 +189,8 @@ def key_of(name: str) -> str | None:
     return match[1] if match else None
 
 
-def _read_line(line: bytes) -> tuple[str, dict[str, Any] | str]:
-    """The id and the chat completion of a line; of a failed request, the reason.
+def _read_line(line: bytes) -> tuple[str, Any, str]:
+    """The id and the body of a line; of a failed request, the reason.
 
     Raises:
         ValueError: If the line is not an answer.
@@ -205,6 +204,7 @@ def _read_line(line: bytes) -> tuple[str, dict[str, Any] | str]:
     if not isinstance(response, dict):
         raise ValueError("the response is not an object")
     status, body = response.get("status_code"), response.get("body")
-    if not answer.get("error") and status == 200 and isinstance(body, dict):
-        return answer["custom_id"], body
-    return answer["custom_id"], str(answer.get("error") or f"status {status}: {body}")[:300]
+    if not answer.get("error") and status == 200:
+        return answer["custom_id"], body, ""
+    reason = redact(str(answer.get("error") or f"status {status}: {body}"))
+    return answer["custom_id"], None, reason[:300]

@@ -4,43 +4,59 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-CLEANING_VERSION = 5  # part of a description's address: raise it when a rule changes a result
+import regex  # type: ignore[import-untyped]
+
+from recbole_gacllm.descriptions.words import (
+    UNSPACED,
+    cut,
+    is_finished,
+    is_in_spaced_word,
+    length,
+    runs,
+    sentences,
+    words,
+)
+
+CLEANING_VERSION = 6  # part of a description's address: raise it when a rule changes a result
 Problem = Literal["empty", "truncated", "echo", "loop"]
 
 _MIN_WORDS = 3  # fewer say nothing about a node
 _MIN_REQUEST_WORDS = 4  # shorter sentences of a request could stand in any text
 _MIN_COPIED_WORDS = 8  # after a beginning; fewer may be a list of kinds, as a text has one
 _LOOP_WORDS, _LOOP_TIMES = 4, 3  # so many words in a row, so often: a text that goes in circles
-_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
+_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`", "「": "」", "『": "』"}
 
 # At the start of a line: headings, quotations, bullets, numbers of a list.
 _LINE_START = re.compile(r"^(?:#{1,6}\s+|>\s*|[-*+•–]\s+|\d{1,2}[.)]\s+)+")
-# Around words, never inside one: `M*A*S*H` and snake_case stay.
-_EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3}|`{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)")
+_EMPHASIS = re.compile(r"\*+|_+|`+")
 _MARKUP = re.compile(r"[<>{}\[\]|]")
 _BLANKS = re.compile(r"\s+([,.;:!?)])|(\()\s+")  # that markup leaves around punctuation
-_OPENER = r"(?:sure|certainly|of course|absolutely|okay|ok|yes|here|below|the following)\b"
-_LABEL = (
-    r"(?:[\w'-]+ ){0,2}"
-    r"(?:description|summary|answer|response|profile|overview|output|paragraph|preferences)"
-)
+_LABEL = r"(?:description|summary|answer|response|profile|overview|output|paragraph|preferences)"
+# "Sure, here is the description:", "Updated user profile:", "Summary of the film Heat:". Titles
+# begin like that, too ("Here Comes the Bride: a comedy", "Profile of a Killer: a thriller"): hence
+# a verb and a noun of these, and before and after a label known words only.
 _LEAD_IN = re.compile(
-    rf"(?:{_OPENER}(?:[!.,]\s)?[^:.!?]{{0,100}}|{_LABEL}(?: of [^:.!?]{{1,80}})?)\s?:(?:\s+|$)",
+    r"(?:(?:sure(?: thing)?|certainly|of course|absolutely|okay|ok|yes|so)\b[\s!.,–—-]+)*"
+    r"(?:(?:here (?:is|are)|here['’]s|below (?:is|are)|the following (?:is|are))\b[^:.!?]{0,100}?"
+    rf"\b(?:{_LABEL}|descriptions|text|version|list|sentences?|kinds?|types?|genres?)\b"
+    r"[^:.!?]{0,100}?"
+    rf"|(?P<before>(?:[\w'-]+ ){{0,2}}){_LABEL}(?: of (?P<of>[^:.!?]{{1,80}}))?)\s?:(?:\s+|$)",
     re.IGNORECASE,
 )
-# After . ! ? … and closing quotes, before a blank; not after an initial or a short title.
-_SENTENCE_END = re.compile(
-    r"(?:\.(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)(?<!\bvs\.)|[!?…])"
-    r"[\"'”’»)\]]*(?=\s|$)|[。！？]"
+_ARTICLES = frozenset(("the", "a", "an", "this", "that", "my", "your", "its"))
+_LABEL_WORDS = _ARTICLES.union(
+    words(
+        "updated new revised rewritten improved short brief concise final one two sentence user "
+        "item person people viewer reader customer movie film book product plot character general"
+    )
 )
-
-_LIST_COMMA = re.compile(r"[,;]\s+")
-_LIST_END = re.compile(r"[.!?…]+$")
+_LIST_COMMA = re.compile(r"([,;]\s+|\s?[、，；،؛]\s*)")
+_LIST_END = re.compile(r"[.!?…。！？؟۔।]+$")
 
 
 @dataclass(frozen=True)
@@ -51,11 +67,14 @@ class CleaningContext:
         prompt: All messages of the chat but the beginning of the answer.
         request: Its lines that are the prompt files' own, without any inserted text.
         beginning: What the answer was begun with; the completion goes on from there.
+        max_chars: Longer than any completion of the request's length; what is over it goes
+            unread. None is no limit.
     """
 
     prompt: str
     request: str
     beginning: str = ""
+    max_chars: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +95,8 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
 
     In this order:
 
-    0. The beginning that the prompt gave is put before it.
+    0. What is over the context's longest completion goes, as if the length limit had ended it. The
+       beginning that the prompt gave is put before it.
     1. Control, format, private and unassigned characters and U+FFFD go.
     2. Lines without a letter or digit go; so do marks of headings, quotations, bullets and lists
        at the start of a line, and emphasis and code marks around words. All lines become one,
@@ -97,22 +117,28 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
        request stands after the beginning: ``echo``.
     10. The same 4 words in a row stand in it three times or more: ``loop``.
 
+    What a word and a sentence are in scripts without blanks or full stops: :mod:`.words`. There a
+    character counts as a word in rule 5, as half of one in 9 and 10.
+
     Args:
         raw: The decoded completion.
         finish_reason: ``stop``, or ``length`` if the length limit ended it.
         context: What it answers.
     """
-    text = _strip_frame(_one_line(_with_beginning(raw, context.beginning)))
-    sentences = _without_repetition(_split_sentences(text))
-    text = " ".join(sentences)
+    if context.max_chars is not None and len(raw) > context.max_chars:
+        raw, finish_reason = raw[: context.max_chars], "length"
+    text = _strip_frame(_one_line(_with_beginning(raw, context.beginning)), context)
+    parts = _without_repetition(sentences(text))
+    text = "".join(parts).rstrip()
     if not _says_something(text, context):
         return Cleaned(text, "empty")
-    if finish_reason == "length" and not _is_finished(text):
-        finished = " ".join(sentences[:-1])
-        text = finished if len(_words(finished)) >= _MIN_WORDS else _cut_at_word(text)
-        if len(_words(text)) < _MIN_WORDS or not _says_something(text, context):
+    if finish_reason == "length" and not is_finished(text):
+        finished = "".join(parts[:-1]).rstrip()
+        is_whole = is_finished(finished) or _says_something(finished, context)  # or a phrase
+        text = finished if is_whole and len(words(finished)) >= _MIN_WORDS else cut(text)
+        if len(words(text)) < _MIN_WORDS or not _says_something(text, context):
             return Cleaned(text, "truncated")
-    text = " ".join(map(_without_repeated_elements, _split_sentences(text)))
+    text = "".join(map(_without_repeated_elements, sentences(text))).rstrip()
     text = _without_markup(text)
     if not _says_something(text, context):
         return Cleaned(text, "empty")
@@ -122,8 +148,10 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
 
 
 def _with_beginning(raw: str, beginning: str) -> str:
-    begins_anew = beginning and re.match(rf"\s*{re.escape(beginning)}(?!\w)", raw)
-    return raw if begins_anew else beginning + raw  # a server may begin anew
+    if not beginning:
+        return raw
+    begun_anew = rf"\s*{regex.escape(beginning)}(?:(?<={UNSPACED})|(?!\w))"  # a server may do so
+    return raw if regex.match(begun_anew, raw, regex.V1) else beginning + raw
 
 
 def _one_line(raw: str) -> str:
@@ -140,9 +168,28 @@ def _one_line(raw: str) -> str:
         if any(map(str.isalnum, line))
     )
     text = " ".join(" ".join(lines).split())
-    while (plain := _EMPHASIS.sub(r"\2", text)) != text:
-        text = plain
-    return text.strip("*`# ")
+    return _without_emphasis(text).strip("*`# ")
+
+
+def _without_emphasis(text: str) -> str:
+    """Drop marks around words, never those inside one: `M*A*S*H` and snake_case stay."""
+    opened: dict[str, deque[list[int]]] = defaultdict(deque)  # mark -> [place, how many] of each
+    dropped: set[int] = set()
+    for marks in _EMPHASIS.finditer(text):
+        place, stop = marks.span()
+        before, after, waiting = text[place - 1 : place], text[stop : stop + 1], opened[marks[0][0]]
+        while place < stop and waiting and before.strip() and not is_in_spaced_word(after):
+            opening = waiting[0]
+            n = min(stop - place, opening[1])
+            dropped.update(range(place, place + n), range(opening[0], opening[0] + n))
+            place, opening[0], opening[1] = place + n, opening[0] + n, opening[1] - n
+            if not opening[1]:
+                waiting.popleft()
+        if place < stop and after.strip() and not is_in_spaced_word(before):
+            waiting.append([place, stop - place])
+    if not dropped:
+        return text
+    return "".join(char for place, char in enumerate(text) if place not in dropped)
 
 
 def _without_markup(text: str) -> str:
@@ -156,11 +203,11 @@ def _without_markup(text: str) -> str:
     return " ".join('"'.join(parts).split())
 
 
-def _strip_frame(text: str) -> str:
+def _strip_frame(text: str, context: CleaningContext) -> str:
     """Drop lead-ins and surrounding quotes until there are none."""
     while True:
         inner = text
-        if lead_in := _LEAD_IN.match(inner):
+        if (lead_in := _LEAD_IN.match(inner)) and _is_lead_in(lead_in, context):
             inner = inner[lead_in.end() :]
         closing = _QUOTES.get(inner[:1])
         if closing and closing not in inner[1:-1] and inner[0] not in inner[1:-1]:
@@ -174,56 +221,55 @@ def _strip_frame(text: str) -> str:
         text = inner
 
 
-def _split_sentences(text: str) -> list[str]:
-    """Sentences in order, each with its end; the last may be unfinished."""
-    sentences, start = [], 0
-    for end in _SENTENCE_END.finditer(text):
-        sentences.append(text[start : end.end()].strip())
-        start = end.end()
-    return [*sentences, rest] if (rest := text[start:].strip()) else sentences
+def _is_lead_in(found: re.Match[str], context: CleaningContext) -> bool:
+    """Whether what stands around a label is of the request or usual there, not a title's."""
+    usual = _LABEL_WORDS | _request_words(context.request)
+    if not usual.issuperset(words(found["before"] or "")):
+        return False
+    of = [word for word in words(found["of"] or "") if word not in _ARTICLES]
+    return not of or of[0] in usual or _padded(found["of"]) in _padded(context.prompt)
 
 
-def _without_repetition(sentences: list[str]) -> list[str]:
+def _without_repetition(parts: list[str]) -> list[str]:
     first: dict[str, str] = {}
-    for sentence in sentences:
-        first.setdefault(" ".join(_words(sentence)) or sentence, sentence)
+    for sentence in parts:
+        first.setdefault(" ".join(words(sentence)) or sentence.strip(), sentence)
     return list(first.values())
 
 
 def _without_repeated_elements(sentence: str) -> str:
     """Each element of a list once; the first element is whatever stands before the first comma."""
-    head, *elements = _LIST_COMMA.split(sentence)
+    head, *rest = _LIST_COMMA.split(sentence.rstrip())
     kept, seen = [head], {""}
-    for element in elements:
-        words = _words(element)
-        name = " ".join(words[1:] if words[:1] in (["and"], ["or"]) else words)
-        cut = element.endswith("…") and any(other.startswith(name) for other in seen)
-        if cut or name in seen or _padded(head).endswith(f" {name} "):
+    before = _padded(head)
+    group = ""  # the semicolon before an element that goes, if the next one has a comma
+    for position in range(0, len(rest), 2):
+        comma, element = rest[position : position + 2]
+        found = words(element)
+        found = found[1:] if found[:1] in (["and"], ["or"]) else found
+        name = " ".join(found)
+        cut_off = element.endswith("…") and position == len(rest) - 2
+        if (
+            name in seen
+            or (length(found) >= 1 and before.endswith(f" {name} "))
+            or (cut_off and any(other.startswith(name) for other in seen))
+        ):
+            group = group or (comma if comma.strip() in ";；؛" else "")
             continue
         seen.add(name)
-        kept.append(element)
-    if len(kept) == 1 + len(elements):
+        kept += [group or comma, element]
+        group = ""
+    if len(kept) == 1 + len(rest):
         return sentence
-    end = _LIST_END.search(sentence)
-    return _LIST_END.sub("", ", ".join(kept)) + (end[0] if end else "")
-
-
-def _is_finished(text: str) -> bool:
-    return any(end.end() == len(text) for end in _SENTENCE_END.finditer(text))
-
-
-def _cut_at_word(text: str) -> str:
-    """Without the last word, which the limit may have cut in two."""
-    return f"{text.rpartition(' ')[0].rstrip(' ,;:-–(')}…"
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+    end = _LIST_END.search(sentence.rstrip())
+    blank = sentence[len(sentence.rstrip()) :]
+    return _LIST_END.sub("", "".join(kept)) + (end[0] if end else "") + blank
 
 
 def _is_echo(text: str, context: CleaningContext) -> bool:
-    new = f" {' '.join(_new_words(text, context))} "
-    copy = new if len(new.split()) >= _MIN_COPIED_WORDS else _padded(text)
+    added = _new_words(text, context)
+    new = f" {' '.join(added)} "
+    copy = new if length(added) >= _MIN_COPIED_WORDS else _padded(text)
     folded = context.prompt.casefold()
     # The first look rules most answers out in a tenth of the time.
     if all(word in folded for word in copy.split()) and copy in _padded(context.prompt):
@@ -233,8 +279,8 @@ def _is_echo(text: str, context: CleaningContext) -> bool:
 
 def _new_words(text: str, context: CleaningContext) -> list[str]:
     """The words that the model added to the beginning it was given."""
-    words, given = _words(text), _words(context.beginning)
-    return words[len(given) :] if words[: len(given)] == given else words
+    found, given = words(text), words(context.beginning)
+    return found[len(given) :] if found[: len(given)] == given else found
 
 
 def _says_something(text: str, context: CleaningContext) -> bool:
@@ -246,17 +292,21 @@ def _request_sentences(request: str) -> list[str]:
     return [
         _padded(sentence)
         for line in request.splitlines()
-        for sentence in _split_sentences(line)
-        if len(_words(sentence)) >= _MIN_REQUEST_WORDS
+        for sentence in sentences(line)
+        if length(words(sentence)) >= _MIN_REQUEST_WORDS
     ]
 
 
+@lru_cache(maxsize=64)
+def _request_words(request: str) -> frozenset[str]:
+    return frozenset(words(request))
+
+
 def _goes_in_circles(text: str) -> bool:
-    words = _words(text)
-    rows = Counter(zip(*(words[start:] for start in range(_LOOP_WORDS)), strict=False))
+    rows = Counter(runs(words(text), _LOOP_WORDS))
     return max(rows.values(), default=0) >= _LOOP_TIMES
 
 
 def _padded(text: str) -> str:
     """Words between blanks, so that a part of one is a sequence of whole words."""
-    return f" {' '.join(_words(text))} "
+    return f" {' '.join(words(text))} "

@@ -313,7 +313,7 @@ class Convolution:
 
 
 def record_of(completion: Completion, context: CleaningContext, attempt: int) -> Record:
-    """A completion cleaned and judged.
+    """A completion cleaned and judged; one that is no answer has failed as ``malformed``.
 
     Args:
         completion: The answer; its id is the address of the description.
@@ -321,11 +321,12 @@ def record_of(completion: Completion, context: CleaningContext, attempt: int) ->
         attempt: 1, or 2 for a retry.
     """
     cleaned = clean(completion.text, completion.finish_reason, context)
+    problem = "malformed" if completion.problem else cleaned.problem
     return Record(
         key=completion.id,
         text=cleaned.text,
-        status="failed" if cleaned.problem else "ok",
-        reason=cleaned.problem or "",
+        status="failed" if problem else "ok",
+        reason=problem or "",
         finish_reason=completion.finish_reason,
         n_prompt_tokens=completion.n_prompt_tokens,
         n_cached_tokens=completion.n_cached_tokens,

@@ -7,6 +7,7 @@ descriptions that it counts, so a kill at any moment leaves counts of exactly wh
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -62,6 +63,22 @@ def read(db: sqlite3.Connection, stage: str, number: int) -> Cost:
     query = f"SELECT {names} FROM costs WHERE stage = ? AND layer = ?"
     row = db.execute(query, (stage, number)).fetchone()
     return Cost(*row) if row else Cost()
+
+
+def read_only(store: Path, stage: str, numbers: range) -> list[Cost]:
+    """The costs of layers from a store's file, which is neither made, repaired nor written.
+
+    A store that cannot be read, or of an earlier release, has none.
+    """
+    # The index of the log (-shm) is there while a run goes on, and after a kill: with it the last
+    # writes are seen. Without it SQLite would make one.
+    mode = "readonly_shm=1" if Path(f"{store}-shm").exists() else "immutable=1"
+    try:
+        uri = f"{store.resolve().as_uri()}?mode=ro&{mode}"
+        with closing(sqlite3.connect(uri, uri=True)) as db:
+            return [read(db, stage, number) for number in numbers]
+    except (sqlite3.Error, TypeError):  # of SQLite, or a row of other types
+        return [Cost()] * len(numbers)
 
 
 def write(db: sqlite3.Connection, row: LayerCost) -> None:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from recbole_gacllm.artifacts import fingerprint, sync_folder, write_atomic
 from recbole_gacllm.errors import GaCLLMError, WeightsError
+from recbole_gacllm.llm.hardware import resolve_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,9 @@ class TextEncoder:
 
     Args:
         model_dir: A sentence-transformers folder, or a plain Hugging Face folder of an encoder.
-        dtype: ``bfloat16``, ``float32``, or ``auto``: bfloat16 where the hardware computes in it.
-            Only the transformer runs in it; pooling and normalisation are in float32.
+        dtype: ``bfloat16``, ``float16``, ``float32``, or ``auto``; see
+            :func:`~recbole_gacllm.llm.hardware.resolve_dtype`. Only the transformer runs in it;
+            pooling and normalisation are in float32.
         batch_size: Texts a batch.
         device: ``cpu``, ``cuda`` (or ``cuda:1`` …), or ``auto``: a GPU if there is one.
         prompt: Name of one of the folder's prompts, or a text, that goes before each text; None is
@@ -71,7 +73,7 @@ class TextEncoder:
         dim: Width of an embedding.
 
     Raises:
-        ValueError: If ``model_dir`` is no folder, or ``dtype`` is none of the three.
+        ValueError: If ``model_dir`` is no folder, or ``dtype`` is none of the four.
         WeightsError: If the folder holds no encoder that can be loaded from safetensors.
     """
 
@@ -89,7 +91,7 @@ class TextEncoder:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model_dir, self.batch_size = model_dir, batch_size
-        self.dtype = _resolve_dtype(dtype, device)
+        self.dtype: torch.dtype = getattr(torch, resolve_dtype(dtype, "encoder_dtype", device))
         try:
             self._model = SentenceTransformer(
                 str(model_dir),
@@ -322,22 +324,6 @@ def _to_float32(_module: object, _inputs: object, features: dict[str, Any]) -> d
         name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in features.items()
     }
-
-
-def _resolve_dtype(dtype: str, device: str) -> torch.dtype:
-    if dtype == "auto":
-        dtype = "bfloat16" if _computes_in_bfloat16(device) else "float32"
-    if dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"encoder_dtype: {dtype!r}; allowed are auto, bfloat16 and float32")
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
-
-
-def _computes_in_bfloat16(device: str) -> bool:
-    if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []  # only on Linux
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _refuse_pickles(model_dir: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+from recbole_gacllm.errors import GaCLLMError
 
 Side = Literal["user", "item"]
 Rule = Literal["random", "recent", "rare_first"]
@@ -141,9 +144,18 @@ class TrainGraph:
 
     @classmethod
     def load(cls, path: Path) -> TrainGraph:
-        """Read what :meth:`save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(**{name: arrays[name] for name in arrays.files})
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            GaCLLMError: If the file is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(**{name: arrays[name] for name in arrays.files})
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise GaCLLMError(
+                f"{path} is damaged: {error}. Delete it and start again: it is made anew."
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -76,17 +76,25 @@ class PromptTemplates:
         return cls(texts)
 
     def version(self, n_layers: int = 1) -> str:
-        """Hash of the wordings that fine-tuning and this many layers use: other words, other hash.
+        """Hash of the wordings that a description of this many layers may go back to.
+
+        Those of fine-tuning are among them: stored descriptions are addressed so.
 
         Args:
             n_layers: Layers of the description convolution.
         """
-        used = {
-            name: text
-            for name, text in self.texts.items()
-            if n_layers > 1 or not name.endswith("_deeper")
-        }
-        whole = "\0".join(f"{name}\0{text}" for name, text in sorted(used.items()))
+        return self._hash(
+            name for name in self.texts if n_layers > 1 or not name.endswith("_deeper")
+        )
+
+    def sft_version(self) -> str:
+        """Hash of the wordings that fine-tuning uses: other words, other hash."""
+        return self._hash(
+            name for name in self.texts if name == "system" or name.startswith("sft_")
+        )
+
+    def _hash(self, names: Iterable[str]) -> str:
+        whole = "\0".join(f"{name}\0{self.texts[name]}" for name in sorted(names))
         return hashlib.sha256(whole.encode("utf-8")).hexdigest()
 
     def messages(

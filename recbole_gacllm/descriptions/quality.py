@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import py3langid
 
 from recbole_gacllm.descriptions.layers import SIDES, Side
 from recbole_gacllm.descriptions.reading import RunDescriptions
+from recbole_gacllm.descriptions.words import words as _words
 
 # Shorter names ("Go", "M") stand in any text.
 _MIN_NAME_CHARS = 4
@@ -177,10 +177,6 @@ def _side_quality(
             for node in drawn
         ],
     )
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
 
 
 def _without_opening(texts: Sequence[Sequence[str]]) -> list[str]:

@@ -1,4 +1,7 @@
-"""Reading the descriptions of a finished run: one node's page, or all of them as a table."""
+"""Reading the descriptions of a finished run: one node's page, or all of them as a table.
+
+Nothing is written here: the folders may be somebody else's, or of a run that goes on.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,16 @@ import json
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from recbole_gacllm import artifacts
+from recbole_gacllm import artifacts, locate
+from recbole_gacllm.descriptions import costs
 from recbole_gacllm.descriptions.costs import Cost, stage_name
 from recbole_gacllm.descriptions.layers import SIDES, Layer, Side, layer_files
+from recbole_gacllm.descriptions.names import names_file_of, read_names
 from recbole_gacllm.descriptions.neighbors import NeighborLists, TrainGraph, select_neighbors
-from recbole_gacllm.descriptions.store import DescriptionStore
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class RunDescriptions:
     Args:
         folder: A ``descriptions-…`` folder with a manifest.
         unfinished: Take one without, too, as far as it is.
+        names_file: The run's own names of items; None takes those that were written last.
 
     Attributes:
         layers: Those that are finished, the raw one first.
@@ -66,9 +72,18 @@ class RunDescriptions:
 
     Raises:
         ValueError: If there are none there.
+        GaCLLMError: If the folder is damaged or holds symbolic links.
     """
 
-    def __init__(self, folder: Path, unfinished: bool = False) -> None:
+    def __init__(
+        self, folder: Path, unfinished: bool = False, names_file: Path | None = None
+    ) -> None:
+        if not folder.is_dir():
+            raise ValueError(
+                f"there is no {folder}: the artefacts were moved or deleted. Give --artifact_dir, "
+                "where they lie now, or start the run again."
+            )
+        locate.require_no_links(folder)
         manifest = artifacts.read_manifest(folder)
         if manifest is None and unfinished and folder.name.startswith("descriptions-"):
             started = (folder / artifacts.JOB_FILE).is_file()
@@ -89,19 +104,18 @@ class RunDescriptions:
             )
         self.folder = folder
         self.manifest = manifest
-        self._job = json.loads((folder / "job.json").read_text())
-        self._inputs = Path(self._job["inputs"])
-        if not self._inputs.is_dir():  # the artefacts were moved together
-            self._inputs = folder.parent / self._inputs.name
+        self._job = read_job(folder, "inputs", "options", "seed")
+        if not {"neighbor_rule", "n_neighbors"} <= set(self._job["options"]):
+            raise ValueError(f"{folder / artifacts.JOB_FILE} is not what a run wrote: no options.")
+        self._inputs = locate.beside(folder, self._job["inputs"])
+        locate.require_no_links(self._inputs)
         files = layer_files(folder)
         if unfinished:  # a layer below may have been lost and is made again
             wanted = [folder / f"layer_{number}.parquet" for number in range(1, len(files) + 1)]
             files = list(takewhile(Path.is_file, wanted))
         self.layers = [Layer.read(file) for file in (self._inputs / "layer_0.parquet", *files)]
         self.unfinished = self._progress() if unfinished else None
-        self.names: dict[str, str] = json.loads(
-            (self._inputs / "item_names.json").read_text("utf-8")
-        )
+        self.names = read_names(self._inputs, names_file)
 
     @classmethod
     def newest(cls, artifact_dir: Path, dataset: str) -> RunDescriptions:
@@ -120,34 +134,32 @@ class RunDescriptions:
         return cls(newest.parent)
 
     @classmethod
-    def of_run(cls, run: Path, unfinished: bool = False) -> RunDescriptions:
+    def of_run(
+        cls, run: Path, unfinished: bool = False, artifact_dir: Path | None = None
+    ) -> RunDescriptions:
         """The descriptions of a run.
 
         Args:
             run: Its ``run.json``, the folder of it, or a ``descriptions-…`` folder.
             unfinished: Take a folder whose stage has not finished, too.
+            artifact_dir: Where to look for artefacts that were moved away from the run.
 
         Raises:
             ValueError: If there is no such file, or the run had none.
         """
         if any((run / name).is_file() for name in (artifacts.MANIFEST_FILE, artifacts.JOB_FILE)):
             return cls(run, unfinished)
-        return cls(folder_of_run(run, "descriptions", "generated descriptions"), unfinished)
+        folders = folders_of_run(run, "descriptions", "generated descriptions", artifact_dir)
+        return cls(folders["descriptions"], unfinished, names_file_of(folders))
 
     def _progress(self) -> Unfinished:
         """How far the stage is; fills the manifest with what finished layers have cost."""
-        store = Path(self._job["store"])
-        if not store.is_file():  # the artefacts were moved together
-            store = self.folder.parent.parent / store.name
-        number, name = len(self.layers), stage_name(self.folder)
-        costs = [Cost()] * number
-        if store.is_file():
-            with DescriptionStore(store) as opened:
-                costs = [opened.cost_of(name, layer) for layer in range(1, number + 1)]
+        number, store = len(self.layers), locate.store_of(self.folder)
+        spent = costs.read_only(store, stage_name(self.folder), range(1, number + 1))
         # Nothing was counted where an earlier release made the layer.
-        self.manifest["layers"] = [asdict(c) if c != Cost() else {} for c in costs[:-1]]
+        self.manifest["layers"] = [asdict(c) if c != Cost() else {} for c in spent[:-1]]
         n_nodes = sum(map(len, self.layers[0].tokens.values()))
-        return Unfinished(number, self._job["options"]["llm_n_layers"], n_nodes, costs[-1])
+        return Unfinished(number, self._job["options"]["llm_n_layers"], n_nodes, spent[-1])
 
     def page(self, side: Side, token: str) -> NodePage:
         """Everything about one node.
@@ -209,13 +221,32 @@ class RunDescriptions:
         )
 
 
-def folder_of_run(run: Path, stage: str, what: str) -> Path:
-    """The artefact folder of a stage that a run recorded.
+def read_job(folder: Path, *names: str) -> dict[str, Any]:
+    """What a stage was told to do, with the entries that the caller needs.
+
+    Raises:
+        ValueError: If the file is not what a run wrote.
+    """
+    file = folder / artifacts.JOB_FILE
+    try:
+        job = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {error}.") from error
+    if not isinstance(job, dict) or not set(names) <= set(job):
+        raise ValueError(f"{file} is not what a run wrote: it must have {', '.join(names)}.")
+    return job
+
+
+def folders_of_run(
+    run: Path, stage: str, what: str, artifact_dir: Path | None = None
+) -> dict[str, Path]:
+    """The artefacts that a run recorded, where they lie now.
 
     Args:
         run: A ``run.json``, or its folder.
-        stage: Name of the stage in ``run.json``.
-        what: What the stage makes, for the message.
+        stage: Name of a stage in ``run.json`` that must be among them.
+        what: What that stage makes, for the message.
+        artifact_dir: Where to look for artefacts that were moved away from the run.
 
     Raises:
         ValueError: If there is no such file, it is no run's, or the run had no such stage.
@@ -224,11 +255,14 @@ def folder_of_run(run: Path, stage: str, what: str) -> Path:
     if not file.is_file():
         raise ValueError(f"{file} is not a file; a run's last line of output names it.")
     try:
-        folder = json.loads(file.read_bytes()).get("artifacts", {}).get(stage)
-    except (ValueError, AttributeError):
+        record = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
         raise ValueError(
             f"{file} is not what a run wrote; a run's last line of output names its run.json."
-        ) from None
-    if folder is None:
+        )
+    folders = locate.artifacts_of(record, file.parent, artifact_dir)
+    if stage not in folders:
         raise ValueError(f"the run of {file} had no {what}.")
-    return Path(folder)
+    return folders

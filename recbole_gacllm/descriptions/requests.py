@@ -24,6 +24,10 @@ from recbole_gacllm.descriptions.prompts import PromptRenderer, PromptTemplates
 from recbole_gacllm.llm.generator import Message, Request, Sampling
 
 RETRY_TEMPERATURE = 0.7
+# A completion is read up to so many characters a token: prose has about four, its longest words
+# about twenty. A server that keeps no limit could send any amount.
+_CHARS_A_TOKEN = 32
+_DRAWS = 5  # part of a draw's seed: what it was when texts were first drawn, so that they stay
 CHUNK = 512  # nodes rendered and looked up in the store at once
 
 Messages = tuple[Message, ...]
@@ -117,6 +121,8 @@ class RequestMaker:
             "cleaning": CLEANING_VERSION,
             "sampling": sampling,
         }
+        # How an answer is cleaned does not change how it is drawn.
+        self._draw_of_all = {**self._key_of_all, "cleaning": _DRAWS}
 
     def prompts(
         self, below: Layer, nothing_known: dict[Side, str], number: int
@@ -168,19 +174,22 @@ class RequestMaker:
 
     def request(self, messages: Messages) -> Request:
         """The first attempt, drawn with a seed of the prompt's own: order does not matter."""
-        key = self.key(messages)
-        return Request(
-            key, messages, dataclasses.replace(self.options.sampling, seed=int(key[:8], 16))
-        )
+        sampling = dataclasses.replace(self.options.sampling, seed=self._seeds(messages)[0])
+        return Request(self.key(messages), messages, sampling)
 
     def retry_of(self, request: Request) -> Request:
         """The second attempt at a request."""
         sampling = dataclasses.replace(
             self.options.sampling,
             temperature=max(RETRY_TEMPERATURE, self.options.sampling.temperature),
-            seed=int(request.id[8:16], 16),
+            seed=self._seeds(request.messages)[1],
         )
         return dataclasses.replace(request, sampling=sampling)
+
+    def _seeds(self, messages: Messages) -> tuple[int, int]:
+        """Of the first and the second attempt at a prompt."""
+        digest = artifacts.fingerprint({**self._draw_of_all, "messages": messages})
+        return int(digest[:8], 16), int(digest[8:16], 16)
 
     def context_of(self, request: Request) -> CleaningContext:
         """What an answer to a request is held against: the prompt, and its words of request."""
@@ -189,7 +198,8 @@ class RequestMaker:
         prompt = "\n".join(message["content"] for message in asked)
         own = [line for line in prompt.split("\n") if line.strip() in self._own_lines]
         beginning = request.messages[-1]["content"] if begun else ""
-        return CleaningContext(prompt, "\n".join(own), beginning)
+        max_chars = _CHARS_A_TOKEN * request.sampling.max_new_tokens
+        return CleaningContext(prompt, "\n".join(own), beginning, max_chars)
 
 
 class _Pieces:

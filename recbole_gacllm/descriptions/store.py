@@ -60,7 +60,8 @@ class Record:
         key: 64 hexadecimal digits, the hash of everything that made the text.
         text: The cleaned description; of a failed one, what the last attempt gave, for inspection.
         status: ``ok``, or ``failed`` where no attempt gave a description.
-        reason: Why it failed (``empty``, ``truncated``, ``echo``); empty if it did not.
+        reason: Why it failed (``empty``, ``truncated``, ``echo``, ``loop``, or ``malformed`` where
+            an answer was none); empty if it did not.
         finish_reason: The engine's, of the last attempt: ``stop`` or ``length``.
         n_prompt_tokens: Of the attempt that counts.
         n_cached_tokens: Of those, from the engine's prefix cache.

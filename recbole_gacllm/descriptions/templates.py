@@ -6,10 +6,9 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-Value = str | tuple[str, ...]
-Render = Callable[[Mapping[str, Value]], str | None]
+from recbole_gacllm.descriptions.values import PROSE, Value
 
-_PROSE = ("title", "name", "description", "text", "review")
+Render = Callable[[Mapping[str, Value]], str | None]
 
 _PIECE = re.compile(r"(?P<escape>\{\{|\}\}|\[\[|\]\])|\{(?P<field>[^{}\[\]]*)\}|(?P<sign>[\[\]{}])")
 _ARTICLE = re.compile(
@@ -38,10 +37,10 @@ _FILTERS: dict[str, Callable[[Value], str]] = {"": _join, "list": _enumerate, "t
 
 
 def default_sentence(fields: Sequence[str]) -> Render:
-    """A sentence of all fields in file order; it renders None where no field has a value."""
+    """A sentence of all fields in this order; it renders None where no field has a value."""
 
     def join(field: str, value: Value) -> str:
-        prose = isinstance(value, str) or any(word in field.lower() for word in _PROSE)
+        prose = isinstance(value, str) or any(word in field.lower() for word in PROSE)
         return _join(value) if prose else ", ".join(value)
 
     def render(values: Mapping[str, Value]) -> str | None:

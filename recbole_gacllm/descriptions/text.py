@@ -8,138 +8,82 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from recbole_gacllm.atomic import MISSING, read_atomic
 from recbole_gacllm.descriptions.neutralize import neutralize
-from recbole_gacllm.descriptions.templates import Value, compile_template, default_sentence
+from recbole_gacllm.descriptions.templates import compile_template, default_sentence
+from recbole_gacllm.descriptions.values import Value, column_values, in_order, says_nothing
+from recbole_gacllm.descriptions.words import whole_words
 
 logger = logging.getLogger(__name__)
 
-_TYPES = ("token", "token_seq", "float", "float_seq")
-# What pandas, and so RecBole, reads as missing; a blank cell is missing too.
-_MISSING = frozenset(
-    {"nan", "NaN", "NAN", "-nan", "NA", "N/A", "n/a", "<NA>", "null", "NULL", "None"}
-)
+_MISSING = MISSING | {"NAN"}
 
 
 def read_features(
     path: Path,
     id_field: str,
     field_separator: str = "\t",
-    encoding: str = "utf-8",
+    encoding: str | None = None,
     seq_separator: str = " ",
+    ids: Collection[str] | None = None,
 ) -> pd.DataFrame:
-    """Read an atomic feature file (``.user`` or ``.item``).
+    """Read an atomic feature file (``.user`` or ``.item``) with :func:`.atomic.read_atomic`.
 
-    One line is one row: a quote never swallows the next line, but a pair around a value is
-    stripped, as in RecBole. Of rows with the same id the first counts, as in RecBole. Fields of
-    type ``float_seq`` are vectors, not text, and are not read. A cell of a ``float`` field that is
-    no number stays the text it is.
+    Of rows with the same id the first counts, as in RecBole. Fields of type ``float_seq`` are
+    vectors, not text, and are not read. A cell of a ``float`` field that is no number stays the
+    text it is.
 
     Args:
         path: The file; its header holds ``name:type`` for each column.
         id_field: Name of the id column (RecBole's ``USER_ID_FIELD`` or ``ITEM_ID_FIELD``).
         field_separator: RecBole's key of the same name.
-        encoding: RecBole's key of the same name; a byte order mark is skipped in UTF-8.
+        encoding: RecBole's key of the same name.
         seq_separator: RecBole's key of the same name.
+        ids: Ids that occur in the interactions.
 
     Returns:
         Index: the raw token, as RecBole keeps it. Columns: the fields in file order. Cells: a
         ``str``, for ``token_seq`` a tuple of ``str``, or None where missing.
 
     Raises:
-        ValueError: If the file is empty, not in ``encoding``, not an atomic file, has no
-            ``id_field``, or a row longer than its header.
+        ValueError: If the file cannot be read, is empty or has no ``id_field``.
     """
-    if encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
-        encoding = "utf-8-sig"
-    try:
-        with path.open(encoding=encoding, newline="\n") as file:
-            lines = [line.rstrip("\r\n") for line in file]
-    except UnicodeDecodeError as error:
+    file = read_atomic(path, field_separator, encoding, id_field, ids)
+    if id_field not in file.names:
         raise ValueError(
-            f"{path} is not {encoding} text ({error.reason} at byte {error.start}); "
-            "set RecBole's key `encoding` to the file's encoding"
-        ) from error
-    rows = [(number, line) for number, line in enumerate(lines[1:], start=2) if line.strip()]
-    if not rows:
-        found = "a header and no rows" if lines and lines[0].strip() else "nothing"
-        raise ValueError(f"{path} is empty: it holds {found}; fill it, or remove it to go without")
-
-    names, types = _read_header(path, lines[0], id_field, field_separator)
-    id_at = names.index(id_field)
-    kept = [at for at, kind in enumerate(types) if at != id_at and kind != "float_seq"]
-    index: list[str] = []
-    columns: list[list[Value | None]] = [[] for _ in kept]
-    seen: set[str] = set()
-    for number, line in rows:
-        cells = line.split(field_separator)
-        if len(cells) > len(names) and any(cells[len(names) :]):
-            raise ValueError(
-                f"{path}, line {number}: {len(cells)} cells for {len(names)} columns; a value must "
-                f"not contain the field separator {field_separator!r}"
-            )
-        cells += [""] * (len(names) - len(cells))
-        token = _unquote(cells[id_at])
-        if not token or token in _MISSING or token in seen:
-            continue
-        seen.add(token)
-        index.append(token)
-        for column, at in zip(columns, kept, strict=True):
-            column.append(_read_cell(cells[at], types[at], seq_separator))
-    frame = pd.DataFrame(
-        {
-            names[at]: pd.Series(column, dtype=object)
-            for at, column in zip(kept, columns, strict=True)
-        }
-    )
-    frame.index = pd.Index(index, dtype=object, name=id_field)
+            f"{path} has no column {id_field!r}, it has {', '.join(file.names)}; "
+            "rename the column or set RecBole's USER_ID_FIELD / ITEM_ID_FIELD"
+        )
+    if file.cells.empty:
+        raise ValueError(
+            f"{path} is empty: it holds a header and no rows; fill it, or remove it to go without"
+        )
+    cells = file.cells[file.cells[id_field].notna()].drop_duplicates(id_field)
+    columns = {
+        name: pd.Series(_column(name, kind, cells[name], seq_separator), dtype=object)
+        for name, kind in zip(file.names, file.types, strict=True)
+        if name != id_field and kind != "float_seq"
+    }
+    frame = pd.DataFrame(columns)
+    frame.index = pd.Index(cells[id_field], dtype=object, name=id_field)
     return frame
 
 
-def _read_header(
-    path: Path, line: str, id_field: str, field_separator: str
-) -> tuple[list[str], list[str]]:
-    names: list[str] = []
-    types: list[str] = []
-    for column in line.split(field_separator):
-        name, _, kind = _unquote(column).partition(":")
-        if not name or kind not in _TYPES:
-            raise ValueError(
-                f"{path}: column {column!r} of the header is not name:type with a type of "
-                f"{', '.join(_TYPES)}; check the header and RecBole's key `field_separator` "
-                f"(now {field_separator!r})"
-            )
-        if name in names:
-            raise ValueError(f"{path}: two columns are called {name!r}; rename one in the header")
-        names.append(name)
-        types.append(kind)
-    if id_field not in names:
-        raise ValueError(
-            f"{path} has no column {id_field!r}, it has {', '.join(names)}; "
-            "rename the column or set RecBole's USER_ID_FIELD / ITEM_ID_FIELD"
-        )
-    return names, types
-
-
-def _unquote(cell: str) -> str:
-    if len(cell) >= 2 and cell[0] == cell[-1] == '"':
-        return cell[1:-1].replace('""', '"')
-    return cell
-
-
-def _read_cell(cell: str, kind: str, seq_separator: str) -> Value | None:
-    cell = _unquote(cell)
-    if not cell.strip() or cell.strip() in _MISSING:
-        return None
-    if kind == "token_seq":
-        return tuple(filter(None, cell.split(seq_separator))) or None
+def _column(
+    name: str, kind: str, cells: Iterable[object], seq_separator: str
+) -> list[Value | None]:
+    texts = [
+        cell if isinstance(cell, str) and cell.strip() and cell.strip() not in _MISSING else None
+        for cell in cells
+    ]
     if kind == "float":
-        return _read_number(cell)
-    return cell
+        return [None if text is None else _read_number(text) for text in texts]
+    return column_values(name, kind, texts, seq_separator)
 
 
 def _read_number(cell: str) -> str | None:
@@ -194,9 +138,9 @@ def render_descriptions(
     in it is missing; outside brackets a missing field reads "unknown". A sequence is joined by
     blanks (words of a title); ``{field|list}`` joins it as "a, b and c"; ``{field|title}`` joins it
     by blanks and turns "Net, The" into "The Net". ``{{ }} [[ ]]`` stand for single braces and
-    brackets; brackets do not nest. Without a template all fields are listed in file order, "release
-    year: 1995; …", sequences with commas unless the field's name says that it is prose (title,
-    name, description, …).
+    brackets; brackets do not nest. Without a template all fields are listed, "title: Toy Story;
+    release year: 1995; …": the name first, long prose last; fields that say nothing to a language
+    model (ids, codes, addresses, raw times) are left out and named in the log.
 
     Args:
         tokens: Raw tokens of the nodes to describe.
@@ -218,7 +162,10 @@ def render_descriptions(
     """
     special = frozenset(special_tokens)
     fields = [] if features is None else [str(name) for name in features.columns]
-    render = default_sentence(fields) if template is None else compile_template(template, fields)
+    if template is not None:
+        render = compile_template(template, fields)
+    else:
+        render = default_sentence([] if features is None else _fields_to_tell(features, noun))
     table: dict[str, list[Value | None]] = {}
     row_of: dict[str, int] = {}
     if features is not None:
@@ -228,6 +175,7 @@ def render_descriptions(
 
     unknown = nothing_known(noun)
     texts: list[str] = []
+    n_cut = 0
     for token in tokens:
         row = row_of.get(token)
         values = {} if row is None else {field: column[row] for field, column in table.items()}
@@ -235,21 +183,34 @@ def render_descriptions(
         if text is None and not fields and allow_ids:
             text = f"{_with_article(noun)} with id {token}."
         # Once more over the whole: adjacent harmless values must not add up to a token.
-        texts.append(cut_at_word(unknown if text is None else neutralize(text, special), max_chars))
+        line = unknown if text is None else neutralize(text, special)
+        n_cut += len(line) > max_chars
+        texts.append(cut_at_word(line, max_chars))
+    if n_cut:
+        logger.info(
+            "%d of %d %s texts are cut at text_max_chars: %d", n_cut, len(texts), noun, max_chars
+        )
     n_unknown = texts.count(unknown)
     if n_unknown:
         logger.info("nothing is known of %d of %d %s nodes", n_unknown, len(texts), noun)
     return texts
 
 
+def _fields_to_tell(features: pd.DataFrame, noun: str) -> list[str]:
+    columns = {str(name): list(features[name]) for name in features.columns}
+    reasons = {name: says_nothing(name, values) for name, values in columns.items()}
+    told = [name for name, reason in reasons.items() if reason is None]
+    if left_out := [f"{name} ({reason})" for name, reason in reasons.items() if reason]:
+        logger.info("fields left out of the %s texts: %s", noun, ", ".join(left_out))
+    return in_order(told, {name: columns[name] for name in told})
+
+
 def cut_at_word(text: str, max_chars: int) -> str:
-    """Cut a text longer than ``max_chars`` at a blank, if there is one, and end it with "…"."""
+    """Cut a text longer than ``max_chars`` between words, if it has any, and end it with "…"."""
     if len(text) <= max_chars:
         return text
-    kept = text[: max_chars - 1]
-    if text[max_chars - 1] != " " and " " in kept:
-        kept = kept[: kept.rindex(" ")]
-    return kept.rstrip(" ,;:.-") + "…"
+    kept = whole_words(text[:max_chars]) or text[: max_chars - 1]
+    return kept.rstrip(" ,;:.-、，；：。") + "…"
 
 
 def _words(

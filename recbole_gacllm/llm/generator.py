@@ -78,6 +78,8 @@ class Completion:
         n_prompt_tokens: Tokens of the prompt, chat template included.
         n_cached_tokens: Of those, how many the engine's prefix cache served (0 if it has none).
         n_output_tokens: Tokens generated.
+        problem: Why there is no answer to judge, such as a server's that is no completion; the text
+            is empty then.
     """
 
     id: str
@@ -86,6 +88,7 @@ class Completion:
     n_prompt_tokens: int
     n_cached_tokens: int
     n_output_tokens: int
+    problem: str = ""
 
 
 class TextGenerator(Protocol):

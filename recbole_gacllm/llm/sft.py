@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with LoRA, and what becomes of the adapter.
+"""Supervised fine-tuning with LoRA.
 
 A pair is a chat and the completion it should get. The loss of an update is the mean negative
 log-likelihood of its completion tokens, end of turn included; prompt tokens are read, not learned.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,14 +24,13 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModelForCausalLM, Trainer
 
-from recbole_gacllm.artifacts import write_atomic
+from recbole_gacllm.artifacts import whole_folder, write_atomic
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.llm.engines import out_of_memory, resolve_dtype
+from recbole_gacllm.llm.adapter import linear_layers
 from recbole_gacllm.llm.generator import SFTPair
+from recbole_gacllm.llm.hardware import out_of_memory, training_dtype
 from recbole_gacllm.llm.sft_data import completion_loss, encode_pairs, pad_left, perplexity
 from recbole_gacllm.llm.sft_trainer import (
     Progress,
@@ -41,14 +39,16 @@ from recbole_gacllm.llm.sft_trainer import (
     remove_newer,
     training_arguments,
 )
-from recbole_gacllm.llm.weights import check_adapter
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_FILE = "sft.json"
-# Files that go with a model's weights: tokenizer, chat template, licence.
-COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md", "")
-NOT_COMPANIONS = (".index.json", "manifest.json")
+# Parameters. What a 7B keeps for the way back is 12.7 MB a token; a small model has room for it.
+CHECKPOINTING_ABOVE = 1_000_000_000
+
+
+class SFTMemoryError(GaCLLMError):
+    """Memory ran out; fewer sequences at once may do."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def finetune(
     options: SFTOptions,
     *,
     model_name: str | None = None,
+    at_once: int | None = None,
 ) -> SFTReport:
     """Train a LoRA adapter on ``pairs`` into ``out_dir/adapter``.
 
@@ -102,14 +103,16 @@ def finetune(
         out_dir: Folder of this fine-tuning, for one model, one set of pairs and one set of options.
         options: How to train.
         model_name: Name of the base model for the adapter's config; the folder's name if None.
+        at_once: At most so many sequences a step of a process; an update takes more steps then.
 
     Raises:
         ValueError: If no pair fits ``max_tokens``, ``target_modules`` match nothing, or the
             processes cannot share an update equally.
-        GaCLLMError: If the device runs out of memory or the loss is no longer finite.
+        SFTMemoryError: If memory runs out.
+        GaCLLMError: If the loss is no longer finite.
     """
     started = time.perf_counter()
-    args = training_arguments(out_dir, options)
+    args = training_arguments(out_dir, options, at_once)
     # The first process looks, for all: it may write before another one has looked.
     looked: list[Any] = [None, None, None]
     if args.process_index == 0:
@@ -129,6 +132,7 @@ def finetune(
         logger.info("SFT: done earlier, the adapter is in %s", out_dir / "adapter")
         return done
 
+    lora = _lora_config(model_dir, options)
     train = encode_pairs(model_dir, pairs, options.max_tokens)
     test = encode_pairs(model_dir, heldout, options.max_tokens)
     n_dropped = len(pairs) + len(heldout) - len(train) - len(test)
@@ -145,34 +149,34 @@ def finetune(
 
     transformers.set_seed(options.seed)
     transformers.utils.logging.disable_progress_bar()
-    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=resolve_dtype(options.dtype))
-    base.config.use_cache = False
-    model = get_peft_model(base, _lora_config(base, options))
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        data_collator=pad_left,
-        compute_loss_func=completion_loss,
-        callbacks=[Progress(options.show_progress and args.process_index == 0, keep_progress)],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)  # Trainer adds it, and it prints
+    at_once = args.per_device_train_batch_size
+    model = _load(model_dir, lora, options.dtype, args.device)
     try:
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            data_collator=pad_left,
+            compute_loss_func=completion_loss,
+            callbacks=[Progress(options.show_progress and args.process_index == 0, keep_progress)],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)  # Trainer adds it, and it prints
         if "perplexity_before" not in progress:
             with model.disable_adapter():
-                progress["perplexity_before"] = perplexity(model, test, options.batch_size)
+                progress["perplexity_before"] = perplexity(model, test, at_once)
             keep_progress()
         before = progress["perplexity_before"]
         logger.info("SFT: held-out perplexity before: %s", before)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        after = perplexity(model, test, options.batch_size)
+        after = perplexity(model, test, at_once)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise GaCLLMError(
-            f"SFT ran out of memory at sft_batch_size={options.batch_size}: lower it (raise "
-            f"sft_accumulation_steps={options.accumulation_steps} by the same factor), or lower "
-            f"sft_max_tokens={options.max_tokens} or sft_lora_rank={options.lora_rank}"
+        raise SFTMemoryError(
+            f"SFT ran out of memory with {at_once} sequences of up to sft_max_tokens="
+            f"{options.max_tokens} tokens at once. Lower sft_batch_size={options.batch_size} "
+            f"(raise sft_accumulation_steps={options.accumulation_steps} by the same factor), "
+            f"sft_max_tokens or sft_lora_rank={options.lora_rank}, or take a smaller llm_model"
         ) from error
     report = SFTReport(
         perplexity_before=before,
@@ -213,58 +217,68 @@ def _progress(out_dir: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
 
-def merge(model_dir: Path, adapter_dir: Path, out_dir: Path) -> None:
-    """Write the base model with the adapter merged into its weights, as a plain model folder.
-
-    Merged in float32, stored in the base model's dtype; tokenizer, chat template and licence are
-    the base's own files. ``out_dir`` appears complete or not at all.
+def _lora_config(model_dir: Path, options: SFTOptions) -> LoraConfig:
+    """Adapters for linear layers that are named one by one, before any weight is read.
 
     Raises:
-        ValueError: If the adapter does not fit the model, or a merged weight is not finite.
+        ValueError: If the model has no such layer, or ``target_modules`` match none.
     """
-    check_adapter(model_dir, adapter_dir)
-    transformers.utils.logging.disable_progress_bar()
-    stored = AutoConfig.from_pretrained(model_dir).dtype or torch.bfloat16
-    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(base, adapter_dir).merge_and_unload(safe_merge=True)
-    partial = _partial(out_dir)
-    merged.to(stored).save_pretrained(partial)
-    for file in model_dir.iterdir():
-        if (
-            file.is_file()
-            and file.suffix in COMPANIONS
-            and not file.name.endswith(NOT_COMPANIONS)
-            and not (partial / file.name).exists()
-        ):
-            shutil.copyfile(file, partial / file.name)
-    _replace(partial, out_dir)
-
-
-def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def _lora_config(base: Any, options: SFTOptions) -> LoraConfig:
-    head = base.get_output_embeddings()
-    names = {name for name, m in base.named_modules() if _linear(m) and m is not head}
+    names = [name for name, layer in linear_layers(model_dir).items() if layer.on_disk]
     targets = options.target_modules
     if targets != "all-linear":
         targets = (targets,) if isinstance(targets, str) else targets
-        unknown = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
+        ends = {target: [n for n in names if f".{n}".endswith(f".{target}")] for target in targets}
+        unknown = [target for target, found in ends.items() if not found]
         if unknown or not targets:
             known = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise ValueError(
                 f"sft_target_modules: {unknown or targets} match no linear module of the model; "
                 f"use all-linear or some of {known}"
             )
+        names = sorted({name for found in ends.values() for name in found})
+    if not names:
+        raise ValueError(
+            f"llm_model: {model_dir} has no linear layer that is stored as a plain matrix of "
+            "float32, bfloat16 or float16 (quantised?), so it cannot be fine-tuned. Take the model "
+            "without quantisation, or set sft: False."
+        )
     return LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=names,
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def _load(model_dir: Path, config: LoraConfig, dtype: str, device: torch.device) -> Any:
+    """The model with a new adapter, read straight to its device.
+
+    A large one keeps the inputs of its layers only and computes the rest again on the way back.
+
+    Raises:
+        GaCLLMError: If the weights alone need more memory than there is.
+    """
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=training_dtype(dtype),
+            device_map={"": device},
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise GaCLLMError(
+            f"SFT: the weights of {model_dir} do not fit into the memory of {device}. Take a "
+            "smaller llm_model or llm_dtype: bfloat16, or free the memory that others hold there."
+        ) from error
+    base.config.use_cache = False
+    if base.num_parameters() > CHECKPOINTING_ABOVE:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return get_peft_model(base, config)
 
 
 def _save_adapter(model: PeftModel, adapter_dir: Path, model_name: str) -> None:
@@ -272,26 +286,11 @@ def _save_adapter(model: PeftModel, adapter_dir: Path, model_name: str) -> None:
     config.base_model_name_or_path = model_name  # not this machine's path
     config.target_modules = sorted(config.target_modules)
     config.inference_mode = True
-    partial = _partial(adapter_dir)
-    config.save_pretrained(partial)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-    _replace(partial, adapter_dir)
-
-
-def _partial(folder: Path) -> Path:
-    """An empty folder beside ``folder`` to write into."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    with whole_folder(adapter_dir) as folder:
+        config.save_pretrained(folder)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

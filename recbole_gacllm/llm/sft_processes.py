@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -15,8 +16,10 @@ from torch import distributed, multiprocessing
 
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm.generator import SFTPair
-from recbole_gacllm.llm.sft import SFTReport, finetune, finished
-from recbole_gacllm.llm.sft_trainer import SFTOptions
+from recbole_gacllm.llm.sft import SFTMemoryError, SFTReport, finetune, finished
+from recbole_gacllm.llm.sft_trainer import SFTOptions, batch_of_a_process
+
+logger = logging.getLogger(__name__)
 
 
 def finetune_on_all_cards(
@@ -31,9 +34,10 @@ def finetune_on_all_cards(
 ) -> SFTReport:
     """:func:`.sft.finetune` in one process a card, with the sequences of an update shared.
 
-    The number of processes is the largest that divides an update's sequences. Processes that
-    ``torchrun`` started, on one machine or on several that see the same folders, take part as they
-    are.
+    The number of processes is the largest that divides an update's sequences. Where memory runs
+    out, each goes on from the last checkpoint with half as many sequences at once, and twice the
+    steps an update. Processes that ``torchrun`` started, on one machine or on several that see the
+    same folders, take part as they are.
 
     Args:
         model_dir: This and all others but the last as in :func:`.sft.finetune`.
@@ -53,6 +57,27 @@ def finetune_on_all_cards(
     n_sequences = options.batch_size * options.accumulation_steps
     n_at_most = torch.cuda.device_count() if n_processes is None else n_processes
     n = max(n for n in range(1, max(1, n_at_most) + 1) if n_sequences % n == 0)
+    at_once, _ = batch_of_a_process(options, n)
+    while True:
+        try:
+            return _in_processes(n, partial(work, at_once=at_once), out_dir)
+        except SFTMemoryError:
+            if at_once == 1:
+                raise
+        # Not within `except`, which keeps the model's memory alive.
+        gc.collect()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        at_once, steps = batch_of_a_process(options, n, at_once // 2)
+        logger.warning(
+            "SFT: memory ran out; it goes on from its last checkpoint with %d sequences at once "
+            "and %d steps an update, which takes the same sequences",
+            *(at_once, steps),
+        )
+
+
+def _in_processes(n: int, work: Callable[[], SFTReport], out_dir: Path) -> SFTReport:
+    """The same work in each of several processes of one group."""
     if n == 1:
         return work()
     with socket.socket() as probe:

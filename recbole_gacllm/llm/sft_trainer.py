@@ -51,10 +51,13 @@ class SFTOptions:
     show_progress: bool = True
 
 
-def batch_of_a_process(options: SFTOptions, n_processes: int) -> tuple[int, int]:
+def batch_of_a_process(
+    options: SFTOptions, n_processes: int, at_once: int | None = None
+) -> tuple[int, int]:
     """Sequences a step and steps an update of each of several processes.
 
-    Together they take the sequences of one update that one process would take. Where a pass over
+    A step takes ``batch_size`` sequences at most, or ``at_once``. All steps of all processes
+    together take the sequences of one update that one process would take. Where a pass over
     the pairs does not end with a full step of all, its first pairs fill that up, by accelerate's
     rule.
 
@@ -69,18 +72,21 @@ def batch_of_a_process(options: SFTOptions, n_processes: int) -> tuple[int, int]
             f"sft_accumulation_steps: {options.accumulation_steps}) cannot be shared equally by "
             f"{n_processes} processes; start a number of processes that divides it."
         )
-    batch_size = max(n for n in range(1, options.batch_size + 1) if share % n == 0)
+    at_most = min(options.batch_size, at_once or options.batch_size)
+    batch_size = max(n for n in range(1, at_most + 1) if share % n == 0)
     return batch_size, share // batch_size
 
 
-def training_arguments(out_dir: Path, options: SFTOptions) -> TrainingArguments:
+def training_arguments(
+    out_dir: Path, options: SFTOptions, at_once: int | None = None
+) -> TrainingArguments:
     """Trainer's arguments; everything it writes goes to ``out_dir/checkpoints``.
 
     Raises:
         ValueError: As :func:`batch_of_a_process`.
     """
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    batch_size, accumulation_steps = batch_of_a_process(options, n_processes)
+    batch_size, accumulation_steps = batch_of_a_process(options, n_processes, at_once)
     args = TrainingArguments(
         output_dir=str(out_dir / "checkpoints"),
         num_train_epochs=options.epochs,

@@ -7,6 +7,9 @@ endpoint that dies loses nothing, its share moves on, and one that comes back jo
 An endpoint that has too much to do says so (429, 503). That is no fault of the request; the
 endpoint gets a pause and half as many requests at once, one more again for each full round of
 answers.
+
+Of an answer that is none, such as a 200 that is no chat completion, the request may be the reason:
+tried a few times, it comes back as a completion with a problem, and the others go on.
 """
 
 from __future__ import annotations
@@ -17,67 +20,34 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import httpx
 
 from recbole_gacllm.errors import GenerationError
-from recbole_gacllm.llm.generator import Completion, Request
+from recbole_gacllm.llm.chat_api import no_completion
+from recbole_gacllm.llm.endpoints import (
+    BusyError,
+    Client,
+    EndpointError,
+    Job,
+    OddAnswerError,
+    fetch,
+    said,
+)
+from recbole_gacllm.llm.generator import Completion
+from recbole_gacllm.redaction import redact
 
 logger = logging.getLogger(__name__)
 
 # A request that fails so often is at fault itself: it may be what kills the servers.
 _MAX_ATTEMPTS: Final = 8
+_MAX_ODD: Final = 3  # answers to a request that are none; then it has no answer
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before an endpoint that failed is tried again
 _LONGEST_WISH: Final = 60.0  # seconds that an endpoint may ask for (Retry-After)
-
-
-class EndpointError(Exception):
-    """An endpoint failed in a way that another try may mend."""
-
-
-class BusyError(EndpointError):
-    """An endpoint has too much to do; it may say how many seconds to wait."""
-
-    def __init__(self, message: str, seconds: float = 0.0) -> None:
-        super().__init__(message)
-        self.seconds = seconds
-
-
-@dataclass
-class Job:
-    """A request, its length by our tokenizer, and how often it failed."""
-
-    request: Request
-    n_prompt_tokens: int
-    n_failures: int = 0
-
-
-@dataclass(frozen=True)
-class Client:
-    """How endpoints are spoken to.
-
-    Attributes:
-        urls: Base URLs.
-        headers: Of every request.
-        concurrency: Requests under way at one endpoint.
-        patience_seconds: How long all endpoints may be down at once.
-        timeout_seconds: How long one answer may take.
-        body: What to post for a request.
-        json_of: The JSON of a response; raises EndpointError or GenerationError.
-        completion_of: The completion in that JSON; raises EndpointError.
-    """
-
-    urls: Sequence[str]
-    headers: dict[str, str] = field(repr=False)
-    concurrency: int
-    patience_seconds: float
-    timeout_seconds: float
-    body: Callable[[Request], dict[str, Any]]
-    json_of: Callable[[httpx.Response], Any]
-    completion_of: Callable[[Job, Any], Completion]
 
 
 @dataclass
@@ -129,20 +99,11 @@ class Session:
         except asyncio.CancelledError:
             return
         except Exception as error:
-            failure = GenerationError(f"the client of llm_endpoints failed: {error!r}")
-            failure.__cause__ = error
-            self.results.put(failure)
+            logger.error("%s", redact("".join(traceback.format_exception(error))))
+            self.results.put(GenerationError(f"the client of llm_endpoints failed: {error!r}"))
 
     async def _work(self) -> None:
-        n_connections = self._client.concurrency * len(self._endpoints)
-        limits = httpx.Limits(
-            max_connections=None, max_keepalive_connections=n_connections, keepalive_expiry=60.0
-        )
-        timeout = httpx.Timeout(self._client.timeout_seconds, connect=10.0, pool=None)
-        async with (
-            httpx.AsyncClient(headers=self._client.headers, timeout=timeout, limits=limits) as http,
-            asyncio.TaskGroup() as group,
-        ):
+        async with self._client.open() as http, asyncio.TaskGroup() as group:
             for endpoint in self._endpoints:
                 group.create_task(self._watch(http, endpoint))
                 for number in range(self._client.concurrency):
@@ -166,12 +127,16 @@ class Session:
         try:
             endpoint.n_open += 1
             try:
-                response = await http.post(
-                    f"{endpoint.url}/chat/completions", json=self._client.body(job.request)
+                reply = await fetch(
+                    http,
+                    "POST",
+                    f"{endpoint.url}/chat/completions",
+                    self._client.timeout_seconds,
+                    self._client.body(job.request),
                 )
             finally:
                 endpoint.n_open -= 1
-            completion = self._client.completion_of(job, self._client.json_of(response))
+            completion = self._client.completion_of(job, self._client.json_of(reply))
         except GenerationError as error:
             self.results.put(error)
             return False
@@ -179,7 +144,15 @@ class Session:
             self._jobs.put_nowait(job)
             _mark_busy(endpoint, error)
             self._give_up_if_all_are_busy()
-        except (EndpointError, httpx.RequestError) as error:
+        except OddAnswerError as error:
+            job.n_odd += 1
+            if job.n_odd == _MAX_ODD:
+                logger.warning("request %s has no answer: %s", job.request.id, said(error))
+                self.results.put(no_completion(job.request.id, said(error)))
+            else:
+                self._jobs.put_nowait(job)
+                _mark_down(endpoint, error)
+        except EndpointError as error:
             job.n_failures += 1
             if job.n_failures == _MAX_ATTEMPTS:
                 self.results.put(
@@ -205,10 +178,8 @@ class Session:
             await asyncio.sleep(max(pause, endpoint.wish_seconds))
             endpoint.wish_seconds = 0.0
             try:
-                response = await http.get(f"{endpoint.url}/models", timeout=10.0)
-                if response.status_code != 404:
-                    self._client.json_of(response)
-            except (EndpointError, GenerationError, httpx.RequestError) as error:
+                await self._client.models(http, endpoint.url)
+            except (EndpointError, GenerationError) as error:
                 endpoint.n_failures += 1
                 endpoint.last_error = said(error)
                 self._give_up_if_all_are_down()
@@ -276,8 +247,3 @@ def _mark_down(endpoint: _Endpoint, error: Exception) -> None:
         endpoint.down_since = time.monotonic()
         endpoint.up.clear()
         endpoint.down.set()
-
-
-def said(error: Exception) -> str:
-    """An error in words; httpx leaves some without any."""
-    return str(error) or type(error).__name__

@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from recbole_gacllm.errors import GenerationError
+from recbole_gacllm.llm.adapter import check_adapter
 from recbole_gacllm.llm.chat import ChatTokenizer
-from recbole_gacllm.llm.engines import out_of_memory, resolve_dtype
 from recbole_gacllm.llm.generator import Completion, Request, Sampling
-from recbole_gacllm.llm.weights import check_adapter
+from recbole_gacllm.llm.hardware import out_of_memory, resolve_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class TransformersGenerator:
     Args:
         model_dir: Folder with config, safetensors and tokenizer.
         adapter_dir: LoRA adapter in peft's format, applied un-merged.
-        dtype: ``auto``, ``bfloat16`` or ``float32``.
+        dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         seed: Taken for symmetry with vLLM: every draw here has its request's own seed.
         max_model_len: Longest prompt plus completion in tokens; None is the model's window.
         batch_size: Prompts completed at once; halved for good whenever memory runs out.
@@ -68,7 +68,11 @@ class TransformersGenerator:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=getattr(torch, resolve_dtype(dtype)), local_files_only=True
+                model_dir,
+                dtype=getattr(torch, resolve_dtype(dtype)),
+                device_map=device,
+                use_safetensors=True,
+                local_files_only=True,
             )
             # The model's own sampling defaults would fill in what a call leaves open.
             model.generation_config = GenerationConfig()

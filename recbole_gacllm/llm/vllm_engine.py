@@ -17,17 +17,28 @@ from typing import Any, Final
 
 import torch
 
-from recbole_gacllm.errors import GenerationError
+from recbole_gacllm.errors import GenerationError, MemoryRanOutError
 from recbole_gacllm.llm.chat import ChatTokenizer
-from recbole_gacllm.llm.engines import out_of_memory, resolve_dtype
 from recbole_gacllm.llm.generator import Completion, Request
+from recbole_gacllm.llm.hardware import (
+    OLDEST_DRIVER,
+    driver_version,
+    memory_share,
+    out_of_memory,
+    resolve_dtype,
+    visible_cards,
+)
 from recbole_gacllm.llm.vllm_options import (
     CPU_SEQUENCES,
     cpu_options,
+    failed_in_its_process,
+    gpu_options,
+    has_own_process,
     lora_options,
     prepare_environment,
     stay_in_this_process,
     tell_of_death,
+    text_only_options,
 )
 
 logger = logging.getLogger(__name__)
@@ -45,18 +56,20 @@ class VLLMGenerator:
         model_dir: Folder with config, safetensors and tokenizer.
         adapter_dir: LoRA adapter in peft's format, applied un-merged. Slow on CPUs, where vLLM
             gathers its matrices per token; merge it beforehand unless there is a reason not to.
-        dtype: ``auto``, ``bfloat16`` or ``float32``.
+        dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         seed: Seed of the engine. Draws are seeded per request.
         max_model_len: Longest prompt plus completion in tokens; None is the model's window.
         tensor_parallel_size: GPUs that share each layer.
         pipeline_parallel_size: Groups of layers on different GPUs.
-        gpu_memory_utilization: Share of GPU memory for weights and KV cache.
+        gpu_memory_utilization: Share of GPU memory for weights and KV cache; None is what is free.
+        n_sequences: Prompts at once; None is vLLM's choice on GPUs, ours on a CPU.
 
     Attributes:
         window: Requests in flight that keep the engine busy.
 
     Raises:
         GenerationError: If vLLM does not start; holds its message.
+        MemoryRanOutError: If it lacked memory in this process, which no second start would help.
         ValueError: If the adapter does not fit, or the window is longer than the model's.
     """
 
@@ -69,7 +82,8 @@ class VLLMGenerator:
         max_model_len: int | None = None,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
-        gpu_memory_utilization: float = 0.9,
+        gpu_memory_utilization: float | None = None,
+        n_sequences: int | None = None,
     ) -> None:
         self._chat = ChatTokenizer(model_dir)
         self._max_model_len = self._chat.context_window(max_model_len)
@@ -91,7 +105,7 @@ class VLLMGenerator:
             self._options |= lora_options(model_dir, adapter_dir)
         self._llm: Any = None
         self._engine: Any = None
-        self._n_sequences: int | None = None  # at once; None is vLLM's choice
+        self._n_sequences = n_sequences
         self._n_restarts = 0
         self._names = itertools.count()
         self._busy = False
@@ -147,20 +161,25 @@ class VLLMGenerator:
         os.environ.update(self._old_variables)
 
     def _start(self) -> None:
-        """Load the engine; where memory runs out, with half the batch, and again.
+        """Load the engine; where memory runs out in a process of its own, with half, and again.
+
+        What fails in the engine's process has no reason here: one start with half is tried.
 
         Raises:
             GenerationError: If it does not start.
         """
+        blind = False
         while True:
             try:
                 self._load()
                 return
             except Exception as error:
-                if not (out_of_memory(error) and self._halve(error)):
-                    raise GenerationError(
-                        f"vLLM did not start on {self._options['model']}: {_said(error)}. Its own "
-                        "log above may say more. llm_backend: transformers needs no vLLM."
+                hidden = failed_in_its_process(error)
+                again = out_of_memory(error) or (hidden and not blind)
+                blind = blind or hidden
+                if not (again and self._halve(error)):
+                    raise self._failure(
+                        error, f"did not start on {self._options['model']}", self._advice(hidden)
                     ) from error
             self._stop()  # not within `except`, which keeps the engine's memory alive
 
@@ -170,14 +189,14 @@ class VLLMGenerator:
         from vllm.platforms import current_platform
 
         options, on_cpu = dict(self._options), current_platform.is_cpu()
+        options |= text_only_options(Path(options["model"]))
         if on_cpu:
             stay_in_this_process()
             self._n_sequences = self._n_sequences or CPU_SEQUENCES
             options |= cpu_options(self._max_model_len, self._n_sequences)
         else:
-            options["gpu_memory_utilization"] = self._gpu_memory_utilization
-            if self._n_sequences is not None:
-                options["max_num_seqs"] = self._n_sequences
+            options["gpu_memory_utilization"] = memory_share(self._gpu_memory_utilization)
+            options |= gpu_options(self._max_model_len, self._n_sequences)
         self._llm = LLM(**options)
         self._engine = self._llm.llm_engine
         tell_of_death(self._engine.engine_core)
@@ -190,8 +209,11 @@ class VLLMGenerator:
         self._alive = True
 
     def _halve(self, error: BaseException) -> bool:
-        """Half as many sequences at once from now on; False where that was tried often enough."""
-        if self._n_restarts == _MAX_RESTARTS:
+        """Half as many sequences at once from now on; False where that was tried often enough.
+
+        An engine in this process has one start: what it held when memory ran out is not freed.
+        """
+        if self._n_restarts == _MAX_RESTARTS or not has_own_process():
             return False
         self._n_restarts += 1
         self._n_sequences = max(1, (self._n_sequences or _GPU_SEQUENCES) // 2)
@@ -269,10 +291,33 @@ class VLLMGenerator:
             yield
         except Exception as error:
             self._alive = False
-            raise GenerationError(
-                f"vLLM stopped working: {_said(error)}. Completions handed out before are good; "
-                "start again to go on from there."
+            raise self._failure(
+                error,
+                "stopped working",
+                "Completions handed out before are good; start again to go on from there.",
             ) from error
+
+    def _failure(self, error: Exception, what: str, advice: str) -> GenerationError:
+        message = f"vLLM {what}: {_said(error)}. {advice}"
+        if out_of_memory(error) and not has_own_process():
+            return MemoryRanOutError(message)
+        return GenerationError(message)
+
+    def _advice(self, hidden: bool) -> str:
+        """What to look at where the engine does not start."""
+        advice = "Its own log above may say more. "
+        if hidden:
+            share = self._gpu_memory_utilization
+            parallel = self._options["tensor_parallel_size"]
+            advice = (
+                "The cause is in its process's log above; VLLM_ENABLE_V1_MULTIPROCESSING=0 brings "
+                "it here. To check: memory "
+                f"({'; '.join(map(str, visible_cards())) or 'nvidia-smi tells no card'}; "
+                f"llm_gpu_memory_utilization: {'null' if share is None else share}), driver "
+                f"{OLDEST_DRIVER} or newer ({driver_version()}), llm_tensor_parallel_size "
+                f"({parallel}), llm_dtype ({self._options['dtype']}), the model's architecture. "
+            )
+        return advice + "llm_backend: transformers needs no vLLM."
 
 
 def _said(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -10,15 +11,38 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Final
 
-from recbole_gacllm.llm.weights import check_adapter
+from transformers import AutoConfig
+
+from recbole_gacllm.llm.adapter import check_adapter
 
 logger = logging.getLogger(__name__)
 
+# What we use of vLLM beyond what it documents, as module:attribute; a test looks for each in the
+# vLLM that is installed. 0.30 to 0.33 have them all: a newer one is allowed (pyproject.toml) when
+# that test has passed on it.
+PRIVATE_NAMES: Final = (
+    "vllm.distributed:cleanup_dist_env_and_memory",
+    "vllm.model_executor.models.registry:_run_in_subprocess",
+    "vllm.platforms:current_platform.is_cpu",
+    "vllm.v1.engine.core_client:MPClient.resources",
+    "vllm.v1.engine.core_client:BackgroundResources.engine_manager",
+    "vllm.v1.engine.core_client:SyncMPClient.outputs_queue",
+    "vllm.v1.engine.exceptions:EngineDeadError",
+    "vllm.v1.engine.llm_engine:LLMEngine.engine_core",
+    "vllm.v1.engine.utils:CoreEngineProcManager.sentinels",
+    "vllm.v1.engine.utils:wait_for_engine_startup.Engine core initialization failed",
+    "vllm.v1.executor.multiproc_executor:WorkerProc.WorkerProc initialization failed",
+)
 # Requests at once on a CPU: more bring no throughput and delays the first completions.
 CPU_SEQUENCES: Final = 32
 # The KV cache on a CPU: this share of the memory that is free, at most so many bytes.
 _CPU_KV_SHARE: Final = 0.25
 _CPU_KV_BYTES: Final = 4 << 30
+# What vLLM's process says of one that it had started and that ended at once.
+_FAILED_IN_ITS_PROCESS: Final = (
+    "Engine core initialization failed",
+    "WorkerProc initialization failed",
+)
 # The ranks vLLM has LoRA kernels for.
 _LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -26,12 +50,25 @@ _LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 def prepare_environment() -> None:
     """Settings that vLLM reads from the environment; the user's own win.
 
-    vLLM gives a dozen warnings at each start that nobody here can act on: only errors pass.
+    vLLM gives a dozen warnings at each start that nobody here can act on: only errors pass. Its
+    engine's process is spawned: whether a GPU is there, and which number type it does, is asked
+    before, and a fork of a process that has asked cannot use CUDA (vLLM issue 15681).
     """
     level = "INFO" if logger.isEnabledFor(logging.DEBUG) else "ERROR"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+def has_own_process() -> bool:
+    """Whether the engine runs in a process of its own, as it does unless the variable says no."""
+    return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0"
+
+
+def failed_in_its_process(error: BaseException) -> bool:
+    """Whether the engine's process or a worker's ended at the start, with its reason in the log."""
+    return any(text in str(error) for text in _FAILED_IN_ITS_PROCESS)
 
 
 def tell_of_death(client: Any) -> None:
@@ -87,6 +124,30 @@ def cpu_options(max_model_len: int, n_sequences: int) -> dict[str, Any]:
         "max_num_batched_tokens": n_sequences * max_model_len,
         "kv_cache_memory_bytes": cache * n_sequences // CPU_SEQUENCES,
     }
+
+
+def text_only_options(model_dir: Path) -> dict[str, Any]:
+    """For a model that also reads images or sound: its language model alone.
+
+    Its other parts need room, and a processor, which vLLM does not make without a tokenizer.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    names = {field.name for field in dataclasses.fields(EngineArgs)}
+    is_whole = config.get_text_config() is not config
+    return {"language_model_only": True} if is_whole and "language_model_only" in names else {}
+
+
+def gpu_options(max_model_len: int, n_sequences: int | None) -> dict[str, Any]:
+    """Nothing where vLLM chooses; else so many sequences, and tokens a step in proportion.
+
+    32 tokens a sequence are vLLM's own proportion on most cards (8192 and 256).
+    """
+    if n_sequences is None:
+        return {}
+    tokens = max(max_model_len, 32 * n_sequences)
+    return {"max_num_seqs": n_sequences, "max_num_batched_tokens": tokens}
 
 
 def lora_options(model_dir: Path, adapter_dir: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, Final
 from filelock import FileLock
 
 from recbole_gacllm.errors import WeightsError
-from recbole_gacllm.llm import embedded
+from recbole_gacllm.llm import embedded, formats
 
 logger = logging.getLogger(__name__)
 
@@ -43,47 +43,45 @@ def resolve_llm(name: str) -> Path:
     """Find or fetch the LLM that ``llm_model`` names.
 
     Args:
-        name: ``embedded``, a local folder, or a hub id.
+        name: ``embedded``, a local folder, a ``.gguf`` file, or a hub id.
 
     Returns:
         A folder with ``config.json``, safetensors and tokenizer. A GGUF file is dequantised into
         the cache first.
 
     Raises:
-        ValueError: If the folder does not exist or holds no weights that may be read.
+        ValueError: If there is no such folder, or it holds no model that may be read.
         WeightsError: If weights cannot be fetched or verified; names what was tried.
     """
     if name == EMBEDDED:
         return _cached("smollm2-135m-instruct", "llm_model", embedded.build_llm)
-    folder = _local_or_hub(name, "llm_model")
-    gguf_files = sorted(folder.glob("*.gguf"))
-    if not gguf_files or any(folder.glob("*.safetensors")):
-        return folder
-    if len(gguf_files) > 1:
-        raise ValueError(
-            f"llm_model={name!r} holds {len(gguf_files)} .gguf files "
-            f"({', '.join(file.name for file in gguf_files)}); leave one in a folder of its own."
-        )
-    gguf = gguf_files[0]
+    path = _local_or_hub(name, "llm_model", _HUB_PATTERNS)
+    gguf = formats.find_gguf(path, name)
+    if gguf is None:
+        formats.check_llm(path, name)
+        return path
     key = f"gguf-{hash_file(gguf)[:16]}"
     return _cached(key, "llm_model", lambda target: embedded.dequantise(gguf, target, None))
 
 
 def resolve_tokenizer(name: str) -> Path:
     """As :func:`resolve_llm`, but weights are not needed: for models that servers hold."""
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return folder.resolve()
-    if name == EMBEDDED or folder.is_dir():
+    path = Path(name).expanduser()
+    if name == EMBEDDED or (path.exists() and not (path / "config.json").is_file()):
         return resolve_llm(name)
-    return _from_hub(name, "llm_model", [p for p in _HUB_PATTERNS if p != "*.safetensors"])
+    without_weights = tuple(p for p in _HUB_PATTERNS if p != "*.safetensors")
+    folder = _local_or_hub(name, "llm_model", without_weights)
+    formats.refuse_code(folder, "llm_model")
+    return folder
 
 
 def resolve_encoder(name: str) -> Path:
     """Find or fetch the text encoder that ``encoder_model`` names; as :func:`resolve_llm`."""
     if name == EMBEDDED:
         return _cached("all-minilm-l6-v2", "encoder_model", embedded.build_encoder)
-    return _local_or_hub(name, "encoder_model")
+    folder = _local_or_hub(name, "encoder_model", _HUB_PATTERNS)
+    formats.check_encoder(folder, name)
+    return folder
 
 
 def cache_dir() -> Path:
@@ -96,8 +94,8 @@ def fingerprint(folder: Path, with_weights: bool = True) -> str:
     """SHA-256 over names and contents of the files that determine what a model puts out.
 
     Counted: weights, config, tokenizer, chat template, adapter config, pooling. Left out: model
-    cards, generation defaults, hidden files. The hashes of large files are remembered in the cache
-    folder by path, size and modification time, so that a large model is read once only.
+    cards, generation defaults, hidden files. The hashes of large files are remembered
+    (:func:`hash_file`), so that a large model is read once only.
     """
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
@@ -115,18 +113,24 @@ def fingerprint(folder: Path, with_weights: bool = True) -> str:
 
 
 def hash_file(file: Path) -> str:
-    """SHA-256 of a file's content, remembered for large files that have not changed since."""
+    """SHA-256 of a file's content, remembered for large files that have not changed since.
+
+    Size and modification time do not tell: ``cp -p``, ``touch -r`` and archives set the time. A
+    change sets ``ctime``, which no program can choose, and another file in its place has another
+    inode.
+    """
     stat = file.stat()
     if stat.st_size < _REMEMBER_BYTES:
         return embedded.sha256(file)
-    key, stamp = str(file.resolve()), [stat.st_size, stat.st_mtime_ns]
+    key = str(file.resolve())
+    stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     memory = cache_dir() / "hashes.json"
     known = _read_json(memory).get(key)
-    if known and known[:2] == stamp:
-        return str(known[2])
+    if known and known[:-1] == stamp:
+        return str(known[-1])
     value = embedded.sha256(file)
     # A file written a moment ago could change again within the clock's resolution.
-    if time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
+    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2_000_000_000:
         try:
             with _lock("hashes"):
                 _write_json(memory, {**_read_json(memory), key: [*stamp, value]})
@@ -135,69 +139,11 @@ def hash_file(file: Path) -> str:
     return value
 
 
-def check_adapter(model_dir: Path, adapter_dir: Path) -> None:
-    """Compare a LoRA adapter with the model it shall sit on, by names and shapes only.
-
-    Raises:
-        ValueError: If a file is missing, or a matrix of the adapter has no partner of its shape.
-    """
-    from safetensors import safe_open
-
-    check_safetensors(model_dir)
-    check_safetensors(adapter_dir)
-    file = adapter_dir / "adapter_model.safetensors"
-    if not file.is_file() or not (adapter_dir / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{adapter_dir} is no adapter: adapter_model.safetensors and adapter_config.json are "
-            "needed (peft's format). Train one with sft: True."
-        )
-    base: dict[str, list[int]] = {}
-    for shard in sorted(model_dir.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as tensors:
-            base |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
-            shape = tensors.get_slice(name).get_shape()
-            expected = base.get(f"{module}.weight")
-            axis = 1 if part.startswith("A") else 0  # A is [rank, in], B is [out, rank]
-            if expected is None or shape[axis] != expected[axis]:
-                raise ValueError(
-                    f"The adapter {adapter_dir} does not fit the model {model_dir}: {name} has "
-                    f"shape {shape}, the model's {module}.weight has {expected or 'no entry'}. "
-                    "Use the model it was trained on, or train again with sft: True."
-                )
-
-
-def check_safetensors(folder: Path) -> None:
-    """Find truncated and damaged weight files by their headers, which say how long a file is.
-
-    Raises:
-        WeightsError: Names the first file that does not hold what its header says.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(folder.rglob("*.safetensors")):
-        try:
-            with safe_open(file, framework="np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(
-                f"{file} is truncated or damaged: {error}. Fetch or copy it again, then start "
-                "again: what was finished is kept."
-            ) from error
-
-
-def _local_or_hub(name: str, key: str) -> Path:
-    """A checked local folder, or the snapshot of a hub id."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _checked(folder.resolve(), name, key)
-    return _checked(_from_hub(name, key, list(_HUB_PATTERNS)), name, key)
-
-
-def _from_hub(name: str, key: str, patterns: list[str]) -> Path:
-    """The files of a hub id that match, from the hub's cache or the hub."""
+def _local_or_hub(name: str, key: str, patterns: tuple[str, ...]) -> Path:
+    """A local path, or a folder with those files of a hub id that match, from its cache or it."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path.resolve()
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ValueError(
             f"{key}={name!r} is no folder and no hub id; allowed: '{EMBEDDED}', a local folder, "
@@ -207,7 +153,7 @@ def _from_hub(name: str, key: str, patterns: list[str]) -> Path:
 
     try:
         snapshot = snapshot_download(
-            name, allow_patterns=patterns, ignore_patterns=list(_HUB_IGNORED)
+            name, allow_patterns=list(patterns), ignore_patterns=list(_HUB_IGNORED)
         )
     except Exception as error:
         raise WeightsError(
@@ -216,31 +162,6 @@ def _from_hub(name: str, key: str, patterns: list[str]) -> Path:
             f"local folder or to '{EMBEDDED}'."
         ) from error
     return Path(snapshot)
-
-
-def _checked(folder: Path, name: str, key: str) -> Path:
-    """The folder, if it holds a model in a format that may be read."""
-    if any(folder.glob("*.gguf")) and key == "llm_model":
-        return folder
-    safe = any(folder.rglob("*.safetensors"))
-    if safe and ((folder / "config.json").is_file() or (folder / "modules.json").is_file()):
-        check_safetensors(folder)
-        return folder
-    pickles = sorted(
-        file.name for ending in ("bin", "pt", "pth") for file in folder.glob(f"*.{ending}")
-    )
-    found = (
-        "config.json is missing"
-        if safe
-        else f"its weights are pickles ({', '.join(pickles[:3])}), which can run code when read"
-        if pickles
-        else "it holds no *.safetensors"
-    )
-    raise ValueError(
-        f"{key}={name!r} cannot be used: {found}. Needed are config.json and *.safetensors"
-        f"{' (or one .gguf)' if key == 'llm_model' else ''}; save the model again with "
-        "save_pretrained(…, safe_serialization=True) and point the key at that folder."
-    )
 
 
 def _cached(key: str, option: str, build: Callable[[Path], None]) -> Path:

@@ -52,12 +52,13 @@ class Page:
     records: list[dict[str, Any]]
 
 
-def write_report(path: Path, output: Path | None = None) -> Path:
+def write_report(path: Path, output: Path | None = None, artifact_dir: Path | None = None) -> Path:
     """Write the page of a run or a leaderboard.
 
     Args:
         path: A ``run.json``, its folder, or the folder of a leaderboard.
         output: The file; default ``report.html`` beside what it shows.
+        artifact_dir: Where to look for artefacts that were moved away from the run.
 
     Returns:
         The file.
@@ -66,7 +67,10 @@ def write_report(path: Path, output: Path | None = None) -> Path:
         ValueError: If there is neither a run nor a leaderboard.
         GaCLLMError: If the file cannot be written, or splits of a leaderboard differ.
     """
-    page = _leaderboard_page(path) if (path / PLAN_FILE).is_file() else _run_page(Source.read(path))
+    if (path / PLAN_FILE).is_file():
+        page = _leaderboard_page(path, artifact_dir)
+    else:
+        page = _run_page(Source.read(path, artifact_dir))
     target = output or (path if path.is_dir() else path.parent) / "report.html"
     artifacts.write_atomic(target, render(page).encode("utf-8", "backslashreplace"))
     return target
@@ -132,7 +136,7 @@ def _run_page(source: Source) -> Page:
     return Page("Run", subtitle, tiles[:5], facts, parts, data, [record])
 
 
-def _leaderboard_page(folder: Path) -> Page:
+def _leaderboard_page(folder: Path, artifact_dir: Path | None) -> Page:
     found = Board.read(folder)
     parts: list[Section] = []
     boards = board_sections.read_board(found)
@@ -151,7 +155,7 @@ def _leaderboard_page(folder: Path) -> Page:
     if run := next((run for run in found.runs if run.record.get("artifacts")), None):
         about = {key: run.record[key] for key in ("dataset", "seed")} | {"run": run.name}
         parts.append(Section("texts", "GaCLLM’s texts", "texts.html", about))
-        data = _add_text_sections(parts, Source.read(run.folder))
+        data = _add_text_sections(parts, Source.read(run.folder, artifact_dir))
     else:
         why = "no finished run of this leaderboard used texts"
         parts.append(Section("texts", "Texts", "", {}, why))

@@ -1,14 +1,16 @@
 """A finished run's model, loaded again: every user's metrics and recommendations.
 
-The counterpart of RecBole's ``load_data_and_model``, which would run GaCLLM's text stages and write
-log folders where the report is made. Here the text embeddings come from the run's artefacts.
+The counterpart of RecBole's ``load_data_and_model``, which would unpickle the checkpoint, run
+GaCLLM's text stages and write log folders where the report is made. A run may be somebody else's:
+its configuration comes from ``run.json``, its weights are read as tensors, its text embeddings come
+from its artefacts, no pickle is read, and nothing is written or downloaded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,24 @@ from unittest import mock
 
 import pandas as pd
 import torch
+from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.data.dataloader import FullSortEvalDataLoader
-from recbole.utils import get_model, get_trainer, init_seed
+from recbole.utils import (
+    EvaluatorType,
+    InputType,
+    ModelType,
+    get_model,
+    get_trainer,
+    init_seed,
+)
 from torch import Tensor
 
 import recbole_gacllm.model
 import recbole_gacllm.text_knn
 from recbole_gacllm.benchmark.degrees import count_degrees
 from recbole_gacllm.benchmark.job import Recorder, histories, targets
+from recbole_gacllm.checkpoint import no_pickles, read_weights
 from recbole_gacllm.config import GaCLLMConfig, model_defaults
 from recbole_gacllm.data import TextLayers, TrainingData
 from recbole_gacllm.errors import GaCLLMError
@@ -56,32 +67,72 @@ class Scored:
     degrees: dict[str, dict[str, int]]
 
 
-def score(record: dict[str, Any], checkpoint: Path) -> Scored:
+def score(
+    record: dict[str, Any], checkpoint: Path, folders: Mapping[str, Path], data_path: Path
+) -> Scored:
     """Load a run's data and best weights, and rank all items for its test users.
 
     Args:
         record: The run's ``run.json``.
-        checkpoint: Its checkpoint. RecBole's checkpoints are pickles: only load what you trust.
+        checkpoint: Its checkpoint.
+        folders: Stage -> folder of its artefacts.
+        data_path: Folder of its data set.
 
     Raises:
-        GaCLLMError: If the model no longer gives the metrics of the run.
+        GaCLLMError: If data or weights are gone, or the model no longer gives the run's metrics.
     """
-    loaded = torch.load(checkpoint, map_location="cpu", weights_only=False)
-    config = loaded["config"]
-    config["show_progress"], config["log_wandb"] = False, False
-    config["single_spec"], config["local_rank"] = True, 0
-    if config["model"] in MODELS:  # keys that are newer than the run
-        for key, value in model_defaults().items():
-            config.final_config_dict.setdefault(key, value)
-    if not torch.cuda.is_available():
-        config["device"] = torch.device("cpu")
+    if not data_path.is_dir():
+        raise GaCLLMError(f"the data is gone: there is no {data_path}")
+    with tempfile.TemporaryDirectory() as empty, no_pickles():
+        config = _config_of(record, data_path, Path(empty))
+        return _score(config, record, checkpoint, folders)
+
+
+def _config_of(record: dict[str, Any], data_path: Path, empty: Path) -> Config:
+    """The run's configuration as RecBole's class, which does not read it again.
+
+    Its constructor would read the command line and other files, and might join a process group.
+
+    Args:
+        record: The run's ``run.json``.
+        data_path: Folder of its data set.
+        empty: Where RecBole looks for saved data sets and writes.
+    """
+    config = Config.__new__(Config)
+    config._init_parameters_category()
+    config.yaml_loader = config._build_yaml_loader()
+    keys = dict(record["config"])
+    if keys["model"] in MODELS:  # keys that are newer than the run
+        keys = {**model_defaults(), **keys}
+    kinds = {"MODEL_TYPE": ModelType, "MODEL_INPUT_TYPE": InputType, "eval_type": EvaluatorType}
+    for key, kind in kinds.items():  # run.json has their text, such as ModelType.GENERAL
+        if keys.get(key) is not None:
+            keys[key] = kind[str(keys[key]).rpartition(".")[2]]
+    keys |= {"show_progress": False, "log_wandb": False, "single_spec": True, "local_rank": 0}
+    keys |= dict.fromkeys(("save_dataset", "save_dataloaders"), False)
+    keys |= dict.fromkeys(("dataset_save_path", "dataloaders_save_path"))
+    keys |= {"data_path": str(data_path), "checkpoint_dir": str(empty)}
+    keys["device"] = torch.device("cuda" if _was_on_gpu(record) else "cpu")
+    config.final_config_dict = keys
+    config.model, config.dataset = keys["model"], keys["dataset"]
+    return config
+
+
+def _was_on_gpu(record: dict[str, Any]) -> bool:
+    return str(record.get("device", "")).startswith("cuda") and torch.cuda.is_available()
+
+
+def _score(
+    config: Config, record: dict[str, Any], checkpoint: Path, folders: Mapping[str, Path]
+) -> Scored:
+    state, others = read_weights(checkpoint)
     init_seed(config["seed"], config["reproducibility"])
     train, valid, test = data_preparation(config, create_dataset(config))
-    with _texts_of(record):
+    with _texts_of(folders):
         model = get_model(config["model"])(config, train._dataset).to(config["device"])
-    model.load_state_dict(loaded["state_dict"])
-    model.load_other_parameter(loaded.get("other_parameter"))
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    model.load_state_dict(state)
+    model.load_other_parameter(_on(config["device"], others))
+    with contextlib.chdir(config["checkpoint_dir"]):
         # RecBole's trainer makes folders for logs and checkpoints.
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
         trainer.tensorboard.close()
@@ -109,18 +160,26 @@ def score(record: dict[str, Any], checkpoint: Path) -> Scored:
 
 
 @contextlib.contextmanager
-def _texts_of(record: dict[str, Any]) -> Iterator[None]:
+def _texts_of(folders: Mapping[str, Path]) -> Iterator[None]:
     """Give GaCLLM's constructor the run's own embeddings; no stage is ever started."""
 
     def load(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
-        folders = {stage: Path(folder) for stage, folder in record["artifacts"].items()}
         n_layers = len(list(folders["embeddings"].glob("layer_*.npy")))
-        return TextLayers.load(folders, n_layers, options, data)
+        return TextLayers.load(dict(folders), n_layers, options, data)
 
     with contextlib.ExitStack() as patches:
         for module in (recbole_gacllm.model, recbole_gacllm.text_knn):
             patches.enter_context(mock.patch.object(module, "prepare", load))
         yield
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """Another parameter on the model's device."""
+    if isinstance(value, dict):
+        return {key: _on(device, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on(device, item) for item in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _evaluate(trainer: Any, train: Any, valid: Any, part: Any) -> tuple[Scores, dict[str, float]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from recbole_gacllm.benchmark.markdown import metric_name
 from recbole_gacllm.benchmark.significance import mean_interval
+from recbole_gacllm.descriptions.audit import blind_spots
+from recbole_gacllm.descriptions.audit import verdict as leakage_verdict
 from recbole_gacllm.report import charts
 from recbole_gacllm.report.charts import Series
 from recbole_gacllm.report.degrees import degree_chart, heldout_found, metric_by_degree
@@ -150,24 +152,31 @@ def leakage(source: Source) -> dict[str, Any]:
     p = audit["p_value"]
     facts = {
         "Held-out pairs in the training graph": f"{audit['edges_in_graph']:,}",
-        "Held-out items named in their user's texts": (
+        "Held-out pairs named in their texts": (
             f"{audit['heldout_mentions']:,} of {audit['n_pairs']:,}"
         ),
-        "Matched items named there": f"{audit['matched_mentions']:,} of {audit['n_pairs']:,}",
-        "Sign test, one-sided": "no pair differs" if p is None else f"p = {p:.3g}",
+        "Matched pairs named there": f"{audit['matched_mentions']:,} of {audit['n_pairs']:,}",
+        "Sign tests, one-sided": "no pair differs" if p is None else f"p = {p:.3g}",
     }
+    for kind, found in audit.get("kinds", {}).items():
+        if any(found.values()):
+            name = f"By {kind.replace('_', ' ')}, held-out and matched"
+            facts[name] = f"{found['heldout_mentions']:,} and {found['matched_mentions']:,}"
     if "n_known_names" in audit:  # runs of older versions compared these, too
         facts["Not compared: a training item of the user bears the name"] = (
             f"{audit['n_known_names']:,}"
         )
+    facts |= blind_spots(audit)
     words = (
         "Each held-out item is compared with an item of nearly the same popularity that the user "
-        "never touched. If texts knew the future, held-out items would be named more often."
+        "never touched: does the user's text name the item, or the item's text the user? If texts "
+        "knew the future, held-out pairs would be named more often; so they would be if texts "
+        "guessed well. Names in another language or with other endings, nicknames and hints "
+        "without a name are not seen."
     )
     if audit["heldout_mentions"] == audit["matched_mentions"] == 0:
         words += " These texts name neither, so the comparison has little to see."
-    clean = audit["edges_in_graph"] == 0 and (p is None or p >= 0.05)
-    return {"verdict": "clean" if clean else "suspicious", "facts": facts, "words": words}
+    return {"verdict": leakage_verdict(audit), "facts": facts, "words": words}
 
 
 def text_map(source: Source, data: dict[str, Any] | None) -> dict[str, Any]:

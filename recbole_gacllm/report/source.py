@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from recbole_gacllm import locate
 from recbole_gacllm.benchmark.job import PER_USER_FILE, RUN_FILE
 from recbole_gacllm.benchmark.results import FinishedRun
 from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
+from recbole_gacllm.descriptions.names import names_file_of, read_names
 from recbole_gacllm.descriptions.neighbors import NeighborLists, TrainGraph
 from recbole_gacllm.descriptions.reading import RunDescriptions
 from recbole_gacllm.descriptions.text import read_features
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _CATEGORY_WORDS = ("genre", "class", "categor", "type", "tag")
 _MAX_CATEGORIES = 60
+_OF_CONFIG = {"model", "dataset", "data_path", "ITEM_ID_FIELD"}
 
 
 @dataclass(frozen=True)
@@ -46,32 +50,37 @@ class Texts:
     category: tuple[str, dict[str, tuple[str, ...]]] | None
 
     @classmethod
-    def read(cls, record: dict[str, Any]) -> Texts:
+    def read(
+        cls, record: dict[str, Any], run_folder: Path, artifact_dir: Path | None = None
+    ) -> Texts:
         """Read the artefacts that a run names.
 
         Raises:
             ValueError: If they are not there.
         """
-        folders = {stage: Path(folder) for stage, folder in record.get("artifacts", {}).items()}
+        folders = locate.artifacts_of(record, run_folder, artifact_dir)
         if "inputs" not in folders:
             raise ValueError(f"the run of {record['model']} used no texts")
         inputs = folders["inputs"]
         if not (inputs / "graph.npz").is_file():
-            raise ValueError(f"the artefacts are gone: there is no {inputs}")
+            raise ValueError(
+                f"the artefacts are gone: there is no {inputs}; --artifact_dir says where they "
+                "lie now"
+            )
         graph = TrainGraph.load(inputs / "graph.npz")
         layers, neighbors = [Layer.read(inputs / "layer_0.parquet")], {}
         if "descriptions" in folders:
-            found = RunDescriptions(folders["descriptions"])
+            found = RunDescriptions(folders["descriptions"], names_file=names_file_of(folders))
             layers = found.layers
             neighbors = {side: found.neighbor_lists(side) for side in SIDES}
         files = [folders["embeddings"] / f"layer_{number}.npy" for number in range(len(layers))]
         return cls(
             layers=layers,
-            names=json.loads((inputs / "item_names.json").read_text("utf-8")),
+            names=read_names(inputs, names_file_of(folders)),
             degrees={side: graph.degrees(side) for side in SIDES},
             neighbors=neighbors,
             embeddings=[np.load(file, mmap_mode="r") for file in files if file.is_file()],
-            category=_category(record["config"]),
+            category=_category(record["config"], data_path_of(record, run_folder)),
         )
 
 
@@ -93,11 +102,12 @@ class Source:
     test: dict[str, pd.Series[float]]
 
     @classmethod
-    def read(cls, run: Path) -> Source:
+    def read(cls, run: Path, artifact_dir: Path | None = None) -> Source:
         """Read a run and load its model once more.
 
         Args:
             run: A ``run.json``, or the folder of it.
+            artifact_dir: Where to look for artefacts that were moved away from the run.
 
         Raises:
             ValueError: If there is no such file.
@@ -108,14 +118,12 @@ class Source:
                 f"{run} is neither a run (a folder with {RUN_FILE}) nor the folder of a "
                 "leaderboard; a run's last line of output names it."
             )
-        record = json.loads(file.read_text("utf-8"))
-        if "test" not in record or "config" not in record:
-            raise ValueError(f"{file} is not the record of a run: it has no 'test' or 'config'.")
+        record = _record_of(file)
         try:
-            texts: Texts | str = Texts.read(record)
+            texts: Texts | str = Texts.read(record, file.parent, artifact_dir)
         except (ValueError, GaCLLMError, OSError, KeyError) as error:
             texts = _reason(error)
-        scored = scored_again(record, file.parent)
+        scored = scored_again(record, file.parent, artifact_dir)
         return cls(record, file.parent, texts, scored, _per_user(record, file.parent, scored))
 
     @property
@@ -124,25 +132,45 @@ class Source:
         return main_metric(self.record)
 
 
+def _record_of(file: Path) -> dict[str, Any]:
+    """A ``run.json`` with what every run has.
+
+    Raises:
+        ValueError: If something is missing.
+    """
+    try:
+        record = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not the record of a run: it is no JSON ({error}).") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} is not the record of a run: it is no JSON object.")
+    config = record.get("config")
+    missing = {"model", "dataset", "seed", "test", "config", "versions", "device"} - set(record)
+    missing |= _OF_CONFIG - set(config if isinstance(config, dict) else {})
+    if missing or not isinstance(record["test"], dict) or not record["test"]:
+        what = ", ".join(sorted(missing)) or "metrics in 'test'"
+        raise ValueError(f"{file} is not the record of a run: it has no {what}.")
+    return record
+
+
 def main_metric(record: dict[str, Any]) -> str:
     """The metric that chose the epoch, if it was tested; else the first."""
     chosen = str(record["config"].get("valid_metric", "")).lower()
     return chosen if chosen in record["test"] else next(iter(record["test"]))
 
 
-def scored_again(record: dict[str, Any], folder: Path) -> Any:
+def scored_again(record: dict[str, Any], folder: Path, artifact_dir: Path | None = None) -> Any:
     """The run's :class:`.scoring.Scored`, or the reason why its model cannot be loaded."""
     if record.get("checkpoint") is None:
         return "the run kept no checkpoint"
-    checkpoint = Path(record["checkpoint"])
-    if not checkpoint.is_file():  # run.json lies in CHECKPOINT_DIR/runs/RUN, and may have moved
-        checkpoint = folder.parent.parent / checkpoint.name
+    checkpoint = locate.find(str(record["checkpoint"]), folder)
     if not checkpoint.is_file():
         return f"the checkpoint is gone: there is no {record['checkpoint']}"
     from recbole_gacllm.report.scoring import score  # starts RecBole
 
     try:
-        return score(record, checkpoint)
+        folders = locate.artifacts_of(record, folder, artifact_dir)
+        return score(record, checkpoint, folders, data_path_of(record, folder))
     except Exception as error:  # whatever RecBole's 90 models raise, the rest of the page stands
         logger.warning("%s cannot be scored again: %s", checkpoint, error)
         logger.debug("", exc_info=True)
@@ -163,9 +191,21 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-def _category(config: dict[str, Any]) -> tuple[str, dict[str, tuple[str, ...]]] | None:
+def data_path_of(record: dict[str, Any], folder: Path) -> Path:
+    """The folder of a run's data set, where it lies now; ml-100k comes with RecBole."""
+    config = record["config"]
+    path = locate.find(str(config["data_path"]), folder)
+    recbole = find_spec("recbole")  # its import would take seconds
+    if config["dataset"] == "ml-100k" and not path.is_dir() and recbole and recbole.origin:
+        return Path(recbole.origin).parent / "dataset_example" / "ml-100k"
+    return path
+
+
+def _category(
+    config: dict[str, Any], data_path: Path
+) -> tuple[str, dict[str, tuple[str, ...]]] | None:
     """Genres of the items, or the first field of few values in the item file."""
-    file = Path(config["data_path"]) / f"{config['dataset']}.item"
+    file = data_path / f"{config['dataset']}.item"
     if not file.is_file():
         return None
     frame = read_features(

@@ -1,0 +1,146 @@
+"""What was read is said in a few lines; what cannot serve is refused before any stage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from recbole_gacllm.cli import main
+from recbole_gacllm.data_checks import match_ids, read_and_inspect
+
+LOAD = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
+
+
+def shop(root, rows: list[tuple[object, ...]], items: str | None = None) -> dict:
+    folder = root / "shop"
+    folder.mkdir()
+    lines = "".join("\t".join(map(str, row)) + "\n" for row in rows)
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    (folder / "shop.inter").write_text(header + lines)
+    if items is not None:
+        (folder / "shop.item").write_text(f"item_id:token\ttitle:token\n{items}")
+    return {"data_path": str(root), "load_col": LOAD, "checkpoint_dir": str(root / "saved")}
+
+
+def clicks(n_users: int = 12, n_items: int = 15, each: int = 5) -> list[tuple[object, ...]]:
+    rng = np.random.default_rng(1)
+    return [
+        (f"u{user}", f"i{item}", 1 + item % 5, 1_600_000_000 + 86_400 * item)
+        for user in range(n_users)
+        for item in rng.permutation(n_items)[:each]
+    ]
+
+
+def look(keys: dict, model: str = "BPR", **more):
+    return read_and_inspect(model, "shop", [], {**keys, **more})[2]
+
+
+def test_a_run_says_what_it_read(tmp_path):
+    keys = shop(tmp_path, [*clicks(), ("", "i1", 3, 1_600_000_000)])
+    report = look(keys, val_interval={"rating": "[2,inf)"}, rm_dup_inter="first")
+    assert (report.n_users, report.n_repeats, report.warnings) == (12, 0, [])
+    assert sum(report.parts) == report.n_interactions < 60
+    text = "\n".join(report.lines())
+    assert "times from 2020-09-13 to 2020-09-27" in text
+    assert "without a user or an item: 61 -> 60 interactions" in text
+    assert f"val_interval: {{'rating': '[2,inf)'}}: 60 -> {report.n_interactions}" in text
+    assert "rm_dup_inter" not in text  # it took nothing
+
+
+@pytest.mark.parametrize("model", ["BPR", "SASRec"])
+def test_repeats_are_counted_and_warned_of(tmp_path, model):
+    rows = clicks()
+    again = [(user, item, rating, time + 10**6) for user, item, rating, time in rows[:15]]
+    keys = shop(tmp_path, rows + again)
+    keys |= {"eval_args": {"order": "TO", "split": {"LS": "valid_and_test"}}}
+    report = look(keys, model)
+    assert (report.n_interactions, report.n_repeats) == (75, 15)
+    (warning,) = report.warnings
+    assert "15 of 75 interactions (20%)" in warning
+    assert "rm_dup_inter: first" in warning
+    assert ("repeatable is on" in warning) == (model == "SASRec")
+    assert look(keys, model, rm_dup_inter="first").warnings == []
+
+
+def test_labels_that_a_model_does_not_read_are_warned_of(tmp_path):
+    keys = shop(tmp_path, clicks())
+    (warning,) = look(keys, threshold={"rating": 4}).warnings
+    assert "threshold" in warning
+    assert "val_interval" in warning
+    assert look(keys, "FM", threshold={"rating": 4}).warnings == []
+    (warning,) = look(keys, LABEL_FIELD="rating").warnings
+    assert "every interaction counts as liked" in warning
+
+
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [
+        (
+            {"val_interval": {"rating": "[9,inf)"}},
+            r"rating.*leaves none of 60 interactions of shop",
+        ),
+        ({"user_inter_num_interval": "[50,inf)"}, "user_inter_num_interval.*leaves none of 60"),
+        ({"topk": [20], "valid_metric": "MRR@20"}, "topk: 20 is more than the 15 items"),
+    ],
+)
+def test_what_leaves_nothing_to_rank_is_refused(tmp_path, keys, found):
+    with pytest.raises(ValueError, match=found):
+        look(shop(tmp_path, clicks()), **keys)
+
+
+def test_users_with_one_interaction_each_have_no_test(tmp_path):
+    keys = shop(tmp_path, [(f"u{n}", f"i{n % 12}", 1, n) for n in range(40)])
+    with pytest.raises(ValueError, match="the test part has no interactions"):
+        look(keys, eval_args={"order": "TO", "split": {"LS": "valid_and_test"}})
+
+
+def test_a_user_of_all_items_has_no_negative_ones(tmp_path):
+    keys = shop(tmp_path, clicks() + clicks(n_users=1, each=15))
+    with pytest.raises(ValueError, match=r"1 users \('u0'\) have interacted with all 15 items"):
+        look(keys, rm_dup_inter="first")
+    look(keys, "EASE", rm_dup_inter="first", train_neg_sample_args=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        (lambda n: f"{n:06d}", "leading zeros"),
+        (lambda n: f"{n}.0", "without '.0'"),
+        (lambda n: f" {n} ", "blanks"),
+        (lambda n: f"b{n}", "alike"),
+    ],
+)
+def test_ids_that_do_not_meet_end_the_run_with_ids_of_both_sides(tmp_path, change, hint):
+    ids = [str(n) for n in range(1, 20)]
+    with pytest.raises(ValueError, match=hint) as error:
+        match_ids("item", tmp_path / "shop.item", ids, [change(n) for n in range(1, 20)])
+    assert "'1'" in str(error.value)
+    assert repr(change(1)) in str(error.value)
+
+
+def test_half_of_the_ids_meeting_is_a_warning_with_the_share(tmp_path):
+    share, warning = match_ids("item", tmp_path / "x.item", ["a", "b", "c", "d"], ["a", "b", "z"])
+    assert share == 0.5
+    assert "2 of 4 items" in warning
+    assert match_ids("item", tmp_path / "x.item", ["a"], ["a"]) == (1.0, None)
+
+
+def test_check_prints_what_was_read_and_texts_and_writes_nothing(tmp_path, capsys):
+    items = "".join(f"i{n}\tRed Lamp {n}\n" for n in range(15))
+    shop(tmp_path, clicks(), items)
+    before = sorted(tmp_path.rglob("*"))
+    main(["check", "--dataset=shop", f"--data_path={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert "12 users, 15 items, 60 interactions" in printed
+    assert "100% of the items have a row in the .item file" in printed
+    assert "title: Red Lamp" in printed
+    assert "nothing is known of 12 of 12 user nodes" in printed
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_input_error_is_one_line_and_exit_code_2(tmp_path, capsys):
+    shop(tmp_path, clicks(), "i99\tLamp\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["check", "--dataset=shop", f"--data_path={tmp_path}"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,262 @@
+"""Names that files give stay in their folder, moved artefacts are found, readers only read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recbole_gacllm import artifacts, locate
+from recbole_gacllm.cli import main
+from recbole_gacllm.descriptions import names
+from recbole_gacllm.descriptions.costs import Cost, LayerCost
+from recbole_gacllm.descriptions.reading import RunDescriptions
+from recbole_gacllm.descriptions.store import DescriptionStore
+from recbole_gacllm.errors import GaCLLMError
+
+from .test_cli import described  # noqa: F401
+from .test_export import embeddings  # noqa: F401
+
+
+def snapshot(root: Path) -> dict[str, tuple[int, bytes]]:
+    """All files below a folder: when they were changed, and their content."""
+    return {
+        str(path.relative_to(root)): (path.lstat().st_mtime_ns, path.read_bytes())
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "", ".", "..", "a/../../x", "a/../b", "link", "link/x", "\0", 3]
+)
+def test_a_name_that_leaves_its_folder_is_refused(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="is not a plain path in this folder"):
+        locate.inside(tmp_path / "in", name)
+
+
+def test_a_name_in_a_folder_is_taken_though_the_folder_is_reached_by_a_link(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "way").symlink_to(tmp_path / "in")
+    assert locate.inside(tmp_path / "way", "a/b.npy") == tmp_path / "way" / "a" / "b.npy"
+
+
+@pytest.mark.parametrize("place", ["layer_1.parquet", "adapter", "adapter/deep.bin", ""])
+def test_links_in_an_artefact_folder_are_refused_by_name(tmp_path, place):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    link = tmp_path / "stage-1" / place
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(victim)
+    with pytest.raises(GaCLLMError, match=f"{link} is a symbolic link to {victim}"):
+        locate.require_no_links(tmp_path / "stage-1")
+    with (
+        pytest.raises(GaCLLMError, match="is a symbolic link"),
+        artifacts.stage_lock(tmp_path / "stage-1"),
+    ):
+        raise AssertionError("a stage was started in a folder with links")
+    assert victim.read_text() == "mine"
+
+
+@pytest.fixture
+def run(described, tmp_path):  # noqa: F811
+    """A run.json as the runner writes it, with the artefacts of ``described``."""
+    file = tmp_path / "saved" / "runs" / "one" / "run.json"
+    file.parent.mkdir(parents=True)
+    recorded = {"inputs": described.parent / "inputs-1", "descriptions": described}
+    file.write_text(json.dumps({"artifacts": {k: str(path) for k, path in recorded.items()}}))
+    return file
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_artefacts_of_a_moved_run_are_found(run, tmp_path, capsys, copied):
+    there = tmp_path / "elsewhere" / "deeper"
+    (shutil.copytree if copied else shutil.move)(tmp_path / "saved", there / "saved")
+    if copied:
+        shutil.rmtree(tmp_path / "saved" / "gacllm")
+    new = there / "saved" / "runs" / "one"
+    main(["audit", str(new)])
+    assert str(there / "saved" / "gacllm" / "tiny" / "descriptions-1") in capsys.readouterr().out
+    main(["describe", f"--run={new}", "--user=u1"])
+    assert "Likes rain." in capsys.readouterr().out
+
+
+def test_artefacts_that_were_moved_away_from_the_run_are_found_where_the_flag_says(
+    run, tmp_path, capsys
+):
+    (tmp_path / "saved" / "gacllm").rename(tmp_path / "disk")
+    for command in (["audit", str(run)], ["describe", f"--run={run}", "--user=u1"]):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "there is no" in capsys.readouterr().err
+        main([*command, f"--artifact_dir={tmp_path / 'disk'}"])
+        assert "tiny/descriptions-1" in capsys.readouterr().out
+
+
+def test_artefacts_beside_the_run_are_found_and_lost_ones_keep_their_name(tmp_path):
+    run_folder = tmp_path / "received"
+    (run_folder / "tiny" / "inputs-1").mkdir(parents=True)
+    recorded = "/home/somebody/saved/gacllm/tiny/inputs-1"
+    assert locate.find(recorded, run_folder) == run_folder / "tiny" / "inputs-1"
+    assert locate.find("/home/somebody/sft-1", run_folder) == Path("/home/somebody/sft-1")
+    (tmp_path / "secret").mkdir()
+    assert locate.find("x/../../secret", run_folder / "tiny") == Path("../secret")
+
+
+def write_job(folder: Path, **entries: object) -> None:
+    file = folder / "job.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def test_an_audit_of_an_unfinished_folder_opens_no_file_that_its_job_names(
+    described,  # noqa: F811
+    tmp_path,
+    capsys,
+):
+    (described / "manifest.json").unlink()
+    for content in (b"my thesis", b"SQLite format 3\0" + bytes(5000)):
+        document = tmp_path / "thesis.txt"
+        document.write_bytes(content)
+        write_job(
+            described,
+            store=str(document),
+            options={"neighbor_rule": "rare_first", "n_neighbors": 2, "llm_n_layers": 2},
+        )
+        before = snapshot(tmp_path)
+        main(["audit", str(described)])
+        assert "layer 2 of 2 is not finished" in capsys.readouterr().out
+        assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("inputs", ["/etc", "../../../../etc", "/x/..", "", 7, None])
+def test_inputs_that_a_job_names_lie_beside_it(described, tmp_path, capsys, inputs):  # noqa: F811
+    write_job(described, inputs=inputs)
+    with pytest.raises(SystemExit):
+        main(["audit", str(described)])
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("damage", ["killed", "closed", "text", "other table"])
+def test_what_a_killed_run_has_cost_is_read_without_a_change_on_disk(
+    described,  # noqa: F811
+    tmp_path,
+    capsys,
+    damage,
+):
+    (described / "manifest.json").unlink()
+    options = {"neighbor_rule": "rare_first", "n_neighbors": 2, "llm_n_layers": 2}
+    write_job(described, options=options)
+    path = described.parent.parent / "store.sqlite"
+    store = DescriptionStore(path)
+    store.put_many([], LayerCost("tiny/descriptions-1", 2, Cost(5, 600, 70, 50, 8.0)))
+    copies = [(file, file.read_bytes()) for file in path.parent.glob("store.sqlite*")]
+    store.close()
+    if damage == "killed":  # the log and its index stay
+        for file, content in copies:
+            file.write_bytes(content)
+        assert Path(f"{path}-wal").stat().st_size
+    elif damage == "text":
+        path.write_text("no database")
+    elif damage == "other table":
+        path.unlink()
+        with sqlite3.connect(path) as db:
+            db.execute("CREATE TABLE costs (stage TEXT, layer, n_generated)")
+    before = snapshot(tmp_path)
+    main(["audit", str(described)])
+    n = 5 if damage in ("killed", "closed") else 0
+    assert f"generated       {n} prompts" in capsys.readouterr().out
+    assert snapshot(tmp_path) == before
+
+
+def test_commands_that_read_change_nothing(run, described, tmp_path):  # noqa: F811
+    folder = tmp_path / "saved" / "gacllm"
+    before = snapshot(folder)
+    out = tmp_path / "out"
+    out.mkdir()
+    main(["describe", "--dataset=tiny", "--item=i1"])
+    main(["describe", f"--run={run}", "--user=u1"])
+    main(["audit", str(run)])
+    main(["audit", str(described)])
+    main(["export-descriptions", f"--run={run}", f"--output={out / 'a.csv'}"])
+    assert snapshot(folder) == before
+
+
+def test_embeddings_of_a_moved_or_strange_folder(embeddings, tmp_path):  # noqa: F811
+    from recbole_gacllm.benchmark.embeddings import export_embeddings
+
+    before = snapshot(embeddings.parent)
+    assert len(export_embeddings(embeddings, 1, tmp_path / "out")) == 3
+    assert snapshot(embeddings.parent) == before
+    write_job(embeddings, layer_files=["/etc/../passwd", "x"])
+    with pytest.raises(ValueError, match="is not a plain path"):
+        export_embeddings(embeddings, 1, tmp_path / "out")
+
+
+def test_arrays_that_are_pickles_are_not_read(described, capsys):  # noqa: F811
+    graph = described.parent / "inputs-1" / "graph.npz"
+    for content in (b"", b"text", pickle.dumps([1])):
+        graph.write_bytes(content)
+        with pytest.raises(SystemExit) as end:
+            main(
+                [
+                    "describe",
+                    f"--artifact_dir={described.parent.parent}",
+                    "--dataset=tiny",
+                    "--user=u1",
+                ]
+            )
+        assert end.value.code == 1
+        assert re.search(r"graph\.npz is damaged", capsys.readouterr().err)
+
+
+def test_embeddings_that_are_pickles_are_not_read(embeddings, tmp_path):  # noqa: F811
+    from recbole_gacllm.benchmark.embeddings import export_embeddings
+
+    np.save(embeddings / "layer_1.npy", np.array([{}], dtype=object))
+    with pytest.raises(GaCLLMError, match=r"embeddings of layer 1 .* are damaged"):
+        export_embeddings(embeddings, 1, tmp_path / "out")
+
+
+def test_names_of_items_are_of_the_run(run, described, capsys):  # noqa: F811
+    """Two runs share the inputs; the second calls its items by another field."""
+    inputs = described.parent / "inputs-1"
+    old = json.loads((inputs / "item_names.json").read_text())
+    first = names.write_names(inputs, {**old, "i1": "Rain Man"})
+    other = names.write_names(inputs, {**old, "i1": "Drama"})
+    assert first != other
+    record = json.loads(run.read_text())
+    record["artifacts"]["item_names"] = str(first)
+    run.write_text(json.dumps(record))
+    assert RunDescriptions.of_run(run).names["i1"] == "Rain Man"
+    main(["describe", f"--run={run}", "--item=i1"])
+    assert "item i1, Rain Man" in capsys.readouterr().out
+    record["artifacts"]["item_names"] = str(other)
+    run.write_text(json.dumps(record))
+    assert RunDescriptions.of_run(run).names["i1"] == "Drama"
+    del record["artifacts"]["item_names"]  # a run of an earlier release
+    run.write_text(json.dumps(record))
+    assert RunDescriptions.of_run(run).names == old
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"i1": 3}'])
+def test_a_damaged_file_of_names_is_named(described, content):  # noqa: F811
+    (described.parent / "inputs-1" / "item_names.json").write_text(content)
+    with pytest.raises(ValueError, match=r"item_names\.json"):
+        RunDescriptions(described)
+
+
+def test_a_leaderboard_whose_runs_lie_elsewhere_is_refused(tmp_path):
+    from recbole_gacllm.benchmark.results import Board
+
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "leaderboard.json").write_text(json.dumps({"runs": ["../"]}))
+    with pytest.raises(ValueError, match="is not a plain path"):
+        Board.read(tmp_path)
