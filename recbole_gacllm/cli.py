@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -165,6 +166,8 @@ def _print_summary(record: dict[str, Any], run_file: Path | None) -> None:
         say(f"{split:<9}" + " ".join(cells))
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in record["seconds"].items())
     say(f"time     {seconds}", "")
+    for warning in (record.get("data") or {}).get("warnings", []):
+        say(*textwrap.wrap(f"warning: {warning}", 96, subsequent_indent="  "), "")
     for stage, figures in record.get("stages", {}).items():
         say(f"{stage:<13}{_stage_line(figures)}")
     if "leakage_audit" in record:

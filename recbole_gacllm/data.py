@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
 from recbole_gacllm.descriptions.names import item_names, names_of_people
 from recbole_gacllm.descriptions.neighbors import TrainGraph
 
+logger = logging.getLogger(__name__)
+
+_SHOWN = 3  # texts of a side in the log
 #: So many text embeddings are taken to float32 at once: 100 MB of width 384.
 MAX_ROWS = 2**16
 
@@ -214,6 +218,10 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
         )
         for side in SIDES
     }
+    rng = np.random.default_rng(data.seed)
+    for side in SIDES:
+        for text_of_node in rng.choice(texts[side], min(_SHOWN, len(texts[side])), replace=False):
+            logger.info("a text of layer 0, %s: %s", side, text_of_node)
     names = item_names(tokens["item"], features["item"], options.text_item_name_field)
     return Layer.raw(tokens, texts), names
 

@@ -98,7 +98,7 @@ def inspect(config: Any, dataset: Any, parts: Iterable[Any]) -> DataReport:
             f"--topk={min(10, n_items - 1)} and --valid_metric=MRR@{min(10, n_items - 1)}, or "
             "loosen the filters."
         )
-    pairs = _pairs(dataset, (train, valid, test))
+    pairs = interactions((train, valid, test))
     _check_negatives(config, dataset, pairs)
     n_repeats = len(pairs) - len(np.unique(pairs))
     report = DataReport(
@@ -214,19 +214,26 @@ def _check_negatives(config: Any, dataset: Any, pairs: np.ndarray) -> None:
         )
 
 
-def _pairs(dataset: Any, parts: Iterable[Any]) -> np.ndarray:
-    """User and item of each interaction as one number, those of sequences' beginnings as well."""
+def interactions(parts: Iterable[Any]) -> np.ndarray:
+    """Each interaction of a split as one number of user and item, repeats and all.
+
+    Args:
+        parts: RecBole's data sets of training, validation and test.
+
+    Shapes:
+        result: ``[n_interactions]``.
+    """
     pairs = []
     for number, part in enumerate(parts):
         inter = part.inter_feat
-        users = inter[dataset.uid_field].numpy().astype(np.int64)
-        items = inter[dataset.iid_field].numpy()
-        pairs.append(users * dataset.item_num + items)
-        lists = getattr(part, f"{dataset.iid_field}_list_field", None)
+        users = inter[part.uid_field].numpy().astype(np.int64)
+        items = inter[part.iid_field].numpy()
+        pairs.append(users * part.item_num + items)
+        lists = getattr(part, f"{part.iid_field}_list_field", None)
         if number == 0 and lists is not None and lists in inter:
             # A sequence's first item is no row of its own: it begins the shortest list.
             first = inter[part.item_list_length_field].numpy() == 1
-            pairs.append(users[first] * dataset.item_num + inter[lists][:, 0].numpy()[first])
+            pairs.append(users[first] * part.item_num + inter[lists][:, 0].numpy()[first])
     return np.concatenate(pairs)
 
 

@@ -138,8 +138,11 @@ def _run(
     full_dataset = create_dataset(config)
     root_logger.info(full_dataset)
     train_data, valid_data, test_data = data_preparation(config, full_dataset)
-    if len(train_data._dataset.inter_feat) == 0:
-        raise ValueError(f"dataset: {dataset!r} has no training interactions after filtering.")
+    data = getattr(full_dataset, "data_report", None)  # none with saved data loaders
+    for line in data.lines() if data is not None else []:
+        root_logger.info(line)
+    for warning in data.warnings if data is not None else []:
+        root_logger.warning(warning)
     if observer is not None:
         observer.on_split(train_data, valid_data, test_data)
 
@@ -194,6 +197,7 @@ def _run(
                 "train": round(train_seconds, 1),
                 "test": round(test_seconds, 1),
             },
+            "data": dataclasses.asdict(data) if data is not None else None,
             "checkpoint": str(Path(trainer.saved_model_file).resolve()) if saved else None,
             "flops": flops,
             "device": str(config["device"]),

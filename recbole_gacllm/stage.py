@@ -56,7 +56,13 @@ def sft(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     for side, texts in raw.texts.items():
         raw.texts[side] = [neutralize(text, special) for text in texts]
     learn, heldout = sample_pairs(
-        graph, raw, _templates(job), options.sft_n_pairs, options.sft_n_heldout, job["seed"]
+        graph,
+        raw,
+        _templates(job),
+        nothing_known_of(job),
+        options.sft_n_pairs,
+        options.sft_n_heldout,
+        job["seed"],
     )
     modules = options.sft_target_modules
     report = finetune_on_all_cards(

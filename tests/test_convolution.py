@@ -13,10 +13,11 @@ from recbole_gacllm.config import shipped_path
 from recbole_gacllm.descriptions.convolution import Convolution, record_of
 from recbole_gacllm.descriptions.layers import SIDES, Layer
 from recbole_gacllm.descriptions.neighbors import TrainGraph
-from recbole_gacllm.descriptions.pairs import sample_pairs
+from recbole_gacllm.descriptions.pairs import sample_pairs, told_edges
 from recbole_gacllm.descriptions.prompts import PromptTemplates
 from recbole_gacllm.descriptions.requests import RETRY_TEMPERATURE, ConvolutionOptions, RequestMaker
 from recbole_gacllm.descriptions.store import DescriptionStore
+from recbole_gacllm.descriptions.text import nothing_known
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.generator import Sampling
 
@@ -470,6 +471,24 @@ def test_another_cleaning_draws_the_same_answers(templates, monkeypatch):
     assert before.retry_of(first).sampling.seed != first.sampling.seed
 
 
+NOTHING = {"user": nothing_known("person"), "item": nothing_known("film")}
+
+
+def test_nothing_is_learnt_from_a_node_of_which_nothing_is_known(templates):
+    graph, below = graph_of(), raw_layer(graph_of())
+    users = [NOTHING["user"], *below.texts["user"][1:]]
+    below = Layer.raw(below.tokens, {**below.texts, "user": users})
+    told = told_edges(graph, below, NOTHING)
+    assert told.tolist() == np.flatnonzero(graph.users != 0).tolist()
+    assert 0 < len(told) < graph.n_edges
+    learn, heldout = sample_pairs(graph, below, templates, NOTHING, 100, 3, seed=5)
+    assert len(learn) + len(heldout) == 2 * len(told)
+    assert NOTHING["user"] not in repr(learn + heldout)
+    nobody = Layer.raw(below.tokens, {**below.texts, "user": [NOTHING["user"]] * len(users)})
+    with pytest.raises(ValueError, match=f"there are 0 of {graph.n_edges}"):
+        sample_pairs(graph, nobody, templates, NOTHING, 100, 3, seed=5)
+
+
 def test_planted_held_out_interactions_leave_no_trace(convolve, templates):
     """The graph holds training edges only, so marked items of no edge appear in no other node."""
     graph = graph_of()
@@ -488,14 +507,14 @@ def test_planted_held_out_interactions_leave_no_trace(convolve, templates):
     prompts = [prompt_of(r) for r in generator.requests if "Zyzzyva" in prompt_of(r)]
     assert len(prompts) == 1
     assert "The film: Zyzzyva" in prompts[0]
-    learn, heldout = sample_pairs(marked, below, templates, 100, 5, seed=1)
+    learn, heldout = sample_pairs(marked, below, templates, NOTHING, 100, 5, seed=1)
     assert learn
     assert not any("Zyzzyva" in repr(pair) for pair in learn + heldout)
 
 
 def test_sft_pairs_are_training_edges_in_both_directions_and_held_out_ones_are_others(templates):
     graph, below = graph_of(), raw_layer(graph_of())
-    learn, heldout = sample_pairs(graph, below, templates, n_pairs=8, n_heldout=3, seed=5)
+    learn, heldout = sample_pairs(graph, below, templates, NOTHING, n_pairs=8, n_heldout=3, seed=5)
     assert (len(learn), len(heldout)) == (16, 6)
     matched = {
         (below.texts["user"][u], below.texts["item"][i])

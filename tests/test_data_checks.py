@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from recbole.data import create_dataset, data_preparation
 
+from recbole_gacllm.benchmark.export import evaluation
+from recbole_gacllm.benchmark.job import Recorder
 from recbole_gacllm.cli import main
 from recbole_gacllm.data_checks import match_ids, read_and_inspect
+from recbole_gacllm.run_config import build_config
 
 LOAD = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
 
@@ -144,3 +148,36 @@ def test_an_input_error_is_one_line_and_exit_code_2(tmp_path, capsys):
         main(["check", "--dataset=shop", f"--data_path={tmp_path}"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", ["BPR", "SASRec"])
+def test_a_leaderboard_counts_interactions_whatever_the_columns_are_called(tmp_path, model):
+    folder = tmp_path / "biz"
+    folder.mkdir()
+    rows = clicks() + [("u0", "i0", 1, 2_000_000_000), ("u0", "i0", 1, 2_000_000_001)]
+    lines = "".join("\t".join(map(str, row)) + "\n" for row in rows)
+    header = "person:token\tbusiness_id:token\tstars:float\twhen:float\n"
+    (folder / "biz.inter").write_text(header + lines)
+    keys = {
+        "data_path": str(tmp_path),
+        "USER_ID_FIELD": "person",
+        "ITEM_ID_FIELD": "business_id",
+        "TIME_FIELD": "when",
+        "load_col": {"inter": "*"},
+        "eval_args": {"order": "TO", "split": {"LS": "valid_and_test"}},
+        **({"train_neg_sample_args": None} if model == "SASRec" else {}),
+    }
+    config = build_config(model, "biz", config_dict=keys)
+    recorder = Recorder()
+    recorder.on_split(*data_preparation(config, create_dataset(config)))
+    n_repeats = len(rows) - len({row[:2] for row in rows})
+    assert recorder.statistics["n_interactions"] == len(rows)
+    assert recorder.statistics["n_repeats"] == n_repeats > 0
+
+
+def test_a_page_on_ready_split_files_says_so():
+    config = {
+        "benchmark_filename": ["train", "valid", "test"],
+        "eval_args": {"order": "RO", "split": {"RS": [0.8, 0.1, 0.1]}, "mode": {"test": "full"}},
+    }
+    assert evaluation(config) == "ready split files (train, valid, test), full sort"

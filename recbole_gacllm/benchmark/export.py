@@ -128,14 +128,21 @@ def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
     table, plan = summary["datasets"][dataset], board.plan
     config = plan["properties"][dataset]
     properties = {key: config[key] for key in _PROPERTIES if config.get(key) is not None}
-    filters = ("val_interval", "user_inter_num_interval", "item_inter_num_interval")
+    filters = (
+        *("rm_dup_inter", "val_interval", "user_inter_num_interval", "item_inter_num_interval"),
+    )
     # RecBole's own value for "no filter on the number of interactions".
     given = [f"{key}: {config[key]}" for key in filters if config.get(key) not in (None, "[0,inf)")]
     numbers = table["statistics"]
     n_users, n_items, n_edges = (
         numbers[f"n_{what}"] for what in ("users", "items", "interactions")
     )
-    sparsity = 1 - n_edges / (n_users * n_items)
+    n_repeats = numbers.get("n_repeats", 0)
+    sparsity = 1 - (n_edges - n_repeats) / (n_users * n_items)
+    repeats = (
+        f"**Repeats:** {n_repeats:,} of {n_edges:,} interactions are of a user and an item that "
+        "stand in an earlier one: held-out ones may be known from training.\n"
+    )
     metrics = [cells.markdown(markdown.metric_name(metric)) for metric in table["metrics"]]
     name = cells.markdown(dataset)
 
@@ -148,6 +155,7 @@ def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
     parts = [
         f"# Experimental Setting\n\n**Dataset:** {name}\n",
         f"**Filtering:** {cells.markdown('; '.join(given) or 'none')}\n",
+        repeats if n_repeats else "",
         f"**Evaluation:** {cells.markdown(evaluation(config))}\n",
         f"**Metrics:** {', '.join(metrics)}\n",
         f"**Properties:**\n\n```yaml\n{_yaml(properties)}```\n",
@@ -204,12 +212,14 @@ def evaluation(config: dict[str, Any]) -> str:
             f"by item: {cold:.0%} of the items have no training interaction, those of half of them "
             f"are validation, of the others test, each ranked within its half{sparse}"
         )
+    mode = arguments["mode"]["test"]
+    ranking = "full sort" if mode == "full" else mode
+    if files := config.get("benchmark_filename"):
+        return f"ready split files ({', '.join(files)}), {ranking}{sparse}"
     order = {"RO": "random order", "TO": "order of time"}[arguments["order"]]
     (rule, value), *_ = arguments["split"].items()
     split = f"ratio-based {':'.join(f'{part:g}' for part in value)}" if rule == "RS" else None
     leave = "leave one out" if rule == "LS" else f"{rule} {value}"
-    mode = arguments["mode"]["test"]
-    ranking = "full sort" if mode == "full" else mode
     return f"{split or leave}, {order}, {ranking}; grouped by {arguments['group_by']}{sparse}"
 
 

@@ -27,6 +27,7 @@ from recbole_gacllm.benchmark.degrees import (
     count_degrees,
     to_npz,
 )
+from recbole_gacllm.data_checks import interactions
 from recbole_gacllm.errors import GaCLLMError
 
 RUN_FILE = "run.json"
@@ -48,7 +49,7 @@ def histories(dataset: Any) -> set[tuple[str, str]]:
     A sequential part has a row for each target, with what came before in a list: the first
     interaction of a user stands in lists only.
     """
-    list_field = getattr(dataset, "item_id_list_field", None)
+    list_field = getattr(dataset, f"{dataset.iid_field}_list_field", None)
     if list_field is None or list_field not in dataset.inter_feat:
         return set()
     users = dataset.id2token(dataset.uid_field, dataset.inter_feat[dataset.uid_field])
@@ -106,11 +107,14 @@ class Recorder:
         train = train_data._dataset
         self.degrees = count_degrees(targets(train) | histories(train))
         self.split = split_hashes(train, valid_data._dataset, test_data._dataset)
+        rows = interactions(part._dataset for part in (train_data, valid_data, test_data))
         self.statistics = {
             "n_users": train.user_num - 1,
             "n_items": train.item_num - 1,
-            "n_interactions": sum(self.split[f"n_{part}"] for part in ("train", "valid", "test")),
+            "n_interactions": len(rows),
         }
+        if n_repeats := len(rows) - len(np.unique(rows)):
+            self.statistics["n_repeats"] = n_repeats
         if self._expected is not None and self._expected["split"] != self.split:
             raise GaCLLMError(
                 f"this run's split differs from that of {self._expected['run']}: {self.split} "
