@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+from recbole_gacllm import console
 from recbole_gacllm.launchers import leave_launcher
 from recbole_gacllm.run_config import build_config
 from recbole_gacllm.runner import run
@@ -57,6 +58,7 @@ def run_distributed(
 def _run_rank(
     rank: int, model: str, dataset: str, files: list[str], keys: dict[str, Any], queue: Any
 ) -> None:
+    console.prepare()
     leave_launcher()  # RecBole says who is who
     done = run(model, dataset, files, {**keys, "local_rank": rank})
     if rank == 0:

@@ -74,7 +74,8 @@ def check_given(given: Mapping[str, Any], defaults: Mapping[str, Any] | None = N
 
     Args:
         given: What the user gave: files, dictionary and command line, as RecBole merges them.
-        defaults: Of the model, beside those of RecBole for any model.
+        defaults: Of the model, beside those of RecBole for any model; none of GaCLLM's, which
+            :class:`.config.GaCLLMConfig` checks.
 
     Raises:
         ValueError: Names the key, the value, what is allowed and the next step.
@@ -123,11 +124,10 @@ def _defaults() -> dict[str, Any]:
 
 def _check_types(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """A key whose default is a number or a switch takes nothing else."""
-    ours = {f.name for f in dataclasses.fields(GaCLLMConfig)}  # which that class checks
     for key, value in given.items():
         of_any_model = _defaults().get(key)
         kind = type(defaults.get(key) if of_any_model is None else of_any_model)
-        if value is None or key in ours or kind not in (bool, int, float):
+        if value is None or kind not in (bool, int, float):
             continue
         if kind is int and of_any_model is None:
             kind = float  # a model's weight of 1 may be .5 as well

@@ -51,7 +51,7 @@ def build_config(
         _check_yaml(file)
     overrides = dict(config_dict or {})
     given, defaults = _external_and_internal(model, model_class, dataset, files, overrides)
-    check_given(given, defaults)
+    check_given(given, {} if model in MODELS else defaults)
     check_evaluation({**defaults, **given})
     _check_dataset(dataset, {**defaults, **given}["data_path"])
     takes_features = model_class.type in (

@@ -174,7 +174,6 @@ def test_an_id_that_looks_like_markup_is_text_and_has_an_address(page):
     for foreign in ("img", "[onclick]", "[onerror]"):
         assert find(page, foreign) == []
     assert len(find(page, "script")) == 2
-    assert page.execute_script("return document.body.textContent").count(GENRE) > 0
 
 
 @pytest.mark.parametrize(

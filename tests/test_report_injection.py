@@ -94,7 +94,7 @@ def spoil_run(file):
 IN_RUN = {
     *("model", "dataset", "seed", "device", "package", "version", "recbole", "flag", "backend"),
     *("inner_eval_args", "eval_args", "llm_model", "topk", "encoder_model", "failure", "number"),
-    *("user", "item", "status", "language", "title", "genre", "field"),
+    *("user", "item", "status", "language", "title", "field"),
 }
 
 
