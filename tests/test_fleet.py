@@ -22,7 +22,7 @@ from recbole_gacllm.llm.fleet import Fleet
 
 from .fake_engine import load, pids
 from .fake_generator import FakeGenerator
-from .test_generator_contract import MAX_MODEL_LEN, make_requests, texts_of
+from .test_generator_contract import MAX_MODEL_LEN, make_requests, running_children, texts_of
 
 
 @pytest.fixture
@@ -167,12 +167,6 @@ def test_bad_input_of_an_engine_is_told_as_it_is_and_ends_the_others(launch):
     with pytest.raises(ValueError, match=r"^the adapter does not fit$"):
         launch(load, partial(load, error=ValueError("the adapter does not fit")))
     assert set(running_children()) <= children
-
-
-def running_children() -> list[int]:
-    psutil = pytest.importorskip("psutil")
-    found = psutil.Process().children()
-    return [c.pid for c in found if c.status() != "zombie" and "tracker" not in str(c.cmdline())]
 
 
 def test_close_ends_every_process(launch):
