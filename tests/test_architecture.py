@@ -76,7 +76,7 @@ def test_only_the_console_prints():
         for node in ast.walk(ast.parse(module.read_text("utf-8")))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
     }
-    tools = {"cluster/ray_describe.py", "benchmark/identity.py"}
+    tools = {"cluster/ray_describe.py"}
     assert printing == {"console.py", "cli.py"} | tools
 
 

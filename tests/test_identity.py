@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recbole_gacllm import key_checks
 from recbole_gacllm.benchmark import identity, job, leaderboard
 from recbole_gacllm.benchmark.plan import code_version, make_plan
 from recbole_gacllm.benchmark.rows import split_models
@@ -160,6 +161,8 @@ def test_code_with_the_same_numbers_keeps_the_name_and_other_code_does_not(
 
 
 def test_a_later_key_changes_a_name_only_where_it_changes_the_numbers(settings, monkeypatch):
+    known = {"brand_new", *key_checks.known_keys()}
+    monkeypatch.setattr(key_checks, "known_keys", lambda: known)
     name = name_of("BPR", settings)
     assert name_of("BPR", settings, brand_new="3") != name
     monkeypatch.setattr(identity, "LATER_KEYS", {"brand_new": 3})
@@ -201,8 +204,9 @@ def changed(file, settings, row, keys):
 def test_a_run_is_addressed_by_the_files_of_the_data_set_that_it_loads(
     settings, dataset_root, row, keys, ending, is_read
 ):
+    for name in (ending, "part1.inter", "part2.inter", "part3.inter"):
+        (dataset_root / "tiny" / f"tiny.{name}").write_text("user_id:token\titem_id:token\n")
     file = dataset_root / "tiny" / f"tiny.{ending}"
-    file.touch()
     before, after = changed(file, settings, row, keys)
     assert (before != after) == is_read
 
@@ -242,8 +246,8 @@ def model_folder(folder, content=b"weights"):
     from safetensors.numpy import save_file
 
     folder.mkdir(exist_ok=True)
-    for name in ("config.json", "modules.json", "adapter_config.json"):
-        (folder / name).write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "modules.json").write_text("[]")
     save_file({"a": np.frombuffer(content, np.uint8)}, folder / "model.safetensors")
     return str(folder)
 

@@ -36,10 +36,12 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "runs": (  # every run
         *("__init__.py", "compat.py", "compat_anomaly.py", "compat_distributed.py"),
         *("compat_evaluation.py", "import_hooks.py", "registration.py", "config.py"),
-        *("run_config.py", "runner.py", "distributed.py"),
+        *("run_config.py", "runner.py", "distributed.py", "atomic.py", "compat_data.py"),
+        "compat_device.py",
         *("benchmark/job.py", "benchmark/degrees.py"),
     ),
     "splits": ("splits.py",),
+    "times": (),  # compat_data.py once more, for runs to which the order of time matters
     "fast": ("fast.py", "fast_graph.py", "fast_metrics.py", "fast_scores.py"),
     "model": (  # our models
         *("model.py", "text_knn.py", "propagation.py", "losses.py", "projection.py", "linear.py"),
@@ -49,7 +51,8 @@ CONCERNS: dict[str, tuple[str, ...]] = {
         *("pipeline.py", "stage.py", "descriptions/__init__.py", "descriptions/text.py"),
         *("descriptions/templates.py", "descriptions/neutralize.py", "descriptions/layers.py"),
         *("descriptions/imported.py", "descriptions/encoder.py"),
-        *("llm/__init__.py", "llm/weights.py", "llm/embedded.py"),
+        *("descriptions/values.py", "descriptions/words.py", "descriptions/csv_cells.py"),
+        *("llm/__init__.py", "llm/weights.py", "llm/embedded.py", "llm/hardware.py"),
     ),
     "llm": (  # layers above it
         *("stage_batch.py", "descriptions/batch.py", "descriptions/prompts.py"),
@@ -58,15 +61,18 @@ CONCERNS: dict[str, tuple[str, ...]] = {
         *("llm/generator.py", "llm/engines.py", "llm/fleet.py", "llm/vllm_engine.py"),
         *("llm/vllm_options.py", "llm/transformers_engine.py", "llm/chat_api.py", "llm/server.py"),
         *("llm/traffic.py", "llm/chat.py", "llm/sft.py", "llm/sft_data.py", "llm/sft_trainer.py"),
-        *("llm/sft_processes.py", "cluster/ray_describe.py"),
+        *("llm/sft_processes.py", "llm/sft_merge.py", "llm/adapter.py", "llm/endpoints.py"),
+        "cluster/ray_describe.py",
     ),
     "prompts": (),  # the shipped files
 }
 #: Modules, or folders of them, on which no number depends.
 OTHERS = (
-    *("__main__.py", "artifacts.py", "cli.py", "cli_batch.py", "cli_benchmark.py"),
+    *("__main__.py", "artifacts.py", "cli.py", "cli_batch.py", "cli_benchmark.py", "cli_check.py"),
     *("cli_common.py", "cli_descriptions.py", "cli_report.py", "errors.py", "integrity.py"),
-    *("launchers.py", "run_folder.py", "tracking.py", "benchmark/", "report/"),
+    *("checkpoint.py", "console.py", "data_checks.py", "key_checks.py", "locate.py"),
+    *("launchers.py", "redaction.py", "run_folder.py", "tracking.py", "benchmark/", "report/"),
+    *("llm/formats.py", "descriptions/mentions.py"),
     *("cluster/__init__.py", "descriptions/audit.py", "descriptions/costs.py"),
     *("descriptions/names.py", "descriptions/quality.py", "descriptions/quality_lines.py"),
     "descriptions/reading.py",
@@ -113,6 +119,8 @@ def concerns_of(config: Mapping[str, Any]) -> list[str]:
     wanted = {
         "runs": True,
         "splits": cold not in (None, 0) or share not in (None, 1),
+        "times": config["eval_args"]["order"] == "TO"
+        or (generated and config["neighbor_rule"] == "recent"),
         "fast": bool(config.get("fast_paths")),
         "model": model in MODELS,
         "texts": with_text,
@@ -159,7 +167,10 @@ def code_digests() -> dict[str, str]:
     package = Path(__file__).resolve().parent.parent
     digests = {name: code_digest(package, modules) for name, modules in CONCERNS.items()}
     prompts = shipped_path("properties", "prompts").glob("*.txt")
-    return digests | {"prompts": _digest({file.name: file.read_text("utf-8") for file in prompts})}
+    return digests | {
+        "times": code_digest(package, ("compat_data.py",)),
+        "prompts": _digest({file.name: file.read_text("utf-8") for file in prompts}),
+    }
 
 
 def code_digest(folder: Path, modules: tuple[str, ...]) -> str:
