@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-import regex  # type: ignore[import-untyped]
+import regex
 
 from recbole_gacllm.descriptions.words import (
     UNSPACED,

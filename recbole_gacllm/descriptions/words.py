@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-import regex  # type: ignore[import-untyped]  # `re` knows neither scripts nor combining marks
+import regex  # `re` knows neither scripts nor combining marks
 
 #: A letter of a script without blanks, as a character class of ``regex.V1``.
 UNSPACED: Final = (
