@@ -135,6 +135,8 @@ def _run(arguments: list[str]) -> None:
         parser.add_argument("command", nargs="?", choices=list(_COMMANDS))
     arguments = cli_common.with_equals_signs(parser, arguments)
     known, _ = cli_common.parse_with_keys(parser, arguments)
+    if known.nproc < 1:
+        parser.error(f"--nproc: {known.nproc} is not allowed; give at least 1")
     flags = cli_common.for_recbole(arguments)
     cli_common.require_key_value(parser, flags)
 

@@ -42,6 +42,7 @@ _EVAL_ARGS = (
 )
 _NUMBER = r"\s*[-+]?(?:inf|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+)\s*"
 _INTERVAL = re.compile(rf"\s*[\[(]({_NUMBER}),({_NUMBER})[\])]\s*")
+_LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")  # any other is Adam
 _MAX_SEED = 2**32 - 1  # numpy's
 _MAY_BE_ZERO = ("epochs", "worker", "stopping_step", "seed", "eval_step", "loss_decimal_place")
 _INTERVAL_KEYS = (
@@ -83,6 +84,10 @@ def check_given(given: Mapping[str, Any], defaults: Mapping[str, Any] | None = N
     for key in given:
         _check_name(key)
     _check_types(given, defaults or {})
+    if str(given.get("learner", "adam")).lower() not in _LEARNERS:
+        raise ValueError(
+            f"learner: {given['learner']!r} is not one of {', '.join(_LEARNERS)}. Set one of these."
+        )
     for key in _INTERVAL_KEYS:
         if given.get(key) is not None:
             _check_interval(key, given[key])
@@ -138,6 +143,8 @@ def _check_types(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         least = 0 if key in _MAY_BE_ZERO else 1
         if kind is int and value < least:
             raise ValueError(f"{key}: {value!r} is not allowed; it must be {least} or more.")
+        if kind is float and of_any_model is not None and value < 0:
+            raise ValueError(f"{key}: {value!r} is not allowed; it must be 0 or more.")
         if key == "seed" and value > _MAX_SEED:
             raise ValueError(f"seed: {value!r} is not allowed; it must be from 0 to {_MAX_SEED}.")
 

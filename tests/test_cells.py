@@ -40,6 +40,16 @@ def test_ordinary_text_is_written_as_ever(text):
     assert cells.latex(text) == old.replace(">", "\\textgreater{}")
 
 
+@pytest.mark.parametrize("sign", ["_", "~", "~~", "$", "*", "`"])
+def test_signs_around_a_name_are_no_markdown(sign):
+    escaped = "".join(f"\\{char}" for char in sign)
+    assert cells.markdown(f"a {sign}b c_d{sign}") == f"a {escaped}b c_d{escaped}"
+
+
+def test_entities_stay_as_they_are_written():
+    assert cells.markdown("&lt;b&#62; & c;") == "\\&lt;b\\&#62; & c;"
+
+
 def spoil(folder):
     """The board with a hostile name in the place of a model's, and hostile errors and keys."""
     name = json.dumps(HOSTILE)
@@ -71,7 +81,7 @@ def test_a_name_in_a_page_breaks_no_table_and_is_no_markup(board):  # noqa: F811
     assert not re.search(r"(?<!\\)<(?!br/|/?u>)", outside)
     assert not re.search(r"(?<!\\)\]\(", outside)
     assert "\nnew" not in page
-    assert page.count("=a\\|b\\*c\\`d\\`\\<i>_x_\\\\e^f~g") >= 7
+    assert page.count("=a\\|b\\*c\\`d\\`\\<i>\\_x\\_\\\\e^f\\~g") >= 7
 
 
 def test_latex_shows_every_sign(board, tmp_path):  # noqa: F811

@@ -140,6 +140,7 @@ def test_a_wrong_command_line_is_refused_with_the_reason(arguments, message, cap
         (["--config_files=latin.yaml"], "config_files: 'latin.yaml' is not yaml in UTF-8"),
         (["--embedding_size=many"], "embedding_size: 'many' is a str; it must be int"),
         (["--model=BPR", "--seed=abc"], "seed: 'abc' .* must be a"),
+        (["--nproc=0"], "--nproc: 0 is not allowed; give at least 1"),
         (["--seed=abc"], "seed: 'abc' .*must be a whole number"),
         (["--seed=1.5"], "seed: 1.5 .*must be a whole number"),
         (["--seed=-1"], "seed: -1 "),

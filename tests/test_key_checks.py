@@ -22,6 +22,9 @@ from recbole_gacllm.run_config import build_config
         ("train_batch_size", 0, "1 or more"),
         ("use_gpu", "yes", "True or False"),
         ("learning_rate", "fast", "must be a number"),
+        ("learning_rate", -1, "0 or more"),
+        ("weight_decay", -0.1, "0 or more"),
+        ("learner", "adamm", "'adamm' is not one of adam, adamw, sgd"),
         ("user_inter_num_interval", "[5,inf", "'\\[5,inf' is no interval"),
         ("item_inter_num_interval", "[9,2]", "is no interval"),
         ("val_interval", "rating>3", "must be a field and its interval"),
@@ -37,7 +40,7 @@ def test_a_key_that_would_be_misread_is_refused(key, value, found):
 @pytest.mark.parametrize(
     "given",
     [
-        {"learning_rate": 1, "epochs": 0, "eval_step": 0, "gpu_id": "0,1"},
+        {"learner": "AdamW", "learning_rate": 1, "epochs": 0, "eval_step": 0, "gpu_id": "0,1"},
         {"user_inter_num_interval": "[5,inf)", "item_inter_num_interval": "(2,4];[7,8]"},
         {"val_interval": {"rating": "[3.5,inf)", "genre": ["a"]}},
         {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-_MARKDOWN = re.compile(r"[\\`*<|]|\](?=\()")
+_MARKDOWN = re.compile(
+    r"[\\`*<|~$]|\](?=\()|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)"  # not the _ in a_b
+)
 _LATEX = {
     **{char: f"\\{char}" for char in "&%$#_{}"},
     **{"\\": "\\textbackslash{}", "^": "\\textasciicircum{}", "~": "\\textasciitilde{}"},

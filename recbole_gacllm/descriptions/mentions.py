@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import regex  # type: ignore[import-untyped]  # `re` takes vowel signs of Hindi for punctuation
 from scipy import sparse
 
 from recbole_gacllm.descriptions.layers import Side
@@ -33,7 +34,8 @@ _MIN_ID_DIGITS = 5
 # Tibetan, Burmese and Khmer, whose characters are letters.
 _DENSE = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\U00020000-\U0003ffff"
 _LETTERS = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"
-_WORD = re.compile(rf"[{_DENSE}{_LETTERS}]|[^\W_{_DENSE}{_LETTERS}]+")
+_LETTER = rf"[\w--[_{_DENSE}{_LETTERS}]]"
+_WORD = regex.compile(rf"[{_DENSE}{_LETTERS}]|{_LETTER}[{_LETTER}\p{{M}}]*", regex.V1)
 _IS_DENSE = re.compile(f"[{_DENSE}]")
 _IS_UNSPACED = re.compile(f"[{_DENSE}{_LETTERS}]")
 _WINDOW = {True: 4, False: 8}  # characters of a distinctive part, by whether the script is dense
@@ -43,6 +45,10 @@ _PLAIN = str.maketrans(
     {"ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "Đ": "D", "ð": "d", "ı": "i", "&": " and "}
     | {"æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "þ": "th", "Þ": "Th"}
 )
+_UMLAUTS = str.maketrans(
+    {"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "å": "aa", "Å": "Aa"}
+)
+_IN_WORD = re.compile(r"(?<=\w)[^\w\s](?=\w)")
 _YEAR = re.compile(r"\s*[(\[（]\s*(?:19|20)\d\d\s*[)\]）]\s*$")
 
 
@@ -153,7 +159,7 @@ class Marks:
             for key, must_be in _id_marks(id_):
                 rows[key, must_be, "id"].append(node)
                 has_id[node] = not key.startswith("#") and must_be == _ANYHOW
-            for key, must_be, kind in _name_marks(name or ""):
+            for key, must_be, kind in sorted(_marks_of_name(name or "")):
                 rows[key, must_be, kind].append(node)
                 has_name[node] |= kind == "name"
             for key, must_be in parts.get(name or "", ()):
@@ -228,6 +234,12 @@ def _id_marks(id_: str) -> list[tuple[str, int]]:
             return [(f"#{joined}", _ANYHOW)]
         is_short = True  # "4.5" may be a rating
     return [(" ".join(words), _STANDS_OUT if is_short else _ANYHOW)] if words else []
+
+
+def _marks_of_name(name: str) -> set[tuple[str, int, Kind]]:
+    """Of a name, of "Spiderman" for "Spider-Man", and of "Mueller" for "Müller"."""
+    spellings = {name, _IN_WORD.sub("", name), name.translate(_UMLAUTS)}
+    return {mark for spelling in spellings for mark in _name_marks(spelling)}
 
 
 def _name_marks(name: str) -> list[tuple[str, int, Kind]]:
