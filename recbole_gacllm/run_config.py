@@ -181,6 +181,7 @@ _USES = {
     "TIME_FIELD": "a split in order of time (eval_args' order: TO)",
     "val_interval": "the filter of its values",
     "threshold": "the labels",
+    "LABEL_FIELD": "a model or an evaluation of labels (or `threshold`, which makes them)",
 }
 
 
@@ -195,6 +196,12 @@ def _check_column_names(
     for key in ("val_interval", "threshold"):
         fields = [field for field in config[key] or {} if field not in elsewhere]
         needs += [(key, field) for field in fields if "*" not in elsewhere]
+    by_label = "labeled" in config["eval_args"]["mode"].values() or (
+        config["MODEL_TYPE"] in (ModelType.CONTEXT, ModelType.DECISIONTREE)
+        and config["train_neg_sample_args"]["distribution"] == "none"
+    )
+    if by_label and not config["threshold"]:
+        needs.append(("LABEL_FIELD", config["LABEL_FIELD"]))
     for key, field in needs:
         if field not in columns:
             raise ValueError(
