@@ -42,7 +42,7 @@ _TYPED = re.compile(r":(?:token|float)")
 _MAX_LINES = 1000
 # Of the rows of a feature file so many may fit no reading; more, and the file is refused.
 _MAX_DROPPED = 0.05
-_UTC = r"(?<=\d)\s*(?:UTC|GMT|Z)$"
+_UTC = r"(?<=\d)(\s*)(?:UTC|GMT)$"
 # Dates that ISO 8601 does not cover; several may fit, then they say the same or are ambiguous.
 _DATES = (
     *("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%m-%d-%Y", "%m %d, %Y"),
@@ -380,7 +380,7 @@ def times(file: AtomicFile, name: str) -> np.ndarray:
     try:
         return column.to_numpy(np.float64)
     except ValueError:
-        column = column.str.strip().str.replace(_UTC, "+00:00", regex=True)
+        column = column.str.strip().str.replace(_UTC, r"\1+00:00", regex=True)
     values = pd.to_numeric(column, errors="coerce")
     present = column.notna() & ~column.isin(MISSING)
     if values[present].notna().all():

@@ -172,6 +172,16 @@ def test_commands_of_many_runs_check_data_before_the_first(
     assert not list(tmp_path.rglob("job.json"))
 
 
+def test_a_data_set_without_texts_passes_for_a_model_that_reads_none(tmp_path, capsys):
+    where = f"--data_path={shop(tmp_path, clicks())['data_path']}"
+    main(["check", "--dataset=shop", where, "--model=LightGCN"])
+    assert "no texts, which LightGCN does not read" in capsys.readouterr().out
+    main(["check", "--dataset=shop", where, "--use_text=False"])
+    with pytest.raises(SystemExit):
+        main(["check", "--dataset=shop", where])
+    assert "the data set has no text" in capsys.readouterr().err
+
+
 def test_users_with_one_interaction_each_have_no_test(tmp_path):
     keys = shop(tmp_path, [(f"u{n}", f"i{n % 12}", 1, n) for n in range(40)])
     with pytest.raises(ValueError, match="the test part has no interactions"):
