@@ -42,6 +42,7 @@ _TYPED = re.compile(r":(?:token|float)")
 _MAX_LINES = 1000
 # Of the rows of a feature file so many may fit no reading; more, and the file is refused.
 _MAX_DROPPED = 0.05
+_UTC = r"(?<=\d)(\s*)(?:UTC|GMT)$"
 # Dates that ISO 8601 does not cover; several may fit, then they say the same or are ambiguous.
 _DATES = (
     *("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%m-%d-%Y", "%m %d, %Y"),
@@ -137,6 +138,7 @@ def read_header(
         text = decoder().decode(start)
     except UnicodeDecodeError:
         text = _decode(path, encoding)
+    _refuse_zero_byte(path, text)
     line = next((line for line in re.split(r"\r?\n|\r", text) if line.strip()), None)
     if line is None:
         raise ValueError(f"{path} is empty: fill it, or remove it to go without.")
@@ -169,14 +171,18 @@ def _decode(path: Path, encoding: str | None) -> str:
             "Set RecBole's key `encoding` to the file's encoding, such as latin-1, cp1252 or "
             "gb18030."
         ) from error
-    if "\0" in text:
-        raise ValueError(
-            f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: a zero byte; this is "
-            "no text file, or RecBole's key `encoding` is wrong (such as utf-16 without its mark)."
-        )
+    _refuse_zero_byte(path, text)
     if "\n" not in text and "\r" in text:  # as old Macs wrote
         text = text.replace("\r", "\n")
     return text
+
+
+def _refuse_zero_byte(path: Path, text: str) -> None:
+    if "\0" in text:
+        raise ValueError(
+            f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: a zero byte; this is "
+            "no text file, or RecBole's key `encoding` must name its encoding, such as utf-16-le."
+        )
 
 
 def _header(path: Path, line: str, separator: str) -> tuple[list[str], list[str]]:
@@ -213,7 +219,7 @@ def _refuse_header(path: Path, line: str, separator: str, cells: list[str]) -> N
         other = (by_other or others)[0]
         advice = (
             f"it seems to be separated by {_SEPARATORS[other]}, not by {shown}: set RecBole's key "
-            f"field_separator to {other!r}"
+            f"field_separator to {other!r}, which goes for all files of a data set"
         )
         if not by_other:
             advice += f", and write each column of the header as {allowed}"
@@ -226,6 +232,8 @@ def _refuse_header(path: Path, line: str, separator: str, cells: list[str]) -> N
     else:
         bad = [cell for cell in cells if cell.rpartition(":")[2].strip() not in TYPES]
         advice = f"column {bad[0] if bad else cells[0]!r} must be {allowed}"
+        if not cells[0].strip():
+            advice += "; one without a name is pandas' index, write with to_csv(…, index=False)"
     raise ValueError(f"{path}: the header {line[:100]!r} cannot be read; {advice}.")
 
 
@@ -368,7 +376,11 @@ def times(file: AtomicFile, name: str) -> np.ndarray:
     Raises:
         ValueError: If it holds neither, or dates that can be read in two ways.
     """
-    column = file.cells[name].str.strip()
+    column = file.cells[name]
+    try:
+        return column.to_numpy(np.float64)
+    except ValueError:
+        column = column.str.strip().str.replace(_UTC, r"\1+00:00", regex=True)
     values = pd.to_numeric(column, errors="coerce")
     present = column.notna() & ~column.isin(MISSING)
     if values[present].notna().all():

@@ -106,6 +106,7 @@ def leaderboard(arguments: list[str]) -> None:
             f"{', '.join(made.summary['models'])}."
         )
     with cli_common.quiet_output("leaderboard", known.quiet):
+        board_runs.check_data(made, known.output)
         board_runs.run_leaderboard(made, known.output, show_progress)
         folder = submission.write_submission(known.output, known.baseline)
     for page in sorted((known.output / "results").glob("*.md")):
@@ -119,9 +120,14 @@ def leaderboard(arguments: list[str]) -> None:
             group.write_latex(board, datasets[0], part, file)
             say(file)
     if board.failures:
+        reasons = {failure["error"]: failure for failure in reversed(board.failures)}
         raise GaCLLMError(
             f"{len(board.failures)} of {len(made.jobs)} runs failed; start again to try them once "
-            "more. Their logs: " + ", ".join(failure["log"] for failure in board.failures)
+            "more. "
+            + " ".join(
+                f"{failed['model']} on {failed['dataset']}, seed {failed['seed']}: {error}"
+                for error, failed in reversed(reasons.items())
+            )
         )
 
 
@@ -162,6 +168,7 @@ def tune(arguments: list[str]) -> None:
     cli_common.add_verbosity(parser)
     known, keys = cli_common.parse_with_keys(parser, arguments)
 
+    from recbole_gacllm import data_checks
     from recbole_gacllm.benchmark import space, tuning
     from recbole_gacllm.config import shipped_path
 
@@ -179,6 +186,7 @@ def tune(arguments: list[str]) -> None:
         known.nproc,
     )
     with cli_common.quiet_output("tune", known.quiet):
+        data_checks.check_plan([search.job({}).arguments])
         best = tuning.tune(search, known.algo, known.max_evals, known.early_stop, show_progress)
     _print_search(search, best)
     if failed := [trial for trial in search.trials if trial.score is None]:

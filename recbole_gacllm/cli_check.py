@@ -34,6 +34,7 @@ def check(arguments: list[str]) -> None:
     known, keys = cli_common.parse_with_keys(parser, arguments)
 
     from recbole_gacllm.data_checks import read_and_inspect, sample_texts
+    from recbole_gacllm.registration import MODELS
 
     sys.argv[1:] = []  # RecBole reads it
     files = known.config_files.split()
@@ -41,8 +42,16 @@ def check(arguments: list[str]) -> None:
     say(*report.lines())
     for warning in report.warnings:
         say(*textwrap.wrap(f"warning: {warning}", 96, subsequent_indent="  "))
+    if known.model in MODELS and not config["use_text"]:
+        return
     with _notes() as notes:
-        samples = sample_texts(config, train, known.dataset, files, dict(keys))
+        try:
+            samples = sample_texts(config, train, known.dataset, files, dict(keys))
+        except ValueError as error:
+            if known.model in MODELS:
+                raise
+            say("", *textwrap.wrap(f"no texts, which {known.model} does not read: {error}", 96))
+            return
     for side, texts in samples.items():
         say("", f"{side}s, as a language model sees them")
         for text in dict.fromkeys(texts):

@@ -60,7 +60,8 @@ def describe(arguments: list[str]) -> None:
     for number, (status, text) in enumerate(page.texts):
         lines = textwrap.wrap(text, 96, initial_indent="  ", subsequent_indent="  ")
         say("", f"layer {number} ({status})", *lines)
-    say("", "neighbours in its prompts")
+    if page.neighbors:
+        say("", "neighbours in its prompts")
     for neighbor, label, text in page.neighbors:
         head = f"{neighbor}: {label + '. ' if label else ''}{text}"
         say(*textwrap.wrap(head, 96, initial_indent="  - ", subsequent_indent="    "))
@@ -91,6 +92,11 @@ def audit(arguments: list[str]) -> None:
     layers = list(layer_qualities(found, known.n_samples, known.seed))
     for layer in layers:
         say("", *quality_lines(layer))
+    if found.manifest["stage"] == "inputs":
+        say(
+            "no LLM wrote anything: the run takes the texts of layer 0 as they are; describe "
+            "--user or --item shows them"
+        )
     if found.unfinished is not None:
         _print_unfinished(found.unfinished)
     leakage = _leakage(known.run)

@@ -29,6 +29,7 @@ def atomic_files(module: Any) -> None:
     @functools.wraps(load_feat)
     def _load_feat(self: Any, filepath: Any, source: Any) -> Any:
         from recbole_gacllm.atomic import read_atomic
+        from recbole_gacllm.data_checks import note_columns
 
         if self._get_load_and_unload_col(source)[0] == set():
             return load_feat(self, filepath, source)
@@ -40,8 +41,10 @@ def atomic_files(module: Any) -> None:
             ids = frozenset(inter[id_field].dropna().unique())
         keys = self.config
         file = read_atomic(Path(filepath), keys["field_separator"], keys["encoding"], id_field, ids)
-        if name == "inter" and self.time_field in file.names:
-            file.types[file.names.index(self.time_field)] = "float"
+        if name == "inter":
+            note_columns(self, file)
+            if self.time_field in file.names:
+                file.types[file.names.index(self.time_field)] = "float"
         reading.append((file, self))
         try:
             return load_feat(self, filepath, source)
@@ -58,7 +61,6 @@ def atomic_files(module: Any) -> None:
 
     def read_csv(path: Any, *args: Any, **keys: Any) -> Any:
         """RecBole reads the columns ``usecols`` of a file, called ``name:type``."""
-        import numpy as np
         import pandas as pd
 
         from recbole_gacllm.atomic import numbers, times
@@ -71,10 +73,7 @@ def atomic_files(module: Any) -> None:
             name, _, kind = column.rpartition(":")
             if kind == "float":
                 is_time = file.path.suffix == ".inter" and name == dataset.time_field
-                values = (times if is_time else numbers)(file, name)
-                columns[column] = values
-                if is_time and len(values):  # RecBole may normalise them
-                    dataset.time_range = float(np.nanmin(values)), float(np.nanmax(values))
+                columns[column] = (times if is_time else numbers)(file, name)
             else:
                 columns[column] = file.cells[name]
         return pd.DataFrame(columns)

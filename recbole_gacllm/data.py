@@ -218,10 +218,19 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
         )
         for side in SIDES
     }
+    if not options.text_allow_ids and all(
+        set(texts[side]) == {text.nothing_known(wording[side][1])} for side in SIDES
+    ):
+        raise ValueError(
+            f"nothing is known of any user or item of {data.dataset}: the fields of its feature "
+            "files are empty, or ids and codes, which a sentence leaves out. Fill them, name "
+            "fields in text_item_template, or set use_text: False to go without text"
+        )
     rng = np.random.default_rng(data.seed)
     for side in SIDES:
-        for text_of_node in rng.choice(texts[side], min(_SHOWN, len(texts[side])), replace=False):
-            logger.info("a text of layer 0, %s: %s", side, text_of_node)
+        drawn = rng.choice(texts[side], min(_SHOWN, len(texts[side])), replace=False)
+        for text_of_node in dict.fromkeys(drawn.tolist()):
+            logger.info("%s as a language model sees it: %s", side, text_of_node)
     names = item_names(tokens["item"], features["item"], options.text_item_name_field)
     return Layer.raw(tokens, texts), names
 

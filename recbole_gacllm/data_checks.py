@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recbole_gacllm.atomic import read_atomic
+from recbole_gacllm.atomic import AtomicFile, read_atomic, times
 from recbole_gacllm.registration import MODELS
+
+logger = logging.getLogger(__name__)
 
 # Below this share of nodes with a row in their file something is likely to be wrong.
 _FEW = 0.9
@@ -34,6 +37,7 @@ class DataReport:
         times: First and last time in the file, or None without times.
         filters: What took rows away: name, rows before, rows after.
         covered: Side -> share of its nodes that have a row in their file; without a file none.
+        notes: How the feature files were read, where that is not row by row.
         warnings: What a person should know before trusting the numbers.
     """
 
@@ -45,6 +49,7 @@ class DataReport:
     times: tuple[float, float] | None
     filters: list[tuple[str, int, int]]
     covered: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -65,7 +70,7 @@ class DataReport:
             f"{share:.0%} of the {side}s have a row in the .{side} file"
             for side, share in self.covered.items()
         ]
-        return lines
+        return lines + self.notes
 
 
 def _day(time: float) -> str:
@@ -73,7 +78,7 @@ def _day(time: float) -> str:
     for unit in (1, 1000):
         if 1e8 <= time / unit < 4e9:
             return str(pd.Timestamp(time / unit, unit="s").date())
-    return f"{time:g}"
+    return f"{time:.12g}"
 
 
 def inspect(config: Any, dataset: Any, parts: Iterable[Any]) -> DataReport:
@@ -111,10 +116,34 @@ def inspect(config: Any, dataset: Any, parts: Iterable[Any]) -> DataReport:
         filters=list(getattr(dataset, "filter_counts", [])),
     )
     _warn_of_repeats(report, config)
-    _warn_of_labels(report, config)
+    _warn_of_labels(report, config, dataset)
+    if fault := getattr(dataset, "time_fault", None):
+        report.warnings.append(
+            f"times cannot be read, and a run in order of time will end: {fault}"
+        )
     if config["model"] in MODELS and config["use_text"]:
         _look_at_features(report, config, dataset)
     return report
+
+
+def note_columns(dataset: Any, file: AtomicFile) -> None:
+    """Keep what a report tells of a file of interactions, whether its columns are loaded or not."""
+    if dataset.time_field in file.names:
+        try:
+            moments = times(file, dataset.time_field)
+        except ValueError as error:  # a run that loads the column ends by it
+            dataset.time_fault = str(error)
+        else:
+            ends = np.append(moments[~np.isnan(moments)], getattr(dataset, "time_range", ()))
+            if len(ends):  # of all parts of a ready split
+                dataset.time_range = float(ends.min()), float(ends.max())
+    of_labels = {
+        name
+        for name in file.names
+        if name not in (dataset.uid_field, dataset.iid_field, dataset.time_field)
+        and {cell.removesuffix(".0") for cell in file.cells[name].dropna().unique()} == {"0", "1"}
+    }
+    dataset.label_columns = getattr(dataset, "label_columns", set()) | of_labels
 
 
 def read_and_inspect(
@@ -159,6 +188,38 @@ def sample_texts(
     return samples(raw.texts, config["seed"])
 
 
+def check_plan(jobs: Iterable[tuple[str, str, Sequence[str], Mapping[str, Any]]]) -> None:
+    """Read the data of planned runs: what cannot serve ends here, warnings are told once.
+
+    Of each data set one run with text is looked at if there is one, and one of each kind: those
+    that draw negative items and those that do not.
+
+    Args:
+        jobs: Model, data set, config files and keys of each.
+
+    Raises:
+        ValueError: As :func:`read_and_inspect` and :func:`sample_texts`.
+    """
+    from recbole_gacllm.run_config import build_config
+
+    chosen: dict[tuple[str, bool], tuple[bool, Any]] = {}
+    for model, dataset, files, keys in jobs:
+        config = build_config(model, dataset, files, dict(keys))
+        with_text = model in MODELS and bool(config["use_text"])
+        kind = dataset, config["train_neg_sample_args"]["distribution"] != "none"
+        if kind not in chosen or with_text > chosen[kind][0]:
+            chosen[kind] = with_text, (model, dataset, files, dict(keys))
+    told: set[str] = set()
+    for with_text, job in chosen.values():
+        config, train, report = read_and_inspect(*job)
+        for warning in report.warnings:
+            if warning not in told:
+                logger.warning("%s: %s", job[1], warning)
+            told.add(warning)
+        if with_text:
+            sample_texts(config, train, *job[1:])
+
+
 def samples(texts: Mapping[Any, Sequence[str]], seed: int) -> dict[str, list[str]]:
     """Side -> some of its texts."""
     rng = np.random.default_rng(seed)
@@ -182,6 +243,13 @@ def _look_at_features(report: DataReport, config: Any, dataset: Any) -> None:
             there = rows.cells[id_field].dropna()
             report.covered[side], warning = match_ids(side, file, ids, there)
             report.warnings += [warning] if warning else []
+            n_again = len(there) - there.nunique()
+            told = {
+                "rows stand over several lines, by quotes": rows.n_spanning,
+                "rows have the id of an earlier one, which counts": n_again,
+                "lines fit no reading and are left out": len(rows.dropped),
+            }
+            report.notes += [f"{file.name}: {n} {what}" for what, n in told.items() if n]
 
 
 def _check_parts(config: Any, n_rows: list[int]) -> None:
@@ -258,7 +326,7 @@ def _warn_of_repeats(report: DataReport, config: Any) -> None:
         )
 
 
-def _warn_of_labels(report: DataReport, config: Any) -> None:
+def _warn_of_labels(report: DataReport, config: Any, dataset: Any) -> None:
     by_label = config["MODEL_TYPE"].name in ("CONTEXT", "DECISIONTREE") or any(
         mode == "labeled" for mode in config["eval_args"]["mode"].values()
     )
@@ -269,11 +337,15 @@ def _warn_of_labels(report: DataReport, config: Any) -> None:
             "read: every interaction counts as liked. To keep the good ones set val_interval, such "
             "as {rating: '[4,inf)'}."
         )
-    elif not by_label and loaded != "*" and config["LABEL_FIELD"] in loaded:
+        return
+    columns = set(getattr(dataset, "label_columns", ()))
+    if loaded != "*" and config["LABEL_FIELD"] in loaded:
+        columns.add(config["LABEL_FIELD"])
+    for name in sorted(columns - set(config["val_interval"] or {})) if not by_label else ():
         report.warnings.append(
-            f"LABEL_FIELD: the column {config['LABEL_FIELD']!r} is loaded, and {config['model']} "
-            "does not read labels: every interaction counts as liked. To keep the positive ones "
-            f"set val_interval: {{{config['LABEL_FIELD']}: '[1,1]'}}."
+            f"labels: {config['model']} does not read the column {name!r}: every interaction "
+            "counts as liked. If it says which ones are, keep these with "
+            f"val_interval: {{{name}: '[1,1]'}}."
         )
 
 
@@ -355,9 +427,15 @@ def _counting(filter_rows: Callable[[Any], None], keys: tuple[str, ...]) -> Call
     @functools.wraps(filter_rows)
     def counting(self: Any) -> None:
         before = len(self.inter_feat)
+        if before == 0:
+            raise ValueError(f"the .inter file of {self.dataset_name} holds a header and no rows.")
         filter_rows(self)
         after = len(self.inter_feat)
-        values = ", ".join(f"{key}: {self.config[key]}" for key in keys if self.config[key])
+        values = ", ".join(
+            f"{key}: {self.config[key]}"
+            for key in keys
+            if self.config[key] and self.config[key] != "[0,inf)"
+        )
         name = values or "interactions without a user or an item"
         self.filter_counts = [*getattr(self, "filter_counts", []), (name, before, after)]
         if after == 0:

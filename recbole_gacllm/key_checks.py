@@ -91,6 +91,26 @@ def check_given(given: Mapping[str, Any], defaults: Mapping[str, Any] | None = N
     for key in _INTERVAL_KEYS:
         if given.get(key) is not None:
             _check_interval(key, given[key])
+    if given.get("rm_dup_inter") not in (None, "first", "last"):
+        raise ValueError(
+            f"rm_dup_inter: {given['rm_dup_inter']!r} is not allowed; of interactions that repeat "
+            "it keeps the first or the last."
+        )
+    columns = given.get("load_col")
+    if columns is not None and not (
+        isinstance(columns, dict)
+        and all(isinstance(names, list) or names in ("*", None) for names in columns.values())
+    ):
+        raise ValueError(
+            f"load_col: {columns!r} must be the columns of each file, such as "
+            "--load_col=\"{'inter': ['user_id', 'item_id']}\" or {'inter': '*'}, words in quotes."
+        )
+    threshold = given.get("threshold")
+    if threshold is not None and not isinstance(threshold, dict):
+        raise ValueError(
+            f"threshold: {threshold!r} must be a field and the least value that is liked, such as "
+            "--threshold=\"{'rating': 4}\"."
+        )
     values = given.get("val_interval")
     if values is not None:
         if not isinstance(values, dict):

@@ -180,7 +180,9 @@ _USES = {
     "ITEM_ID_FIELD": "every run",
     "TIME_FIELD": "a split in order of time (eval_args' order: TO)",
     "val_interval": "the filter of its values",
-    "threshold": "the labels",
+    "threshold": "the making of labels",
+    "normalize_field": "its scaling",
+    "LABEL_FIELD": "a model or an evaluation of labels (or `threshold`, which makes them)",
 }
 
 
@@ -188,13 +190,24 @@ def _check_column_names(
     config: Config, file: Path, columns: list[str], loaded: list[str] | str
 ) -> None:
     needs = [(key, config[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD")]
+    if needs[0][1] == needs[1][1]:
+        raise ValueError(
+            f"USER_ID_FIELD and ITEM_ID_FIELD: both are {needs[0][1]!r}; each needs a column of "
+            f"its own, {file} has {', '.join(columns)}."
+        )
     if config["eval_args"]["order"] == "TO" and config["benchmark_filename"] is None:
         needs.append(("TIME_FIELD", config["TIME_FIELD"]))
     others = (names for source, names in (config["load_col"] or {}).items() if source != "inter")
     elsewhere = {name for names in others for name in names}
-    for key in ("val_interval", "threshold"):
+    for key in ("val_interval", "threshold", "normalize_field"):
         fields = [field for field in config[key] or {} if field not in elsewhere]
         needs += [(key, field) for field in fields if "*" not in elsewhere]
+    by_label = "labeled" in config["eval_args"]["mode"].values() or (
+        config["MODEL_TYPE"] in (ModelType.CONTEXT, ModelType.DECISIONTREE)
+        and config["train_neg_sample_args"]["distribution"] == "none"
+    )
+    if by_label and not config["threshold"]:
+        needs.append(("LABEL_FIELD", config["LABEL_FIELD"]))
     for key, field in needs:
         if field not in columns:
             raise ValueError(

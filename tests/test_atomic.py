@@ -120,6 +120,7 @@ def test_rows_that_fit_no_reading_are_named_and_left_out_but_never_interactions(
         (b"item_id:token\ttitle:token\ni1\tCaf\xe9\n", {}, "line 2: not utf-8.*latin-1"),
         ("item_id:token\ttitle:token\ni1\tx\n", {"encoding": "utf9"}, "encoding: 'utf9'"),
         ("i\ta\n".encode("utf-16-le"), {}, "zero byte"),
+        (b"\titem_id:token\n0\ti1\n", {}, "index=False"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_the_next_step(tmp_path, content, keys, found):
@@ -142,6 +143,11 @@ def test_a_word_among_numbers_is_named_by_line_and_column(tmp_path):
         (["14/09/2020", "15/09/2020"], [1600041600, 1600128000]),
         (["09 14, 2020", "09 1, 2020"], [1600041600, 1598918400]),
         (["Sep 14, 2020", ""], [1600041600, np.nan]),
+        (["2020-09-14 18:14:24 UTC", "2020-09-14 20:14:25+02:00"], [1600107264, 1600107265]),
+        (
+            ["Mon, 14 Sep 2020 18:14:24 GMT", "Mon, 14 Sep 2020 20:14:25 +0200"],
+            [1600107264, 1600107265],
+        ),
         (["1600107264", "1.5e9"], [1600107264, 1.5e9]),
     ],
 )

@@ -92,6 +92,96 @@ def test_what_leaves_nothing_to_rank_is_refused(tmp_path, keys, found):
         look(shop(tmp_path, clicks()), **keys)
 
 
+def test_times_are_told_though_they_are_not_loaded(tmp_path):
+    keys = shop(tmp_path, clicks()) | {"load_col": {"inter": ["user_id", "item_id"]}}
+    assert "times from 2020-09-13 to 2020-09-27" in look(keys).lines()
+    file = tmp_path / "shop/shop.inter"
+    file.write_text(file.read_text() + "u99\ti1\t3\tyesterday\n")
+    (warning,) = look(keys).warnings
+    assert "'yesterday' is neither a number nor a date" in warning
+    with pytest.raises(ValueError, match=r"line 62.*yesterday"):
+        look(keys, load_col=LOAD)
+
+
+def test_times_of_a_ready_split_are_those_of_all_its_files(tmp_path):
+    keys = shop(tmp_path, clicks())
+    header, *rows = (tmp_path / "shop/shop.inter").read_text().splitlines(keepends=True)
+    rows.sort(key=lambda row: float(row.split("\t")[3]))
+    for part, of_part in {"a": rows[:40], "b": rows[40:50], "c": rows[50:]}.items():
+        (tmp_path / f"shop/shop.{part}.inter").write_text(header + "".join(of_part))
+    report = look(keys, benchmark_filename=["a", "b", "c"])
+    assert "times from 2020-09-13 to 2020-09-27" in report.lines()
+
+
+def test_a_column_of_labels_is_warned_of_though_it_is_not_loaded(tmp_path):
+    keys = shop(
+        tmp_path, [(user, item, n % 2, at) for n, (user, item, _, at) in enumerate(clicks())]
+    )
+    (warning,) = look(keys, load_col={"inter": ["user_id", "item_id"]}).warnings
+    assert "val_interval: {rating: '[1,1]'}" in warning
+    assert look(keys, val_interval={"rating": "[1,1]"}).warnings == []
+    assert look(keys, "FM", LABEL_FIELD="rating").warnings == []
+
+
+def test_a_model_of_labels_needs_a_column_of_them(tmp_path):
+    keys = shop(tmp_path, clicks())
+    with pytest.raises(ValueError, match=r"LABEL_FIELD: 'label' is not a column .*threshold"):
+        look(keys, "FM")
+    look(keys, "FM", threshold={"rating": 3})
+
+
+def test_rows_of_a_feature_file_that_count_for_nothing_are_counted(tmp_path):
+    items = "".join(f"i{n}\tLamp {n}\n" for n in range(15)) + 'i3\tLamp\ni99\t"Two\nlines"\n'
+    keys = shop(tmp_path, clicks(), items)
+    lines = look(keys, "GaCLLM").lines()
+    assert "shop.item: 1 rows have the id of an earlier one, which counts" in lines
+    assert "shop.item: 1 rows stand over several lines, by quotes" in lines
+
+
+def test_an_interaction_file_without_rows_says_so(tmp_path):
+    with pytest.raises(ValueError, match="a header and no rows"):
+        look(shop(tmp_path, []))
+
+
+def test_texts_that_say_nothing_of_any_node_are_refused(tmp_path, capsys):
+    keys = shop(tmp_path, clicks(), "".join(f"i{n}\tNA\n" for n in range(15)))
+    with pytest.raises(SystemExit):
+        main(["check", "--dataset=shop", f"--data_path={keys['data_path']}"])
+    assert "nothing is known of any user or item of shop" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "found"),
+    [
+        (
+            "leaderboard --models=BPR,EASE --datasets=shop",
+            "--topk=20 --valid_metric=MRR@20",
+            "topk",
+        ),
+        ("tune --model=EASE --dataset=shop", "--user_inter_num_interval=[50,inf)", "leaves none"),
+    ],
+)
+def test_commands_of_many_runs_check_data_before_the_first(
+    tmp_path, capsys, caplog, command, more, found
+):
+    keys = shop(tmp_path, clicks())
+    with pytest.raises(SystemExit) as end:
+        main([*command.split(), f"--data_path={keys['data_path']}", *more.split()])
+    assert end.value.code == 2
+    assert found in capsys.readouterr().err
+    assert not list(tmp_path.rglob("job.json"))
+
+
+def test_a_data_set_without_texts_passes_for_a_model_that_reads_none(tmp_path, capsys):
+    where = f"--data_path={shop(tmp_path, clicks())['data_path']}"
+    main(["check", "--dataset=shop", where, "--model=LightGCN"])
+    assert "no texts, which LightGCN does not read" in capsys.readouterr().out
+    main(["check", "--dataset=shop", where, "--use_text=False"])
+    with pytest.raises(SystemExit):
+        main(["check", "--dataset=shop", where])
+    assert "the data set has no text" in capsys.readouterr().err
+
+
 def test_users_with_one_interaction_each_have_no_test(tmp_path):
     keys = shop(tmp_path, [(f"u{n}", f"i{n % 12}", 1, n) for n in range(40)])
     with pytest.raises(ValueError, match="the test part has no interactions"):

@@ -29,6 +29,10 @@ from recbole_gacllm.run_config import build_config
         ("item_inter_num_interval", "[9,2]", "is no interval"),
         ("val_interval", "rating>3", "must be a field and its interval"),
         ("val_interval", {"rating": "3-5"}, "val_interval of rating: '3-5'"),
+        ("rm_dup_inter", "yes", "rm_dup_inter: 'yes' is not allowed"),
+        ("load_col", "{inter: '*'}", "words in quotes"),
+        ("load_col", {"inter": "item_id"}, "must be the columns of each file"),
+        ("threshold", 4, "threshold: 4 must be a field"),
     ],
 )
 def test_a_key_that_would_be_misread_is_refused(key, value, found):
@@ -84,6 +88,8 @@ def test_every_key_of_recboles_own_yaml_files_is_known():
         ({"val_interval": {"rating": "[3,inf)"}, "load_col": {"inter": ["user_id", "item_id"]}},
          r"load_col: \['user_id', 'item_id'\].*without 'rating'"),
         ({"val_interval": {"stars": "[3,inf)"}}, "val_interval: 'stars' is not a column"),
+        ({"normalize_field": ["stars"]}, "normalize_field: 'stars' is not a column"),
+        ({"ITEM_ID_FIELD": "user_id"}, "USER_ID_FIELD and ITEM_ID_FIELD: both are 'user_id'"),
     ],
 )  # fmt: skip
 def test_an_evaluation_that_cannot_be_is_refused_before_data_is_read(settings, keys, found):

@@ -181,10 +181,39 @@ def test_audit_takes_a_descriptions_folder_and_refuses_anything_else(folder, tmp
     (tmp_path / "run.json").write_text("{")
     assert "is not what a run wrote" in refused(tmp_path, capsys)
     (tmp_path / "run.json").write_text('{"model": "LightGCN"}')
-    assert "had no generated descriptions" in refused(tmp_path, capsys)
+    assert "had no texts" in refused(tmp_path, capsys)
+    embeddings = folder.parent / "embeddings-1"
+    embeddings.mkdir()
+    artifacts.write_manifest(embeddings, {"stage": "embeddings"})
+    assert "the folder of the stage embeddings" in refused(embeddings, capsys)
+
+
+def test_a_run_on_raw_texts_shows_layer_0(folder, tmp_path, capsys):
     inputs = folder.parent / "inputs-1"
     artifacts.write_manifest(inputs, {"stage": "inputs"})
-    assert "the folder of the stage inputs" in refused(inputs, capsys)
+    (tmp_path / "run.json").write_text(json.dumps({"artifacts": {"inputs": str(inputs)}}))
+    main(["describe", "--run", str(tmp_path), "--user", "u2"])
+    out = capsys.readouterr().out
+    assert "layer 0 (raw)\n  A cook.\n" in out
+    assert "neighbours" not in out
+    main(["export-descriptions", "--run", str(tmp_path), "--output", str(tmp_path / "x.csv")])
+    assert "7 descriptions" in capsys.readouterr().out
+    main(["audit", str(tmp_path)])
+    assert "no LLM wrote anything" in capsys.readouterr().out
+
+
+def test_layer_0_of_a_data_set_is_shown_only_where_no_descriptions_were_begun(folder, capsys):
+    artifacts.write_manifest(folder.parent / "inputs-1", {"stage": "inputs"})
+    (folder / artifacts.MANIFEST_FILE).unlink()
+    place = [f"--artifact_dir={folder.parent.parent}", "--dataset=tiny", "--item=i1"]
+    with pytest.raises(SystemExit):
+        main(["describe", *place])
+    assert "no finished descriptions" in capsys.readouterr().err
+    (folder / "job.json").unlink()
+    (folder / "layer_1.parquet").unlink()
+    folder.rmdir()
+    main(["describe", *place])
+    assert "item i1, Rain Man: 1 training interactions" in capsys.readouterr().out
 
 
 def test_audit_of_a_run_that_was_killed_shows_its_finished_layers_and_how_far_it_is(

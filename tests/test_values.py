@@ -88,6 +88,28 @@ def test_fields_that_say_nothing_are_left_out_and_named(tmp_path, caplog):
         assert name in caplog.text
 
 
+def test_names_that_only_end_like_an_id_or_a_place_are_told(tmp_path, caplog):
+    header = (
+        "is_paid:token\tprofile:token\tandroid:token\tmovieid:token\tlatitude:float\tvenueId:token"
+    )
+    with caplog.at_level(logging.INFO):
+        (text, *_) = listed(tmp_path, header, ["yes\tteacher\tno\tm1\t48.1\tv1"] * ROWS)
+    assert text == "is paid: yes; profile: teacher; android: no"
+    for name in ("movieid", "latitude", "venueId"):
+        assert name in caplog.text
+
+
+def test_lists_of_numbers_alone_and_named_entities_are_left_out(tmp_path):
+    header = "title:token\tsimilar_books:token_seq\ttitle_entities:token"
+    rows = [f'Book {n}\t19997, 828466\t[{{"Label": "X", "WikidataId": "Q1"}}]' for n in range(ROWS)]
+    assert listed(tmp_path, header, rows)[0] == "title: Book 0"
+
+
+@pytest.mark.parametrize("name", ["book_author", "publisher", "address"])
+def test_names_of_people_and_places_keep_their_words_together(name):
+    assert column_values(name, "token_seq", ["Mark P. O. Morford"], " ") == ["Mark P. O. Morford"]
+
+
 def test_a_template_may_name_what_a_plain_sentence_leaves_out(tmp_path):
     assert listed(tmp_path, "brand_id:token", ["acme"], template="made by {brand_id}") == [
         "made by acme"

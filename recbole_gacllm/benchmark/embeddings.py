@@ -29,7 +29,7 @@ def find_embeddings(artifact_dir: Path, dataset: str | None, run: Path | None, l
         ValueError: If there is none.
     """
     if run is not None:
-        return folders_of_run(run, "embeddings", "text embeddings", artifact_dir)["embeddings"]
+        return folders_of_run(run, ["embeddings"], "text embeddings", artifact_dir)["embeddings"]
     manifests = list((artifact_dir / str(dataset)).glob("embeddings-*/manifest.json"))
     with_layer = [file for file in manifests if (file.parent / f"layer_{layer}.npy").is_file()]
     newest = max(with_layer, key=lambda file: file.stat().st_mtime, default=None)

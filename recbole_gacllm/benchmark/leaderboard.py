@@ -30,6 +30,7 @@ from tqdm import tqdm
 from recbole_gacllm import artifacts
 from recbole_gacllm.benchmark.job import LOG_FILE, RUN_FILE
 from recbole_gacllm.benchmark.plan import Job, Plan
+from recbole_gacllm.data_checks import check_plan
 from recbole_gacllm.errors import GaCLLMError
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,16 @@ def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> Pat
             waiting = busy
     _write_plan(output, plan)  # another command on this folder may have written its own meanwhile
     return output
+
+
+def check_data(plan: Plan, output: Path) -> None:
+    """Read the data of all runs that are not finished, before the first is made.
+
+    Raises:
+        ValueError: If it cannot serve.
+    """
+    missing = [job for job in plan.jobs if not (output / "runs" / job.name / RUN_FILE).is_file()]
+    check_plan(job.arguments for job in missing)
 
 
 def _write_plan(output: Path, plan: Plan) -> None:

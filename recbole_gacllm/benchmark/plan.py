@@ -65,6 +65,11 @@ class Job:
         model = re.sub(r"[^\w.=-]+", "_", self.model)[:80]
         return f"{self.dataset}-{model}-{self.seed}-{artifacts.fingerprint(self.key)[:12]}"
 
+    @property
+    def arguments(self) -> tuple[str, str, tuple[str, ...], dict[str, Any]]:
+        """What :func:`.run_config.build_config` takes: model, data set, files and keys."""
+        return split_variant(self.model)[0], self.dataset, self.config_files, dict(self.config_dict)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -61,7 +62,8 @@ class RunDescriptions:
     """The descriptions of one run.
 
     Args:
-        folder: A ``descriptions-…`` folder with a manifest.
+        folder: A ``descriptions-…`` folder with a manifest; or the ``inputs-…`` of a run whose
+            texts no LLM has touched, which has layer 0 alone and no prompts.
         unfinished: Take one without, too, as far as it is.
         names_file: The run's own names of items; None takes those that were written last.
 
@@ -97,19 +99,23 @@ class RunDescriptions:
                 f"the descriptions of {folder} {state}: start the run, or start it again, and it "
                 "goes on with what is missing."
             )
-        if manifest.get("stage") != "descriptions":
+        if manifest.get("stage") not in ("descriptions", "inputs"):
             raise ValueError(
                 f"{folder} is the folder of the stage {manifest.get('stage')}; descriptions lie in "
                 "descriptions-… beside it."
             )
         self.folder = folder
         self.manifest = manifest
-        self._job = read_job(folder, "inputs", "options", "seed")
-        if not {"neighbor_rule", "n_neighbors"} <= set(self._job["options"]):
-            raise ValueError(f"{folder / artifacts.JOB_FILE} is not what a run wrote: no options.")
-        self._inputs = locate.beside(folder, self._job["inputs"])
-        locate.require_no_links(self._inputs)
-        files = layer_files(folder)
+        self._job: dict[str, Any] = {}
+        self._inputs = folder
+        if manifest["stage"] == "descriptions":
+            self._job = read_job(folder, "inputs", "options", "seed")
+            if not {"neighbor_rule", "n_neighbors"} <= set(self._job["options"]):
+                file = folder / artifacts.JOB_FILE
+                raise ValueError(f"{file} is not what a run wrote: no options.")
+            self._inputs = locate.beside(folder, self._job["inputs"])
+            locate.require_no_links(self._inputs)
+        files = layer_files(folder) if self._job else []
         if unfinished:  # a layer below may have been lost and is made again
             wanted = [folder / f"layer_{number}.parquet" for number in range(1, len(files) + 1)]
             files = list(takewhile(Path.is_file, wanted))
@@ -119,13 +125,19 @@ class RunDescriptions:
 
     @classmethod
     def newest(cls, artifact_dir: Path, dataset: str) -> RunDescriptions:
-        """The descriptions that were finished last for a data set.
+        """The descriptions that were finished last for a data set; without any, its layer 0.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there is neither.
         """
-        manifests = (artifact_dir / dataset).glob("descriptions-*/manifest.json")
-        newest = max(manifests, key=lambda file: file.stat().st_mtime, default=None)
+
+        def last(stage: str) -> Path | None:
+            manifests = (artifact_dir / dataset).glob(f"{stage}-*/manifest.json")
+            return max(manifests, key=lambda file: file.stat().st_mtime, default=None)
+
+        newest = last("descriptions")
+        if newest is None and not any((artifact_dir / dataset).glob("descriptions-*")):
+            newest = last("inputs")
         if newest is None:
             raise ValueError(
                 f"no finished descriptions of {dataset!r} under {artifact_dir}. Run GaCLLM on it "
@@ -140,7 +152,8 @@ class RunDescriptions:
         """The descriptions of a run.
 
         Args:
-            run: Its ``run.json``, the folder of it, or a ``descriptions-…`` folder.
+            run: Its ``run.json``, the folder of it, or a ``descriptions-…`` folder. Of a run on raw
+                texts, layer 0.
             unfinished: Take a folder whose stage has not finished, too.
             artifact_dir: Where to look for artefacts that were moved away from the run.
 
@@ -149,8 +162,9 @@ class RunDescriptions:
         """
         if any((run / name).is_file() for name in (artifacts.MANIFEST_FILE, artifacts.JOB_FILE)):
             return cls(run, unfinished)
-        folders = folders_of_run(run, "descriptions", "generated descriptions", artifact_dir)
-        return cls(folders["descriptions"], unfinished, names_file_of(folders))
+        folders = folders_of_run(run, ("descriptions", "inputs"), "texts", artifact_dir)
+        folder = folders.get("descriptions") or folders["inputs"]
+        return cls(folder, unfinished, names_file_of(folders))
 
     def _progress(self) -> Unfinished:
         """How far the stage is; fills the manifest with what finished layers have cost."""
@@ -174,7 +188,7 @@ class RunDescriptions:
             raise ValueError(f"--{side}={token}: no such {side} in the training graph.{hint}")
         node = tokens[side].index(token)
         other: Side = "item" if side == "user" else "user"
-        around = self.neighbor_lists(side).of(node)
+        around: Iterable[int] = self.neighbor_lists(side).of(node) if self._job else ()
         raw = self.layers[0].texts[other]
         return NodePage(
             name=self.names[token] if side == "item" else "",
@@ -238,18 +252,18 @@ def read_job(folder: Path, *names: str) -> dict[str, Any]:
 
 
 def folders_of_run(
-    run: Path, stage: str, what: str, artifact_dir: Path | None = None
+    run: Path, stages: Sequence[str], what: str, artifact_dir: Path | None = None
 ) -> dict[str, Path]:
     """The artefacts that a run recorded, where they lie now.
 
     Args:
         run: A ``run.json``, or its folder.
-        stage: Name of a stage in ``run.json`` that must be among them.
-        what: What that stage makes, for the message.
+        stages: Names of stages in ``run.json``, one of which must be among them.
+        what: What they make, for the message.
         artifact_dir: Where to look for artefacts that were moved away from the run.
 
     Raises:
-        ValueError: If there is no such file, it is no run's, or the run had no such stage.
+        ValueError: If there is no such file, it is no run's, or the run had none of the stages.
     """
     file = run / "run.json" if run.is_dir() else run
     if not file.is_file():
@@ -263,6 +277,6 @@ def folders_of_run(
             f"{file} is not what a run wrote; a run's last line of output names its run.json."
         )
     folders = locate.artifacts_of(record, file.parent, artifact_dir)
-    if stage not in folders:
+    if not set(stages) & set(folders):
         raise ValueError(f"the run of {file} had no {what}.")
     return folders

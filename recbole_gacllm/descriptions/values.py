@@ -14,13 +14,17 @@ Value = str | tuple[str, ...]
 PROSE = (
     *("title", "name", "description", "text", "review", "abstract", "summary", "plot"),
     *("overview", "synopsis", "content", "headline", "comment", "body", "blurb"),
+    *("author", "artist", "director", "publisher", "brand", "address", "city"),
 )
-# Names of fields that hold no words.
+# Names of fields that hold no words, by their last word: item_id, imageUrl, movieid.
 _NO_WORDS = re.compile(
-    r"(?:^|[_\W]|(?<=[a-z]))(?:id|ids|asin|isbn|isbn13|ean|upc|sku|uuid|guid|hash|url|urls|uri|link|"
-    r"links|href|image|images|img|imgs|picture|photo|thumbnail|path|file|embedding)$",
+    r"(?:^|[_\W]|movie|item|user|product|book|artist|imdb|tmdb)"
+    r"(?:id|ids|asin|isbn|isbn10|isbn13|ean|upc|sku|uuid|guid|hash|url|urls|uri|link|links|href|"
+    r"image|images|img|imgs|picture|photo|thumbnail|path|file|embedding|entities|"
+    r"latitude|longitude|lat|lng|lon)$",
     re.IGNORECASE,
 )
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[a-zA-Z]\w*);")
 _BLOCKS = re.compile(r"<!--.*?-->|<(script|style)\b.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
 _TAGS = re.compile(
@@ -95,16 +99,22 @@ def column_values(
 
 def says_nothing(name: str, values: Iterable[Value | None]) -> str | None:
     """Why a field is left out of a sentence that lists all fields; None if it is not."""
-    if _NO_WORDS.search(name):
-        return "ids, addresses or files, by its name"
+    if _NO_WORDS.search(_CAMEL.sub("_", name)):
+        return "ids, addresses or places, by its name"
     sample = [value for value in values if value is not None][:_SAMPLE]
     texts = [value if isinstance(value, str) else " ".join(value) for value in sample]
     if not texts:
         return "empty"
+    if _share([isinstance(value, tuple) and _are_digits(value) for value in sample]) >= _MOSTLY:
+        return "codes"
     if _share([_CODE.fullmatch(text.strip()) is not None for text in texts]) >= _MOSTLY:
         is_time = any(word in name.lower() for word in ("time", "date", "unix"))
         return "raw times" if is_time else "codes"
     return None
+
+
+def _are_digits(values: tuple[str, ...]) -> bool:
+    return "".join(values).replace(",", "").isdecimal()
 
 
 def in_order(names: Sequence[str], columns: dict[str, Sequence[Value | None]]) -> list[str]:
