@@ -18,13 +18,15 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 from torch.nn import functional
 
-from recbole_gacllm import linear, text_knn
+from recbole_gacllm import fast, linear, text_knn
 from recbole_gacllm import model as model_module
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.data import TextLayers, TrainingData, raw_descriptions
 from recbole_gacllm.propagation import Adjacency
 from recbole_gacllm.run_config import build_config
 from tests import fake_device
+
+MODULES = {"fast": fast, "linear": linear}
 
 
 def texts(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
@@ -57,6 +59,7 @@ def result_of(model: str, keys: dict[str, Any], device: torch.device) -> dict[st
     return {
         "losses": list(trainer.train_loss_dict.values()),
         "metrics": [*best.values(), *tested.values()],
+        "step": getattr(valid, "step", None),
         "on": sorted({str(parameter.device) for parameter in made.parameters()}),
     }
 
@@ -100,14 +103,15 @@ def raises(operation: Callable[[], Any]) -> bool:
 
 
 def main() -> None:
-    settings, cases, linear_ways = map(json.loads, sys.argv[1:4])
+    settings, cases, constants = map(json.loads, sys.argv[1:4])
     sys.argv[1:] = []  # RecBole reads it
     torch.set_num_threads(1)
     model_module.prepare = text_knn.prepare = texts
     results: dict[str, Any] = {}
     for name, (model, keys) in cases.items():
         keys = settings | keys
-        with patch.dict(vars(linear), linear_ways.get(name, {})):
+        module, values = constants.get(name, ("linear", {}))
+        with patch.dict(vars(MODULES[module]), values):
             on_cpu = attempt(model, keys, torch.device("cpu"))
             with fake_device.FakeDevice():
                 on_device = attempt(model, keys, fake_device.DEVICE)

@@ -36,6 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "unseen items, BPR": ("GaCLLM", {**COLD, **RAW, "loss_type": "BPR"}),
     "sampled candidates": ("GaCLLM", {**SAMPLED, **LINEAR}),
     "RecBole's own paths": ("GaCLLM", {"fast_paths": False}),
+    "many evaluated at once": ("GaCLLM", {**RAW, "eval_batch_size": 1}),
     "TextKNN": ("TextKNN", {}),
     "LightGCN": ("LightGCN", {"fast_paths": True}),
     "NGCF": ("NGCF", {"fast_paths": True, "node_dropout": 0.0}),
@@ -43,8 +44,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "DGCF": ("DGCF", {"fast_paths": True, "n_factors": 2, "train_batch_size": 64}),
     "NeuMF": ("NeuMF", {"fast_paths": True}),
 }
-#: Constants of linear.py in some of them, with which it goes other ways.
-LINEAR_WAYS = {"linear, sparse": {"SPARSE": 1.0}, "linear, some items": {"MAX_ITEMS": 20}}
+#: Constants of some modules in some of them, with which these go other ways.
+CONSTANTS = {
+    "linear, sparse": ("linear", {"SPARSE": 1.0}),
+    "linear, some items": ("linear", {"MAX_ITEMS": 20}),
+    "many evaluated at once": ("fast", {"MIN_SCORES": 1, "MIN_USERS": 5}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             sys.executable,
             "-m",
             "tests.device_process",
-            *map(json.dumps, (settings, CASES, LINEAR_WAYS)),
+            *map(json.dumps, (settings, CASES, CONSTANTS)),
         ],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -87,3 +92,11 @@ def test_the_device_gives_the_losses_and_metrics_of_the_cpu(
 def test_tensors_of_host_and_device_mix_where_cuda_lets_them(results: dict[str, Any]) -> None:
     for name, (taken_by_cuda, taken_here) in results["mixtures"].items():
         assert taken_here == taken_by_cuda, name
+
+
+def test_a_batch_of_users_is_larger_on_a_device(results: dict[str, Any]) -> None:
+    cpu, device = results["many evaluated at once"]
+    assert cpu["step"] == 5
+    assert device["step"] == 2**25 // 31
+    cpu, device = results["RecBole's own paths"]
+    assert cpu["step"] == device["step"]
