@@ -32,8 +32,11 @@ from recbole_gacllm.fast_graph import (
 from recbole_gacllm.fast_metrics import add_to_metrics
 from recbole_gacllm.fast_scores import neumf_scores
 
-#: A full-sort batch holds at least this many scores (2 MB), whatever ``eval_batch_size`` says,
+#: A full-sort batch holds at least this many scores, whatever ``eval_batch_size`` says: 2 MB, which
+#: caches hold,
 MIN_SCORES = 2**19
+#: or 128 MB on another device, which waits for the host in every batch,
+MIN_SCORES_OF_DEVICE = 2**25
 #: and at least this many users: below, the item embeddings are read again for each few of them.
 MIN_USERS = 16
 #: Up to this many user-item pairs are looked up in a table of bytes, more by binary search.
@@ -196,7 +199,9 @@ def _add_to_general_loaders(module: ModuleType) -> None:
         init_batch(self)
         if self.config["fast_paths"] and not self.is_sequential:
             n_items = self._dataset.item_num
-            self.step = max(self.step, MIN_USERS, MIN_SCORES // n_items)
+            on_cpu = torch.device(self.config["device"]).type == "cpu"
+            n_scores = MIN_SCORES if on_cpu else MIN_SCORES_OF_DEVICE
+            self.step = max(self.step, MIN_USERS, n_scores // n_items)
             self.set_batch_size(self.step * n_items)
 
     @functools.wraps(collate_full)

@@ -125,7 +125,8 @@ def infonce_sum(views: Tensor, others: Tensor, nodes: Tensor, temperature: float
     rows = max(1, _SCORES_A_BLOCK // len(others))
     blocks = torch.split(view / temperature, rows)
     total = torch.cat([(block @ other.T).exp().sum(dim=1) for block in blocks])
-    return torch.dot(times[distinct].to(total.dtype), total.log() - positive)
+    loss = total.log() - positive
+    return torch.dot(times[distinct].to(loss.dtype), loss)  # autocast rounds some of its parts
 
 
 def sgl_paths(model_class: Any) -> None:

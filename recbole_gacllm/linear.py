@@ -131,16 +131,18 @@ class ItemItemModel:
             users: ``[B]``; result ``[B, n_items]``.
         """
         rows, device = self._histories[users.cpu().numpy()], self._weights.device
+        items, counts = (torch.from_numpy(part).to(device) for part in (rows.indices, rows.data))
         if rows.nnz < SPARSE * len(users) * self.n_covered:
+            starts = torch.from_numpy(rows.indptr[:-1]).to(device)
             scores = F.embedding_bag(
-                torch.from_numpy(rows.indices).to(device),
-                self._weights,
-                torch.from_numpy(rows.indptr[:-1]).to(device),
-                mode="sum",
-                per_sample_weights=torch.from_numpy(rows.data).to(device),
+                items, self._weights, starts, mode="sum", per_sample_weights=counts
             )
         else:
-            scores = torch.from_numpy(rows.toarray()).to(device) @ self._weights
+            # Made dense where they are multiplied: a host's rows would take longer to copy.
+            of_row = np.repeat(np.arange(len(users)), np.diff(rows.indptr))
+            places = torch.from_numpy(of_row).to(device), items.long()
+            history = self._weights.new_zeros(len(users), self.n_covered)
+            scores = history.index_put_(places, counts) @ self._weights
         if self._covered is None:
             return scores
         return scores.new_zeros(len(users), self._n_items).index_copy_(1, self._covered, scores)

@@ -1,0 +1,127 @@
+"""The runs that test_device.py compares: each once on the CPU and once on the fake device.
+
+A process of its own, since the fake device is named for the whole process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import get_model, get_trainer, init_seed
+from torch.nn import functional
+
+from recbole_gacllm import fast, linear, text_knn
+from recbole_gacllm import model as model_module
+from recbole_gacllm.config import GaCLLMConfig
+from recbole_gacllm.data import TextLayers, TrainingData, raw_descriptions
+from recbole_gacllm.propagation import Adjacency
+from recbole_gacllm.run_config import build_config
+from tests import fake_device
+
+MODULES = {"fast": fast, "linear": linear}
+
+
+def texts(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
+    """Artefacts as the stages leave them, with random vectors; loaded as they are."""
+    folders = {stage: Path.cwd() / stage for stage in ("inputs", "embeddings")}
+    raw, _ = raw_descriptions(options, data)
+    n_texts = sum(map(len, raw.texts.values()))
+    n_layers = 2 if options.is_described else 1
+    for folder in folders.values():
+        folder.mkdir(exist_ok=True)
+    raw.write(folders["inputs"] / "layer_0.parquet")
+    rng = np.random.default_rng(3)
+    for layer in range(n_layers):
+        vectors = rng.standard_normal((n_texts, 12)).astype(np.float16)
+        np.save(folders["embeddings"] / f"layer_{layer}.npy", vectors)
+    return TextLayers.load(folders, n_layers, options, data)
+
+
+def result_of(model: str, keys: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Losses of two epochs, metrics of validation and test."""
+    config = build_config(model, "tiny", config_dict=keys)
+    config["device"] = device
+    init_seed(config["seed"], True)
+    train, valid, test = data_preparation(config, create_dataset(config))
+    init_seed(config["seed"], True)
+    made = get_model(model)(config, train._dataset).to(device)
+    trainer = get_trainer(config["MODEL_TYPE"], model)(config, made)
+    _, best = trainer.fit(train, valid, saved=False, show_progress=False)
+    tested = trainer.evaluate(test, load_best_model=False, show_progress=False)
+    return {
+        "losses": list(trainer.train_loss_dict.values()),
+        "metrics": [*best.values(), *tested.values()],
+        "step": getattr(valid, "step", None),
+        "on": sorted({str(parameter.device) for parameter in made.parameters()}),
+    }
+
+
+def attempt(model: str, keys: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same, or what was raised."""
+    try:
+        return result_of(model, keys, device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def mixtures() -> dict[str, tuple[bool, Callable[[], Any]]]:
+    """Operations on tensors of both places: whether CUDA takes each, and the operation."""
+    host, place = torch.arange(6.0).view(2, 3), torch.tensor([0, 1])
+    device, place_there = host.to(fake_device.DEVICE), place.to(fake_device.DEVICE)
+    adjacency = Adjacency.from_edges(np.array([0, 1]), np.array([0, 0]), 2, 1, fake_device.DEVICE)
+    return {
+        "copies": (True, lambda: torch.zeros(2, 3).copy_(device) + device.cpu()),
+        "a number": (True, lambda: device * torch.tensor(2.0)),
+        "indices of the host": (True, lambda: device[place]),
+        "sum": (False, lambda: device + host),
+        "product": (False, lambda: host @ device.T),
+        "graph product": (False, lambda: adjacency.matrix @ host.T),
+        "concatenation": (False, lambda: torch.cat([host, device])),
+        "in place": (False, lambda: host.add_(device)),
+        "indices of the device": (False, lambda: host[place_there]),
+        "values of the host": (False, lambda: device.index_put_((place,), host)),
+        "index_select": (False, lambda: device.index_select(0, place)),
+        "embedding": (False, lambda: functional.embedding(place, device)),
+        "embedding_bag": (False, lambda: functional.embedding_bag(place, device, place_there)),
+    }
+
+
+def raises(operation: Callable[[], Any]) -> bool:
+    try:
+        operation()
+    except RuntimeError as error:
+        return "to be on the same device" in str(error)
+    return False
+
+
+def main() -> None:
+    settings, cases, constants = map(json.loads, sys.argv[1:4])
+    sys.argv[1:] = []  # RecBole reads it
+    torch.set_num_threads(1)
+    model_module.prepare = text_knn.prepare = texts
+    results: dict[str, Any] = {}
+    for name, (model, keys) in cases.items():
+        keys = settings | keys
+        module, values = constants.get(name, ("linear", {}))
+        with patch.dict(vars(MODULES[module]), values):
+            on_cpu = attempt(model, keys, torch.device("cpu"))
+            with fake_device.FakeDevice():
+                on_device = attempt(model, keys, fake_device.DEVICE)
+        results[name] = [on_cpu, on_device]
+    with fake_device.FakeDevice():
+        results["mixtures"] = {
+            name: [taken, not raises(operation)] for name, (taken, operation) in mixtures().items()
+        }
+    Path("results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The recommender on a device of its own (``fake_device.py``): the CPU's losses and metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from .conftest import ROOT, tiny_settings, write_dataset
+
+RAW = {"text_source": "raw"}
+BY_TIME = {"eval_args": {"order": "TO", "split": {"LS": "valid_and_test"}, "mode": "full"}}
+SAMPLED = {"eval_args": {"mode": {"valid": "uni10", "test": "uni10"}}}
+LINEAR = {"linear_weight": 0.5, "linear_text_weight": 1.0, "linear_reg_weight": 3.0}
+COLD = {"cold_item_share": 0.3}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ids, BPR": ("GaCLLM", {"use_text": False, "loss_type": "BPR"}),
+    "ids, SSM": ("GaCLLM", {"use_text": False, "ssm_n_negatives": 10}),
+    "raw texts": ("GaCLLM", RAW),
+    "raw texts, BPR, few aligned": ("GaCLLM", {**RAW, "loss_type": "BPR", "align_n_nodes": 5}),
+    "two layers, only aligned": ("GaCLLM", {"text_weight": 0.0, "text_hidden_size": 0}),
+    "two layers, fused": ("GaCLLM", {"loss_type": "BPR", "require_pow": True}),
+    "means of items": ("GaCLLM", {"text_source": "item_mean"}),
+    "seldom propagated": ("GaCLLM", {"propagate_every": 3}),
+    "seldom propagated, ids": ("GaCLLM", {"propagate_every": 3, "use_text": False}),
+    "mixed precision": ("GaCLLM", {"enable_amp": True}),
+    "linear, dense": ("GaCLLM", {**LINEAR, "linear_recency": 1.0, **BY_TIME}),
+    "linear, sparse": ("GaCLLM", {**LINEAR, "linear_recency": 1.0, **BY_TIME}),
+    "linear, some items": ("GaCLLM", {**LINEAR, "use_text": False}),
+    "linear, its weight chosen": ("GaCLLM", {**LINEAR, "linear_reg_weight": None}),
+    "unseen items": ("GaCLLM", {**COLD, **LINEAR}),
+    "unseen items, BPR": ("GaCLLM", {**COLD, **RAW, "loss_type": "BPR"}),
+    "sampled candidates": ("GaCLLM", {**SAMPLED, **LINEAR}),
+    "RecBole's own paths": ("GaCLLM", {"fast_paths": False}),
+    "many evaluated at once": ("GaCLLM", {**RAW, "eval_batch_size": 1}),
+    "TextKNN": ("TextKNN", {}),
+    "LightGCN": ("LightGCN", {"fast_paths": True}),
+    "NGCF": ("NGCF", {"fast_paths": True, "node_dropout": 0.0}),
+    "SGL": ("SGL", {"fast_paths": True}),
+    "SGL, mixed precision": ("SGL", {"fast_paths": True, "enable_amp": True}),
+    "DGCF": ("DGCF", {"fast_paths": True, "n_factors": 2, "train_batch_size": 64}),
+    "NeuMF": ("NeuMF", {"fast_paths": True}),
+}
+#: Constants of some modules in some of them, with which these go other ways.
+CONSTANTS = {
+    "linear, sparse": ("linear", {"SPARSE": 1.0}),
+    "linear, some items": ("linear", {"MAX_ITEMS": 20}),
+    "many evaluated at once": ("fast", {"MIN_SCORES": 1, "MIN_USERS": 5}),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of each case what the CPU and the device gave."""
+    root = tmp_path_factory.mktemp("device")
+    settings = tiny_settings(write_dataset(root / "data"), root)
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.device_process",
+            *map(json.dumps, (settings, CASES, CONSTANTS)),
+        ],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return dict(json.loads((root / "results.json").read_text()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_device_gives_the_losses_and_metrics_of_the_cpu(
+    results: dict[str, Any], case: str
+) -> None:
+    cpu, device = results[case]
+    assert "error" not in cpu, cpu["error"]
+    assert "error" not in device, device["error"][:600]
+    assert (cpu["on"], device["on"]) == (["cpu"], ["fakegpu:0"])
+    if "mixed precision" in case:  # the device's autocast rounds less
+        assert device["losses"] == pytest.approx(cpu["losses"], rel=0.01)
+        return
+    assert device["losses"] == pytest.approx(cpu["losses"], rel=1e-5)
+    assert device["metrics"] == pytest.approx(cpu["metrics"], abs=1e-4)
+    assert max(cpu["metrics"]) > 0
+
+
+def test_tensors_of_host_and_device_mix_where_cuda_lets_them(results: dict[str, Any]) -> None:
+    for name, (taken_by_cuda, taken_here) in results["mixtures"].items():
+        assert taken_here == taken_by_cuda, name
+
+
+def test_a_batch_of_users_is_larger_on_a_device(results: dict[str, Any]) -> None:
+    cpu, device = results["many evaluated at once"]
+    assert cpu["step"] == 5
+    assert device["step"] == 2**25 // 31
+    cpu, device = results["RecBole's own paths"]
+    assert cpu["step"] == device["step"]
