@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import regex  # type: ignore[import-untyped]  # `re` takes vowel signs of Hindi for punctuation
+import regex  # `re` takes vowel signs of Hindi for punctuation
 from scipy import sparse
 
 from recbole_gacllm.descriptions.layers import Side
