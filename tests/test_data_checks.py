@@ -154,7 +154,7 @@ def test_an_input_error_is_one_line_and_exit_code_2(tmp_path, capsys):
 def test_a_leaderboard_counts_interactions_whatever_the_columns_are_called(tmp_path, model):
     folder = tmp_path / "biz"
     folder.mkdir()
-    rows = clicks() + [("u0", "i0", 1, 2_000_000_000), ("u0", "i0", 1, 2_000_000_001)]
+    rows = [*clicks(), ("u0", "i0", 1, 2000000000), ("u0", "i0", 1, 2000000001)]
     lines = "".join("\t".join(map(str, row)) + "\n" for row in rows)
     header = "person:token\tbusiness_id:token\tstars:float\twhen:float\n"
     (folder / "biz.inter").write_text(header + lines)
