@@ -153,7 +153,9 @@ def test_a_wrong_command_line_is_refused_with_the_reason(arguments, message, cap
         (["--model=BPR", "--eval_args={'order':'XX'}"], "XX"),
     ],
 )
-def test_a_wrong_value_ends_in_one_line_before_any_stage(arguments, message, capsys, monkeypatch):
+def test_a_wrong_value_ends_in_one_line_before_any_stage(
+    arguments, message, capsys, monkeypatch, tmp_path
+):
     import re
 
     arguments = [*([] if "--dataset" in arguments[0] else ["--dataset=ml-100k"]), *arguments]
