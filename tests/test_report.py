@@ -242,6 +242,19 @@ def test_a_record_that_no_run_wrote_is_refused(tmp_path, content, capsys):
     assert "run.json is not the record of a run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("versions", [1]), ("stages", "x"), ("description_quality", [1])]
+)
+def test_a_part_of_another_form_ends_in_one_line(text_run, tmp_path, key, value, capsys):
+    (tmp_path / "odd").mkdir()
+    record = {**json.loads(text_run.read_text()), key: value}
+    (tmp_path / "odd" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(tmp_path / "odd")])
+    assert end.value.code == 2
+    assert "has a part of another form than this version writes" in capsys.readouterr().err
+
+
 def test_lost_artefacts_and_checkpoints_are_named(text_run, tmp_path):
     record = json.loads(text_run.read_text())
     Path(record["checkpoint"]).unlink()

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from recbole_gacllm import __version__, artifacts
@@ -64,15 +64,22 @@ def write_report(path: Path, output: Path | None = None, artifact_dir: Path | No
         The file.
 
     Raises:
-        ValueError: If there is neither a run nor a leaderboard.
+        ValueError: If there is neither a run nor a leaderboard, or a record of other make.
         GaCLLMError: If the file cannot be written, or splits of a leaderboard differ.
     """
-    if (path / PLAN_FILE).is_file():
-        page = _leaderboard_page(path, artifact_dir)
-    else:
-        page = _run_page(Source.read(path, artifact_dir))
+    try:
+        if (path / PLAN_FILE).is_file():
+            page = _leaderboard_page(path, artifact_dir)
+        else:
+            page = _run_page(Source.read(path, artifact_dir))
+        text = render(page)
+    except (AttributeError, LookupError, StopIteration, TypeError, UndefinedError) as error:
+        raise ValueError(
+            f"a record in {path} has a part of another form than this version writes ({error!r}). "
+            "It was edited, or is of another version: take the file as it was written."
+        ) from error
     target = output or (path if path.is_dir() else path.parent) / "report.html"
-    artifacts.write_atomic(target, render(page).encode("utf-8", "backslashreplace"))
+    artifacts.write_atomic(target, text.encode("utf-8", "backslashreplace"))
     return target
 
 
