@@ -125,7 +125,8 @@ def leaderboard(arguments: list[str]) -> None:
             f"{len(board.failures)} of {len(made.jobs)} runs failed; start again to try them once "
             "more. "
             + " ".join(
-                f"{failed['model']} on {failed['dataset']}, seed {failed['seed']}: {error}"
+                f"{failed['model']} on {failed['dataset']}, seed {failed['seed']}: {error} Its "
+                f"log: {failed['log']}."
                 for error, failed in reversed(reasons.items())
             )
         )
