@@ -125,7 +125,8 @@ def leaderboard(arguments: list[str]) -> None:
             f"{len(board.failures)} of {len(made.jobs)} runs failed; start again to try them once "
             "more. "
             + " ".join(
-                f"{failed['model']} on {failed['dataset']}, seed {failed['seed']}: {error}"
+                f"{failed['model']} on {failed['dataset']}, seed {failed['seed']}: {error} Its "
+                f"log: {failed['log']}."
                 for error, failed in reversed(reasons.items())
             )
         )
@@ -168,7 +169,7 @@ def tune(arguments: list[str]) -> None:
     cli_common.add_verbosity(parser)
     known, keys = cli_common.parse_with_keys(parser, arguments)
 
-    from recbole_gacllm import data_checks
+    from recbole_gacllm import data_door
     from recbole_gacllm.benchmark import space, tuning
     from recbole_gacllm.config import shipped_path
 
@@ -186,7 +187,7 @@ def tune(arguments: list[str]) -> None:
         known.nproc,
     )
     with cli_common.quiet_output("tune", known.quiet):
-        data_checks.check_plan([search.job({}).arguments])
+        data_door.check_plan([search.job({}).arguments])
         best = tuning.tune(search, known.algo, known.max_evals, known.early_stop, show_progress)
     _print_search(search, best)
     if failed := [trial for trial in search.trials if trial.score is None]:

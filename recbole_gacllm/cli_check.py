@@ -33,7 +33,7 @@ def check(arguments: list[str]) -> None:
     cli_common.add_config_files(parser)
     known, keys = cli_common.parse_with_keys(parser, arguments)
 
-    from recbole_gacllm.data_checks import read_and_inspect, sample_texts
+    from recbole_gacllm.data_door import read_and_inspect, sample_texts
     from recbole_gacllm.registration import MODELS
 
     sys.argv[1:] = []  # RecBole reads it

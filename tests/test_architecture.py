@@ -12,7 +12,7 @@ ALLOWED = {
         "compat.py",
         "compat_distributed.py",
         "run_config.py",
-        "data_checks.py",
+        "data_door.py",
         "key_checks.py",
         "import_hooks.py",
         "registration.py",

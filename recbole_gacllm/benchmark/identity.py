@@ -70,7 +70,8 @@ CONCERNS: dict[str, tuple[str, ...]] = {
 OTHERS = (
     *("__main__.py", "artifacts.py", "cli.py", "cli_batch.py", "cli_benchmark.py", "cli_check.py"),
     *("cli_common.py", "cli_descriptions.py", "cli_report.py", "errors.py", "integrity.py"),
-    *("checkpoint.py", "console.py", "data_checks.py", "key_checks.py", "locate.py"),
+    *("checkpoint.py", "console.py", "data_checks.py", "data_door.py", "key_checks.py"),
+    "locate.py",
     *("launchers.py", "redaction.py", "run_folder.py", "tracking.py", "benchmark/", "report/"),
     *("llm/formats.py", "descriptions/mentions.py"),
     *("cluster/__init__.py", "descriptions/audit.py", "descriptions/costs.py"),

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from recbole_gacllm import artifacts
 from recbole_gacllm.benchmark.job import LOG_FILE, RUN_FILE
 from recbole_gacllm.benchmark.plan import Job, Plan
-from recbole_gacllm.data_checks import check_plan
+from recbole_gacllm.data_door import check_plan
 from recbole_gacllm.errors import GaCLLMError
 
 logger = logging.getLogger(__name__)
