@@ -52,7 +52,7 @@ SMALL_SUITE = [f"tests/test_{name}.py" for name in ("propagation", "losses", "ha
 
 
 def versions(device: str, small: bool, folder: Path) -> dict[str, Any]:
-    """Versions, cards, and who may fork: asking what is there must leave CUDA untouched."""
+    """Versions, cards, what a fork can do: asking what is there must leave CUDA untouched."""
     import torch
 
     from recbole_gacllm.llm import hardware
@@ -73,15 +73,15 @@ def versions(device: str, small: bool, folder: Path) -> dict[str, Any]:
     hardware.check_cards("0" if device == "cuda" else "")
     figures["is_available"] = torch.cuda.is_available()
     untouched = not torch.cuda.is_initialized()
-    forked = _forked(device)
+    # On CUDA both may be errors, which is why vLLM's engine is spawned.
+    figures["forked_after_asking"] = _forked(device)
     torch.ones(2, device=device).sum().item()
-    figures["forked_after_use"] = _forked(device)  # on CUDA an error, which is why vLLM spawns
+    figures["forked_after_use"] = _forked(device)
     prepare_environment()
     figures["vllm_starts_by"] = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
     figures["checks"] = {
         "device is there": device == "cpu" or torch.cuda.is_available(),
         "asking leaves CUDA untouched": untouched,
-        "a fork after asking can compute": forked == "2.0",
         "vLLM spawns": figures["vllm_starts_by"] == "spawn",
     }
     return figures
