@@ -38,6 +38,8 @@ from recbole_gacllm.unseen import UnseenItems
 WIDTH, TEXT_WIDTH = 64, 384
 #: Largest differences, as shares of the largest value, by number type of autocast.
 TOLERANCES = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.06}
+#: Functions of an evaluation, which RecBole makes without autocast.
+SCORES = ("linear, sparse", "linear, dense", "unseen items", "text neighbors")
 LOSS_TOLERANCE, METRIC_TOLERANCE = 1e-3, 0.01
 HALF_LOSS_TOLERANCE = 0.02
 EPOCHS = 3
@@ -57,6 +59,8 @@ def functions(device: str, small: bool, folder: Path) -> dict[str, Any]:
         expected = _values(build("cpu"), inputs, "cpu", None)
         figures[name] = {}
         for number_type, tolerance in TOLERANCES.items():
+            if name in SCORES and number_type != "float32":
+                continue
             dtype = None if number_type == "float32" else getattr(torch, number_type)
             first, second = (_values(build(device), inputs, device, dtype) for _ in range(2))
             difference = _largest(first, expected)

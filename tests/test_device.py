@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from .conftest import ROOT, tiny_settings, write_dataset
 
@@ -101,3 +103,22 @@ def test_a_batch_of_users_is_larger_on_a_device(results: dict[str, Any]) -> None
     assert device["step"] == 2**25 // 31
     cpu, device = results["RecBole's own paths"]
     assert cpu["step"] == device["step"]
+
+
+@pytest.mark.slow
+def test_the_check_of_a_gpu_runs_on_a_cpu_and_records_what_fails(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "gpu_check.py"
+    command = [sys.executable, str(script), "--small", f"--json={tmp_path / 'gpu.json'}"]
+    fine = subprocess.run([*command, "--device=cpu", "--sections", "graph", "functions"])
+    found = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    assert fine.returncode == 0, found
+    assert all(found["functions"]["checks"].values())
+    assert len(found["functions"]["checks"]) >= 30
+    if torch.cuda.is_available():
+        return
+    failed = subprocess.run([*command, "--device=cuda", "--sections", "graph", "versions"])
+    found = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    assert failed.returncode == 1
+    assert list(found) == ["graph", "versions"]
+    assert not any(section["ok"] for section in found.values())
+    assert "CUDA" in found["graph"]["error"] + found["graph"]["output"]
