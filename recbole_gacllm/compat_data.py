@@ -63,7 +63,7 @@ def atomic_files(module: Any) -> None:
         """RecBole reads the columns ``usecols`` of a file, called ``name:type``."""
         import pandas as pd
 
-        from recbole_gacllm.atomic import numbers, times
+        from recbole_gacllm.atomic_numbers import numbers, times
 
         if not reading or Path(path) != reading[-1][0].path:
             return pd.read_csv(path, *args, **keys)

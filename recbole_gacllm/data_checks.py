@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recbole_gacllm.atomic import AtomicFile, read_atomic, times
+from recbole_gacllm.atomic import AtomicFile, read_atomic
+from recbole_gacllm.atomic_numbers import times
 from recbole_gacllm.registration import MODELS
 
 # Below this share of nodes with a row in their file something is likely to be wrong.

@@ -36,8 +36,8 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "runs": (  # every run
         *("__init__.py", "compat.py", "compat_anomaly.py", "compat_distributed.py"),
         *("compat_evaluation.py", "import_hooks.py", "registration.py", "config.py"),
-        *("run_config.py", "runner.py", "distributed.py", "atomic.py", "compat_data.py"),
-        "compat_device.py",
+        *("run_config.py", "runner.py", "distributed.py", "atomic.py", "atomic_numbers.py"),
+        *("compat_data.py", "compat_device.py"),
         *("benchmark/job.py", "benchmark/degrees.py"),
     ),
     "splits": ("splits.py",),
