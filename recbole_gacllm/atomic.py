@@ -41,7 +41,6 @@ _TYPED = re.compile(r":(?:token|float)")
 _MAX_LINES = 1000
 # Of the rows of a feature file so many may fit no reading; more, and the file is refused.
 _MAX_DROPPED = 0.05
-_UTC = r"(?<=\d)(\s*)(?:UTC|GMT)$"
 
 
 @dataclass

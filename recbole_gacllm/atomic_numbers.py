@@ -7,6 +7,7 @@ import pandas as pd
 
 from recbole_gacllm.atomic import MISSING, AtomicFile
 
+_UTC = r"(?<=\d)(\s*)(?:UTC|GMT)$"
 # Dates that ISO 8601 does not cover; several may fit, then they say the same or are ambiguous.
 _DATES = (
     *("%d/%m/%Y", "%m/%d/%Y", "%d.%m.%Y", "%d-%m-%Y", "%m-%d-%Y", "%m %d, %Y"),
