@@ -97,6 +97,7 @@ def test_what_surrounds_a_description_is_removed(raw: str) -> None:
         *("Absolutely Fabulous", "Of Course, My Love", "Certainly", "The Following", "Below"),
         *("The Following Week", "Below the Surface", "Okay", "Here", "The Perfect Answer"),
         *("Profile of a Killer", "Criminal Profile", "Description of a Struggle"),
+        *("The Answer", "My Answer", "A Short Response"),
     ],
 )
 @pytest.mark.parametrize("case", [str, str.lower])

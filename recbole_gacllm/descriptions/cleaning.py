@@ -48,6 +48,7 @@ _LEAD_IN = re.compile(
     rf"|(?P<before>(?:[\w'-]+ ){{0,2}}){_LABEL}(?: of (?P<of>[^:.!?]{{1,80}}))?)\s?:(?:\s+|$)",
     re.IGNORECASE,
 )
+_KIND = re.compile(r"an? ")
 _ARTICLES = frozenset(("the", "a", "an", "this", "that", "my", "your", "its"))
 _LABEL_WORDS = _ARTICLES.union(
     words(
@@ -222,7 +223,12 @@ def _strip_frame(text: str, context: CleaningContext) -> str:
 
 
 def _is_lead_in(found: re.Match[str], context: CleaningContext) -> bool:
-    """Whether what stands around a label is of the request or usual there, not a title's."""
+    """Whether what stands around a label is of the request or usual there, not a title's.
+
+    A title goes on with its kind in lower case: ``The Answer: a drama``.
+    """
+    if found["before"] and _KIND.match(found.string, found.end()):
+        return False
     usual = _LABEL_WORDS | _request_words(context.request)
     if not usual.issuperset(words(found["before"] or "")):
         return False
