@@ -367,7 +367,8 @@ with open("clicks/clicks.inter", "w") as file:
     for second in (9, 3, 6, 0):
         file.write(f"u\\ti{second}\\t{1_700_000_000 + second}\\n")
 from recbole.config import Config
-keys = {**SETTINGS, "load_col": None, "eval_args": {"order": "TO", "split": {"LS": "test_only"}}}
+keys = {**SETTINGS, "load_col": None, "topk": [2], "valid_metric": "MRR@2"}
+keys["eval_args"] = {"order": "TO", "split": {"LS": "test_only"}}
 made = create_dataset(Config("BPR", "clicks", config_dict=keys)).build()[2]
 assert made.id2token("item_id", made.inter_feat["item_id"]) == "i9"
 """,
