@@ -366,6 +366,7 @@ with open("clicks/clicks.inter", "w") as file:
     file.write("user_id:token\\titem_id:token\\ttimestamp:float\\n")
     for second in (9, 3, 6, 0):
         file.write(f"u\\ti{second}\\t{1_700_000_000 + second}\\n")
+    file.write("v\\tanother\\t1\\n")
 from recbole.config import Config
 keys = {**SETTINGS, "load_col": None, "topk": [2], "valid_metric": "MRR@2"}
 keys["eval_args"] = {"order": "TO", "split": {"LS": "test_only"}}

@@ -420,7 +420,7 @@ def test_a_truncated_file_is_found_by_its_header_alone(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from recbole_gacllm.llm.weights import check_safetensors
+    from recbole_gacllm.llm.formats import check_safetensors
 
     file = tmp_path / "model-00002-of-00002.safetensors"
     save_file({"a": torch.zeros(1000)}, file)
