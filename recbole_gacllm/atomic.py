@@ -41,6 +41,7 @@ _TYPED = re.compile(r":(?:token|float)")
 _MAX_LINES = 1000
 # Of the rows of a feature file so many may fit no reading; more, and the file is refused.
 _MAX_DROPPED = 0.05
+_MOST_ZERO_BYTES = 0.1
 
 
 @dataclass
@@ -162,18 +163,20 @@ def _decode(path: Path, encoding: str | None) -> str:
             "Set RecBole's key `encoding` to the file's encoding, such as latin-1, cp1252 or "
             "gb18030."
         ) from error
-    _refuse_zero_byte(path, text)
+    text = _without_zero_bytes(path, text)
     if "\n" not in text and "\r" in text:  # as old Macs wrote
         text = text.replace("\r", "\n")
     return text
 
 
-def _refuse_zero_byte(path: Path, text: str) -> None:
-    if "\0" in text:
+def _without_zero_bytes(path: Path, text: str) -> str:
+    """Drop a few, as stray signs in a text; many are another encoding."""
+    if "\0" in text and text.count("\0") > _MOST_ZERO_BYTES * len(text):
         raise ValueError(
             f"{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: a zero byte; this is "
             "no text file, or RecBole's key `encoding` must name its encoding, such as utf-16-le."
         )
+    return text.replace("\0", "")
 
 
 def _header(path: Path, line: str, separator: str) -> tuple[list[str], list[str]]:
