@@ -130,7 +130,7 @@ def read_header(
         text = decoder().decode(start)
     except UnicodeDecodeError:
         text = _decode(path, encoding)
-    _refuse_zero_byte(path, text)
+    text = _without_zero_bytes(path, text)
     line = next((line for line in re.split(r"\r?\n|\r", text) if line.strip()), None)
     if line is None:
         raise ValueError(f"{path} is empty: fill it, or remove it to go without.")
