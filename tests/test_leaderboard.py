@@ -458,7 +458,7 @@ def test_a_killed_leaderboard_goes_on_where_it_was(settings, tmp_path):
         (["-m", "BRP:learning_rate=0.1", "-d", "ml-100k"], "model: 'BRP'"),
         (["-m=BPR", "--baseline=EASE", "--dataset=ml-100k"], "baseline: 'EASE' is not one of"),
         (["-m=BPR", "-d=ml-100k,ml-1m", "--test_latex=a.tex"], "take one data set"),
-        (["-m=BPR", "-d=ml-100k", "--epochs", "3"], "'--epochs' is not of the form"),
+        (["-m=BPR", "-d=ml-100k", "--epochs"], "'--epochs' is not of the form"),
     ],
 )
 def test_recboles_flags_work_and_mistakes_end_with_code_2(arguments, message, capsys):
