@@ -79,7 +79,7 @@ def _write(board: Board, target: Path, tables: list[Path]) -> None:
         copy = target / "runs" / run.name
         copy.mkdir(parents=True)
         for name in (RUN_FILE, PER_USER_FILE, DEGREES_FILE):
-            if (run.folder / name).is_file():  # runs of older versions have no degrees
+            if (run.folder / name).is_file():  # some have no degrees
                 shutil.copyfile(run.folder / name, copy / name)
         config = yaml.safe_dump(run.record["config"], sort_keys=True, allow_unicode=True)
         (copy / "config.yaml").write_text(config, "utf-8")

@@ -148,7 +148,7 @@ def verdict(audit: Mapping[str, Any]) -> Literal["suspicious", "unseen", "clean"
     p_value = audit["p_value"]
     if audit["edges_in_graph"] or (p_value is not None and p_value < _ALPHA):
         return "suspicious"
-    # Records of older versions count only the pairs that they compared.
+    # A record without these counts only the pairs that were compared.
     n_checkable = audit.get("n_checkable", audit["n_pairs"])
     n_heldout = audit.get("n_heldout", audit["n_pairs"])
     return "clean" if n_checkable and n_checkable >= _MIN_SHARE * n_heldout else "unseen"
