@@ -33,13 +33,13 @@ from recbole_gacllm.config import GaCLLMConfig, shipped_path
 from recbole_gacllm.data import TextLayers, TrainingData, imported_texts, raw_descriptions
 from recbole_gacllm.descriptions.cleaning import CLEANING_VERSION
 from recbole_gacllm.descriptions.imported import ImportedTexts
-from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
+from recbole_gacllm.descriptions.layers import SIDES, Layer
 from recbole_gacllm.descriptions.names import NAMES, write_names
 from recbole_gacllm.descriptions.neighbors import TrainGraph, check_rule
 from recbole_gacllm.descriptions.pairs import told_edges
 from recbole_gacllm.descriptions.prompts import PromptTemplates
 from recbole_gacllm.descriptions.requests import RETRY_TEMPERATURE
-from recbole_gacllm.descriptions.text import nothing_known
+from recbole_gacllm.descriptions.text import nothing_known_of
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm import weights
 from recbole_gacllm.llm.engines import check_engine, choose_backend
@@ -169,8 +169,8 @@ def _before_descriptions(
 
 def _can_learn(options: GaCLLMConfig, graph: TrainGraph, raw: Layer) -> bool:
     """Whether there are pairs to fine-tune on; without a file of users, say, there are none."""
-    nouns: dict[Side, str] = {"user": options.text_user_noun, "item": options.text_item_noun}
-    n_told = len(told_edges(graph, raw, {s: nothing_known(noun) for s, noun in nouns.items()}))
+    nothing_known = nothing_known_of(options.text_user_noun, options.text_item_noun)
+    n_told = len(told_edges(graph, raw, nothing_known))
     if n_told < 2:
         logger.warning(
             "sft: left out, as %d of %d training edges have a text on both sides; the LLM "

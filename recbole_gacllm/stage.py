@@ -285,10 +285,7 @@ def inputs_of(job: dict[str, Any]) -> tuple[TrainGraph, Layer]:
 def nothing_known_of(job: dict[str, Any]) -> dict[Side, str]:
     """The text of a node of which a job knows nothing."""
     options = _options(job)
-    return {
-        "user": text.nothing_known(options.text_user_noun),
-        "item": text.nothing_known(options.text_item_noun),
-    }
+    return text.nothing_known_of(options.text_user_noun, options.text_item_noun)
 
 
 def _templates(job: dict[str, Any]) -> PromptTemplates:
