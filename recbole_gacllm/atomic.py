@@ -37,6 +37,7 @@ _MARKS = (
 )
 _SEPARATORS = {"\t": r"\t", ",": ",", ";": ";", "|": "|", "::": "::", " ": "a blank"}
 _TYPED = re.compile(r":(?:token|float)")
+_LINE_END = re.compile(r"(?<!\r)\r+(?:\n|\Z)")  # as Windows writes; any other \r is of a text
 # A quoted cell has at most so many lines.
 _MAX_LINES = 1000
 # Of the rows of a feature file so many may fit no reading; more, and the file is refused.
@@ -94,14 +95,14 @@ def read_atomic(
         ValueError: Names file, line or column, what was found, what is allowed, the next step.
     """
     text = _decode(path, encoding)
-    lines = text.split("\n")
+    lines = text.rstrip("\n").split("\n")
     if not text.strip():
         raise ValueError(f"{path} is empty: fill it, or remove it to go without.")
     at = next(n for n, line in enumerate(lines) if line.strip())
-    names, types = _header(path, lines[at].rstrip("\r"), separator)
+    names, types = _header(path, lines[at], separator)
     is_plain = '"' not in text and len(separator) == 1
-    if is_plain and all(line.count(separator) < len(names) for line in lines):
-        return _plain(path, lines[at:], names, types, separator)
+    if is_plain and all(line.strip() and line.count(separator) < len(names) for line in lines):
+        return _plain(path, lines, names, types, separator)
     id_at = names.index(id_field) if id_field in names else 0
     file = AtomicFile(path, names, types, pd.DataFrame())
     numbered = [*_rows(lines, at + 1, separator, file, id_at, ids)]
@@ -164,9 +165,9 @@ def _decode(path: Path, encoding: str | None) -> str:
             "gb18030."
         ) from error
     text = _without_zero_bytes(path, text)
-    if "\n" not in text and "\r" in text:  # as old Macs wrote
-        text = text.replace("\r", "\n")
-    return text
+    if "\n" not in text:  # as old Macs wrote
+        return text.replace("\r", "\n")
+    return _LINE_END.sub("\n", text) if "\r" in text else text
 
 
 def _without_zero_bytes(path: Path, text: str) -> str:
@@ -234,15 +235,16 @@ def _refuse_header(path: Path, line: str, separator: str, cells: list[str]) -> N
 def _plain(
     path: Path, lines: Sequence[str], names: list[str], types: list[str], separator: str
 ) -> AtomicFile:
-    """All rows at once, of a file without quotes and without rows beyond the width."""
+    """All rows at once, of a file without quotes, blank lines and rows beyond the width."""
     cells = pd.read_csv(
-        io.StringIO("\n".join(line for line in lines if not line.isspace())),
+        io.StringIO("\n".join(lines)),
         sep=separator,
         header=0,
         names=names,
         index_col=False,
         dtype=str,
         engine="c",
+        lineterminator="\n",
         quoting=csv.QUOTE_NONE,
     )
     return AtomicFile(path, names, types, cells)
@@ -259,7 +261,7 @@ def _rows(
     """Line number and cells of each row, padded to the width of the header."""
     width, at = len(file.names), start
     while at < len(lines):
-        line = lines[at].rstrip("\r")
+        line = lines[at]
         n_lines, cells = 1, None
         if '"' in line and len(separator) == 1:
             n_lines, cells = _quoted(lines, at, separator, width)
@@ -287,7 +289,6 @@ def _quoted(
         cells = next(reader)
     except csv.Error:
         return 1, None
-    cells = [cell.removesuffix("\r") for cell in cells]
     if reader.line_num > 1 and len(cells) < width:  # a row over several lines is whole
         return 1, None
     return reader.line_num, _of_width(cells, width)
@@ -306,7 +307,7 @@ def _are_rows(
     ids: Collection[str] | None,
 ) -> bool:
     """Whether each line is a row by itself, so that a quote in it is only a sign."""
-    rows = [line.rstrip("\r").split(separator) for line in lines if line.strip()]
+    rows = [line.split(separator) for line in lines if line.strip()]
     if any(len(row) != width for row in rows):
         return False
     return ids is None or any(_unquoted(row[id_at]) in ids for row in rows[1:])

@@ -95,6 +95,13 @@ def test_byte_order_marks_and_line_ends_leave_no_trace(tmp_path, encoding, end):
     assert rows(file) == [["i1", "Café 象", "x", "1"]]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r\r\n"])
+@pytest.mark.parametrize("title", ["Heat\rpart 2", 'Heat "1"\rpart 2'])
+def test_a_carriage_return_within_a_line_begins_no_row(tmp_path, end, title):
+    file = read(tmp_path, f"{HEADER}i1\t{title}\tx\t1\ni2\tb\tc\t2".replace("\n", end) + end[:-1])
+    assert rows(file) == [["i1", title, "x", "1"], ["i2", "b", "c", "2"]]
+
+
 def test_rows_that_fit_no_reading_are_named_and_left_out_but_never_interactions(tmp_path, caplog):
     good = "".join(f"i{n}\ta\tb\t1\n" for n in range(40))
     with caplog.at_level(logging.WARNING):
@@ -132,7 +139,7 @@ def test_what_cannot_be_read_is_refused_with_the_next_step(tmp_path, content, ke
 
 def test_a_word_among_numbers_is_named_by_line_and_column(tmp_path):
     file = read(tmp_path, f"{HEADER}i1\ta\tb\t1\n\ni2\ta\tb\tcheap\n")
-    with pytest.raises(ValueError, match="column 'price': 'cheap' is no number"):
+    with pytest.raises(ValueError, match="line 4, column 'price': 'cheap' is no number"):
         numbers(file, "price")
 
 
