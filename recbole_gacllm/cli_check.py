@@ -54,7 +54,7 @@ def check(arguments: list[str]) -> None:
             return
     for side, texts in samples.items():
         say("", f"{side}s, as a language model sees them")
-        for text in dict.fromkeys(texts):
+        for text in texts:
             say(*textwrap.wrap(text, 96, initial_indent="  - ", subsequent_indent="    "))
     for note in notes:
         say("", note)

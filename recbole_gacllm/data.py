@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from recbole_gacllm.descriptions.neighbors import TrainGraph
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 3  # texts of a side in the log
+_SHOWN = 3  # texts of a side, in the log and by `check`
 #: So many text embeddings are taken to float32 at once: 100 MB of width 384.
 MAX_ROWS = 2**16
 
@@ -226,13 +226,18 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
             "files are empty, or ids and codes, which a sentence leaves out. Fill them, name "
             "fields in text_item_template, or set use_text: False to go without text"
         )
-    rng = np.random.default_rng(data.seed)
-    for side in SIDES:
-        drawn = rng.choice(texts[side], min(_SHOWN, len(texts[side])), replace=False)
-        for text_of_node in dict.fromkeys(drawn.tolist()):
+    for side, some in samples(texts, data.seed).items():
+        for text_of_node in some:
             logger.info("%s as a language model sees it: %s", side, text_of_node)
     names = item_names(tokens["item"], features["item"], options.text_item_name_field)
     return Layer.raw(tokens, texts), names
+
+
+def samples(texts: Mapping[Side, Sequence[str]], seed: int) -> dict[Side, list[str]]:
+    """Side -> some of its texts, drawn by the seed, each told once."""
+    rng = np.random.default_rng(seed)
+    drawn = {side: rng.permutation(len(some))[:_SHOWN].tolist() for side, some in texts.items()}
+    return {side: list(dict.fromkeys(texts[side][at] for at in drawn[side])) for side in drawn}
 
 
 def user_names(config: Any) -> dict[str, str]:
@@ -240,7 +245,7 @@ def user_names(config: Any) -> dict[str, str]:
     file = Path(config["data_path"]) / f"{config['dataset']}.user"
     if not file.is_file():
         return {}
-    reading = (config["field_separator"], config["encoding"] or "utf-8", config["seq_separator"])
+    reading = (config["field_separator"], config["encoding"], config["seq_separator"])
     return names_of_people(text.read_features(file, config["USER_ID_FIELD"], *reading))
 
 

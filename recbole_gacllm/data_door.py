@@ -6,19 +6,17 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from recbole.data import create_dataset
 from recbole.utils import init_seed
 
 from recbole_gacllm.config import GaCLLMConfig
-from recbole_gacllm.data import TrainingData, raw_descriptions
+from recbole_gacllm.data import TrainingData, raw_descriptions, samples
 from recbole_gacllm.data_checks import DataReport
+from recbole_gacllm.descriptions.layers import Side
 from recbole_gacllm.registration import MODELS
 from recbole_gacllm.run_config import build_config
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = 3  # texts of a side
 
 
 def read_and_inspect(
@@ -41,7 +39,7 @@ def read_and_inspect(
 
 def sample_texts(
     config: Any, train: Any, dataset: str, config_files: Sequence[str], config_dict: dict[str, Any]
-) -> dict[str, list[str]]:
+) -> dict[Side, list[str]]:
     """Side -> texts of layer 0 of some of its nodes, drawn by the seed.
 
     Raises:
@@ -82,12 +80,3 @@ def check_plan(jobs: Iterable[tuple[str, str, Sequence[str], Mapping[str, Any]]]
             told.add(warning)
         if with_text:
             sample_texts(config, train, *job[1:])
-
-
-def samples(texts: Mapping[Any, Sequence[str]], seed: int) -> dict[str, list[str]]:
-    """Side -> some of its texts."""
-    rng = np.random.default_rng(seed)
-    return {
-        str(side): [of_side[at] for at in rng.permutation(len(of_side))[:_SHOWN].tolist()]
-        for side, of_side in texts.items()
-    }
