@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import threading
 from multiprocessing import connection
@@ -14,8 +13,6 @@ from typing import Any, Final
 from transformers import AutoConfig
 
 from recbole_gacllm.llm.adapter import check_adapter
-
-logger = logging.getLogger(__name__)
 
 # What we use of vLLM beyond what it documents, as module:attribute; a test looks for each in the
 # vLLM that is installed. 0.30 to 0.33 have them all: a newer one is allowed (pyproject.toml) when
@@ -54,8 +51,7 @@ def prepare_environment() -> None:
     engine's process is spawned: whether a GPU is there, and which number type it does, is asked
     before, and a fork of a process that has asked cannot use CUDA (vLLM issue 15681).
     """
-    level = "INFO" if logger.isEnabledFor(logging.DEBUG) else "ERROR"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
