@@ -10,6 +10,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 from transformers import AutoConfig
 
 from recbole_gacllm.llm.adapter import check_adapter
@@ -32,7 +33,8 @@ PRIVATE_NAMES: Final = (
 )
 # Requests at once on a CPU: more bring no throughput and delays the first completions.
 CPU_SEQUENCES: Final = 32
-# The KV cache on a CPU: this share of the memory that is free, at most so many bytes.
+# The KV cache on a CPU: this share of the memory that is free, or holds copies of files only, at
+# most so many bytes.
 _CPU_KV_SHARE: Final = 0.25
 _CPU_KV_BYTES: Final = 4 << 30
 # What vLLM's process says of one that it had started and that ended at once.
@@ -111,8 +113,7 @@ def cpu_options(max_model_len: int, n_sequences: int) -> dict[str, Any]:
     takes every prompt whole: vLLM 0.32 fails on a split prompt that draws with a seed of its own,
     as it would set back PyTorch's CPU generator, which cannot be set back.
     """
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cache = min(int(free * _CPU_KV_SHARE), _CPU_KV_BYTES)
+    cache = min(int(psutil.virtual_memory().available * _CPU_KV_SHARE), _CPU_KV_BYTES)
     return {
         "enforce_eager": True,
         "block_size": 32,
