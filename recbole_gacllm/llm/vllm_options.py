@@ -33,6 +33,8 @@ PRIVATE_NAMES: Final = (
 )
 # Requests at once on a CPU: more bring no throughput and delays the first completions.
 CPU_SEQUENCES: Final = 32
+# Starts, with half the sequences each, after memory ran out or the engine's process died.
+MAX_RESTARTS: Final = 3
 # The KV cache on a CPU: this share of the memory that is free, or holds copies of files only, at
 # most so many bytes.
 _CPU_KV_SHARE: Final = 0.25
