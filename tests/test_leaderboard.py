@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -270,12 +270,8 @@ def finished(tmp_path_factory):
     }
     rows = ["GaCLLM", "GaCLLM:n_layers=0", "CKE", "Pop"]
     plan = make_plan(rows, ["tiny"], 1, config_dict=keys)
-    working = Path.cwd()
-    os.chdir(root)
-    try:
+    with contextlib.chdir(root):
         run_leaderboard(plan, root / "out", show_progress=False)
-    finally:
-        os.chdir(working)
     return root / "out", plan
 
 

@@ -6,6 +6,7 @@ byte however often a run was killed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -61,14 +62,8 @@ def finished(tmp_path_factory, tiny_model):
         "llm_model": tiny_model,
         **TINY,
     }
-    here = Path.cwd()
-    os.chdir(root)
-    argv, sys.argv = sys.argv, ["pytest"]
-    try:
+    with contextlib.chdir(root):
         return keys, run("GaCLLM", "tiny", config_dict=dict(keys))
-    finally:
-        sys.argv = argv
-        os.chdir(here)
 
 
 def outputs(artifact_dir: Path) -> dict[str, bytes]:
@@ -144,7 +139,6 @@ def test_an_audit_that_fails_does_not_cost_the_metrics(finished, monkeypatch, tm
 
     monkeypatch.setattr("recbole_gacllm.runner.audit_leakage", broken)
     keys, first = finished
-    monkeypatch.setattr(sys, "argv", ["pytest"])
     with pytest.raises(RuntimeError, match="an audit that fails"):
         run("GaCLLM", "tiny", config_dict=keys | {"checkpoint_dir": str(tmp_path)})
     (run_file,) = tmp_path.glob("runs/*/run.json")

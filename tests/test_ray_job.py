@@ -118,9 +118,14 @@ def test_a_folder_without_shards_says_where_they_come_from(tmp_path):
 # Endpoints: Ray's HTTP stage in miniature
 
 
+@pytest.fixture(autouse=True)
+def _no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "_FIRST_PAUSE", 0.01)
+
+
 def ask(servers: list[FakeServer], n: int, in_flight: int = 4) -> list[dict]:
     pytest.importorskip("aiohttp")
-    endpoints = job.Endpoints([server.url for server in servers], in_flight, pause=0.01)
+    endpoints = job.Endpoints([server.url for server in servers], in_flight)
 
     async def stage() -> list[str]:
         async with endpoints() as session:

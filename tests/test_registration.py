@@ -31,8 +31,8 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def tiny_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A data set `tiny` in the current folder, and no command line for RecBole to read."""
+def tiny_data_set(tmp_path: Path) -> None:
+    """A data set `tiny` in the current folder."""
     (tmp_path / "tiny").mkdir()
     rows = ["user_id:token\titem_id:token\ttimestamp:float"]
     rows += [
@@ -41,8 +41,6 @@ def tiny_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for step in range(10)
     ]
     (tmp_path / "tiny" / "tiny.inter").write_text("\n".join(rows) + "\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
 
 
 def config(model: Any = "GaCLLM", dataset: str = "tiny", **extra: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -103,8 +102,7 @@ def run(tmp_path_factory):
     """A finished run with texts, made once."""
     root = tmp_path_factory.mktemp("run")
     settings = tiny_settings(write_dataset(root / "data"), root)
-    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(root):
-        patch.setattr(sys, "argv", ["pytest"])  # RecBole reads it
+    with contextlib.chdir(root):
         return run_with_texts(settings)
 
 
@@ -114,7 +112,6 @@ def board(tmp_path_factory):
     root = tmp_path_factory.mktemp("board")
     settings = tiny_settings(write_dataset(root / "data"), root)
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(root):
-        patch.setattr(sys, "argv", ["pytest"])
         patch.setattr(artifacts, "run_child", lambda stage, folder, **_: job._work(folder))
         made = plan.make_plan(["BPR", "Pop"], ["tiny"], 1, config_dict=settings)
         return leaderboard.run_leaderboard(made, root / "board", show_progress=False)

@@ -9,13 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from recbole_gacllm.errors import GenerationError, MemoryRanOutError
 from recbole_gacllm.llm.engines import choose_backend
-from recbole_gacllm.llm.vllm_options import PRIVATE_NAMES
+from recbole_gacllm.llm.vllm_options import CPU_SEQUENCES, PRIVATE_NAMES, cpu_options
 
 from .test_generator_contract import save_tiny_model
 from .test_hardware import CARD, smi
@@ -103,6 +104,15 @@ def test_a_failure_in_the_engines_process_is_tried_once_more_with_half(
         "llm_backend: transformers needs no vLLM",
     ):
         assert part in str(error)
+
+
+def test_a_cpu_s_cache_takes_a_share_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = SimpleNamespace(available=8 << 30)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    assert cpu_options(1024, CPU_SEQUENCES)["kv_cache_memory_bytes"] == 2 << 30
+    assert cpu_options(1024, CPU_SEQUENCES // 2)["kv_cache_memory_bytes"] == 1 << 30
+    memory.available = 64 << 30
+    assert cpu_options(1024, CPU_SEQUENCES)["kv_cache_memory_bytes"] == 4 << 30
 
 
 def test_any_other_failure_is_told_at_once(tiny_model: Path, refuse: Any) -> None:

@@ -32,14 +32,16 @@ from typing import Any, Self
 
 _KEY_VARIABLE = "OPENAI_API_KEY"
 _TRIES = 8  # of a request, at any endpoint
-_LONGEST_PAUSE = 30.0  # seconds between two tries
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries
 _SICK_SECONDS = 10.0  # how long an endpoint that failed is asked only if there is no other
 _TIMEOUT_SECONDS = 600.0  # of a request, to the last byte of its answer
 _MAX_BYTES = 1 << 23  # of an answer
+_ERROR_CHARS = 300
 # Another number than that of the tasks before, so that Ray does not fuse them into one, whose rows
 # it would hand on in one piece.
 _OWN_TASKS = {"num_cpus": 0.25}
 _RETRIED = frozenset({408, 409, 425, 429})  # and everything from 500 on
+_ASKED_AGAIN = (TimeoutError, ValueError, AttributeError, RecursionError)  # no answer, or no JSON
 # Of a request's body, what vLLM's SamplingParams knows.
 _SAMPLING = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
@@ -107,10 +109,10 @@ def parse_request(line: str) -> dict[str, str]:
     return {"custom_id": request["custom_id"], "body": json.dumps(request["body"])}
 
 
-def answer_line(custom_id: str, body: Any = None, status: int = 200, error: str = "") -> str:
+def answer_line(custom_id: str, body: Any = None, error: str = "") -> str:
     """A line of an output file, as vLLM's ``run-batch`` and OpenAI's Batch API write it."""
-    response = None if error and body is None else {"status_code": status, "body": body}
-    failure = {"message": redact(error)} if error else None
+    response = None if error else {"status_code": 200, "body": body}
+    failure = {"message": redact(error)[:_ERROR_CHARS]} if error else None
     return json.dumps({"custom_id": custom_id, "response": response, "error": failure})
 
 
@@ -144,8 +146,8 @@ class Endpoints:
     An endpoint that fails is left alone for a while; its requests go to the others.
     """
 
-    def __init__(self, urls: list[str], in_flight: int, pause: float = 1.0) -> None:
-        self.urls, self.in_flight, self.pause = urls, in_flight, pause
+    def __init__(self, urls: list[str], in_flight: int) -> None:
+        self.urls, self.in_flight = urls, in_flight
         self.n_open = dict.fromkeys(urls, 0)
         self.sick_until = dict.fromkeys(urls, 0.0)
 
@@ -192,8 +194,7 @@ class _Session:
         async with self._free:
             for attempt in range(_TRIES):
                 if attempt:
-                    pause = self._endpoints.pause * 2 ** (attempt - 1)
-                    await asyncio.sleep(min(pause, _LONGEST_PAUSE))
+                    await asyncio.sleep(min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE))
                 url = self._endpoints.pick()
                 status, answer, error = await self._ask(url, body)
                 if not error:
@@ -217,14 +218,12 @@ class _Session:
             ) as response:
                 content = await _read(response.content, _MAX_BYTES)
                 if response.status != 200:
-                    said = redact(content.decode("utf-8", "replace"))[:300]
+                    said = content.decode("utf-8", "replace")
                     return response.status, None, f"status {response.status}: {said}"
                 answer = json.loads(content)
-                return 200, answer, "" if answer.get("choices") else f"no choices: {answer}"[:300]
-        except (
-            *(aiohttp.ClientError, TimeoutError, ValueError, AttributeError, RecursionError),
-        ) as error:
-            return 0, None, redact(f"{type(error).__name__}: {error}")[:300]
+                return 200, answer, "" if answer.get("choices") else f"no choices: {answer}"
+        except (aiohttp.ClientError, *_ASKED_AGAIN) as error:
+            return 0, None, f"{type(error).__name__}: {error}"
         finally:
             self._endpoints.n_open[url] -= 1
 

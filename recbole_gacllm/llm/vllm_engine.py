@@ -30,6 +30,7 @@ from recbole_gacllm.llm.hardware import (
 )
 from recbole_gacllm.llm.vllm_options import (
     CPU_SEQUENCES,
+    MAX_RESTARTS,
     cpu_options,
     failed_in_its_process,
     gpu_options,
@@ -45,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 # vLLM's own choice on most GPUs, known for sure once an engine has started.
 _GPU_SEQUENCES: Final = 256
-# Starts, with half the sequences each, after memory ran out or the engine's process died.
-_MAX_RESTARTS: Final = 3
 
 
 class VLLMGenerator:
@@ -213,7 +212,7 @@ class VLLMGenerator:
 
         An engine in this process has one start: what it held when memory ran out is not freed.
         """
-        if self._n_restarts == _MAX_RESTARTS or not has_own_process():
+        if self._n_restarts == MAX_RESTARTS or not has_own_process():
             return False
         self._n_restarts += 1
         self._n_sequences = max(1, (self._n_sequences or _GPU_SEQUENCES) // 2)

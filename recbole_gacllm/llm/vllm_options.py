@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import threading
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 from transformers import AutoConfig
 
 from recbole_gacllm.llm.adapter import check_adapter
-
-logger = logging.getLogger(__name__)
 
 # What we use of vLLM beyond what it documents, as module:attribute; a test looks for each in the
 # vLLM that is installed. 0.30 to 0.33 have them all: a newer one is allowed (pyproject.toml) when
@@ -35,7 +33,10 @@ PRIVATE_NAMES: Final = (
 )
 # Requests at once on a CPU: more bring no throughput and delays the first completions.
 CPU_SEQUENCES: Final = 32
-# The KV cache on a CPU: this share of the memory that is free, at most so many bytes.
+# Starts, with half the sequences each, after memory ran out or the engine's process died.
+MAX_RESTARTS: Final = 3
+# The KV cache on a CPU: this share of the memory that is free, or holds copies of files only, at
+# most so many bytes.
 _CPU_KV_SHARE: Final = 0.25
 _CPU_KV_BYTES: Final = 4 << 30
 # What vLLM's process says of one that it had started and that ended at once.
@@ -54,8 +55,7 @@ def prepare_environment() -> None:
     engine's process is spawned: whether a GPU is there, and which number type it does, is asked
     before, and a fork of a process that has asked cannot use CUDA (vLLM issue 15681).
     """
-    level = "INFO" if logger.isEnabledFor(logging.DEBUG) else "ERROR"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -115,8 +115,7 @@ def cpu_options(max_model_len: int, n_sequences: int) -> dict[str, Any]:
     takes every prompt whole: vLLM 0.32 fails on a split prompt that draws with a seed of its own,
     as it would set back PyTorch's CPU generator, which cannot be set back.
     """
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cache = min(int(free * _CPU_KV_SHARE), _CPU_KV_BYTES)
+    cache = min(int(psutil.virtual_memory().available * _CPU_KV_SHARE), _CPU_KV_BYTES)
     return {
         "enforce_eager": True,
         "block_size": 32,
