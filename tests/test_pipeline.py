@@ -510,5 +510,6 @@ def test_two_users_and_few_items_are_enough(keys, tmp_path):
 
 def test_one_user_who_touched_every_item_ends_in_recboles_clear_error(keys, tmp_path):
     root = write_dataset(tmp_path / "small", "tiny", n_users=1, n_items=20)
+    nearest = {"topk": [5], "valid_metric": "MRR@5"}
     with pytest.raises(ValueError, match="interacted with all items"):
-        run("GaCLLM", "tiny", config_dict={**keys, "data_path": str(root)})
+        run("GaCLLM", "tiny", config_dict={**keys, **nearest, "data_path": str(root)})
