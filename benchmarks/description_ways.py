@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.description_work import Clock, Work
-from recbole_gacllm.descriptions.encoder import TextEncoder
+from recbole_gacllm.alignment.encoder import TextEncoder
 from recbole_gacllm.llm import weights
 from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.hardware import resolve_dtype

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from recbole_gacllm.config import GaCLLMConfig, model_defaults, shipped_path
-from recbole_gacllm.data import TrainingData, raw_descriptions
-from recbole_gacllm.descriptions import text
-from recbole_gacllm.descriptions.convolution import Convolution
-from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
-from recbole_gacllm.descriptions.neighbors import TrainGraph
-from recbole_gacllm.descriptions.prompts import PromptTemplates
-from recbole_gacllm.descriptions.requests import ConvolutionOptions
-from recbole_gacllm.descriptions.store import DescriptionStore
+from recbole_gacllm.convolution import text
+from recbole_gacllm.convolution.convolution import Convolution
+from recbole_gacllm.convolution.graph import TrainGraph
+from recbole_gacllm.convolution.layers import SIDES, Layer, Side
+from recbole_gacllm.convolution.prompts import PromptTemplates
+from recbole_gacllm.convolution.requests import ConvolutionOptions
+from recbole_gacllm.convolution.store import DescriptionStore
+from recbole_gacllm.inputs import TrainingData, raw_descriptions
 from recbole_gacllm.llm import weights
 from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.generator import Completion, Request, Sampling

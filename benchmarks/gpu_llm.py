@@ -31,14 +31,14 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Trainer
 
-from recbole_gacllm.descriptions.encoder import TextEncoder
-from recbole_gacllm.llm import sft
+from recbole_gacllm.alignment.encoder import TextEncoder
+from recbole_gacllm.sft import finetune as sft
 from recbole_gacllm.llm.engines import choose_backend, open_generator
 from recbole_gacllm.llm.generator import Request, Sampling, SFTPair
 from recbole_gacllm.llm.hardware import out_of_memory
-from recbole_gacllm.llm.sft import finetune
-from recbole_gacllm.llm.sft_merge import merge as merge_adapter
-from recbole_gacllm.llm.sft_trainer import SFTOptions
+from recbole_gacllm.sft.finetune import finetune
+from recbole_gacllm.sft.merge import merge as merge_adapter
+from recbole_gacllm.sft.trainer import SFTOptions
 from recbole_gacllm.llm.transformers_engine import TransformersGenerator
 
 TEMPLATE = (

@@ -19,21 +19,21 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 import recbole_gacllm  # noqa: F401  (before RecBole and transformers)
-from recbole_gacllm import linear, losses
 from recbole_gacllm import model as model_module
-from recbole_gacllm.data import TextLayers
-from recbole_gacllm.fast_graph import infonce_sum
-from recbole_gacllm.linear import ItemItemModel, TextNeighbors, standardize
-from recbole_gacllm.projection import text_projection
-from recbole_gacllm.propagation import (
+from recbole_gacllm.alignment.propagation import (
     Adjacency,
     PeriodicPropagation,
     fuse,
     propagate,
     propagate_mean,
+    text_projection,
 )
+from recbole_gacllm.inputs import TextLayers
+from recbole_gacllm.objective import linear, losses
+from recbole_gacllm.objective.linear import ItemItemModel, TextNeighbors, standardize
+from recbole_gacllm.objective.unseen import UnseenItems
+from recbole_gacllm.plugin.fast_graph import infonce_sum
 from recbole_gacllm.run_config import build_config
-from recbole_gacllm.unseen import UnseenItems
 
 WIDTH, TEXT_WIDTH = 64, 384
 #: Largest differences, as shares of the largest value, by number type of autocast.

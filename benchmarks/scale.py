@@ -47,16 +47,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in the stages
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from recbole_gacllm import artifacts  # noqa: E402
+from recbole_gacllm.alignment.encoder import TextEncoder  # noqa: E402
+from recbole_gacllm.artifacts import disk  # noqa: E402
 from recbole_gacllm.config import shipped_path  # noqa: E402
-from recbole_gacllm.descriptions import text  # noqa: E402
-from recbole_gacllm.descriptions.convolution import Convolution  # noqa: E402
-from recbole_gacllm.descriptions.encoder import TextEncoder  # noqa: E402
-from recbole_gacllm.descriptions.layers import SIDES, Layer, Side  # noqa: E402
-from recbole_gacllm.descriptions.neighbors import TrainGraph  # noqa: E402
-from recbole_gacllm.descriptions.prompts import PromptTemplates  # noqa: E402
-from recbole_gacllm.descriptions.requests import ConvolutionOptions  # noqa: E402
-from recbole_gacllm.descriptions.store import DescriptionStore  # noqa: E402
+from recbole_gacllm.convolution import text  # noqa: E402
+from recbole_gacllm.convolution.convolution import Convolution  # noqa: E402
+from recbole_gacllm.convolution.graph import TrainGraph  # noqa: E402
+from recbole_gacllm.convolution.layers import SIDES, Layer, Side  # noqa: E402
+from recbole_gacllm.convolution.prompts import PromptTemplates  # noqa: E402
+from recbole_gacllm.convolution.requests import ConvolutionOptions  # noqa: E402
+from recbole_gacllm.convolution.store import DescriptionStore  # noqa: E402
 from recbole_gacllm.llm.chat import ChatTokenizer  # noqa: E402
 from recbole_gacllm.llm.generator import Completion, Request, Sampling  # noqa: E402
 from recbole_gacllm.llm.weights import resolve_llm  # noqa: E402
@@ -434,7 +434,7 @@ def main() -> None:
             scratch.mkdir()
             measured = measure(n_users, scratch)
             shutil.rmtree(scratch)
-            artifacts.write_atomic(file, json.dumps(measured).encode())
+            disk.write_atomic(file, json.dumps(measured).encode())
             return
         if not file.exists():
             command = [sys.executable, __file__, "--one", f"--n_users={n_users}"]

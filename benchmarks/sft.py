@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from recbole_gacllm import artifacts, pipeline
+from recbole_gacllm import pipeline
+from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.config import GaCLLMConfig
-from recbole_gacllm.data import TrainingData, raw_descriptions
+from recbole_gacllm.inputs import TrainingData, raw_descriptions
 from recbole_gacllm.run_config import build_config
 
 LIBRARIES = ("torch", "transformers", "peft")
@@ -54,7 +55,7 @@ def tuned(dataset: str, keys: dict[str, Any]) -> tuple[dict[str, Any], GaCLLMCon
     inputs = pipeline._write_inputs(root, data.graph, raw, names)
     model = pipeline._LanguageModel.resolve(options)
     folder = pipeline._finetune(root, inputs, options, data, model)
-    manifest = artifacts.read_manifest(folder)
+    manifest = manifests.read_manifest(folder)
     assert manifest is not None
     return manifest, options
 

@@ -187,7 +187,7 @@ def random_texts(options: Any, data: Any) -> Any:
     """In place of the stages: tables of the encoder's shape, float16, unit rows."""
     import torch
 
-    from recbole_gacllm.data import TextLayers
+    from recbole_gacllm.inputs import TextLayers
 
     n_users, n_items = len(data.graph.user_tokens), len(data.graph.item_tokens)
     generator = torch.Generator().manual_seed(1)
@@ -299,7 +299,7 @@ def memory_floor(side: Side) -> float:
     Parameters four times (gradient, two moments), all interactions (two columns of 8 bytes, in the
     data set and in its parts), the matrix, the text tables, the scores of one batch of users.
     """
-    from recbole_gacllm.fast import MIN_SCORES
+    from recbole_gacllm.plugin.fast import MIN_SCORES
 
     model = side.model
     held = 4 * 4 * sum(p.numel() for p in model.parameters())

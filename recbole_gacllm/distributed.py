@@ -11,9 +11,9 @@ import torch
 from torch import multiprocessing
 
 from recbole_gacllm import console
-from recbole_gacllm.launchers import leave_launcher
+from recbole_gacllm.artifacts.launchers import leave_launcher
+from recbole_gacllm.run import run
 from recbole_gacllm.run_config import build_config
-from recbole_gacllm.runner import run
 
 
 def run_distributed(

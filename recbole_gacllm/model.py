@@ -26,20 +26,20 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recbole_gacllm import losses
-from recbole_gacllm.config import GaCLLMConfig
-from recbole_gacllm.data import MAX_ROWS, TextLayers, TrainingData
-from recbole_gacllm.linear import ItemItemModel, recency_weights, standardize
-from recbole_gacllm.pipeline import prepare
-from recbole_gacllm.projection import text_projection
-from recbole_gacllm.propagation import (
+from recbole_gacllm.alignment.propagation import (
     Adjacency,
     PeriodicPropagation,
     fuse,
     propagate,
     propagate_mean,
+    text_projection,
 )
-from recbole_gacllm.unseen import UnseenItems
+from recbole_gacllm.config import GaCLLMConfig
+from recbole_gacllm.inputs import MAX_ROWS, TextLayers, TrainingData
+from recbole_gacllm.objective import losses
+from recbole_gacllm.objective.linear import ItemItemModel, recency_weights, standardize
+from recbole_gacllm.objective.unseen import UnseenItems
+from recbole_gacllm.pipeline import prepare
 
 
 class GaCLLM(GeneralRecommender):  # type: ignore[misc]

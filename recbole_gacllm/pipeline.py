@@ -28,23 +28,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_gacllm import artifacts, integrity
+from recbole_gacllm.artifacts import children, disk, manifests
+from recbole_gacllm.artifacts.locate import store_of
 from recbole_gacllm.config import GaCLLMConfig, shipped_path
-from recbole_gacllm.data import TextLayers, TrainingData, imported_texts, raw_descriptions
-from recbole_gacllm.descriptions.cleaning import CLEANING_VERSION
-from recbole_gacllm.descriptions.imported import ImportedTexts
-from recbole_gacllm.descriptions.layers import SIDES, Layer
-from recbole_gacllm.descriptions.names import NAMES, write_names
-from recbole_gacllm.descriptions.neighbors import TrainGraph, check_rule
-from recbole_gacllm.descriptions.pairs import told_edges
-from recbole_gacllm.descriptions.prompts import PromptTemplates
-from recbole_gacllm.descriptions.requests import RETRY_TEMPERATURE
-from recbole_gacllm.descriptions.text import nothing_known_of
+from recbole_gacllm.convolution.cleaning import CLEANING_VERSION
+from recbole_gacllm.convolution.graph import TrainGraph, check_rule
+from recbole_gacllm.convolution.imported import ImportedTexts
+from recbole_gacllm.convolution.layers import SIDES, Layer
+from recbole_gacllm.convolution.names import NAMES, write_names
+from recbole_gacllm.convolution.prompts import PromptTemplates
+from recbole_gacllm.convolution.requests import RETRY_TEMPERATURE
+from recbole_gacllm.convolution.text import nothing_known_of
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.inputs import TextLayers, TrainingData, imported_texts, raw_descriptions
 from recbole_gacllm.llm import weights
 from recbole_gacllm.llm.engines import check_engine, choose_backend
 from recbole_gacllm.llm.hardware import resolve_dtype, training_dtype
-from recbole_gacllm.locate import store_of
+from recbole_gacllm.sft.pairs import told_edges
 
 logger = logging.getLogger(__name__)
 
@@ -223,20 +223,20 @@ def _write_inputs(
     """Write the training graph, layer 0, which every stage starts from, and names of items."""
     key = {"graph": graph.fingerprint(), "texts": raw.digest()}
     outputs = ["graph.npz", "layer_0.parquet"]
-    folder = root / f"inputs-{artifacts.fingerprint(key)[:16]}"
-    with artifacts.stage_lock(folder), artifacts.explaining_disk_errors(folder):
+    folder = root / f"inputs-{manifests.fingerprint(key)[:16]}"
+    with manifests.stage_lock(folder), disk.explaining_disk_errors(folder):
         # Only shown and looked for, never a cause of results: not in the key.
         names_file = write_names(folder, names)
-        if not integrity.finished(folder, key, outputs):
-            integrity.discard_damaged(folder, outputs)
+        if not manifests.finished(folder, key, outputs):
+            manifests.discard_damaged(folder, outputs)
             graph.save(folder / "graph.npz")
             raw.write(folder / "layer_0.parquet")
             manifest: dict[str, Any] = {f"n_{side}s": len(raw.tokens[side]) for side in SIDES}
             n_imported = sum(raw.statuses[side].count("imported") for side in SIDES)
             manifest |= {"n_edges": graph.n_edges, "n_imported": n_imported}
             manifest |= {"stage": "inputs", "key": key}
-            manifest["files"] = integrity.digests(folder, outputs)
-            artifacts.write_manifest(folder, manifest)
+            manifest["files"] = manifests.digests(folder, outputs)
+            manifests.write_manifest(folder, manifest)
     return {"inputs": folder, NAMES: names_file}
 
 
@@ -253,17 +253,17 @@ def _run(
         outputs: Files and folders that the stage makes; if one is gone or changed it runs again.
     """
     folder = _folder(root, stage, key)
-    with artifacts.stage_lock(folder):
-        if integrity.finished(folder, key, outputs):
+    with manifests.stage_lock(folder):
+        if manifests.finished(folder, key, outputs):
             logger.info("stage %s was done before and is reused: %s", stage, folder)
         else:
             logger.info("stage %s starts in %s", stage, folder)
-            integrity.discard_damaged(folder, outputs)
+            manifests.discard_damaged(folder, outputs)
             text_of_job = json.dumps({**job, "key": key, "outputs": outputs}, indent=2)
-            artifacts.write_atomic(folder / artifacts.JOB_FILE, text_of_job.encode())
-            artifacts.run_child(stage, folder)
+            disk.write_atomic(folder / manifests.JOB_FILE, text_of_job.encode())
+            children.run_child(stage, folder)
             logger.info("stage %s is done: %s", stage, folder)
-        manifest = artifacts.read_manifest(folder)
+        manifest = manifests.read_manifest(folder)
         if manifest is None:
             raise GaCLLMError(f"stage {stage} ended without a manifest in {folder}")
         logger.info("stage %s: %s", stage, json.dumps(_figures(manifest)))
@@ -271,7 +271,7 @@ def _run(
 
 
 def _folder(root: Path, stage: str, key: dict[str, Any]) -> Path:
-    return root / f"{stage}-{artifacts.fingerprint(key)[:16]}"
+    return root / f"{stage}-{manifests.fingerprint(key)[:16]}"
 
 
 def _figures(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -379,7 +379,7 @@ def _encode(
         "dtype": resolve_dtype(options.encoder_dtype, "encoder_dtype"),
         "prompt": options.encoder_prompt,
         # Not in the digests: rows follow the order of the nodes.
-        "order": artifacts.fingerprint({side: layers[0].tokens[side] for side in SIDES}),
+        "order": manifests.fingerprint({side: layers[0].tokens[side] for side in SIDES}),
     }
     job = {
         "layer_files": [str(file) for file in layer_files],

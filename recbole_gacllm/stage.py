@@ -1,8 +1,8 @@
 """The stages that run in child processes: ``python -m recbole_gacllm.stage NAME FOLDER child``.
 
-Started by :func:`recbole_gacllm.artifacts.run_child`. A stage reads ``FOLDER/job.json``, goes on
-where an earlier process stopped, and writes its manifest last. By hand only ``torchrun … -m
-recbole_gacllm.stage sft FOLDER`` makes sense, for a fine-tuning on several machines whose run was
+Started by :func:`.children.run_child`. A stage reads ``FOLDER/job.json``, goes on where an earlier
+process stopped, and writes its manifest last. By hand only ``torchrun … -m recbole_gacllm.stage sft
+FOLDER`` makes sense, for a fine-tuning on several machines whose run was
 interrupted after it had written the job.
 """
 
@@ -19,21 +19,22 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recbole_gacllm import artifacts, console, integrity
+from recbole_gacllm import console
+from recbole_gacllm.artifacts import children, manifests
 from recbole_gacllm.config import GaCLLMConfig
-from recbole_gacllm.descriptions import text
-from recbole_gacllm.descriptions.convolution import Convolution
-from recbole_gacllm.descriptions.costs import stage_name
-from recbole_gacllm.descriptions.imported import ImportedTexts, describe, manifest_of
-from recbole_gacllm.descriptions.layers import Layer, Side
-from recbole_gacllm.descriptions.neighbors import TrainGraph
-from recbole_gacllm.descriptions.neutralize import neutralize
-from recbole_gacllm.descriptions.pairs import sample_pairs
-from recbole_gacllm.descriptions.prompts import PromptTemplates
-from recbole_gacllm.descriptions.requests import ConvolutionOptions, renderer_for
-from recbole_gacllm.descriptions.store import DescriptionStore
+from recbole_gacllm.convolution import text
+from recbole_gacllm.convolution.convolution import Convolution
+from recbole_gacllm.convolution.costs import stage_name
+from recbole_gacllm.convolution.graph import TrainGraph
+from recbole_gacllm.convolution.imported import ImportedTexts, describe, manifest_of
+from recbole_gacllm.convolution.layers import Layer, Side
+from recbole_gacllm.convolution.neutralize import neutralize
+from recbole_gacllm.convolution.prompts import PromptTemplates
+from recbole_gacllm.convolution.requests import ConvolutionOptions, renderer_for
+from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.llm.engines import choose_backend, open_generator
 from recbole_gacllm.llm.generator import Backend, Sampling, TextGenerator
+from recbole_gacllm.sft.pairs import sample_pairs
 
 if TYPE_CHECKING:
     from recbole_gacllm.llm.chat import ChatTokenizer
@@ -43,9 +44,9 @@ logger = logging.getLogger("recbole_gacllm.stage")
 
 def sft(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """LoRA fine-tuning on matched pairs: ``adapter/``."""
-    from recbole_gacllm.llm.sft import PROGRESS_FILE, seconds_so_far
-    from recbole_gacllm.llm.sft_processes import finetune_on_all_cards
-    from recbole_gacllm.llm.sft_trainer import SFTOptions
+    from recbole_gacllm.sft.finetune import PROGRESS_FILE, seconds_so_far
+    from recbole_gacllm.sft.processes import finetune_on_all_cards
+    from recbole_gacllm.sft.trainer import SFTOptions
 
     if _is_first_process() and not (folder / "adapter").is_dir():
         _forget_report(folder / PROGRESS_FILE)
@@ -103,7 +104,7 @@ def _forget_report(progress: Path) -> None:
 
 def merged(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """The base model with the adapter merged into its weights: ``model/``."""
-    from recbole_gacllm.llm.sft_merge import merge
+    from recbole_gacllm.sft.merge import merge
 
     merge(Path(job["model_dir"]), Path(job["adapter_dir"]), folder / "model")
     return {}
@@ -221,7 +222,7 @@ def convolution_of(
 
 def embeddings(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Encoding: ``layer_0.npy`` to ``layer_L.npy``, users first, in the order of the inputs."""
-    from recbole_gacllm.descriptions.encoder import TextEncoder
+    from recbole_gacllm.alignment.encoder import TextEncoder
 
     options = _options(job)
     encoder = TextEncoder(
@@ -298,9 +299,9 @@ def _templates(job: dict[str, Any]) -> PromptTemplates:
 def main() -> None:
     """Run one stage of one folder."""
     name, folder, *role = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
-    is_child = role == [artifacts.CHILD]
+    is_child = role == [children.CHILD]
     if is_child:
-        artifacts.die_with_parent()
+        children.die_with_parent()
     elif "RANK" not in os.environ:
         sys.exit("a stage is started by a run, or by torchrun to go on with one; not by hand")
     console.prepare()
@@ -311,9 +312,9 @@ def main() -> None:
     # Models are local folders by now; no library asks a hub about them.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    guard = artifacts.reporting_errors if is_child else artifacts.stage_lock
+    guard = children.reporting_errors if is_child else manifests.stage_lock
     with guard(folder) if _is_first_process() else nullcontext():
-        job = json.loads((folder / artifacts.JOB_FILE).read_text())
+        job = json.loads((folder / manifests.JOB_FILE).read_text())
         started = time.perf_counter()
         report = STAGES[name](folder, job)
         # Of this process and of earlier, killed ones, as far as these had made anything durable.
@@ -323,8 +324,8 @@ def main() -> None:
             "earlier_seconds": round(earlier, 2),
         }
         if _is_first_process():
-            made = {"key": job["key"], "files": integrity.digests(folder, job["outputs"])}
-            artifacts.write_manifest(folder, {**report, "stage": name, **made, **took})
+            made = {"key": job["key"], "files": manifests.digests(folder, job["outputs"])}
+            manifests.write_manifest(folder, {**report, "stage": name, **made, **took})
 
 
 if __name__ == "__main__":

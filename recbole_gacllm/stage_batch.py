@@ -17,8 +17,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
-from recbole_gacllm import artifacts, stage
-from recbole_gacllm.descriptions.batch import (
+from recbole_gacllm import stage
+from recbole_gacllm.artifacts import disk, manifests
+from recbole_gacllm.convolution.batch import (
     MANIFEST_FILE,
     Answers,
     answer_files,
@@ -27,10 +28,10 @@ from recbole_gacllm.descriptions.batch import (
     request_line,
     write_shards,
 )
-from recbole_gacllm.descriptions.cleaning import CleaningContext
-from recbole_gacllm.descriptions.convolution import Convolution, record_of
-from recbole_gacllm.descriptions.imported import ImportedTexts
-from recbole_gacllm.descriptions.store import DescriptionStore, Record
+from recbole_gacllm.convolution.cleaning import CleaningContext
+from recbole_gacllm.convolution.convolution import Convolution, record_of
+from recbole_gacllm.convolution.imported import ImportedTexts
+from recbole_gacllm.convolution.store import DescriptionStore, Record
 from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.chat_api import chat_body, completion_of, no_completion
 from recbole_gacllm.llm.engines import choose_backend
@@ -41,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 # Addresses whose first attempt gave no usable text, one a line: they are exported as second ones.
 _RETRY_FILE = "second_attempts.txt"
-# What a cluster needs besides the shards; see cluster/ray_describe.py.
-_JOB_FILES = ("ray_describe.py", "requirements.txt")
+# What a cluster needs besides the shards, and what it is called there.
+_JOB_FILES = {"ray_describe.py": "ray_describe.py", "ray_requirements.txt": "requirements.txt"}
 _BATCH = 512  # records a durable write
 _MAX_ODD = 20  # answers that are none, if no other one is: then it is not the requests
 
@@ -133,8 +134,8 @@ def export_batch(
                 yield request_line(custom_id(request.id, attempt), body)
 
         shards = write_shards(to, layers.number, lines(), shard_size)
-        for name in _JOB_FILES:
-            shutil.copy(Path(__file__).parent / "cluster" / name, to)
+        for name, name_there in _JOB_FILES.items():
+            shutil.copy(Path(__file__).parent / "convolution" / name, to / name_there)
         manifest = {
             "layer": layers.number,
             "n_layers": layers.n_layers,
@@ -146,7 +147,7 @@ def export_batch(
             "generator": job["generator_key"],
         }
         text = json.dumps(manifest, indent=2) + "\n"
-        artifacts.write_atomic(to / MANIFEST_FILE, text.encode())
+        disk.write_atomic(to / MANIFEST_FILE, text.encode())
         return manifest
 
 
@@ -274,7 +275,7 @@ class _Layers:
     def __enter__(self) -> Self:
         job = self._job
         with ExitStack() as stack:
-            stack.enter_context(artifacts.stage_lock(self._folder))
+            stack.enter_context(manifests.stage_lock(self._folder))
             self.store = stack.enter_context(DescriptionStore(Path(job["store"])))
             self._graph, self._layer = stage.inputs_of(job)
             file = job["import_file"]
@@ -319,4 +320,4 @@ class _Layers:
     def write_to_retry(self, keys: set[str]) -> None:
         """Keep these addresses for the next export."""
         text = "".join(f"{key}\n" for key in sorted(keys))
-        artifacts.write_atomic(self._folder / _RETRY_FILE, text.encode())
+        disk.write_atomic(self._folder / _RETRY_FILE, text.encode())

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recbole_gacllm.config import GaCLLMConfig
-from recbole_gacllm.data import TrainingData
-from recbole_gacllm.linear import TextNeighbors, centred
+from recbole_gacllm.inputs import TrainingData
+from recbole_gacllm.objective.linear import TextNeighbors, centred
 from recbole_gacllm.pipeline import prepare
 
 

@@ -104,8 +104,8 @@ def training_data(data: Path) -> Any:
     """All interactions of the data set ``tiny`` as training edges."""
     import pandas as pd
 
-    from recbole_gacllm.data import TrainingData
-    from recbole_gacllm.descriptions.neighbors import TrainGraph
+    from recbole_gacllm.convolution.graph import TrainGraph
+    from recbole_gacllm.inputs import TrainingData
 
     frame = pd.read_csv(data / "tiny" / "tiny.inter", sep="\t")
     users, user_tokens = pd.factorize(frame["user_id:token"])
@@ -227,11 +227,12 @@ class _Run:
 
     def fork_stages(self) -> None:
         """Let ``run_child`` fork, and let the stages tell what they generate, learn, encode."""
-        from recbole_gacllm import artifacts, stage
-        from recbole_gacllm.descriptions import convolution
-        from recbole_gacllm.descriptions.encoder import TextEncoder
-        from recbole_gacllm.descriptions.store import DescriptionStore
-        from recbole_gacllm.llm import sft_trainer
+        from recbole_gacllm import stage
+        from recbole_gacllm.alignment.encoder import TextEncoder
+        from recbole_gacllm.artifacts import children
+        from recbole_gacllm.convolution import convolution
+        from recbole_gacllm.convolution.store import DescriptionStore
+        from recbole_gacllm.sft import trainer
 
         run = self
         # A tiny layer takes less time than a real run lets pass between two writes.
@@ -266,7 +267,7 @@ class _Run:
         class Popen:
             Popen = Forked
 
-        artifacts.subprocess = Popen  # type: ignore[assignment]
+        children.subprocess = Popen  # type: ignore[assignment]
         open_generator = stage.open_generator
 
         def opened(*args: Any, **keys: Any) -> Any:
@@ -293,14 +294,14 @@ class _Run:
             return put_many(store, *arguments)
 
         DescriptionStore.put_many = putting  # type: ignore[method-assign]
-        on_log = sft_trainer.Progress.on_log
+        on_log = trainer.Progress.on_log
 
         def logging_update(self: Any, args: Any, state: Any, control: Any, **keys: Any) -> None:
             if "loss" in state.log_history[-1]:  # and not the summary at the end
                 run.note("update", state.global_step)
             on_log(self, args, state, control, **keys)
 
-        sft_trainer.Progress.on_log = logging_update  # type: ignore[method-assign]
+        trainer.Progress.on_log = logging_update  # type: ignore[method-assign]
         encode = TextEncoder._encode
 
         def encoding(self: Any, texts: list[str]) -> Any:
@@ -400,8 +401,9 @@ def _do(job: dict[str, Any], shared: _Shared) -> dict[str, Any]:
 
 def main() -> None:
     from recbole_gacllm import pipeline, stage  # noqa: F401  (hides a broken torchvision, so first)
-    from recbole_gacllm.descriptions import encoder  # noqa: F401
-    from recbole_gacllm.llm import chat, sft, transformers_engine  # noqa: F401
+    from recbole_gacllm.alignment import encoder  # noqa: F401
+    from recbole_gacllm.llm import chat, transformers_engine  # noqa: F401
+    from recbole_gacllm.sft import finetune  # noqa: F401
 
     import transformers  # isort: skip
 

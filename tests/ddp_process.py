@@ -14,7 +14,7 @@ import torch
 from recbole.sampler import Sampler
 
 from recbole_gacllm import model as model_module
-from recbole_gacllm import runner
+from recbole_gacllm import run as runner
 from tests.random_texts import random_texts
 
 EXACT = {"shuffle": False, "text_dropout": 0.0, "require_pow": True, "reg_weight": 0.01}

@@ -18,11 +18,13 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 from torch.nn import functional
 
-from recbole_gacllm import fast, linear, text_knn
 from recbole_gacllm import model as model_module
+from recbole_gacllm import text_knn
+from recbole_gacllm.alignment.propagation import Adjacency
 from recbole_gacllm.config import GaCLLMConfig
-from recbole_gacllm.data import TextLayers, TrainingData, raw_descriptions
-from recbole_gacllm.propagation import Adjacency
+from recbole_gacllm.inputs import TextLayers, TrainingData, raw_descriptions
+from recbole_gacllm.objective import linear
+from recbole_gacllm.plugin import fast
 from recbole_gacllm.run_config import build_config
 from tests import fake_device
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_gacllm.data import TextLayers, TrainingData
+from recbole_gacllm.inputs import TextLayers, TrainingData
 
 
 def random_texts(_options: Any, data: TrainingData) -> TextLayers:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import recbole_gacllm  # noqa: F401  (hides broken torchvision before transformers is imported)
 from recbole_gacllm.errors import WeightsError
 from recbole_gacllm.llm.adapter import check_adapter, linear_layers
-from recbole_gacllm.llm.sft import finetune
-from recbole_gacllm.llm.sft_data import encode_pairs
-from recbole_gacllm.llm.sft_merge import merge
+from recbole_gacllm.sft.batches import encode_pairs
+from recbole_gacllm.sft.finetune import finetune
+from recbole_gacllm.sft.merge import merge
 
 from .test_sft import HELDOUT, OPTIONS, PAIRS, make_model, make_tokenizer
 
@@ -224,7 +224,7 @@ def test_no_more_than_one_file_is_held_at_a_time(
         held.append(sum(tensor.nbytes for tensor in tensors.values()))
         save_file(tensors, file, **options)
 
-    monkeypatch.setattr("recbole_gacllm.llm.sft_merge.save_file", save)
+    monkeypatch.setattr("recbole_gacllm.sft.merge.save_file", save)
     monkeypatch.setattr(
         transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("whole")
     )

@@ -16,18 +16,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_gacllm import artifacts
-from recbole_gacllm.artifacts import (
+from recbole_gacllm.artifacts import children, disk
+from recbole_gacllm.artifacts.children import run_child
+from recbole_gacllm.artifacts.disk import write_atomic
+from recbole_gacllm.artifacts.manifests import (
     fingerprint,
     read_manifest,
-    run_child,
     stage_lock,
-    write_atomic,
     write_manifest,
 )
 from recbole_gacllm.errors import GaCLLMError, StoreError
 
-ROOT = Path(artifacts.__file__).parents[1]
+ROOT = Path(disk.__file__).parents[2]
 
 json_values = st.recursive(
     st.none()
@@ -94,7 +94,7 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifacts.os, "fsync", full)
+    monkeypatch.setattr(disk.os, "fsync", full)
     with pytest.raises(GaCLLMError, match=rf"{re.escape(str(path))}.*No space left.*artifact_dir"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
@@ -107,9 +107,9 @@ def test_a_kill_between_temporary_file_and_rename_keeps_the_old_file(tmp_path: P
     code = """
         import os, signal, sys
         from pathlib import Path
-        from recbole_gacllm import artifacts
+        from recbole_gacllm.artifacts import disk
         os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        artifacts.write_atomic(Path(sys.argv[1]), b"new")
+        disk.write_atomic(Path(sys.argv[1]), b"new")
     """
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(path)], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -127,7 +127,7 @@ def test_a_second_user_of_a_folder_waits_and_says_so(
             sys.executable,
             "-c",
             "import sys; from pathlib import Path\n"
-            "from recbole_gacllm.artifacts import stage_lock\n"
+            "from recbole_gacllm.artifacts.manifests import stage_lock\n"
             "with stage_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()",
             str(tmp_path),
         ],
@@ -183,8 +183,8 @@ def test_an_error_under_the_lock_is_not_taken_for_the_lock_s(tmp_path: Path) -> 
 STAGE = """
 import os, sys, time, signal, subprocess
 from pathlib import Path
-from recbole_gacllm import artifacts
-from recbole_gacllm.artifacts import die_with_parent, reporting_errors
+from recbole_gacllm.artifacts import disk
+from recbole_gacllm.artifacts.children import die_with_parent, reporting_errors
 from recbole_gacllm.errors import GaCLLMError, StoreError
 
 stage, folder = sys.argv[1], Path(sys.argv[2])
@@ -310,7 +310,7 @@ def test_an_end_without_a_word_names_code_or_signal(stage: Stage, body: str, mat
 WITH_HELPER = """
 helper = subprocess.Popen([sys.executable, "-c",
     "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"])
-artifacts.write_atomic(folder / "pids", f"{os.getpid()} {helper.pid}".encode())
+disk.write_atomic(folder / "pids", f"{os.getpid()} {helper.pid}".encode())
 """
 
 
@@ -330,7 +330,8 @@ def start_parent(tmp_path: Path, body: str) -> tuple[subprocess.Popen[str], list
         [
             sys.executable,
             "-c",
-            "import sys; from pathlib import Path; from recbole_gacllm.artifacts import run_child\n"
+            "import sys; from pathlib import Path\n"
+            "from recbole_gacllm.artifacts.children import run_child\n"
             "try: run_child('tiny', Path(sys.argv[1]), module='tiny_stage')\n"
             "except KeyboardInterrupt: print('interrupted')",
             str(folder),
@@ -384,7 +385,7 @@ def test_ctrl_c_reaches_the_stage_and_then_the_parent(tmp_path: Path) -> None:
 def test_a_stage_that_ignores_ctrl_c_is_killed(
     tmp_path: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "_SECONDS_TO_STOP", 0.2)
+    monkeypatch.setattr(children, "_SECONDS_TO_STOP", 0.2)
 
     def interrupt_once_it_runs() -> None:
         wait_until((tmp_path / "folder" / "pids").exists)
@@ -421,11 +422,11 @@ def test_a_manifest_is_json_for_other_programs(tmp_path: Path) -> None:
 LAUNCHED = """
 import sys
 from pathlib import Path
-from recbole_gacllm import artifacts
+from recbole_gacllm.artifacts import children, manifests
 
 folder = Path(sys.argv[1])
-with artifacts.stage_lock(folder):  # as the pipeline holds it while a stage runs
-    artifacts.run_child("fast", folder, module="fast_stage")
+with manifests.stage_lock(folder):  # as the pipeline holds it while a stage runs
+    children.run_child("fast", folder, module="fast_stage")
 """
 FAST_STAGE = """
 import os

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recbole.data import create_dataset, data_preparation
 
-from recbole_gacllm import atomic
-from recbole_gacllm.atomic import MISSING, read_atomic
-from recbole_gacllm.atomic_numbers import numbers, times
+from recbole_gacllm.data import atomic
+from recbole_gacllm.data.atomic import MISSING, read_atomic
+from recbole_gacllm.data.numbers import numbers, times
 from recbole_gacllm.run_config import build_config
 
 HEADER = "item_id:token\ttitle:token\tdescription:token\tprice:float\n"

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from recbole_gacllm import artifacts
-from recbole_gacllm.descriptions import audit
-from recbole_gacllm.descriptions.audit import audit_leakage, verdict
-from recbole_gacllm.descriptions.layers import Layer
-from recbole_gacllm.descriptions.mentions import Marks
-from recbole_gacllm.descriptions.neighbors import TrainGraph
+from recbole_gacllm.artifacts import manifests
+from recbole_gacllm.convolution.graph import TrainGraph
+from recbole_gacllm.convolution.layers import Layer
+from recbole_gacllm.inspection import leakage
+from recbole_gacllm.inspection.leakage import audit_leakage, verdict
+from recbole_gacllm.inspection.mentions import Marks
 
 N_USERS, N_ITEMS = 40, 60
 
@@ -159,7 +159,7 @@ def test_only_texts_that_a_prompt_shows_are_known(data):
     counts = []
     for made in (key, {**key, "n_neighbors": 99}, {**key, "imported": "digest"}, {}):
         manifest = {"stage": "descriptions", "key": made}
-        artifacts.write_manifest(data.descriptions, manifest)
+        manifests.write_manifest(data.descriptions, manifest)
         counts.append(data.audit()["n_known_texts"])
     assert 0 < counts[0] < counts[1] / 3
     assert counts[1] == counts[2] == counts[3]
@@ -171,7 +171,7 @@ def test_the_result_does_not_depend_on_how_many_nodes_are_looked_at_at_once(data
     )
     texts = [", ".join(list(data.names.values())[user : user + 15]) for user in range(N_USERS)]
     whole = data.audit(lambda user: texts[user])
-    monkeypatch.setattr(audit, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(leakage, "_ROWS_AT_ONCE", 7)
     assert data.audit(lambda user: texts[user]) == whole
     assert whole["n_known_texts"] > 10
     assert whole["heldout_mentions"] > 5
@@ -193,8 +193,8 @@ def test_the_p_value_is_the_least_of_the_kinds_times_their_number():
         return dict(zip(("heldout", "matched"), np.array(pairs).T, strict=True))
 
     kinds = {"names": kind(6, 0), "parts": kind(3, 3), "ids": kind(0, 0)}
-    assert audit._p_value(kinds) == pytest.approx(2 * 0.5**6)
-    assert audit._p_value({"ids": kind(0, 0)}) is None
+    assert leakage._p_value(kinds) == pytest.approx(2 * 0.5**6)
+    assert leakage._p_value({"ids": kind(0, 0)}) is None
 
 
 def test_a_held_out_pair_in_the_training_graph_is_counted(data):
@@ -386,13 +386,13 @@ def test_verdict_of_a_record_of_an_older_version():
 
 def test_matches_are_of_nearly_the_same_popularity(data, monkeypatch):
     drawn = []
-    matched = audit._matched
+    matched = leakage._matched
 
     def recording(users, items, *others):
         drawn.append((users, items, matched(users, items, *others)))
         return drawn[-1][2]
 
-    monkeypatch.setattr(audit, "_matched", recording)
+    monkeypatch.setattr(leakage, "_matched", recording)
     # Those without a name have nothing but the graph to tell that they were touched; twins are
     # known by name, sequels by the raw texts of what came before.
     data.names |= {item: item for item in data.items[:20]}

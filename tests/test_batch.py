@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recbole_gacllm import artifacts, stage_batch
-from recbole_gacllm.cli import main
-from recbole_gacllm.descriptions.batch import (
+from recbole_gacllm import stage_batch
+from recbole_gacllm.cli.main import main
+from recbole_gacllm.convolution.batch import (
     Answers,
     answer_files,
     custom_id,
@@ -21,8 +21,8 @@ from recbole_gacllm.descriptions.batch import (
     request_line,
     write_shards,
 )
-from recbole_gacllm.descriptions.layers import SIDES, Layer
-from recbole_gacllm.descriptions.store import DescriptionStore
+from recbole_gacllm.convolution.layers import SIDES, Layer
+from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm.generator import Request, Sampling
 
@@ -165,7 +165,7 @@ class Fakes:
 
         from recbole_gacllm import pipeline
         from recbole_gacllm.config import GaCLLMConfig
-        from recbole_gacllm.data import TrainingData
+        from recbole_gacllm.inputs import TrainingData
         from recbole_gacllm.run_config import build_config
 
         config = build_config("GaCLLM", "tiny", config_dict=keys)
@@ -419,7 +419,7 @@ def test_the_embedded_model_answers_a_batch_as_a_run_here_would(settings, tmp_pa
     assert manifests[0]["n_requests"] == 54
     run_cli(*flags)
     folder = Path(capfd.readouterr().out.splitlines()[0])
-    report = artifacts.read_manifest(folder)["layers"][0]
+    report = manifests.read_manifest(folder)["layers"][0]
     assert (report["n_generated"], report["n_retried"]) == (0, 0)
     layer = Layer.read(folder / "layer_1.parquet")
     local = tmp_path / "local"

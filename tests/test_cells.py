@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recbole.data import create_dataset
 
-from recbole_gacllm import artifacts
-from recbole_gacllm.benchmark import cells, group
-from recbole_gacllm.benchmark.embeddings import export_embeddings
-from recbole_gacllm.benchmark.export import export, to_latex, to_markdown
-from recbole_gacllm.benchmark.results import Board, summarize
-from recbole_gacllm.descriptions.csv_cells import as_before, csv_text, no_formula
-from recbole_gacllm.descriptions.imported import ImportedTexts
-from recbole_gacllm.descriptions.layers import Layer
+from recbole_gacllm.artifacts import manifests
+from recbole_gacllm.artifacts.csv_cells import as_before, csv_text, no_formula
+from recbole_gacllm.compare import markdown
+from recbole_gacllm.compare import tables as group
+from recbole_gacllm.compare.results import Board, summarize
+from recbole_gacllm.compare.tables import export, to_latex, to_markdown
+from recbole_gacllm.convolution.imported import ImportedTexts
+from recbole_gacllm.convolution.layers import Layer
+from recbole_gacllm.inspection.embeddings import export_embeddings
 from recbole_gacllm.run_config import build_config
 from tests.test_export import board, embeddings  # noqa: F401
 
@@ -33,21 +34,21 @@ HOSTILE = "=a|b*c`d`<i>_x_\\e^f~g&h%i$j#k{l}](javascript:m)\nnew"
 
 @pytest.mark.parametrize("text", ORDINARY)
 def test_ordinary_text_is_written_as_ever(text):
-    assert cells.markdown(text) == text
-    assert cells.markdown_code(text) == f"`{text}`"
+    assert markdown.markdown(text) == text
+    assert markdown.markdown_code(text) == f"`{text}`"
     assert no_formula(text) == text
     old = "".join(f"\\{char}" if char in "&%$#_{}" else char for char in text)
-    assert cells.latex(text) == old.replace(">", "\\textgreater{}")
+    assert markdown.latex(text) == old.replace(">", "\\textgreater{}")
 
 
 @pytest.mark.parametrize("sign", ["_", "~", "~~", "$", "*", "`"])
 def test_signs_around_a_name_are_no_markdown(sign):
     escaped = "".join(f"\\{char}" for char in sign)
-    assert cells.markdown(f"a {sign}b c_d{sign}") == f"a {escaped}b c_d{escaped}"
+    assert markdown.markdown(f"a {sign}b c_d{sign}") == f"a {escaped}b c_d{escaped}"
 
 
 def test_entities_stay_as_they_are_written():
-    assert cells.markdown("&lt;b&#62; & c;") == "\\&lt;b\\&#62; & c;"
+    assert markdown.markdown("&lt;b&#62; & c;") == "\\&lt;b\\&#62; & c;"
 
 
 def spoil(folder):
@@ -99,8 +100,8 @@ def test_latex_shows_every_sign(board, tmp_path):  # noqa: F811
         assert f"{shown} &" in (tmp_path / "group.tex").read_text()
     text = to_latex(summarize(read), "tiny")
     assert f"\n{shown} & " in text
-    assert cells.latex("[x]") == "{[}x]"
-    assert cells.latex("*x") == "{*}x"
+    assert markdown.latex("[x]") == "{[}x]"
+    assert markdown.latex("*x") == "{*}x"
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1-555", "-a", "@SUM(A1)", "\tx", "\rx", "=", "'=x"])
@@ -153,7 +154,7 @@ def test_recbole_reads_exported_embeddings_of_any_id(embeddings, settings, datas
     layer = Layer.read(inputs)
     tokens = {**layer.tokens, "item": [*ids, *layer.tokens["item"][len(ids) :]]}
     Layer.raw(tokens, layer.texts).write(inputs)
-    artifacts.write_manifest(embeddings, {"stage": "embeddings"})
+    manifests.write_manifest(embeddings, {"stage": "embeddings"})
     export_embeddings(embeddings, 0, tiny)
     columns = {"useremb": ["uid", "user_emb"], "itememb": ["iid", "item_emb"]}
     settings["load_col"] = {**settings["load_col"], **columns}

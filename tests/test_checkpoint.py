@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from recbole_gacllm import runner
-from recbole_gacllm.checkpoint import no_pickles, read_weights
+from recbole_gacllm import run as runner
+from recbole_gacllm.artifacts.checkpoint import no_pickles, read_weights
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.report.source import Source
 

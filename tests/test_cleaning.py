@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_gacllm.descriptions.cleaning import Cleaned, CleaningContext, clean
+from recbole_gacllm.convolution.cleaning import Cleaned, CleaningContext, clean
 
 PROMPT = """Answer with one short paragraph and nothing else.
 Describe in two sentences what kinds of movies this person enjoys. Do not name a movie.

@@ -15,10 +15,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from recbole_gacllm import artifacts, cli, cli_common
-from recbole_gacllm.cli import main
-from recbole_gacllm.descriptions.layers import Layer
-from recbole_gacllm.descriptions.neighbors import TrainGraph
+from recbole_gacllm.artifacts import manifests
+from recbole_gacllm.cli import common
+from recbole_gacllm.cli import main as cli
+from recbole_gacllm.cli.main import main
+from recbole_gacllm.convolution.graph import TrainGraph
+from recbole_gacllm.convolution.layers import Layer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +53,7 @@ def described(tmp_path):
         "options": {"neighbor_rule": "rare_first", "n_neighbors": 2},
     }
     (folder / "job.json").write_text(json.dumps(job))
-    artifacts.write_manifest(folder, {"stage": "descriptions"})
+    manifests.write_manifest(folder, {"stage": "descriptions"})
     return folder
 
 
@@ -172,16 +174,16 @@ def test_a_wrong_value_ends_in_one_line_before_any_stage(
 
 
 def test_a_blank_stands_for_the_equals_sign_of_every_flag_with_one_value():
-    parser = cli_common.command_parser("x", "", "")
+    parser = common.command_parser("x", "", "")
     parser.add_argument("file", nargs="?")
     parser.add_argument("--dataset")
     parser.add_argument("--answers", nargs="+")
-    cli_common.add_verbosity(parser)
+    common.add_verbosity(parser)
     arguments = ["--dataset", "tiny", "--epochs", "3", "--quiet", "a.csv", "--k", "-1", "--b=2"]
     joined = ["--dataset=tiny", "--epochs=3", "--quiet", "a.csv", "--k=-1", "--b=2"]
-    assert cli_common.with_equals_signs(parser, arguments) == joined
-    assert cli_common.with_equals_signs(parser, joined) == joined
-    known, keys = cli_common.parse_with_keys(parser, [*arguments, "--answers", "x", "y"])
+    assert common.with_equals_signs(parser, arguments) == joined
+    assert common.with_equals_signs(parser, joined) == joined
+    known, keys = common.parse_with_keys(parser, [*arguments, "--answers", "x", "y"])
     assert (known.dataset, known.file, known.quiet) == ("tiny", "a.csv", True)
     assert known.answers == ["x", "y"]
     assert keys == {"epochs": "3", "k": "-1", "b": "2"}
@@ -189,7 +191,7 @@ def test_a_blank_stands_for_the_equals_sign_of_every_flag_with_one_value():
 
 def test_help_names_the_presets_and_the_other_commands_and_is_quick_to_load():
     code = (
-        "import sys; from recbole_gacllm.cli import main\n"
+        "import sys; from recbole_gacllm.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'recbole' not in sys.modules"
@@ -219,9 +221,8 @@ def test_every_help_has_an_example_and_ends_with_code_0(command, capsys):
 
 def completions(line):
     """What argcomplete prints on its file descriptor 8 for a line with the cursor at its end."""
-    code = (
-        "import os, sys; os.dup2(1, 8); os.dup2(1, 9)\nfrom recbole_gacllm.cli import main; main()"
-    )
+    code = "import os, sys; os.dup2(1, 8); os.dup2(1, 9)\n"
+    code += "from recbole_gacllm.cli.main import main; main()"
     environment = {
         **os.environ,
         **{"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SHELL": "bash"},
@@ -251,7 +252,7 @@ def test_a_shell_completes_commands_flags_and_keys(line, expected):
 
 
 def test_quiet_prints_the_result_alone_and_keeps_the_rest_in_a_file(tmp_path, capfd):
-    with cli_common.quiet_output("name", quiet=True):
+    with common.quiet_output("name", quiet=True):
         print("result")
         os.write(2, b"from a library or a child\n")
     printed = capfd.readouterr()
@@ -262,7 +263,7 @@ def test_quiet_prints_the_result_alone_and_keeps_the_rest_in_a_file(tmp_path, ca
 
 
 def test_quiet_names_the_file_when_something_fails(tmp_path, capfd):
-    with pytest.raises(ValueError, match="bad"), cli_common.quiet_output("name", quiet=True):
+    with pytest.raises(ValueError, match="bad"), common.quiet_output("name", quiet=True):
         raise ValueError("bad")
     [file] = (tmp_path / "log").iterdir()
     assert f"what was not printed lies in log/{file.name}" in capfd.readouterr().err

@@ -421,7 +421,7 @@ def test_fails_without_the_repair(case: str, outcomes: Mapping[str, str]) -> Non
 
 
 def test_every_repair_has_a_case_and_names_its_cause_upstream_and_end() -> None:
-    from recbole_gacllm import compat
+    from recbole_gacllm.plugin import compat
 
     repairs = [*compat.REPAIRS, *compat.IMPORT_REPAIRS]
     cases = {repair for repair, _ in CASES.values()}

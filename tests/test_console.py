@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recbole_gacllm import console
-from recbole_gacllm.cli import main
-from recbole_gacllm.descriptions.layers import Layer
+from recbole_gacllm.cli.main import main
+from recbole_gacllm.convolution.layers import Layer
 from tests.test_cli import ROOT, described  # noqa: F401
 
 # Clears the screen, renames the window, goes up a line, begins anew, turns the text around.

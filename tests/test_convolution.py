@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from recbole_gacllm.config import shipped_path
-from recbole_gacllm.descriptions.convolution import Convolution, record_of
-from recbole_gacllm.descriptions.layers import SIDES, Layer
-from recbole_gacllm.descriptions.neighbors import TrainGraph
-from recbole_gacllm.descriptions.pairs import sample_pairs, told_edges
-from recbole_gacllm.descriptions.prompts import PromptTemplates
-from recbole_gacllm.descriptions.requests import RETRY_TEMPERATURE, ConvolutionOptions, RequestMaker
-from recbole_gacllm.descriptions.store import DescriptionStore
-from recbole_gacllm.descriptions.text import nothing_known
+from recbole_gacllm.convolution.convolution import Convolution, record_of
+from recbole_gacllm.convolution.graph import TrainGraph
+from recbole_gacllm.convolution.layers import SIDES, Layer
+from recbole_gacllm.convolution.prompts import PromptTemplates
+from recbole_gacllm.convolution.requests import RETRY_TEMPERATURE, ConvolutionOptions, RequestMaker
+from recbole_gacllm.convolution.store import DescriptionStore
+from recbole_gacllm.convolution.text import nothing_known
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.generator import Sampling
+from recbole_gacllm.sft.pairs import sample_pairs, told_edges
 
 from .fake_generator import FakeGenerator
 
@@ -137,9 +137,9 @@ SPENT = ("n_generated", "n_prompt_tokens", "n_cached_tokens", "n_output_tokens",
 
 def test_the_cost_of_a_layer_is_that_of_all_processes_that_made_it(convolve, monkeypatch):
     """Two end before their time; the answers that one of them had not stored are asked again."""
-    monkeypatch.setattr("recbole_gacllm.descriptions.convolution._BATCH_SECONDS", 0)
+    monkeypatch.setattr("recbole_gacllm.convolution.convolution._BATCH_SECONDS", 0)
     clock = count()  # a second passes whenever somebody looks
-    monkeypatch.setattr("recbole_gacllm.descriptions.convolution.time.perf_counter", clock.__next__)
+    monkeypatch.setattr("recbole_gacllm.convolution.convolution.time.perf_counter", clock.__next__)
     graph = graph_of(40, 60)
     below = raw_layer(graph)
 
@@ -243,7 +243,7 @@ def test_prompts_do_not_depend_on_how_many_nodes_are_rendered_at_once(convolutio
     whole = prompts()
     assert len(whole) == 28
     for size in (1, 5, 17):
-        monkeypatch.setattr("recbole_gacllm.descriptions.requests.CHUNK", size)
+        monkeypatch.setattr("recbole_gacllm.convolution.requests.CHUNK", size)
         assert prompts() == whole
 
 
@@ -255,7 +255,7 @@ def test_the_first_prompt_needs_the_texts_of_its_own_chunk_only(convolution, mon
             self.counted += texts
             return super().count_tokens(texts)
 
-    monkeypatch.setattr("recbole_gacllm.descriptions.requests.CHUNK", 4)
+    monkeypatch.setattr("recbole_gacllm.convolution.requests.CHUNK", 4)
     graph = graph_of(300, 30)
     below = raw_layer(graph)
     tokenizer = Counting()
@@ -270,8 +270,8 @@ def test_the_first_prompt_needs_the_texts_of_its_own_chunk_only(convolution, mon
 
 
 def test_a_layer_of_any_size_needs_no_list_of_its_prompts(convolve, monkeypatch):
-    monkeypatch.setattr("recbole_gacllm.descriptions.requests.CHUNK", 8)
-    monkeypatch.setattr("recbole_gacllm.descriptions.convolution.CHUNK", 8)
+    monkeypatch.setattr("recbole_gacllm.convolution.requests.CHUNK", 8)
+    monkeypatch.setattr("recbole_gacllm.convolution.convolution.CHUNK", 8)
     generator, ahead = FakeGenerator(window=4), []
     rendered = RequestMaker.request
 
@@ -291,8 +291,8 @@ def test_a_layer_of_any_size_needs_no_list_of_its_prompts(convolve, monkeypatch)
 def test_a_durable_write_comes_when_it_is_due_or_the_batch_is_full(
     convolve, monkeypatch, seconds, full, sizes
 ):
-    monkeypatch.setattr("recbole_gacllm.descriptions.convolution._BATCH_SECONDS", seconds)
-    monkeypatch.setattr("recbole_gacllm.descriptions.convolution._FULL_BATCH", full)
+    monkeypatch.setattr("recbole_gacllm.convolution.convolution._BATCH_SECONDS", seconds)
+    monkeypatch.setattr("recbole_gacllm.convolution.convolution._FULL_BATCH", full)
     written, put_many = [], DescriptionStore.put_many
 
     def put(self, records, cost):
@@ -451,7 +451,7 @@ def test_all_that_draws_an_answer_is_part_of_its_address(templates, monkeypatch)
         maker_of(templates, key="other"),
         maker_of(PromptTemplates.load(shipped_path("properties", "prompts"), "person", "book")),
     ]
-    monkeypatch.setattr("recbole_gacllm.descriptions.requests.CLEANING_VERSION", -1)
+    monkeypatch.setattr("recbole_gacllm.convolution.requests.CLEANING_VERSION", -1)
     makers.append(maker_of(templates))
     keys = [maker.key(chat) for maker in makers] + [makers[0].key((*chat, *chat))]
     assert len(set(keys)) == len(keys)
@@ -462,7 +462,7 @@ def test_all_that_draws_an_answer_is_part_of_its_address(templates, monkeypatch)
 def test_another_cleaning_draws_the_same_answers(templates, monkeypatch):
     chat = ({"role": "user", "content": "Describe it."},)
     before = maker_of(templates)
-    monkeypatch.setattr("recbole_gacllm.descriptions.requests.CLEANING_VERSION", -1)
+    monkeypatch.setattr("recbole_gacllm.convolution.requests.CLEANING_VERSION", -1)
     after = maker_of(templates)
     first, then = before.request(chat), after.request(chat)
     assert first.id != then.id

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from recbole_gacllm import data as data_module
-from recbole_gacllm.data import TextLayers
-from recbole_gacllm.descriptions.layers import Layer
-from recbole_gacllm.descriptions.neighbors import TrainGraph
+from recbole_gacllm import inputs as data_module
+from recbole_gacllm.convolution.graph import TrainGraph
+from recbole_gacllm.convolution.layers import Layer
+from recbole_gacllm.inputs import TextLayers
 
 N_USERS, N_ITEMS, WIDTH = 3000, 2000, 64
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from recbole.data import create_dataset, data_preparation
 
-from recbole_gacllm.benchmark.export import evaluation
-from recbole_gacllm.benchmark.job import Recorder
-from recbole_gacllm.cli import main
-from recbole_gacllm.data_checks import match_ids
-from recbole_gacllm.data_door import read_and_inspect
+from recbole_gacllm.cli.main import main
+from recbole_gacllm.compare.job import Recorder
+from recbole_gacllm.compare.tables import evaluation
+from recbole_gacllm.data.checks import match_ids
+from recbole_gacllm.inspection.data_door import read_and_inspect
 from recbole_gacllm.run_config import build_config
 
 LOAD = {"inter": ["user_id", "item_id", "rating", "timestamp"]}

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from recbole_gacllm import runner
-from recbole_gacllm.benchmark.degrees import ItemHits, by_degree, section
-from recbole_gacllm.benchmark.job import Recorder
+from recbole_gacllm import run as runner
+from recbole_gacllm.compare.degrees import ItemHits, by_degree, section
+from recbole_gacllm.compare.job import Recorder
 
 
 def test_an_item_is_found_where_it_is_among_the_first_k():

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from recbole_gacllm.descriptions import encoder as encoder_module
-from recbole_gacllm.descriptions.encoder import TextEncoder
+from recbole_gacllm.alignment import encoder as encoder_module
+from recbole_gacllm.alignment.encoder import TextEncoder
 from recbole_gacllm.errors import GaCLLMError, WeightsError
 from recbole_gacllm.llm.weights import resolve_encoder
 
@@ -35,7 +35,7 @@ MANY_TEXTS = [f"text {n % 20} " * (1 + n % 7) for n in range(30)] + [""]
 WORKER = """
 import json, os, signal, sys
 from pathlib import Path
-from recbole_gacllm.descriptions import encoder
+from recbole_gacllm.alignment import encoder
 
 encoder._BATCHES_A_CHUNK = 2
 advance = encoder._Attempt.advance

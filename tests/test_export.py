@@ -13,14 +13,14 @@ from recbole.data import create_dataset
 from recbole.data.utils import data_preparation
 from recbole.utils import get_model
 
-from recbole_gacllm import artifacts
-from recbole_gacllm.benchmark.embeddings import export_embeddings, find_embeddings
-from recbole_gacllm.benchmark.export import export, to_latex, to_markdown
-from recbole_gacllm.benchmark.results import Board, summarize
-from recbole_gacllm.benchmark.submission import write_submission
-from recbole_gacllm.cli import main
-from recbole_gacllm.descriptions.layers import Layer
+from recbole_gacllm.artifacts import manifests
+from recbole_gacllm.cli.main import main
+from recbole_gacllm.compare.results import Board, summarize
+from recbole_gacllm.compare.submission import write_submission
+from recbole_gacllm.compare.tables import export, to_latex, to_markdown
+from recbole_gacllm.convolution.layers import Layer
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.inspection.embeddings import export_embeddings, find_embeddings
 from recbole_gacllm.run_config import build_config
 
 USERS = [f"u{n}" for n in range(30)]
@@ -270,7 +270,7 @@ def embeddings(tmp_path):
         np.save(folder / f"layer_{layer}.npy", vectors)
     files = [str(inputs / "layer_0.parquet"), str(root / "descriptions-1" / "layer_1.parquet")]
     (folder / "job.json").write_text(json.dumps({"layer_files": files}))
-    artifacts.write_manifest(folder, {"stage": "embeddings"})
+    manifests.write_manifest(folder, {"stage": "embeddings"})
     return folder
 
 
@@ -323,7 +323,7 @@ def test_the_newest_embeddings_that_have_the_layer_are_exported(embeddings):
     raw = embeddings.parent / "embeddings-raw"
     raw.mkdir()
     (raw / "layer_0.npy").write_bytes((embeddings / "layer_0.npy").read_bytes())
-    artifacts.write_manifest(raw, {"stage": "embeddings"})
+    manifests.write_manifest(raw, {"stage": "embeddings"})
     artifact_dir = embeddings.parent.parent
     assert find_embeddings(artifact_dir, "tiny", None, 0) == raw
     assert find_embeddings(artifact_dir, "tiny", None, 1) == embeddings

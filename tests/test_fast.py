@@ -13,8 +13,8 @@ from recbole.data.interaction import Interaction
 from recbole.sampler import Sampler
 from recbole.utils import get_model, get_trainer, init_seed
 
-from recbole_gacllm import fast, fast_scores
-from recbole_gacllm.fast_graph import ConstantMatrix
+from recbole_gacllm.plugin import fast, fast_graph
+from recbole_gacllm.plugin.fast_graph import ConstantMatrix
 from recbole_gacllm.run_config import build_config
 
 # GAUC needs all ranks. Of the rest, RecBole 1.2.1's collector fails on all that need counts.
@@ -336,7 +336,7 @@ def test_neumf_scores_users_in_blocks(settings, monkeypatch):
     users = Interaction({"user_id": torch.tensor([3, 1, 2])})
     at_once = model.full_sort_predict(users)
     assert not torch.allclose(at_once[0], at_once[1], rtol=1e-3)
-    monkeypatch.setattr(fast_scores, "_HIDDEN_A_BLOCK", 1)  # a user a block
+    monkeypatch.setattr(fast_graph, "_HIDDEN_A_BLOCK", 1)  # a user a block
     assert torch.allclose(model.full_sort_predict(users), at_once, rtol=1e-5)
 
 

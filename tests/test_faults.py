@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recbole_gacllm.descriptions.layers import SIDES, Layer
-from recbole_gacllm.descriptions.store import DescriptionStore, Record
+from recbole_gacllm.convolution.layers import SIDES, Layer
+from recbole_gacllm.convolution.store import DescriptionStore, Record
 from recbole_gacllm.errors import GaCLLMError, StoreError, WeightsError
 from recbole_gacllm.llm.generator import Request
 
@@ -384,7 +384,7 @@ def test_a_damaged_store_is_told_by_its_damage_also_to_a_caller_that_writes_once
 def test_a_truncated_half_written_embedding_is_begun_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from recbole_gacllm.descriptions.encoder import _Attempt
+    from recbole_gacllm.alignment.encoder import _Attempt
 
     file = tmp_path / "layer_0.npy"
     _, vectors = _Attempt(file, "key", 0.0).open((50, 32))

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recbole_gacllm import key_checks
-from recbole_gacllm.benchmark import identity, job, leaderboard
-from recbole_gacllm.benchmark.plan import code_version, make_plan
-from recbole_gacllm.benchmark.rows import split_models
+from recbole_gacllm.compare import identity, job, leaderboard
+from recbole_gacllm.compare.plan import code_version, make_plan
+from recbole_gacllm.compare.rows import split_models
 from recbole_gacllm.config import shipped_path
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.plugin import key_checks
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "recbole_gacllm"

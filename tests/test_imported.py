@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from recbole_gacllm import artifacts
-from recbole_gacllm.cli import main
-from recbole_gacllm.descriptions.imported import ImportedTexts
-from recbole_gacllm.descriptions.layers import SIDES, Layer
+from recbole_gacllm.artifacts import manifests
+from recbole_gacllm.cli.main import main
+from recbole_gacllm.convolution.imported import ImportedTexts
+from recbole_gacllm.convolution.layers import SIDES, Layer
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.runner import run
+from recbole_gacllm.run import run
 
 TOKENS = {"user": ["u1", "u2"], "item": ["1", "2", "3"]}
 ROWS = [
@@ -192,7 +192,7 @@ def test_a_run_on_imported_texts_needs_no_llm_and_says_so(settings, tmp_path, mo
     def other_stage(stage, folder):
         raise GaCLLMError(f"{stage} is run again")
 
-    monkeypatch.setattr("recbole_gacllm.artifacts.run_child", other_stage)
+    monkeypatch.setattr("recbole_gacllm.artifacts.children.run_child", other_stage)
     file.write_text(file.read_text().replace("text 1 of u7", "words about u7"))
     with pytest.raises(GaCLLMError, match="descriptions is run again"):
         run("GaCLLM", "tiny", config_dict=keys)
@@ -249,7 +249,7 @@ def test_the_command_fills_the_layers_that_a_run_then_finds(settings, tmp_path, 
     assert "1 rows are about nodes that the training graph lacks (user u99)" in out
     assert f"--text_import_file={file} --llm_n_layers=1" in out
     folder = Path(re.search("^written to (.*)$", out, re.MULTILINE)[1])
-    manifest = artifacts.read_manifest(folder)
+    manifest = manifests.read_manifest(folder)
     assert manifest["layers"][0]["imported"]
     assert (manifest["layers"][0]["n_imported"], manifest["layers"][0]["n_unknown"]) == (53, 1)
 

@@ -12,17 +12,17 @@ import pandas as pd
 import pytest
 
 from recbole_gacllm.config import shipped_path
-from recbole_gacllm.descriptions import batch
-from recbole_gacllm.descriptions.cleaning import CleaningContext, clean
-from recbole_gacllm.descriptions.convolution import Convolution
-from recbole_gacllm.descriptions.imported import ImportedTexts
-from recbole_gacllm.descriptions.layers import SIDES, Layer
-from recbole_gacllm.descriptions.names import item_names
-from recbole_gacllm.descriptions.neighbors import TrainGraph
-from recbole_gacllm.descriptions.prompts import PromptTemplates
-from recbole_gacllm.descriptions.requests import ConvolutionOptions, RequestMaker
-from recbole_gacllm.descriptions.store import DescriptionStore, Record
-from recbole_gacllm.descriptions.text import read_features, render_descriptions
+from recbole_gacllm.convolution import batch
+from recbole_gacllm.convolution.cleaning import CleaningContext, clean
+from recbole_gacllm.convolution.convolution import Convolution
+from recbole_gacllm.convolution.graph import TrainGraph
+from recbole_gacllm.convolution.imported import ImportedTexts
+from recbole_gacllm.convolution.layers import SIDES, Layer
+from recbole_gacllm.convolution.names import item_names
+from recbole_gacllm.convolution.prompts import PromptTemplates
+from recbole_gacllm.convolution.requests import ConvolutionOptions, RequestMaker
+from recbole_gacllm.convolution.store import DescriptionStore, Record
+from recbole_gacllm.convolution.text import read_features, render_descriptions
 from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.chat_api import chat_body
 from recbole_gacllm.llm.generator import Sampling

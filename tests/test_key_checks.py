@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recbole_gacllm.key_checks import check_given, known_keys
+from recbole_gacllm.plugin.key_checks import check_given, known_keys
 from recbole_gacllm.run_config import build_config
 
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
-from recbole_gacllm import integrity
-from recbole_gacllm.artifacts import read_manifest
-from recbole_gacllm.descriptions.layers import Layer
+from recbole_gacllm.artifacts import manifests
+from recbole_gacllm.artifacts.manifests import read_manifest
+from recbole_gacllm.convolution.layers import Layer
 
 from .conftest import write_dataset
 from .crash_lab import Lab, save_tiny_encoder
@@ -125,7 +125,7 @@ class Folder:
         for file, content in manifests.items():
             manifest = read_manifest(file.parent)
             assert manifest == json.loads(content)
-            found = integrity.digests(file.parent, OUTPUTS[manifest["stage"]])
+            found = manifests.digests(file.parent, OUTPUTS[manifest["stage"]])
             assert found == manifest["files"], "a finished stage is not what its manifest says"
         for file in self.path.glob("tiny/embeddings-*/*.journal"):
             n_done = json.loads(file.read_bytes())["n_done"]
@@ -137,7 +137,7 @@ class Folder:
         results: dict[str, Any] = {}
         for stage, outputs in OUTPUTS.items():
             (folder,) = self.path.glob(f"tiny/{stage}-*")
-            for name in integrity.digests(folder, outputs):
+            for name in manifests.digests(folder, outputs):
                 file = folder / name
                 if file.suffix == ".parquet":
                     layer = Layer.read(file)

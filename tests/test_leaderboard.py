@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from recbole_gacllm import runner
-from recbole_gacllm.benchmark import leaderboard
-from recbole_gacllm.benchmark.group import write_latex
-from recbole_gacllm.benchmark.job import Recorder
-from recbole_gacllm.benchmark.leaderboard import run_leaderboard
-from recbole_gacllm.benchmark.plan import baseline_files, make_plan
-from recbole_gacllm.benchmark.results import Board
-from recbole_gacllm.benchmark.rows import split_models, split_seeds, split_variant
-from recbole_gacllm.cli import main
+from recbole_gacllm import run as runner
+from recbole_gacllm.cli.main import main
+from recbole_gacllm.compare import leaderboard
+from recbole_gacllm.compare.job import Recorder
+from recbole_gacllm.compare.leaderboard import run_leaderboard
+from recbole_gacllm.compare.plan import baseline_files, make_plan
+from recbole_gacllm.compare.results import Board
+from recbole_gacllm.compare.rows import split_models, split_seeds, split_variant
+from recbole_gacllm.compare.tables import write_latex
 from recbole_gacllm.config import shipped_path
 from recbole_gacllm.errors import GaCLLMError
 
@@ -299,7 +299,7 @@ def test_the_numbers_are_those_of_a_run_alone(finished, tmp_path):
 def test_a_variant_is_tested_against_the_baseline_like_any_row(finished, tmp_path):
     import shutil
 
-    from recbole_gacllm.benchmark.export import export
+    from recbole_gacllm.compare.tables import export
 
     shutil.copytree(finished[0], tmp_path / "out")
     export(tmp_path / "out", baseline="GaCLLM:n_layers=0")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import sparse
 
-from recbole_gacllm import linear
-from recbole_gacllm.linear import ItemItemModel, recency_weights, standardize
+from recbole_gacllm.objective import linear
+from recbole_gacllm.objective.linear import ItemItemModel, recency_weights, standardize
 
 from .test_model import build
 

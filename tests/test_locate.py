@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recbole_gacllm import artifacts, locate
-from recbole_gacllm.cli import main
-from recbole_gacllm.descriptions import names
-from recbole_gacllm.descriptions.costs import Cost, LayerCost
-from recbole_gacllm.descriptions.reading import RunDescriptions
-from recbole_gacllm.descriptions.store import DescriptionStore
+from recbole_gacllm.artifacts import locate, manifests
+from recbole_gacllm.cli.main import main
+from recbole_gacllm.convolution import names
+from recbole_gacllm.convolution.costs import Cost, LayerCost
+from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.inspection.reading import RunDescriptions
 
 from .test_cli import described  # noqa: F401
 from .test_export import embeddings  # noqa: F401
@@ -60,7 +60,7 @@ def test_links_in_an_artefact_folder_are_refused_by_name(tmp_path, place):
         locate.require_no_links(tmp_path / "stage-1")
     with (
         pytest.raises(GaCLLMError, match="is a symbolic link"),
-        artifacts.stage_lock(tmp_path / "stage-1"),
+        manifests.stage_lock(tmp_path / "stage-1"),
     ):
         raise AssertionError("a stage was started in a folder with links")
     assert victim.read_text() == "mine"
@@ -190,7 +190,7 @@ def test_commands_that_read_change_nothing(run, described, tmp_path):  # noqa: F
 
 
 def test_embeddings_of_a_moved_or_strange_folder(embeddings, tmp_path):  # noqa: F811
-    from recbole_gacllm.benchmark.embeddings import export_embeddings
+    from recbole_gacllm.inspection.embeddings import export_embeddings
 
     before = snapshot(embeddings.parent)
     assert len(export_embeddings(embeddings, 1, tmp_path / "out")) == 3
@@ -218,7 +218,7 @@ def test_arrays_that_are_pickles_are_not_read(described, capsys):  # noqa: F811
 
 
 def test_embeddings_that_are_pickles_are_not_read(embeddings, tmp_path):  # noqa: F811
-    from recbole_gacllm.benchmark.embeddings import export_embeddings
+    from recbole_gacllm.inspection.embeddings import export_embeddings
 
     np.save(embeddings / "layer_1.npy", np.array([{}], dtype=object))
     with pytest.raises(GaCLLMError, match=r"embeddings of layer 1 .* are damaged"):
@@ -254,7 +254,7 @@ def test_a_damaged_file_of_names_is_named(described, content):  # noqa: F811
 
 
 def test_a_leaderboard_whose_runs_lie_elsewhere_is_refused(tmp_path):
-    from recbole_gacllm.benchmark.results import Board
+    from recbole_gacllm.compare.results import Board
 
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "leaderboard.json").write_text(json.dumps({"runs": ["../"]}))

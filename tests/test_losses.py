@@ -6,7 +6,7 @@ import pytest
 import torch
 from recbole.model.loss import BPRLoss, EmbLoss
 
-from recbole_gacllm import losses
+from recbole_gacllm.objective import losses
 
 
 def test_bpr_equals_recboles():

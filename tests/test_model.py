@@ -12,9 +12,9 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 
 from recbole_gacllm import model as model_module
-from recbole_gacllm.data import TextLayers
-from recbole_gacllm.linear import ItemItemModel, standardize
-from recbole_gacllm.propagation import PeriodicPropagation
+from recbole_gacllm.alignment.propagation import PeriodicPropagation
+from recbole_gacllm.inputs import TextLayers
+from recbole_gacllm.objective.linear import ItemItemModel, standardize
 from recbole_gacllm.run_config import build_config
 
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_gacllm.descriptions.neighbors import RULES, NeighborLists, TrainGraph, select_neighbors
+from recbole_gacllm.convolution.graph import RULES, NeighborLists, TrainGraph, select_neighbors
 
 # Ana took all, Ben two, Cy one, Dan none; "tent" has one taker, "lamp" two, "book" three.
 ANA, BEN, CY, DAN = range(4)
@@ -138,7 +138,7 @@ def test_lists_do_not_depend_on_how_many_edges_are_sorted_at_once(graph, rule, n
     for side in ("user", "item"):
         whole = select_neighbors(graph, side, rule, 2, seed=0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("recbole_gacllm.descriptions.neighbors._EDGES_A_BLOCK", n_edges)
+            patch.setattr("recbole_gacllm.convolution.graph._EDGES_A_BLOCK", n_edges)
             parts = select_neighbors(graph, side, rule, 2, seed=0)
         assert parts.indptr.tolist() == whole.indptr.tolist()
         assert parts.indices.tolist() == whole.indices.tolist()

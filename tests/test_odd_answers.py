@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_gacllm.descriptions.cleaning import CleaningContext
-from recbole_gacllm.descriptions.convolution import record_of
-from recbole_gacllm.descriptions.store import DescriptionStore
+from recbole_gacllm.convolution.cleaning import CleaningContext
+from recbole_gacllm.convolution.convolution import record_of
+from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm import endpoints, traffic
 from recbole_gacllm.llm.chat_api import completion_of

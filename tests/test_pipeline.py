@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recbole_gacllm.descriptions.layers import SIDES, Layer
-from recbole_gacllm.descriptions.reading import RunDescriptions
-from recbole_gacllm.runner import run
+from recbole_gacllm.convolution.layers import SIDES, Layer
+from recbole_gacllm.inspection.reading import RunDescriptions
+from recbole_gacllm.run import run
 
 from .conftest import tiny_settings, write_dataset
 from .test_generator_contract import save_tiny_model
@@ -125,7 +125,8 @@ def test_started_again_it_reuses_every_stage_and_gives_the_same_numbers(finished
     keys, first = finished
     monkeypatch.chdir(Path(keys["artifact_dir"]).parent)
     monkeypatch.setattr(
-        "recbole_gacllm.artifacts.run_child", lambda *a, **k: pytest.fail("a stage was run again")
+        "recbole_gacllm.artifacts.children.run_child",
+        lambda *a, **k: pytest.fail("a stage was run again"),
     )
     again = run("GaCLLM", "tiny", config_dict=dict(keys))
     assert again.result["test_result"] == first.result["test_result"]
@@ -137,7 +138,7 @@ def test_an_audit_that_fails_does_not_cost_the_metrics(finished, monkeypatch, tm
     def broken(*_, **__):
         raise RuntimeError("an audit that fails")
 
-    monkeypatch.setattr("recbole_gacllm.runner.audit_leakage", broken)
+    monkeypatch.setattr("recbole_gacllm.run.audit_leakage", broken)
     keys, first = finished
     with pytest.raises(RuntimeError, match="an audit that fails"):
         run("GaCLLM", "tiny", config_dict=keys | {"checkpoint_dir": str(tmp_path)})
@@ -149,7 +150,8 @@ def test_shuffled_texts_use_the_same_artefacts_on_other_nodes(finished, monkeypa
     keys, first = finished
     monkeypatch.chdir(Path(keys["artifact_dir"]).parent)
     monkeypatch.setattr(
-        "recbole_gacllm.artifacts.run_child", lambda *a, **k: pytest.fail("a stage was run again")
+        "recbole_gacllm.artifacts.children.run_child",
+        lambda *a, **k: pytest.fail("a stage was run again"),
     )
     shuffled = run("GaCLLM", "tiny", config_dict={**keys, "text_source": "shuffled"})
     assert shuffled.record["artifacts"] == first.record["artifacts"]
@@ -163,7 +165,8 @@ def test_a_run_with_other_names_of_items_shares_the_texts_and_leaves_the_names_o
 ):
     keys, first = finished
     monkeypatch.setattr(
-        "recbole_gacllm.artifacts.run_child", lambda *a, **k: pytest.fail("a stage was run again")
+        "recbole_gacllm.artifacts.children.run_child",
+        lambda *a, **k: pytest.fail("a stage was run again"),
     )
     other = {"text_item_name_field": "class", "checkpoint_dir": str(tmp_path)}
     second = run("GaCLLM", "tiny", config_dict=keys | other)
@@ -213,13 +216,13 @@ def test_planted_held_out_interactions_leave_no_trace_after_a_real_split(
     keys, dataset_root, monkeypatch
 ):
     """Marked films that only validation and test hold: none in graph, pairs, prompts or texts."""
-    from recbole_gacllm.descriptions import pairs
-    from recbole_gacllm.descriptions.neighbors import TrainGraph
-    from recbole_gacllm.descriptions.requests import RequestMaker
+    from recbole_gacllm.convolution.graph import TrainGraph
+    from recbole_gacllm.convolution.requests import RequestMaker
+    from recbole_gacllm.sft import pairs
 
     plant_split(dataset_root)
     planted = {**keys, "benchmark_filename": ["train", "valid", "test"]}
-    monkeypatch.setattr("recbole_gacllm.artifacts.run_child", in_process)
+    monkeypatch.setattr("recbole_gacllm.artifacts.children.run_child", in_process)
     learnt, prompts = [], []
     sample, key_of = pairs.sample_pairs, RequestMaker.key
 
@@ -255,12 +258,12 @@ def test_planted_held_out_interactions_leave_no_trace_after_a_real_split(
 
 def in_process(stage: str, folder: Path) -> None:
     """A stage without its child process, so that a test can look inside."""
-    from recbole_gacllm import artifacts
+    from recbole_gacllm.artifacts import manifests
     from recbole_gacllm.stage import STAGES
 
     job = json.loads((folder / "job.json").read_text())
     report = STAGES[stage](folder, job)
-    artifacts.write_manifest(folder, {**report, "stage": stage, "key": job["key"], "seconds": 0})
+    manifests.write_manifest(folder, {**report, "stage": stage, "key": job["key"], "seconds": 0})
 
 
 @pytest.mark.engine
@@ -315,7 +318,7 @@ DRIVER = """
 import sys
 sys.argv = ["driver"]
 import json
-from recbole_gacllm.runner import run
+from recbole_gacllm.run import run
 keys = json.loads(open("keys.json").read())
 print(json.dumps(run("GaCLLM", "tiny", config_dict=keys).result["test_result"]))
 """

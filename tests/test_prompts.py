@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from recbole_gacllm.descriptions.prompts import PromptRenderer, PromptTemplates
+from recbole_gacllm.convolution.prompts import PromptRenderer, PromptTemplates
 
 SHIPPED = Path(__file__).parents[1] / "properties" / "prompts"
 

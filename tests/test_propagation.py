@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from recbole_gacllm.propagation import (
+from recbole_gacllm.alignment.propagation import (
     Adjacency,
     PeriodicPropagation,
     constant_product,

@@ -8,15 +8,15 @@ import random
 import numpy as np
 import pytest
 
-from recbole_gacllm import artifacts
-from recbole_gacllm.cli import main
-from recbole_gacllm.descriptions import quality_lines
-from recbole_gacllm.descriptions.costs import Cost, LayerCost
-from recbole_gacllm.descriptions.layers import Layer, layer_files
-from recbole_gacllm.descriptions.neighbors import TrainGraph
-from recbole_gacllm.descriptions.quality import _languages, layer_qualities
-from recbole_gacllm.descriptions.reading import RunDescriptions
-from recbole_gacllm.descriptions.store import DescriptionStore
+from recbole_gacllm.artifacts import manifests
+from recbole_gacllm.cli.main import main
+from recbole_gacllm.convolution.costs import Cost, LayerCost
+from recbole_gacllm.convolution.graph import TrainGraph
+from recbole_gacllm.convolution.layers import Layer, layer_files
+from recbole_gacllm.convolution.store import DescriptionStore
+from recbole_gacllm.inspection import quality
+from recbole_gacllm.inspection.quality import _languages, layer_qualities
+from recbole_gacllm.inspection.reading import RunDescriptions
 
 REPORT = {
     **{
@@ -66,7 +66,7 @@ def folder(tmp_path):
     store = str(tmp_path / "store.sqlite")
     job = {"inputs": str(inputs), "seed": 1, "options": options, "store": store}
     (folder / "job.json").write_text(json.dumps(job))
-    artifacts.write_manifest(folder, {"stage": "descriptions", "layers": [REPORT]})
+    manifests.write_manifest(folder, {"stage": "descriptions", "layers": [REPORT]})
     return folder
 
 
@@ -150,7 +150,7 @@ def test_audit_prints_the_five_most_frequent_languages_and_the_start_of_a_long_t
     assert len(capsys.readouterr().out) < 5_000
     shares = dict.fromkeys(("en", "fr", "de", "it", "es", "nl", "sv", "da"), 0.125)
     shown = "en 12.5%, fr 12.5%, de 12.5%, it 12.5%, es 12.5%, others 37.5%"
-    assert quality_lines._shares(shares) == shown
+    assert quality._shares(shares) == shown
 
 
 def test_audit_of_imported_layers_says_how_many_texts_come_from_where(folder, capsys):
@@ -158,7 +158,7 @@ def test_audit_of_imported_layers_says_how_many_texts_come_from_where(folder, ca
     layer.statuses = {"user": ["imported", "imported", "missing"], "item": ["imported"] * 4}
     layer.write(folder / "layer_1.parquet")
     report = {"imported": True, "n_imported": 6, "n_missing": 1, "n_unknown": 3}
-    artifacts.write_manifest(folder, {"stage": "descriptions", "layers": [report]})
+    manifests.write_manifest(folder, {"stage": "descriptions", "layers": [report]})
     main(["audit", str(folder)])
     out = capsys.readouterr().out
     assert "imported        6 nodes, 1 missing, 3 rows about unknown nodes" in out
@@ -184,13 +184,13 @@ def test_audit_takes_a_descriptions_folder_and_refuses_anything_else(folder, tmp
     assert "had no texts" in refused(tmp_path, capsys)
     embeddings = folder.parent / "embeddings-1"
     embeddings.mkdir()
-    artifacts.write_manifest(embeddings, {"stage": "embeddings"})
+    manifests.write_manifest(embeddings, {"stage": "embeddings"})
     assert "the folder of the stage embeddings" in refused(embeddings, capsys)
 
 
 def test_a_run_on_raw_texts_shows_layer_0(folder, tmp_path, capsys):
     inputs = folder.parent / "inputs-1"
-    artifacts.write_manifest(inputs, {"stage": "inputs"})
+    manifests.write_manifest(inputs, {"stage": "inputs"})
     (tmp_path / "run.json").write_text(json.dumps({"artifacts": {"inputs": str(inputs)}}))
     main(["describe", "--run", str(tmp_path), "--user", "u2"])
     out = capsys.readouterr().out
@@ -203,8 +203,8 @@ def test_a_run_on_raw_texts_shows_layer_0(folder, tmp_path, capsys):
 
 
 def test_layer_0_of_a_data_set_is_shown_only_where_no_descriptions_were_begun(folder, capsys):
-    artifacts.write_manifest(folder.parent / "inputs-1", {"stage": "inputs"})
-    (folder / artifacts.MANIFEST_FILE).unlink()
+    manifests.write_manifest(folder.parent / "inputs-1", {"stage": "inputs"})
+    (folder / manifests.MANIFEST_FILE).unlink()
     place = [f"--artifact_dir={folder.parent.parent}", "--dataset=tiny", "--item=i1"]
     with pytest.raises(SystemExit):
         main(["describe", *place])
@@ -219,7 +219,7 @@ def test_layer_0_of_a_data_set_is_shown_only_where_no_descriptions_were_begun(fo
 def test_audit_of_a_run_that_was_killed_shows_its_finished_layers_and_how_far_it_is(
     folder, tmp_path, capsys
 ):
-    (folder / artifacts.MANIFEST_FILE).unlink()  # written last
+    (folder / manifests.MANIFEST_FILE).unlink()  # written last
     name = f"tiny/{folder.name}"
     with DescriptionStore(tmp_path / "store.sqlite") as store:
         store.put_many([], LayerCost(name, 1, Cost(6, 700, 80, 90, 12.0)))
@@ -238,7 +238,7 @@ def test_audit_of_a_run_that_was_killed_shows_its_finished_layers_and_how_far_it
 
 
 def test_audit_of_a_run_that_was_killed_in_its_first_layer_says_so(folder, capsys):
-    (folder / artifacts.MANIFEST_FILE).unlink()
+    (folder / manifests.MANIFEST_FILE).unlink()
     (folder / "layer_1.parquet").rename(folder / "layer_2.parquet")  # the one below was lost
     main(["audit", str(folder)])
     out = capsys.readouterr().out
@@ -248,10 +248,10 @@ def test_audit_of_a_run_that_was_killed_in_its_first_layer_says_so(folder, capsy
 
 
 def test_what_needs_all_layers_says_that_a_killed_run_goes_on(folder, tmp_path, capsys):
-    (folder / artifacts.MANIFEST_FILE).unlink()
+    (folder / manifests.MANIFEST_FILE).unlink()
     with pytest.raises(ValueError, match="are not finished yet: start the run, or start it again"):
         RunDescriptions.of_run(folder)
-    (folder / artifacts.JOB_FILE).unlink()
+    (folder / manifests.JOB_FILE).unlink()
     (tmp_path / "run.json").write_text(json.dumps({"artifacts": {"descriptions": str(folder)}}))
     assert "are not there" in refused(tmp_path, capsys)
 

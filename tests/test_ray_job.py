@@ -1,7 +1,7 @@
 """The Ray job: what it does without Ray, and, where there is a Ray, workers and drivers that die.
 
 RecBole's environment cannot hold the Ray that the job needs. The tests on a Ray cluster take the
-interpreter that GACLLM_RAY_PYTHON names, of an environment with cluster/requirements.txt.
+interpreter that GACLLM_RAY_PYTHON names, of an environment with convolution/ray_requirements.txt.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_gacllm.cluster import ray_describe as job
-from recbole_gacllm.descriptions.batch import Answers, answer_files, request_line, write_shards
+from recbole_gacllm.convolution import ray_describe as job
+from recbole_gacllm.convolution.batch import Answers, answer_files, request_line, write_shards
 
 from .fake_server import FakeServer
 from .test_batch import bad, good, refused, write_lines

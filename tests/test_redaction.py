@@ -164,8 +164,8 @@ CHILD = """
 import sys
 from recbole_gacllm import artifacts
 from recbole_gacllm.redaction import api_key
-artifacts.die_with_parent()
-with artifacts.reporting_errors(__import__("pathlib").Path(".")):
+children.die_with_parent()
+with children.reporting_errors(__import__("pathlib").Path(".")):
     key = api_key("MY_KEY")
     try:
         raise KeyError(key)
@@ -178,13 +178,13 @@ with artifacts.reporting_errors(__import__("pathlib").Path(".")):
 def test_a_child_tells_its_error_and_its_traceback_without_the_key(
     tmp_path, monkeypatch, capfd, kind
 ):
-    from recbole_gacllm import artifacts
+    from recbole_gacllm.artifacts import children
 
     (tmp_path / "leaky.py").write_text(CHILD.format(kind=kind))
     monkeypatch.setenv("MY_KEY", "secret-123456")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
     with pytest.raises((ValueError, GaCLLMError), match=r"refused: \*\*\*") as caught:
-        artifacts.run_child("x", tmp_path, module="leaky")
+        children.run_child("x", tmp_path, module="leaky")
     shown = capfd.readouterr().err
     assert "secret-123456" not in f"{caught.value}{shown}"
     assert ("Traceback" in shown) == (kind != "ValueError")

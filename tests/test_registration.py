@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from recbole_gacllm import registration
 from recbole_gacllm.config import model_defaults
+from recbole_gacllm.plugin import registration
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,12 +14,13 @@ import pandas as pd
 import pytest
 
 import recbole_gacllm.model
-from recbole_gacllm import artifacts, runner
-from recbole_gacllm.benchmark import job, leaderboard, plan
-from recbole_gacllm.benchmark.degrees import edges
-from recbole_gacllm.cli import main
-from recbole_gacllm.data import TextLayers, raw_descriptions
-from recbole_gacllm.descriptions.layers import SIDES, Layer
+from recbole_gacllm import run as runner
+from recbole_gacllm.artifacts import children
+from recbole_gacllm.cli.main import main
+from recbole_gacllm.compare import job, leaderboard, plan
+from recbole_gacllm.compare.degrees import edges
+from recbole_gacllm.convolution.layers import SIDES, Layer
+from recbole_gacllm.inputs import TextLayers, raw_descriptions
 from recbole_gacllm.report import charts, degrees
 from recbole_gacllm.report.page import write_report
 from recbole_gacllm.report.source import Source
@@ -69,7 +70,7 @@ def prepare(options, data):
         "embeddings": {"seconds": 1.0},
     }
     for stage, manifest in manifests.items():
-        artifacts.write_manifest(folders[stage], {"stage": stage, **manifest})
+        manifests.write_manifest(folders[stage], {"stage": stage, **manifest})
     return TextLayers.load(folders, 2, options, data)
 
 
@@ -89,7 +90,7 @@ def text_run(settings, monkeypatch):
     def refuse(*_):
         raise AssertionError("a report must not start a stage")
 
-    monkeypatch.setattr(artifacts, "run_child", refuse)
+    monkeypatch.setattr(children, "run_child", refuse)
     return file
 
 
@@ -292,7 +293,7 @@ def test_the_runner_records_each_epoch(text_run):
 @pytest.fixture
 def board(settings, tmp_path, monkeypatch):
     """A finished leaderboard of two models and two seeds, its runs made in this process."""
-    monkeypatch.setattr(artifacts, "run_child", lambda stage, folder, **_: job._work(folder))
+    monkeypatch.setattr(children, "run_child", lambda stage, folder, **_: job._work(folder))
     keys = {**settings, "use_text": False}
     made = plan.make_plan(["BPR", "Pop"], ["tiny"], 2, config_dict=keys)
     return leaderboard.run_leaderboard(made, tmp_path / "board", show_progress=False)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from jinja2 import Environment
 
-from recbole_gacllm import artifacts
-from recbole_gacllm.benchmark import job, leaderboard, plan
+from recbole_gacllm.artifacts import children
+from recbole_gacllm.compare import job, leaderboard, plan
 from recbole_gacllm.report import page
 from recbole_gacllm.report.folders import paths_with_blanks, without_folders
 from tests.conftest import tiny_settings, write_dataset
@@ -112,7 +112,7 @@ def board(tmp_path_factory):
     root = tmp_path_factory.mktemp("board")
     settings = tiny_settings(write_dataset(root / "data"), root)
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(root):
-        patch.setattr(artifacts, "run_child", lambda stage, folder, **_: job._work(folder))
+        patch.setattr(children, "run_child", lambda stage, folder, **_: job._work(folder))
         made = plan.make_plan(["BPR", "Pop"], ["tiny"], 1, config_dict=settings)
         return leaderboard.run_leaderboard(made, root / "board", show_progress=False)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from recbole_gacllm.run_folder import claimed, require_writable
-from recbole_gacllm.runner import run
+from recbole_gacllm.plugin.run_folder import claimed, require_writable
+from recbole_gacllm.run import run
 
 SECOND = "Nov-29-2026_10-00-00"
 

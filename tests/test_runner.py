@@ -8,10 +8,10 @@ import json
 import pytest
 import torch
 
-from recbole_gacllm import artifacts
+from recbole_gacllm.artifacts import disk
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.run import run
 from recbole_gacllm.run_config import NON_SAMPLING_MODELS, build_config
-from recbole_gacllm.runner import run
 
 
 def demanded(model, settings, **keys):
@@ -63,7 +63,7 @@ def test_metrics_are_told_where_the_record_cannot_be_written(settings, monkeypat
         if path.name == "run.json":
             raise GaCLLMError(f"cannot write {path}: No space left on device.")
 
-    monkeypatch.setattr(artifacts, "write_atomic", full)
+    monkeypatch.setattr(disk, "write_atomic", full)
     match = r"cannot write \S+/run.json: .*gave: {\"valid\": {.*\"test\": {\"recall@10\": \d"
     with pytest.raises(GaCLLMError, match=match):
         run("Pop", "tiny", config_dict=dict(settings))

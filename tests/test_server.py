@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from recbole_gacllm import artifacts
+from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm import traffic
 from recbole_gacllm.llm.engines import choose_backend
@@ -390,8 +390,8 @@ def wait_for(urls: list[str], servers: list[subprocess.Popen], logs: Path) -> No
 def test_a_run_takes_its_texts_from_servers_and_writes_the_key_nowhere(
     serve, settings, tiny_model, tmp_path, monkeypatch
 ):
-    from recbole_gacllm.descriptions.layers import SIDES, Layer
-    from recbole_gacllm.runner import run
+    from recbole_gacllm.convolution.layers import SIDES, Layer
+    from recbole_gacllm.run import run
 
     from .fake_generator import WORDS
     from .test_pipeline import TINY
@@ -418,7 +418,7 @@ def test_a_run_takes_its_texts_from_servers_and_writes_the_key_nowhere(
     done = run("GaCLLM", "tiny", config_dict=keys)
     assert done.record["stages"]["descriptions"]["backend"] == "server"
     folder = Path(done.record["artifacts"]["descriptions"])
-    assert artifacts.read_manifest(folder)["key"]["served_model"] == "fake"
+    assert manifests.read_manifest(folder)["key"]["served_model"] == "fake"
     layer = Layer.read(folder / "layer_1.parquet")
     texts = [text for side in SIDES for text in layer.texts[side]]
     assert len(texts) == 54

@@ -18,11 +18,10 @@ from torch.nn import functional
 
 import recbole_gacllm  # noqa: F401  (hides broken torchvision before transformers is imported)
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.llm import sft
 from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.generator import SFTPair
-from recbole_gacllm.llm.sft import finetune
-from recbole_gacllm.llm.sft_data import (
+from recbole_gacllm.sft import finetune as sft
+from recbole_gacllm.sft.batches import (
     IGNORED,
     completion_loss,
     encode_pairs,
@@ -30,9 +29,10 @@ from recbole_gacllm.llm.sft_data import (
     pad_left,
     perplexity,
 )
-from recbole_gacllm.llm.sft_merge import merge
-from recbole_gacllm.llm.sft_processes import finetune_on_all_cards
-from recbole_gacllm.llm.sft_trainer import Progress, SFTOptions, last_checkpoint
+from recbole_gacllm.sft.finetune import finetune
+from recbole_gacllm.sft.merge import merge
+from recbole_gacllm.sft.processes import finetune_on_all_cards
+from recbole_gacllm.sft.trainer import Progress, SFTOptions, last_checkpoint
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -324,7 +324,7 @@ def test_killed_and_started_again_it_ends_with_the_same_adapter(
     spent = json.loads((out_dir / "sft.json").read_text())["seconds"]
     perplexities = []
     monkeypatch.setattr(
-        "recbole_gacllm.llm.sft.perplexity",
+        "recbole_gacllm.sft.finetune.perplexity",
         lambda *args: perplexities.append(perplexity(*args)) or perplexities[-1],
     )
     steps = count_updates(monkeypatch)
@@ -470,7 +470,7 @@ def interrupt_after(step, model_dir, pairs, out_dir, options):
                 raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("recbole_gacllm.llm.sft.Progress", Interrupted)
+        patch.setattr("recbole_gacllm.sft.finetune.Progress", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             finetune(model_dir, pairs, HELDOUT, out_dir, options)
 
@@ -536,7 +536,7 @@ def test_without_held_out_pairs_there_is_no_perplexity(model_dir, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_training(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "recbole_gacllm.llm.sft.completion_loss",
+        "recbole_gacllm.sft.finetune.completion_loss",
         lambda *args, **kwargs: completion_loss(*args, **kwargs) * math.nan,
     )
     with pytest.raises(GaCLLMError, match=r"loss is nan at update 1; lower sft_learning_rate=0.01"):
@@ -555,7 +555,7 @@ def test_out_of_memory_names_the_batch_size(model_dir, tmp_path, monkeypatch, er
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("recbole_gacllm.llm.sft.completion_loss", fail)
+    monkeypatch.setattr("recbole_gacllm.sft.finetune.completion_loss", fail)
     with pytest.raises(
         GaCLLMError, match=r"ran out of memory with 4 sequences .* Lower sft_batch_size=4"
     ):

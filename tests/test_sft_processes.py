@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import recbole_gacllm  # noqa: F401  (hides broken torchvision before transformers is imported)
-from recbole_gacllm import artifacts
+from recbole_gacllm.artifacts import children
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.llm import sft
-from recbole_gacllm.llm.sft import finetune, finished
-from recbole_gacllm.llm.sft_processes import finetune_on_all_cards
-from recbole_gacllm.llm.sft_trainer import batch_of_a_process, last_checkpoint
+from recbole_gacllm.sft import finetune as sft
+from recbole_gacllm.sft.finetune import finetune, finished
+from recbole_gacllm.sft.processes import finetune_on_all_cards
+from recbole_gacllm.sft.trainer import batch_of_a_process, last_checkpoint
 
 from .test_sft import (
     HELDOUT,
@@ -74,7 +74,7 @@ import os, sys, time
 from pathlib import Path
 
 sys.path[:0] = [{root!r}]
-from recbole_gacllm.llm.sft_trainer import Progress
+from recbole_gacllm.sft.trainer import Progress
 from tests import test_sft_processes as here
 
 on_save = Progress.on_save
@@ -163,7 +163,7 @@ def test_out_of_memory_it_goes_on_with_half_at_once_from_the_last_checkpoint(
             batches.append(len(labels))
         return loss(outputs, labels, *args, **kwargs)
 
-    monkeypatch.setattr("recbole_gacllm.llm.sft.completion_loss", counting)
+    monkeypatch.setattr("recbole_gacllm.sft.finetune.completion_loss", counting)
     steps = count_updates(monkeypatch)
     report = finetune_on_all_cards(
         model_dir, FEW, HELDOUT, tmp_path / "run", PLAIN, model_name="tiny"
@@ -257,7 +257,7 @@ def test_as_many_processes_start_as_can_share_an_update(model_dir, tmp_path, mon
     started = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
     monkeypatch.setattr(
-        "recbole_gacllm.llm.sft_processes.multiprocessing.spawn",
+        "recbole_gacllm.sft.processes.multiprocessing.spawn",
         lambda *args, nprocs, **kwargs: started.append(nprocs),
     )
     with pytest.raises(AssertionError):  # nobody wrote a report
@@ -270,19 +270,19 @@ def test_torchrun_on_two_machines_finishes_a_stage_that_a_run_then_takes(
     settings, tmp_path, monkeypatch
 ):
     """The machines are two agents on loopback, each with one process."""
-    from recbole_gacllm.runner import run
+    from recbole_gacllm.run import run
 
     from .test_generator_contract import save_tiny_model
     from .test_pipeline import TINY
 
     keys = {**settings, **TINY, "llm_model": str(save_tiny_model(tmp_path / "model"))}
-    real = artifacts.run_child
+    real = children.run_child
 
     def interrupted(stage: str, folder: Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "run_child", interrupted)
+        patch.setattr(children, "run_child", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run("GaCLLM", "tiny", config_dict=keys)
     [folder] = tmp_path.glob("artifacts/tiny/sft-*")
@@ -296,7 +296,7 @@ def test_torchrun_on_two_machines_finishes_a_stage_that_a_run_then_takes(
         assert stage != "sft"
         real(stage, folder)
 
-    monkeypatch.setattr(artifacts, "run_child", other_stages)
+    monkeypatch.setattr(children, "run_child", other_stages)
     done = run("GaCLLM", "tiny", config_dict=keys)
     assert done.record["stages"]["sft"]["reused"]
     assert done.record["stages"]["sft"]["n_steps"] > 1

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from recbole_gacllm.benchmark.significance import compare, holm, marks, mean_interval
+from recbole_gacllm.compare.significance import compare, holm, marks, mean_interval
 
 
 def scores(values, seed=2020):

@@ -13,11 +13,11 @@ import pytest
 
 from recbole_gacllm import pipeline, stage
 from recbole_gacllm.config import GaCLLMConfig, model_defaults, shipped_path
-from recbole_gacllm.descriptions.layers import Layer, Side
-from recbole_gacllm.descriptions.neighbors import TrainGraph
-from recbole_gacllm.llm import sft_processes
-from recbole_gacllm.llm.sft import SFTReport
-from recbole_gacllm.llm.sft_trainer import SFTOptions
+from recbole_gacllm.convolution.graph import TrainGraph
+from recbole_gacllm.convolution.layers import Layer, Side
+from recbole_gacllm.sft import processes
+from recbole_gacllm.sft.finetune import SFTReport
+from recbole_gacllm.sft.trainer import SFTOptions
 
 from .test_sft import make_model
 
@@ -58,7 +58,7 @@ def handed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         calls.update(learn=learn, heldout=heldout, options=options, **more)
         return REPORT
 
-    monkeypatch.setattr(sft_processes, "finetune_on_all_cards", finetune)
+    monkeypatch.setattr(processes, "finetune_on_all_cards", finetune)
     options = asdict(GaCLLMConfig.from_mapping({**model_defaults(), **KEYS}))
     job = {
         "options": options,

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recbole_gacllm.descriptions.costs import Cost, LayerCost
-from recbole_gacllm.descriptions.store import DescriptionStore, Record
+from recbole_gacllm.convolution.costs import Cost, LayerCost
+from recbole_gacllm.convolution.store import DescriptionStore, Record
 from recbole_gacllm.errors import StoreError
 
 WRITER = """
 import hashlib, sys
 from pathlib import Path
-from recbole_gacllm.descriptions.costs import Cost, LayerCost
-from recbole_gacllm.descriptions.store import DescriptionStore, Record
+from recbole_gacllm.convolution.costs import Cost, LayerCost
+from recbole_gacllm.convolution.store import DescriptionStore, Record
 
 def record(n):
     key = hashlib.sha256(str(n).encode()).hexdigest()

@@ -7,8 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_gacllm.descriptions.neutralize import _pattern, neutralize
-from recbole_gacllm.descriptions.text import (
+from recbole_gacllm.convolution.neutralize import _pattern, neutralize
+from recbole_gacllm.convolution.text import (
     cut_at_word,
     nothing_known,
     read_features,

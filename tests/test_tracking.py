@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from recbole.utils.wandblogger import WandbLogger
 
-from recbole_gacllm.tracking import track_stages
+from recbole_gacllm.run import track_stages
 
 MANIFESTS: dict[str, dict[str, Any]] = {
     "sft": {

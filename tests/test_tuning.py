@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recbole_gacllm.benchmark import leaderboard
-from recbole_gacllm.benchmark.plan import baseline_files, make_plan
-from recbole_gacllm.benchmark.space import read_space
-from recbole_gacllm.benchmark.tuning import Search, tune
+from recbole_gacllm.compare import leaderboard
+from recbole_gacllm.compare.plan import baseline_files, make_plan
+from recbole_gacllm.compare.tuning import Search, read_space, tune
 from recbole_gacllm.config import shipped_path
 from recbole_gacllm.errors import GaCLLMError
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from recbole_gacllm.unseen import REG_WEIGHT, UnseenItems
+from recbole_gacllm.objective.unseen import REG_WEIGHT, UnseenItems
 
 N_ITEMS, WIDTH = 12, 4
 SEEN = torch.tensor([1, 2, 4, 5, 6, 8, 9, 10])

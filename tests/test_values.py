@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from recbole_gacllm.descriptions.values import column_values, plain
+from recbole_gacllm.convolution.values import column_values, plain
 
 from .test_text import read, render
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from recbole_gacllm.artifacts.hashing import hash_file
 from recbole_gacllm.errors import WeightsError
 from recbole_gacllm.llm import embedded, weights
 from recbole_gacllm.llm.weights import (
     fingerprint,
-    hash_file,
     resolve_encoder,
     resolve_llm,
     resolve_tokenizer,

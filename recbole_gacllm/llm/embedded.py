@@ -6,7 +6,6 @@ engine and peft read; all-MiniLM-L6-v2 comes as a ready sentence-transformers fo
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import shutil
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from recbole_gacllm.artifacts.hashing import sha256
 from recbole_gacllm.errors import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -123,9 +123,3 @@ def dequantise(gguf: Path, target: Path, chat_template: str | None) -> None:
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -18,8 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from filelock import FileLock
-
+from recbole_gacllm.artifacts import disk, hashing
 from recbole_gacllm.errors import WeightsError
 from recbole_gacllm.llm import embedded, formats
 
@@ -35,8 +34,6 @@ _OUTPUT_SUFFIXES: Final = (".safetensors", ".gguf", ".json", ".txt", ".model", "
 # They describe a folder or set sampling defaults, which every engine here ignores.
 _IRRELEVANT_FILES: Final = (_MANIFEST, "data_config.json")
 _IRRELEVANT_FOLDERS: Final = ("onnx", "openvino", "original")
-# Smaller files are hashed each time; remembering them would save nothing.
-_REMEMBER_BYTES: Final = 1 << 20
 
 
 def resolve_llm(name: str) -> Path:
@@ -60,7 +57,7 @@ def resolve_llm(name: str) -> Path:
     if gguf is None:
         formats.check_llm(path, name)
         return path
-    key = f"gguf-{hash_file(gguf)[:16]}"
+    key = f"gguf-{hashing.hash_file(gguf)[:16]}"
     return _cached(key, "llm_model", lambda target: embedded.dequantise(gguf, target, None))
 
 
@@ -84,18 +81,12 @@ def resolve_encoder(name: str) -> Path:
     return folder
 
 
-def cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/recbole_gacllm``, by default ``~/.cache/recbole_gacllm``."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "recbole_gacllm"
-
-
 def fingerprint(folder: Path, with_weights: bool = True) -> str:
     """SHA-256 over names and contents of the files that determine what a model puts out.
 
     Counted: weights, config, tokenizer, chat template, adapter config, pooling. Left out: model
     cards, generation defaults, hidden files. The hashes of large files are remembered
-    (:func:`hash_file`), so that a large model is read once only.
+    (:func:`.hashing.hash_file`), so that a large model is read once only.
     """
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
@@ -108,35 +99,8 @@ def fingerprint(folder: Path, with_weights: bool = True) -> str:
             and name.parts[0] not in _IRRELEVANT_FOLDERS
             and file.is_file()
         ):
-            digest.update(f"{name.as_posix()}\0{hash_file(file)}\n".encode())
+            digest.update(f"{name.as_posix()}\0{hashing.hash_file(file)}\n".encode())
     return digest.hexdigest()
-
-
-def hash_file(file: Path) -> str:
-    """SHA-256 of a file's content, remembered for large files that have not changed since.
-
-    Size and modification time do not tell: ``cp -p``, ``touch -r`` and archives set the time. A
-    change sets ``ctime``, which no program can choose, and another file in its place has another
-    inode.
-    """
-    stat = file.stat()
-    if stat.st_size < _REMEMBER_BYTES:
-        return embedded.sha256(file)
-    key = str(file.resolve())
-    stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    memory = cache_dir() / "hashes.json"
-    known = _read_json(memory).get(key)
-    if known and known[:-1] == stamp:
-        return str(known[-1])
-    value = embedded.sha256(file)
-    # A file written a moment ago could change again within the clock's resolution.
-    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2_000_000_000:
-        try:
-            with _lock("hashes"):
-                _write_json(memory, {**_read_json(memory), key: [*stamp, value]})
-        except OSError as error:  # nothing is lost but time
-            logger.warning("The hash of %s cannot be remembered in %s: %s", file, memory, error)
-    return value
 
 
 def _local_or_hub(name: str, key: str, patterns: tuple[str, ...]) -> Path:
@@ -166,16 +130,16 @@ def _local_or_hub(name: str, key: str, patterns: tuple[str, ...]) -> Path:
 
 def _cached(key: str, option: str, build: Callable[[Path], None]) -> Path:
     """A folder in the cache, built once by whichever process comes first."""
-    folder = cache_dir() / f"{key}-r{_RECIPE}"
+    folder = hashing.cache_dir() / f"{key}-r{_RECIPE}"
     if _is_intact(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.name):
+        with hashing.cache_lock(folder.name):
             if not _is_intact(folder):
                 _build_atomically(folder, build)
     except WeightsError as error:
-        raise WeightsError(f"{error}\nCache folder: {cache_dir()}.") from error
+        raise WeightsError(f"{error}\nCache folder: {hashing.cache_dir()}.") from error
     except Exception as error:
         raise WeightsError(
             f"{folder} could not be made: {type(error).__name__}: {error}. It needs about 1 GB of "
@@ -192,11 +156,11 @@ def _build_atomically(folder: Path, build: Callable[[Path], None]) -> None:
         new.mkdir()
         build(new)
         files = {
-            file.relative_to(new).as_posix(): [file.stat().st_size, embedded.sha256(file)]
+            file.relative_to(new).as_posix(): [file.stat().st_size, hashing.sha256(file)]
             for file in sorted(new.rglob("*"))
             if file.is_file()
         }
-        _write_json(new / _MANIFEST, {"files": files})
+        disk.write_atomic(new / _MANIFEST, json.dumps({"files": files}, indent=1).encode())
         if folder.exists():
             logger.warning("%s is damaged and is made again", folder)
             os.replace(folder, Path(scratch) / "damaged")
@@ -206,27 +170,8 @@ def _build_atomically(folder: Path, build: Callable[[Path], None]) -> None:
 
 def _is_intact(folder: Path) -> bool:
     """Whether every file of the manifest is there as it was made."""
-    files: dict[str, list[Any]] = _read_json(folder / _MANIFEST).get("files", {})
+    files: dict[str, list[Any]] = hashing.read_json(folder / _MANIFEST).get("files", {})
     return bool(files) and all(
-        (folder / name).is_file() and hash_file(folder / name) == sha256
+        (folder / name).is_file() and hashing.hash_file(folder / name) == sha256
         for name, (_, sha256) in files.items()
     )
-
-
-def _lock(name: str) -> FileLock:
-    return FileLock(cache_dir() / f"{name}.lock")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none or it was cut short."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    new = file.with_suffix(f".{os.getpid()}")
-    new.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(new, file)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from recbole_gacllm.benchmark.degrees import edges
-from recbole_gacllm.benchmark.markdown import metric_name
-from recbole_gacllm.benchmark.results import Board, FinishedRun, summarize
+from recbole_gacllm.compare.degrees import edges
+from recbole_gacllm.compare.markdown import metric_name
+from recbole_gacllm.compare.results import Board, FinishedRun, summarize
 from recbole_gacllm.report import charts
 from recbole_gacllm.report.charts import Series
 from recbole_gacllm.report.degrees import degree_chart, heldout_found, metric_by_degree

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recbole_gacllm.descriptions.layers import SIDES, Side
+from recbole_gacllm.convolution.layers import SIDES, Side
 from recbole_gacllm.report.charts import N_COLOURS, scaled
 from recbole_gacllm.report.source import Source, Texts
 

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from recbole_gacllm.benchmark.degrees import edges, label
-from recbole_gacllm.benchmark.significance import mean_interval
+from recbole_gacllm.compare.degrees import edges, label
+from recbole_gacllm.compare.significance import mean_interval
 from recbole_gacllm.report.charts import Chart, Series, bar_chart
 from recbole_gacllm.report.scoring import Scored
 

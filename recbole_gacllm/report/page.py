@@ -17,10 +17,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
-from recbole_gacllm import __version__, artifacts
-from recbole_gacllm.benchmark.leaderboard import PLAN_FILE
-from recbole_gacllm.benchmark.markdown import metric_name
-from recbole_gacllm.benchmark.results import Board
+from recbole_gacllm import __version__
+from recbole_gacllm.artifacts import disk
+from recbole_gacllm.compare.leaderboard import PLAN_FILE
+from recbole_gacllm.compare.markdown import metric_name
+from recbole_gacllm.compare.results import Board
 from recbole_gacllm.report import board as board_sections
 from recbole_gacllm.report import sections
 from recbole_gacllm.report.browser import browser_data, map_data, packed
@@ -79,7 +80,7 @@ def write_report(path: Path, output: Path | None = None, artifact_dir: Path | No
             "It was edited, or is of another version: take the file as it was written."
         ) from error
     target = output or (path if path.is_dir() else path.parent) / "report.html"
-    artifacts.write_atomic(target, text.encode("utf-8", "backslashreplace"))
+    disk.write_atomic(target, text.encode("utf-8", "backslashreplace"))
     return target
 
 

@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from recbole_gacllm.benchmark.markdown import metric_name
-from recbole_gacllm.benchmark.significance import mean_interval
-from recbole_gacllm.descriptions.audit import blind_spots
-from recbole_gacllm.descriptions.audit import verdict as leakage_verdict
+from recbole_gacllm.compare.markdown import metric_name
+from recbole_gacllm.compare.significance import mean_interval
+from recbole_gacllm.inspection.leakage import blind_spots
+from recbole_gacllm.inspection.leakage import verdict as leakage_verdict
 from recbole_gacllm.report import charts
 from recbole_gacllm.report.charts import Series
 from recbole_gacllm.report.degrees import degree_chart, heldout_found, metric_by_degree

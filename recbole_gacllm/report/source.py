@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recbole_gacllm import locate
-from recbole_gacllm.benchmark.job import PER_USER_FILE, RUN_FILE
-from recbole_gacllm.benchmark.results import FinishedRun
-from recbole_gacllm.descriptions.layers import SIDES, Layer, Side
-from recbole_gacllm.descriptions.names import names_file_of, read_names
-from recbole_gacllm.descriptions.neighbors import NeighborLists, TrainGraph
-from recbole_gacllm.descriptions.reading import RunDescriptions
-from recbole_gacllm.descriptions.text import read_features
+from recbole_gacllm.artifacts import locate
+from recbole_gacllm.compare.job import PER_USER_FILE, RUN_FILE
+from recbole_gacllm.compare.results import FinishedRun
+from recbole_gacllm.convolution.graph import NeighborLists, TrainGraph
+from recbole_gacllm.convolution.layers import SIDES, Layer, Side
+from recbole_gacllm.convolution.names import names_file_of, read_names
+from recbole_gacllm.convolution.text import read_features
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.inspection.reading import RunDescriptions
 
 logger = logging.getLogger(__name__)
 

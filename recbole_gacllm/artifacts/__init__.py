@@ -1,0 +1,1 @@
+"""What lies on disk: stage folders, their children, where things are."""

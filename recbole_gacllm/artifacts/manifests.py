@@ -1,0 +1,230 @@
+"""How every stage writes its folder: fingerprint, lock, and a manifest that is written last.
+
+A stage folder is complete when its ``manifest.json`` is there. A folder without one is half-written
+and is resumed by the stage that owns it. A manifest records the SHA-256 of every output (``files``)
+and the settings (``key``). Both are checked whenever the folder is used again, so that damage, an
+edit by hand or a copied folder is found before anything is made from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from recbole_gacllm.artifacts import disk
+from recbole_gacllm.artifacts.hashing import hash_file, sha256
+from recbole_gacllm.artifacts.locate import require_no_links
+from recbole_gacllm.errors import GaCLLMError
+
+logger = logging.getLogger(__name__)
+MANIFEST_FILE = "manifest.json"
+JOB_FILE = "job.json"
+
+
+def fingerprint(obj: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of a mapping: keys sorted, no blanks, ASCII, exact numbers.
+
+    Lists and tuples are the same array; ``1``, ``1.0`` and ``True`` are three different values.
+
+    Raises:
+        ValueError: If a value is not JSON (a path, a set, NaN, a key that is not a string); the
+            message names where it stands.
+    """
+    _require_json(obj, "fingerprint")
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a stage folder, or None if the stage has not finished there.
+
+    Raises:
+        GaCLLMError: If the file is there but is not a JSON object, or cannot be read.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged_manifest(path, str(error)) from error
+    if not isinstance(manifest, dict):
+        raise _damaged_manifest(path, f"a JSON object expected, {type(manifest).__name__} found")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Declare a stage folder complete; call it last.
+
+    Raises:
+        ValueError: If the manifest holds a value that is not JSON.
+        GaCLLMError: If it cannot be written.
+    """
+    _require_json(manifest, MANIFEST_FILE)
+    text = json.dumps(manifest, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+    disk.write_atomic(folder / MANIFEST_FILE, text.encode("utf-8", "backslashreplace"))
+
+
+@contextmanager
+def stage_lock(folder: Path) -> Iterator[None]:
+    """Hold a stage folder for this process; others wait here. The folder is made if need be.
+
+    The operating system frees the lock when its holder ends, however it ends.
+
+    Raises:
+        ValueError: If the folder cannot be made or written.
+        GaCLLMError: If it holds symbolic links, through which a stage would write elsewhere.
+    """
+    require_no_links(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("waiting for another process that works on %s", folder)
+            lock.acquire()
+    except OSError as error:
+        raise ValueError(
+            f"artifact_dir: {folder} cannot be written ({error}). Set artifact_dir to a folder "
+            "that this user may write."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _damaged_manifest(path: Path, reason: str) -> GaCLLMError:
+    return GaCLLMError(
+        f"{path} is damaged: {reason}. Delete this file and start again: the stage then checks and "
+        "completes the folder."
+    )
+
+
+def _require_json(value: object, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where}: key {key!r} is a {type(key).__name__}, not a string")
+            _require_json(item, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _require_json(item, f"{where}[{index}]")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: {value} is not a JSON number")
+    elif not (value is None or isinstance(value, (str, int))):
+        raise ValueError(
+            f"{where}: {value!r} is a {type(value).__name__}; allowed are None, bool, int, float, "
+            "str, list, tuple and mappings of these with string keys"
+        )
+
+
+def digests(folder: Path, outputs: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of every output by its path in the folder; a folder stands for all files in it."""
+    return {
+        file.relative_to(folder).as_posix(): _digest(file)
+        for output in outputs
+        for file in sorted(_files(folder / output))
+    }
+
+
+def finished(folder: Path, key: Mapping[str, Any], outputs: Sequence[str]) -> bool:
+    """Whether a stage has finished here and its outputs are what it wrote; changes nothing.
+
+    An output that is gone or changed is logged. A manifest without digests, of an earlier release,
+    counts as not finished.
+
+    Args:
+        folder: Of the stage; the caller holds its lock.
+        key: The settings asked for.
+        outputs: Names of files or folders that the stage makes.
+
+    Raises:
+        GaCLLMError: If the folder was made with other settings, or its manifest is damaged.
+    """
+    manifest = read_manifest(folder)
+    for name in (JOB_FILE, MANIFEST_FILE):
+        _require_own(folder / name, key)
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        return False
+    wrong = _wrong(folder, manifest["files"], outputs)
+    if wrong:
+        logger.warning(
+            "%s in %s: gone, or not what the stage wrote; made again",
+            ", ".join(sorted(wrong)),
+            folder,
+        )
+    return not wrong
+
+
+def discard_damaged(folder: Path, outputs: Sequence[str]) -> None:
+    """Remove what :func:`finished` found gone or changed, manifest first: it is made again now.
+
+    Only what the stage itself makes is removed, whatever the manifest names. The caller holds the
+    lock. A folder without a manifest is half-written, and all in it stays.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        return
+    wrong = _wrong(folder, manifest["files"], outputs)
+    (folder / MANIFEST_FILE).unlink()
+    for output in outputs:
+        if any(file == output or file.startswith(f"{output}/") for file in wrong):
+            if (folder / output).is_dir():
+                shutil.rmtree(folder / output)
+            else:
+                (folder / output).unlink(missing_ok=True)
+
+
+def _wrong(folder: Path, recorded: Mapping[str, Any], outputs: Sequence[str]) -> set[str]:
+    """Outputs that are gone, changed, or not of the stage."""
+    made = digests(folder, outputs)
+    wrong = {file for file in {*made, *recorded} if made.get(file) != recorded.get(file)}
+    return wrong | {output for output in outputs if not (folder / output).exists()}
+
+
+def _files(output: Path) -> Iterator[Path]:
+    if output.is_dir():
+        yield from (file for file in output.rglob("*") if file.is_file())
+    elif output.is_file():
+        yield output
+
+
+def _digest(file: Path) -> str:
+    """Weights are large: their hashes are remembered by path, size and time of change."""
+    return hash_file(file) if file.suffix == ".safetensors" else sha256(file)
+
+
+def _require_own(file: Path, key: Mapping[str, Any]) -> None:
+    """Refuse a folder that was copied from another configuration, or edited."""
+    try:
+        found = json.loads(file.read_bytes()).get("key")
+    except (FileNotFoundError, ValueError, AttributeError):
+        return  # nothing there, or of an unfinished stage and written anew
+    if not isinstance(found, dict) or fingerprint(found) == fingerprint(key):
+        return
+    wanted = json.loads(json.dumps(key))
+    names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    differing = "; ".join(
+        f"{name} is {_short(found.get(name))}, not {_short(wanted.get(name))}" for name in names
+    )
+    raise GaCLLMError(
+        f"{file} is of another configuration ({differing}): the folder was copied, or the file "
+        f"edited. Move {file.parent} away or delete it, and start again: it is then made anew."
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -1,1 +1,0 @@
-"""Comparing models: leaderboards that resume, paired tests, tables, exports."""

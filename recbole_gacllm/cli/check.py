@@ -1,0 +1,76 @@
+"""The command ``check``: what a run would read, before there is one."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from recbole_gacllm.cli import common
+from recbole_gacllm.console import say
+
+_EPILOG = """\
+Takes every key of a run. Nothing is trained and nothing is written.
+
+examples:
+  python -m recbole_gacllm check --dataset=ml-100k
+  python -m recbole_gacllm check --dataset=my-books --data_path=data/ --config_files=my-books.yaml
+"""
+
+
+def check(arguments: list[str]) -> None:
+    """Print what a run would read of a data set, and three texts of each side."""
+    parser = common.command_parser(
+        "python -m recbole_gacllm check",
+        "Read a data set as a run would: columns, ids, times, repeats, filters, split, keys; and "
+        "show texts as the language model would see them.",
+        _EPILOG,
+    )
+    parser.add_argument("--dataset", required=True, help="name of the data set")
+    parser.add_argument("--model", default="GaCLLM", help="GaCLLM (default) or a RecBole model")
+    common.add_config_files(parser)
+    known, keys = common.parse_with_keys(parser, arguments)
+
+    from recbole_gacllm.inspection.data_door import read_and_inspect, sample_texts
+    from recbole_gacllm.plugin.registration import MODELS
+
+    sys.argv[1:] = []  # RecBole reads it
+    files = known.config_files.split()
+    config, train, report = read_and_inspect(known.model, known.dataset, files, dict(keys))
+    say(*report.lines())
+    for warning in report.warnings:
+        say(*textwrap.wrap(f"warning: {warning}", 96, subsequent_indent="  "))
+    if known.model in MODELS and not config["use_text"]:
+        return
+    with _notes() as notes:
+        try:
+            samples = sample_texts(config, train, known.dataset, files, dict(keys))
+        except ValueError as error:
+            if known.model in MODELS:
+                raise
+            say("", *textwrap.wrap(f"no texts, which {known.model} does not read: {error}", 96))
+            return
+    for side, texts in samples.items():
+        say("", f"{side}s, as a language model sees them")
+        for text in texts:
+            say(*textwrap.wrap(text, 96, initial_indent="  - ", subsequent_indent="    "))
+    for note in notes:
+        say("", note)
+
+
+@contextmanager
+def _notes() -> Iterator[list[str]]:
+    """What the making of texts says meanwhile: fields left out, cuts, nodes without a text."""
+    notes: list[str] = []
+    handler, source = logging.Handler(), logging.getLogger("recbole_gacllm.convolution.text")
+    handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
+    level = source.level
+    source.setLevel(logging.INFO)
+    source.addHandler(handler)
+    try:
+        yield notes
+    finally:
+        source.removeHandler(handler)
+        source.setLevel(level)

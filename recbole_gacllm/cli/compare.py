@@ -1,0 +1,249 @@
+"""The commands ``leaderboard`` and ``tune`` of the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recbole_gacllm.cli import common
+from recbole_gacllm.cli.common import add_artifact_dir, command_parser, parse
+from recbole_gacllm.console import say
+from recbole_gacllm.errors import GaCLLMError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from recbole_gacllm.compare.tuning import Search
+
+_LEADERBOARD_EPILOG = """\
+Every run is made once, in a process of its own: start the same command again after a kill, with
+more models or seeds, or on several machines that share OUTPUT. Tuned hyper-parameters come from
+properties/baselines; every key of RecBole and of GaCLLM is a flag, for all models. A variant of a
+model is a row of its own: Model:key=value:key=value; Model:seeds=2 has the first two seeds only.
+
+examples:
+  python run_recbole_gacllm.py leaderboard --models=GaCLLM,EASE,BPR --datasets=ml-100k --seeds=5
+  python run_recbole_gacllm.py leaderboard --datasets=ml-100k --seeds=5 \\
+      --models=GaCLLM,GaCLLM:use_text=False,GaCLLM:text_source=shuffled,EASE
+  python run_recbole_gacllm.py leaderboard --models=GaCLLM,SASRec --datasets=ml-100k \\
+      --protocol=sequential --output=saved/sequential
+  python run_recbole_gacllm.py leaderboard -m BPR,EASE -d ml-100k --test_latex=latex/test.tex
+"""
+_TUNE_EPILOG = """\
+The validation metric selects. Each trial is made once, in a process of its own: start the same
+command again after a kill. GaCLLM's text stages run once for all trials that share them. Spaces
+are shipped in properties/spaces; every key of RecBole and of GaCLLM is a flag.
+
+examples:
+  python run_recbole_gacllm.py tune --model=EASE --dataset=ml-100k
+  python run_recbole_gacllm.py tune --model=GaCLLM --dataset=ml-100k --algo=bayes --max_evals=30
+  python run_recbole_gacllm.py tune --model=LightGCN --dataset=ml-100k --space=mine.hyper
+"""
+_PROTOCOL_HELP = (
+    "general (random 8:1:1 split of each user; default), sequential (leave one out by time, for "
+    "general and sequential models) or cold (items without training interactions)"
+)
+
+
+def leaderboard(arguments: list[str]) -> None:
+    """Make every run, write the tables and print them."""
+    parser = common.command_parser(
+        "run_recbole_gacllm.py leaderboard",
+        "Compare models: make every run, test the differences, write the tables.",
+        _LEADERBOARD_EPILOG,
+    )
+    parser.add_argument(
+        "--models",
+        "--model_list",
+        "-m",
+        required=True,
+        help="names with commas, such as GaCLLM,LightGCN,EASE: GaCLLM, RecBole's models, variants",
+    )
+    parser.add_argument(
+        "--datasets", "--dataset", "-d", required=True, help="names of data sets, with commas"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="how many, from --seed (2020) on; default 1"
+    )
+    parser.add_argument("--protocol", default="general", help=_PROTOCOL_HELP)
+    parser.add_argument(
+        "--output", type=Path, default=Path("saved/leaderboard"), help="folder of the leaderboard"
+    )
+    parser.add_argument(
+        "--baseline", help="model that the others are tested against; default the first"
+    )
+    parser.add_argument("--nproc", type=int, default=1, help="processes of RecBole's DDP, each run")
+    for part in ("valid", "test"):
+        parser.add_argument(
+            f"--{part}_latex",
+            type=Path,
+            help=f"file for the {part} table of RecBole's run_recbole_group.py; one data set",
+        )
+    common.add_config_files(parser)
+    common.add_verbosity(parser)
+    known, keys = common.parse_with_keys(parser, arguments)
+    datasets = known.datasets.split(",")
+    if (known.valid_latex or known.test_latex) and len(datasets) > 1:
+        parser.error("--valid_latex and --test_latex take one data set")
+
+    from recbole_gacllm.compare import leaderboard as board_runs
+    from recbole_gacllm.compare import plan, results, rows, submission, tables
+
+    sys.argv[1:] = []  # RecBole reads it; the keys reach each run by its job
+    show_progress = _show_progress(known, keys)
+    made = plan.make_plan(
+        rows.split_models(known.models),
+        datasets,
+        known.seeds,
+        known.protocol,
+        known.config_files.split(),
+        keys,
+        known.nproc,
+    )
+    if known.baseline is not None and known.baseline not in made.summary["models"]:
+        raise ValueError(
+            f"baseline: {known.baseline!r} is not one of the models: "
+            f"{', '.join(made.summary['models'])}."
+        )
+    with common.quiet_output("leaderboard", known.quiet):
+        board_runs.check_data(made, known.output)
+        board_runs.run_leaderboard(made, known.output, show_progress)
+        folder = submission.write_submission(known.output, known.baseline)
+    for page in sorted((known.output / "results").glob("*.md")):
+        text = page.read_text("utf-8")
+        start = text.index("# Evaluation Results")
+        say("", *text[start : text.index("# Hyper-parameters")].strip().split("\n"), "", page)
+    say(folder)
+    board = results.Board.read(known.output)
+    for part, file in (("valid", known.valid_latex), ("test", known.test_latex)):
+        if file is not None:
+            tables.write_latex(board, datasets[0], part, file)
+            say(file)
+    if board.failures:
+        reasons = {failure["error"]: failure for failure in reversed(board.failures)}
+        raise GaCLLMError(
+            f"{len(board.failures)} of {len(made.jobs)} runs failed; start again to try them once "
+            "more. "
+            + " ".join(
+                f"{failed['model']} on {failed['dataset']}, seed {failed['seed']}: {error} Its "
+                f"log: {failed['log']}."
+                for error, failed in reversed(reasons.items())
+            )
+        )
+
+
+def tune(arguments: list[str]) -> None:
+    """Search hyper-parameters, print the best trials, write the best one's yaml file."""
+    parser = common.command_parser(
+        "run_recbole_gacllm.py tune",
+        "Search hyper-parameters of GaCLLM or a RecBole model with RecBole's HyperTuning.",
+        _TUNE_EPILOG,
+    )
+    parser.add_argument("--model", default="GaCLLM", help="GaCLLM (default) or a RecBole model")
+    parser.add_argument("--dataset", required=True, help="name of the data set, such as ml-100k")
+    parser.add_argument(
+        "--space",
+        "--params_file",
+        type=Path,
+        help="RecBole's .hyper file, or the yaml of its params_dict; default the shipped one",
+    )
+    parser.add_argument(
+        "--algo",
+        default="exhaustive",
+        help="exhaustive (all combinations, in random order; default), random or bayes (TPE)",
+    )
+    parser.add_argument(
+        "--max_evals", type=int, default=20, help="trials of random and bayes; default 20"
+    )
+    parser.add_argument(
+        "--early_stop",
+        type=int,
+        help="end after so many trials without a better one; default never",
+    )
+    parser.add_argument("--protocol", default="general", help=_PROTOCOL_HELP)
+    parser.add_argument(
+        "--output", type=Path, help="folder of the search; default saved/tuning/DATASET-MODEL"
+    )
+    parser.add_argument("--nproc", type=int, default=1, help="processes of RecBole's DDP, each run")
+    common.add_config_files(parser)
+    common.add_verbosity(parser)
+    known, keys = common.parse_with_keys(parser, arguments)
+
+    from recbole_gacllm.compare import tuning
+    from recbole_gacllm.compare import tuning as space
+    from recbole_gacllm.config import shipped_path
+    from recbole_gacllm.inspection import data_door
+
+    sys.argv[1:] = []
+    show_progress = _show_progress(known, keys)
+    shipped = shipped_path("properties", "spaces", f"{known.model}.hyper")
+    search = tuning.Search(
+        known.model,
+        known.dataset,
+        space.read_space(known.space or shipped),
+        known.output or Path("saved/tuning") / f"{known.dataset}-{known.model}",
+        known.protocol,
+        known.config_files.split(),
+        keys,
+        known.nproc,
+    )
+    with common.quiet_output("tune", known.quiet):
+        data_door.check_plan([search.job({}).arguments])
+        best = tuning.tune(search, known.algo, known.max_evals, known.early_stop, show_progress)
+    _print_search(search, best)
+    if failed := [trial for trial in search.trials if trial.score is None]:
+        raise GaCLLMError(
+            f"{len(failed)} of {len(search.trials)} trials failed; start again to try them once "
+            "more. Their folders: " + ", ".join(str(trial.folder) for trial in failed)
+        )
+
+
+def _show_progress(known: argparse.Namespace, keys: dict[str, str]) -> bool:
+    common.show_messages(known)
+    return keys.pop("show_progress", "True") == "True" and not known.quiet
+
+
+def _print_search(search: Search, best: Path) -> None:
+    finished = [trial for trial in search.trials if trial.score is not None]
+    say("", f"{search.model} on {search.dataset}, {len(finished)} trials", "")
+    say(*best.read_text("utf-8").split("\n"))
+    say(f"{'trials':<10}{search.output / 'trials.csv'}")
+    say(f"{'best':<10}{best}")
+    say(f"{'use it':<10}--config_files={best}, or copy it to")
+    say(f"{'':<10}properties/baselines/{search.dataset}/{best.name}")
+
+
+_EPILOG = """\
+The page holds what the run left: its record, its descriptions and the weights of its checkpoint,
+with which every user is scored once more. A run of somebody else may be reported on: no pickle is
+loaded and nothing of it is executed. Sections without data say why. Open it by a double click.
+
+examples:
+  python -m recbole_gacllm report saved/runs/ml-100k-GaCLLM-Nov-22-2026_15-19-14
+  python -m recbole_gacllm report saved/leaderboard --output=leaderboard.html
+"""
+
+
+def report(arguments: list[str]) -> None:
+    """Write one HTML file about a run or a leaderboard."""
+    parser = command_parser(
+        "python -m recbole_gacllm report",
+        "Write one HTML file, which needs no network, about a run or a leaderboard: results, "
+        "curves, costs, the leakage audit, and every description with what came of it.",
+        _EPILOG,
+    )
+    parser.add_argument(
+        "path", type=Path, help="a run.json, its folder, or the folder of a leaderboard"
+    )
+    add_artifact_dir(parser)
+    parser.add_argument("--output", type=Path, help="file to write; default PATH/report.html")
+    known = parse(parser, arguments)
+    if known.output is not None and not known.output.resolve().parent.is_dir():
+        parser.error(f"--output {known.output}: there is no folder {known.output.parent}")
+
+    # RecBole's import takes seconds: --help does not wait for it.
+    from recbole_gacllm.report.page import write_report
+
+    file = write_report(known.path, known.output, known.artifact_dir)
+    say(f"{file} ({file.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,347 @@
+"""The commands of the command line about descriptions and their embeddings."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recbole_gacllm.artifacts.csv_cells import no_formula
+from recbole_gacllm.cli import common, descriptions
+from recbole_gacllm.config import preset_names
+from recbole_gacllm.console import say
+from recbole_gacllm.convolution.layers import SIDES
+
+if TYPE_CHECKING:
+    from recbole_gacllm.inspection.reading import Unfinished
+
+_DESCRIBE_EPILOG = """\
+Without --user or --item it makes the descriptions of a run, with the run's keys as flags: features,
+fine-tuning, LLM, no training. --export-batch and --import-batch let a cluster answer the prompts,
+one layer after the other; README, "Bigger than one machine", has the whole way.
+
+examples:
+  python -m recbole_gacllm describe --dataset=ml-100k --user=196
+  python -m recbole_gacllm describe --dataset=ml-100k --llm_n_layers=1
+  python -m recbole_gacllm describe --dataset=ml-100k --export-batch batch
+  python -m recbole_gacllm describe --dataset=ml-100k --import-batch answers
+"""
+
+
+def describe(arguments: list[str]) -> None:
+    """Print what was written about a user or an item, or make the descriptions of a run."""
+    parser = _artifact_parser(
+        "describe",
+        "Print what was written about a node at every layer, and the neighbours it was made from; "
+        "or make descriptions.",
+        _DESCRIBE_EPILOG,
+    )
+    parser.set_defaults(artifact_dir=None)
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument("--user", help="raw token of a user, as in the .inter file")
+    actions.add_argument("--item", help="raw token of an item")
+    descriptions.add_arguments(parser, actions)
+    known, keys = common.parse_with_keys(parser, arguments)
+    if known.user is None and known.item is None:
+        descriptions.make_descriptions(parser, known, keys)
+        return
+    if keys:
+        parser.error(f"--{next(iter(keys))}: --user and --item take no keys of a run")
+    known.artifact_dir = known.artifact_dir or common.ARTIFACT_DIR
+    found = _artifacts(parser, known)
+    side, token = ("user", known.user) if known.user is not None else ("item", known.item)
+    page = found.page(side, token)
+    name = f", {page.name}" if page.name else ""
+    say(f"{side} {token}{name}: {page.degree} training interactions")
+    for number, (status, text) in enumerate(page.texts):
+        lines = textwrap.wrap(text, 96, initial_indent="  ", subsequent_indent="  ")
+        say("", f"layer {number} ({status})", *lines)
+    if page.neighbors:
+        say("", "neighbours in its prompts")
+    for neighbor, label, text in page.neighbors:
+        head = f"{neighbor}: {label + '. ' if label else ''}{text}"
+        say(*textwrap.wrap(head, 96, initial_indent="  - ", subsequent_indent="    "))
+    say("", found.folder)
+
+
+def audit(arguments: list[str]) -> None:
+    """Print, and write if asked, what each layer of a run's descriptions is like."""
+    parser = common.command_parser(
+        "python -m recbole_gacllm audit",
+        "Figures and samples of every layer of descriptions: failures, retries, "
+        "lengths, copies, repetition, names of items, and the leakage audit of the run. Of a run "
+        "that goes on or was killed, its finished layers, and how far the next one is.",
+        "example:\n  python -m recbole_gacllm audit saved/runs/ml-100k-GaCLLM-Nov-22-2026_15-19-14",
+    )
+    parser.add_argument("run", type=Path, help="a run.json, its folder, or a descriptions-… folder")
+    common.add_artifact_dir(parser)
+    parser.add_argument("--n-samples", type=int, default=10, help="of each layer")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of samples")
+    parser.add_argument("--json", type=Path, help="file to write all figures to, too")
+    known = common.parse(parser, arguments)
+
+    from recbole_gacllm.inspection.quality import layer_qualities, quality_lines
+    from recbole_gacllm.inspection.reading import RunDescriptions
+
+    found = RunDescriptions.of_run(known.run, True, known.artifact_dir)
+    layers = list(layer_qualities(found, known.n_samples, known.seed))
+    for layer in layers:
+        say("", *quality_lines(layer))
+    if found.manifest["stage"] == "inputs":
+        say(
+            "no LLM wrote anything: the run takes the texts of layer 0 as they are; describe "
+            "--user or --item shows them"
+        )
+    if found.unfinished is not None:
+        _print_unfinished(found.unfinished)
+    leakage = _leakage(known.run)
+    if leakage is not None:
+        say("", "leakage audit " + ", ".join(f"{key} {value}" for key, value in leakage.items()))
+    say("", found.folder)
+    if known.json:
+        figures = {
+            "folder": str(found.folder),
+            "leakage_audit": leakage,
+            "layers": [dataclasses.asdict(layer) for layer in layers],
+            "unfinished": found.unfinished and dataclasses.asdict(found.unfinished),
+        }
+        known.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def import_descriptions(arguments: list[str]) -> None:
+    """Fill the layers of a run with texts from elsewhere."""
+    parser = common.command_parser(
+        "python -m recbole_gacllm import-descriptions",
+        "Check a file of descriptions (columns side, token, layer, text) against a data set and "
+        "fill its layers. Where the file lacks a layer of the run, the run itself fills them, as "
+        "the LLM is needed.",
+        "example:\n  python -m recbole_gacllm import-descriptions texts.parquet --dataset=ml-100k",
+    )
+    parser.add_argument("file", type=Path, help=".parquet or .csv")
+    parser.add_argument("--dataset", required=True, help="name of the data set")
+    common.add_config_files(parser)
+    arguments = common.with_equals_signs(parser, arguments)
+    known, keys = common.parse_with_keys(parser, arguments)
+    flags = [flag for flag in arguments if flag.startswith("--")]
+    flags.append(f"--text_import_file={known.file}")
+    common.require_key_value(parser, flags)
+
+    from recbole_gacllm.convolution.imported import ImportedTexts, describe
+
+    imported = ImportedTexts.read(known.file.resolve())
+    if max(imported.layers) > 0 and "llm_n_layers" not in keys:
+        flags.append(f"--llm_n_layers={max(imported.layers)}")
+
+    from recbole_gacllm import pipeline
+    from recbole_gacllm.run_config import training_data
+
+    sys.argv[1:] = flags  # RecBole reads sys.argv itself
+    options, data = training_data(known.dataset, known.config_files.split())
+    tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
+    for report in imported.check(tokens, options.llm_n_layers):
+        say(describe(report))
+    to_make = set(range(1, options.llm_n_layers + 1)) - set(imported.layers)
+    if to_make:
+        say(f"left to the LLM of the run: layer {', '.join(map(str, sorted(to_make)))}")
+    else:
+        say(f"written to {pipeline.describe(options, data)}")
+    say("", "to train on them", f"  python run_recbole_gacllm.py {shlex.join(flags)}")
+
+
+def export_descriptions(arguments: list[str]) -> None:
+    """Write all descriptions to one file."""
+    parser = _artifact_parser(
+        "export-descriptions",
+        "Write all descriptions to one file: side, token, layer, text, status, reason, tokens.",
+        "example:\n"
+        "  python -m recbole_gacllm export-descriptions --dataset=ml-100k --output=texts.parquet",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="file to write; .parquet or .csv"
+    )
+    known = common.parse(parser, arguments)
+    if known.output.suffix not in (".parquet", ".csv"):
+        parser.error(f"--output {known.output}: the name must end in .parquet or .csv")
+    if not known.output.resolve().parent.is_dir():
+        parser.error(f"--output {known.output}: there is no folder {known.output.parent}")
+    frame = _artifacts(parser, known).frame()
+    if known.output.suffix == ".parquet":
+        frame.to_parquet(known.output, index=False)
+    else:
+        for name in ("token", "text"):
+            frame[name] = frame[name].map(no_formula)
+        frame.to_csv(known.output, index=False)
+    say(f"{len(frame)} descriptions written to {known.output}")
+
+
+def export_embeddings(arguments: list[str]) -> None:
+    """Write a layer's text embeddings as RecBole's files."""
+    parser = _artifact_parser(
+        "export-embeddings",
+        "Write the text embeddings of a layer as RecBole's files of pretrained embeddings.",
+        "example:\n"
+        "  python -m recbole_gacllm export-embeddings --dataset=ml-1m --layer=1 --output=ml-1m",
+    )
+    parser.add_argument(
+        "--layer", type=int, required=True, help="0: raw texts; l: after l layers of convolution"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write to; the files get its name"
+    )
+    known = common.parse(parser, arguments)
+    if (known.dataset is None) == (known.run is None):
+        parser.error("give either --dataset or --run")
+
+    from recbole_gacllm.inspection.embeddings import export_embeddings, find_embeddings
+
+    folder = find_embeddings(known.artifact_dir, known.dataset, known.run, known.layer)
+    for file in export_embeddings(folder, known.layer, known.output):
+        say(file)
+    say(f"from {folder}")
+
+
+def _artifact_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    parser = common.command_parser(f"python -m recbole_gacllm {prog}", description, epilog)
+    parser.add_argument("--dataset", help="the newest descriptions of this data set")
+    parser.add_argument("--run", type=Path, help="or those of a run: a run.json or its folder")
+    common.add_artifact_dir(parser)
+    return parser
+
+
+def _artifacts(parser: argparse.ArgumentParser, known: argparse.Namespace) -> Any:
+    from recbole_gacllm.inspection.reading import RunDescriptions
+
+    if (known.dataset is None) == (known.run is None):
+        parser.error("give either --dataset or --run")
+    if known.run is not None:
+        return RunDescriptions.of_run(known.run, artifact_dir=known.artifact_dir)
+    return RunDescriptions.newest(known.artifact_dir, known.dataset)
+
+
+def _leakage(run: Path) -> dict[str, Any] | None:
+    file = run / "run.json" if run.is_dir() else run
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text("utf-8")).get("leakage_audit")
+    return dict(found) if found else None
+
+
+def _print_unfinished(found: Unfinished) -> None:
+    from recbole_gacllm.inspection.quality import token_line
+
+    cost = dataclasses.asdict(found.cost)
+    say("", f"layer {found.number} of {found.n_layers} is not finished")
+    say(f"  generated       {found.cost.n_generated} prompts, for {found.n_nodes} nodes at most")
+    say(f"  tokens          {token_line(cost)}")
+    say("  start the run again: it goes on with what is missing")
+
+
+if TYPE_CHECKING:
+    from recbole_gacllm.stage_batch import Imported
+
+
+def add_arguments(parser: argparse.ArgumentParser, actions: Any) -> None:
+    """The flags of these ways of ``describe``."""
+    actions.add_argument(
+        "--export-batch",
+        type=Path,
+        metavar="FOLDER",
+        help="write what the first incomplete layer lacks as run-batch shards",
+    )
+    actions.add_argument(
+        "--import-batch",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="files of answers, or folders of such, to take into the store",
+    )
+    parser.add_argument(
+        "--shard-size", type=int, default=20_000, help="requests a shard; default 20000"
+    )
+    parser.add_argument("--preset", choices=preset_names(), help="as in the run")
+    common.add_config_files(parser)
+    common.add_verbosity(parser)
+
+
+def make_descriptions(
+    parser: argparse.ArgumentParser, known: argparse.Namespace, keys: Mapping[str, str]
+) -> None:
+    """Run the stages up to the descriptions, export what they lack, or import answers."""
+    if known.dataset is None or known.run is not None:
+        parser.error("give --dataset and the keys of the run; --run goes with --user or --item")
+    if known.shard_size < 1:
+        parser.error(f"--shard-size {known.shard_size}: must be at least 1")
+    given = {
+        name: getattr(known, name) for name in ("dataset", "artifact_dir", "preset", "config_files")
+    }
+    flags = [f"--{name}={value}" for name, value in {**given, **keys}.items() if value]
+    common.require_key_value(parser, flags)
+    common.show_messages(known)
+
+    # RecBole's import takes seconds: --help and mistakes above do not wait for it.
+    from recbole_gacllm import pipeline
+    from recbole_gacllm.run_config import training_data
+
+    # RecBole reads sys.argv itself.
+    sys.argv[1:] = flags + (["--show_progress=False"] if known.quiet else [])
+    command = f"python -m recbole_gacllm describe {shlex.join(flags)}"
+    with common.quiet_output(f"describe-{known.dataset}", known.quiet):
+        options, data = training_data(known.dataset, known.config_files.split())
+        if known.export_batch is None and known.import_batch is None:
+            folder = pipeline.describe(options, data)
+            say(folder, "", "to see them", f"  python -m recbole_gacllm audit {folder}")
+            return
+        folder, job = pipeline.description_job(options, data)
+
+        from recbole_gacllm import stage_batch
+
+        if known.export_batch is not None:
+            to = known.export_batch
+            exported = stage_batch.export_batch(folder, job, to, known.shard_size)
+            _print_exported(exported, to, command)
+        else:
+            _print_imported(stage_batch.import_batch(folder, job, known.import_batch), command)
+
+
+def _print_exported(manifest: dict[str, Any] | None, to: Path, command: str) -> None:
+    if manifest is None:
+        say("nothing to export: all layers are in the store, where a run finds them")
+        return
+    n_second, n_shards = manifest["n_second_attempts"], len(manifest["shards"])
+    say(
+        f"layer {manifest['layer']} of {manifest['n_layers']}: {manifest['n_requests']} requests "
+        f"({n_second} of them second attempts) in {n_shards} shard{'s' * (n_shards > 1)} in {to}"
+    )
+    say(f"{'model':<9}{manifest['model_dir']}, called {manifest['model']!r} in the requests")
+    if manifest["adapter_dir"]:
+        say(f"{'adapter':<9}{manifest['adapter_dir']}")
+    say("", "when there are answers, all or some", f"  {command} --import-batch ANSWERS")
+
+
+def _print_imported(done: Imported, command: str) -> None:
+    n_taken = sum(layer.n_imported + layer.n_failed + layer.n_to_retry for layer in done.layers)
+    if done.n_unknown and not n_taken and not done.n_known:
+        raise ValueError(
+            f"--import-batch: none of the {done.n_unknown} ids belongs to this run. Give the keys "
+            "that --export-batch was given: weights, prompts, neighbours and sampling are in an id."
+        )
+    for layer in done.layers:
+        say(
+            f"layer {layer.layer}: {layer.n_imported} descriptions imported, {layer.n_failed} "
+            f"failed for good, {layer.n_to_retry} to be asked again, {layer.n_errors} with an "
+            f"error, {layer.n_unanswered} without an answer"
+        )
+    say(
+        f"answers: {done.n_lines} lines, {done.n_damaged} damaged, {done.n_duplicates} double, "
+        f"{done.n_known} known before, {done.n_unknown} unknown"
+    )
+    if done.complete:
+        say("all layers are in the store, where a run finds them")
+    else:
+        say("", "what is missing goes out with", f"  {command} --export-batch FOLDER")

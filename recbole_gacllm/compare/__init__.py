@@ -1,0 +1,1 @@
+"""Many runs: leaderboards, tuning, tables, tests."""

@@ -1,0 +1,300 @@
+"""What determines a run besides its configuration: the files that it reads, the code that computes.
+
+A run's key holds digests of both, so that a changed input or a changed computation never finds an
+old number. Comments, docstrings and layout of the code do not count (:func:`code_digest`). Versions
+of the code that give the same numbers stand in ``properties/computations.yaml``, each with the
+evidence; a key names the first of them.
+
+    python -m recbole_gacllm.compare.identity                    # what has changed
+    python -m recbole_gacllm.compare.identity same "EVIDENCE"    # …, and the numbers have not
+    python -m recbole_gacllm.compare.identity new "WHY"          # …, and so have the numbers
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recbole_gacllm.config import shipped_path
+from recbole_gacllm.console import say
+from recbole_gacllm.convolution.imported import ImportedTexts
+from recbole_gacllm.convolution.prompts import PromptTemplates
+from recbole_gacllm.llm import weights
+from recbole_gacllm.plugin.registration import MODEL, MODELS
+
+#: Concern -> the modules whose code decides its part of a run's numbers.
+CONCERNS: dict[str, tuple[str, ...]] = {
+    "runs": (  # every run
+        *("__init__.py", "config.py", "run_config.py", "run.py", "distributed.py"),
+        *("data/__init__.py", "data/atomic.py", "data/numbers.py"),
+        *("plugin/__init__.py", "plugin/import_hooks.py", "plugin/registration.py"),
+        *("plugin/compat.py", "plugin/compat_data.py", "plugin/compat_device.py"),
+        *("plugin/compat_distributed.py", "plugin/compat_evaluation.py"),
+        *("compare/job.py", "compare/degrees.py"),
+    ),
+    "splits": ("plugin/splits.py",),
+    "times": (),  # compat_data.py once more, for runs to which the order of time matters
+    "fast": ("plugin/fast.py", "plugin/fast_graph.py", "plugin/fast_metrics.py"),
+    "model": (  # our models
+        *("model.py", "text_knn.py", "inputs.py", "convolution/graph.py"),
+        *("alignment/__init__.py", "alignment/propagation.py"),
+        *("objective/__init__.py", "objective/losses.py", "objective/linear.py"),
+        "objective/unseen.py",
+    ),
+    "texts": (  # layer 0 and the encoder
+        *("pipeline.py", "stage.py", "alignment/encoder.py", "artifacts/csv_cells.py"),
+        *("convolution/__init__.py", "convolution/text.py", "convolution/templates.py"),
+        *("convolution/values.py", "convolution/words.py", "convolution/neutralize.py"),
+        *("convolution/layers.py", "convolution/imported.py"),
+        *("llm/__init__.py", "llm/weights.py", "llm/embedded.py", "llm/hardware.py"),
+    ),
+    "llm": (  # layers above it
+        *("stage_batch.py", "convolution/batch.py", "convolution/prompts.py"),
+        *("convolution/requests.py", "convolution/convolution.py", "convolution/cleaning.py"),
+        *("convolution/store.py", "convolution/ray_describe.py"),
+        *("llm/generator.py", "llm/engines.py", "llm/fleet.py", "llm/vllm_engine.py"),
+        *("llm/vllm_options.py", "llm/transformers_engine.py", "llm/chat_api.py", "llm/server.py"),
+        *("llm/traffic.py", "llm/chat.py", "llm/adapter.py", "llm/endpoints.py"),
+        *("sft/__init__.py", "sft/pairs.py", "sft/batches.py", "sft/finetune.py"),
+        *("sft/trainer.py", "sft/processes.py", "sft/merge.py"),
+    ),
+    "prompts": (),  # the shipped files
+}
+#: Modules, or folders of them, on which no number depends.
+OTHERS = (
+    *("__main__.py", "errors.py", "redaction.py", "console.py", "data/checks.py", "artifacts/"),
+    *("plugin/key_checks.py", "plugin/run_folder.py", "llm/formats.py", "convolution/names.py"),
+    *("convolution/costs.py", "inspection/", "compare/", "report/", "cli/"),
+)
+#: What the first runs of this package, which hold no digests of this kind, have in their keys for
+#: the code of our models (None for others'): the name of the first version of every concern.
+FIRST_CODE = "4c40a0959ec716099133f613b0cf84f597bdedb04ad143ba68862d0614bca109"
+#: Keys that came after those runs, with the value under which the numbers are as they were.
+LATER_KEYS: dict[str, Any] = {}
+_TABLE = shipped_path("properties", "computations.yaml")
+_TABLE_HEAD = """\
+# Versions of the code that computes (recbole_gacllm/compare/identity.py), in order. Those of
+# a concern with the same `numbers` give the same numbers: `evidence` says how that is known. The
+# command `python -m recbole_gacllm.compare.identity same "EVIDENCE"` adds lines.
+"""
+
+
+def of(config: Mapping[str, Any], sha256: Callable[[Path], str]) -> dict[str, Any]:
+    """The part of a run's key that a configuration does not say.
+
+    Args:
+        config: Resolved, as plain values.
+        sha256: :func:`.hashing.sha256`, or one that remembers.
+
+    Returns:
+        ``code``, ``data``, and ``read`` if it reads anything else.
+
+    Raises:
+        ValueError: If an input cannot be used.
+        WeightsError: If a model of a hub cannot be fetched.
+    """
+    key: dict[str, Any] = {"code": code_of(config), "data": data_digests(config, sha256)}
+    if read := input_digests(config, sha256):
+        key["read"] = read
+    return key
+
+
+def concerns_of(config: Mapping[str, Any]) -> list[str]:
+    """The concerns on which the numbers of a configuration depend."""
+    model = config["model"]
+    cold, share = config.get("cold_item_share"), config.get("train_share")
+    with_text = model in MODELS and (model != MODEL or config["use_text"])
+    generated = model == MODEL and with_text and _is_described(config)
+    wanted = {
+        "runs": True,
+        "splits": cold not in (None, 0) or share not in (None, 1),
+        "times": config["eval_args"]["order"] == "TO"
+        or (generated and config["neighbor_rule"] == "recent"),
+        "fast": bool(config.get("fast_paths")),
+        "model": model in MODELS,
+        "texts": with_text,
+        "llm": generated,
+        "prompts": generated and config["llm_prompts_dir"] is None,
+    }
+    return [concern for concern, is_wanted in wanted.items() if is_wanted]
+
+
+def _is_described(config: Mapping[str, Any]) -> bool:
+    return config["text_source"] in ("generated", "shuffled") and config["llm_n_layers"] > 0
+
+
+def code_of(config: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The code in a run's key: for each of its concerns the first version with these numbers.
+
+    Where all of them are the very first, it is what the keys of the first runs have.
+    """
+    versions = {concern: _first_like(concern) for concern in concerns_of(config)}
+    if all(is_first for _, is_first in versions.values()):
+        return FIRST_CODE if config["model"] in MODELS else None
+    return {concern: digest for concern, (digest, _) in versions.items()}
+
+
+def _first_like(concern: str) -> tuple[str, bool]:
+    """Digest of the first version with the present one's numbers; whether it is the very first."""
+    digest = code_digests()[concern]
+    versions = [line for line in read_table() if line["concern"] == concern]
+    numbers = next((line["numbers"] for line in versions if line["digest"] == digest), None)
+    if numbers is None:
+        return digest, False
+    first = next(line["digest"] for line in versions if line["numbers"] == numbers)
+    return first, numbers == versions[0]["numbers"]
+
+
+def read_table() -> list[dict[str, Any]]:
+    """The lines of ``computations.yaml``."""
+    return list(yaml.safe_load(_TABLE.read_text("utf-8")) or [])
+
+
+@functools.cache
+def code_digests() -> dict[str, str]:
+    """The present digest of every concern."""
+    package = Path(__file__).resolve().parent.parent
+    digests = {name: code_digest(package, modules) for name, modules in CONCERNS.items()}
+    prompts = shipped_path("properties", "prompts").glob("*.txt")
+    return digests | {
+        "times": code_digest(package, ("plugin/compat_data.py",)),
+        "prompts": _digest({file.name: file.read_text("utf-8") for file in prompts}),
+    }
+
+
+def code_digest(folder: Path, modules: tuple[str, ...]) -> str:
+    """SHA-256 of what modules do: of their syntax trees without docstrings."""
+    return _digest({name: _plain(ast.parse((folder / name).read_bytes())) for name in modules})
+
+
+def _plain(node: Any) -> Any:
+    """A syntax tree as JSON, the same on every Python: without docstrings, places, empty fields."""
+    if isinstance(node, list):
+        return [_plain(part) for part in node]
+    if not isinstance(node, ast.AST):
+        return node if isinstance(node, (str, int, type(None))) else repr(node)
+    fields = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
+    if isinstance(node, ast.Constant):  # `None` is a value here, 1 and True are two
+        return [type(node.value).__name__, repr(node.value)]
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+        has_docstring = ast.get_docstring(node, clean=False) is not None
+        fields["body"] = node.body[1:] if has_docstring else node.body
+    return [type(node).__name__, {name: _plain(value) for name, value in fields.items()}]
+
+
+def data_digests(config: Mapping[str, Any], sha256: Callable[[Path], str]) -> dict[str, str]:
+    """SHA-256 of the data set's files that RecBole loads for this configuration."""
+    endings = ["inter", "user", "item", *(config.get("additional_feat_suffix") or [])]
+    if str(config["MODEL_TYPE"]).endswith("KNOWLEDGE"):
+        endings += ["kg", "link"]
+    endings += [f"{name}.inter" for name in config.get("benchmark_filename") or []]
+    folder = Path(config["data_path"])
+    files = [folder / f"{config['dataset']}.{ending}" for ending in endings]
+    return {file.name: sha256(file) for file in files if file.is_file()}
+
+
+def input_digests(config: Mapping[str, Any], sha256: Callable[[Path], str]) -> dict[str, str]:
+    """Key -> digest of the file or folder that it names, for all that this run reads.
+
+    The embedded models are pinned in the code by their SHA-256.
+
+    Raises:
+        ValueError: If one cannot be used.
+        WeightsError: If a model of a hub cannot be fetched.
+    """
+    concerns = concerns_of(config)
+    others = {"config_files", "llm_model", "encoder_model"}
+    digests = {
+        key: sha256(Path(value))
+        for key, value in config.items()
+        if key not in others and isinstance(value, str) and os.path.isfile(value)
+    }
+    if "texts" not in concerns:
+        return {key: value for key, value in digests.items() if not key.startswith("text_")}
+    if config["encoder_model"] != weights.EMBEDDED:
+        folder = weights.resolve_encoder(config["encoder_model"])
+        digests["encoder_model"] = weights.fingerprint(folder)
+    if "llm" not in concerns or _all_imported(config):
+        return digests
+    if config["llm_prompts_dir"] is not None:
+        nouns = config["text_user_noun"], config["text_item_noun"]
+        templates = PromptTemplates.load(Path(config["llm_prompts_dir"]), *nouns)
+        digests["llm_prompts_dir"] = _digest(templates.texts)
+    if config["llm_adapter"] is not None:
+        digests["llm_adapter"] = weights.fingerprint(Path(config["llm_adapter"]))
+    if config["llm_model"] != weights.EMBEDDED:
+        trained = config["sft"] or config["llm_adapter"] is not None
+        served = config["llm_backend"] == "server" and not trained
+        resolve = weights.resolve_tokenizer if served else weights.resolve_llm
+        digests["llm_model"] = weights.fingerprint(resolve(config["llm_model"]), not served)
+    return digests
+
+
+def _all_imported(config: Mapping[str, Any]) -> bool:
+    """Whether a file brings every layer above layer 0, so that no LLM is asked."""
+    if config["text_import_file"] is None:
+        return False
+    imported = ImportedTexts.read(Path(config["text_import_file"]))
+    return set(range(1, config["llm_n_layers"] + 1)) <= set(imported.layers)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    text = json.dumps(dict(values), sort_keys=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def unlisted() -> list[str]:
+    """Concerns whose present code is in no line of the table."""
+    listed = {(line["concern"], line["digest"]) for line in read_table()}
+    return [
+        concern for concern, digest in code_digests().items() if (concern, digest) not in listed
+    ]
+
+
+def list_present(same: bool, evidence: str) -> list[str]:
+    """Add a line to the table for every concern whose code has changed.
+
+    Args:
+        same: Whether it gives the numbers of the version before.
+        evidence: How that is known; or why the numbers are others.
+
+    Returns:
+        The concerns.
+    """
+    lines = read_table()
+    changed = unlisted()
+    for concern in changed:
+        before = [line["numbers"] for line in lines if line["concern"] == concern]
+        numbers = (before[-1] if same else max(before) + 1) if before else 1
+        digest = code_digests()[concern]
+        lines.append(
+            {"concern": concern, "numbers": numbers, "digest": digest, "evidence": evidence}
+        )
+    text = "".join(f"- {json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+    _TABLE.write_text(_TABLE_HEAD + text, "utf-8")
+    return changed
+
+
+def main() -> None:
+    """Say which concerns have changed, or add them to the table."""
+    arguments = sys.argv[1:]
+    if arguments and (len(arguments) != 2 or arguments[0] not in ("same", "new")):
+        sys.exit(__doc__)
+    if arguments:
+        listed = list_present(arguments[0] == "same", arguments[1])
+        say(f"listed: {', '.join(listed) or 'nothing'}")
+    else:
+        say(f"changed, in no line of {_TABLE}: {', '.join(unlisted()) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    main()

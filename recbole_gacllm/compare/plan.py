@@ -1,0 +1,269 @@
+"""What a leaderboard will run: models x data sets x seeds, each run with all that determines it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from recbole.data import create_dataset
+from recbole.evaluator.register import smaller_metrics
+from recbole.utils import ModelType
+
+from recbole_gacllm.artifacts import hashing, manifests
+from recbole_gacllm.compare import identity
+from recbole_gacllm.compare.rows import split_seeds, split_variant
+from recbole_gacllm.config import SPLIT_KEYS, GaCLLMConfig, shipped_path
+from recbole_gacllm.plugin.registration import MODEL, MODELS
+from recbole_gacllm.run_config import build_config
+
+FIRST_SEED = 2020  # RecBole's
+# Keys on which no result depends: where and how it is computed, and what is shown meanwhile.
+_NOT_DETERMINING = frozenset(
+    {
+        *("artifact_dir", "checkpoint_dir", "data_path", "dataset_save_path", "dataset", "model"),
+        *("dataloaders_save_path", "save_dataset", "save_dataloaders", "show_progress", "state"),
+        *("device", "gpu_id", "use_gpu", "worker", "local_rank", "single_spec", "nproc", "seed"),
+        *("log_wandb", "wandb_project", "llm_gpu_memory_utilization"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a leaderboard.
+
+    Attributes:
+        model: As the tables name it: a model, or a variant such as ``GaCLLM:use_text=False``.
+        config_files: Yaml files, later ones win: protocol, tuned hyper-parameters, the user's.
+        config_dict: The user's keys, and the seed; they win over the files.
+        key: All that determines the result: the resolved configuration, digests of data and code.
+        nproc: Processes of RecBole's DDP.
+    """
+
+    model: str
+    dataset: str
+    seed: int
+    config_files: tuple[str, ...]
+    config_dict: Mapping[str, Any]
+    key: Mapping[str, Any]
+    nproc: int = 1
+
+    @property
+    def name(self) -> str:
+        """Folder of the run: readable, and different for everything that determines it."""
+        model = re.sub(r"[^\w.=-]+", "_", self.model)[:80]
+        return f"{self.dataset}-{model}-{self.seed}-{manifests.fingerprint(self.key)[:12]}"
+
+    @property
+    def arguments(self) -> tuple[str, str, tuple[str, ...], dict[str, Any]]:
+        """What :func:`.run_config.build_config` takes: model, data set, files and keys."""
+        return split_variant(self.model)[0], self.dataset, self.config_files, dict(self.config_dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every run of a leaderboard, and what its pages say about it."""
+
+    jobs: tuple[Job, ...]
+    summary: Mapping[str, Any]
+
+
+def protocol_names() -> list[str]:
+    """Names that ``--protocol`` takes."""
+    return sorted(path.stem for path in shipped_path("properties", "protocols").glob("*.yaml"))
+
+
+def baseline_files(model: str, dataset: str) -> list[Path]:
+    """Committed hyper-parameters of a model: those for any data set, then those for this one."""
+    folder = shipped_path("properties", "baselines")
+    files = (folder / f"{model}.yaml", folder / dataset / f"{model}.yaml")
+    return [file for file in files if file.is_file()]
+
+
+def make_plan(
+    models: Sequence[str],
+    datasets: Sequence[str],
+    n_seeds: int,
+    protocol: str = "general",
+    config_files: Sequence[str | Path] = (),
+    config_dict: Mapping[str, Any] | None = None,
+    nproc: int = 1,
+) -> Plan:
+    """Resolve every run's configuration, so that bad input ends here and not after hours.
+
+    Args:
+        models: GaCLLM, models of RecBole and variants of them, in the order of the tables;
+            ``NeuMF:seeds=5`` has the first five seeds only.
+        datasets: Names of data sets.
+        n_seeds: Seeds ``s, s + 1, …`` with s the key ``seed`` (2020). A seed is RecBole's: it moves
+            the random split of the general protocol, and initialisation in both.
+        protocol: A name of ``properties/protocols``.
+        config_files: The user's yaml files, over protocol and tuned hyper-parameters.
+        config_dict: The user's keys, over all files; strings as on the command line. A variant's
+            own keys win over them.
+        nproc: Processes of each run, by RecBole's DDP.
+
+    Raises:
+        ValueError: Unknown name or bad key, two rows that are the same run, or a sequential model
+            on a split that is not by time.
+    """
+    if protocol not in protocol_names():
+        raise ValueError(f"protocol: {protocol!r} is not one of {', '.join(protocol_names())}.")
+    for key, number in (("seeds", n_seeds), ("nproc", nproc)):
+        if number < 1:
+            raise ValueError(f"{key}: {number} is not allowed; give at least 1.")
+    named = [split_seeds(row, n_seeds) for row in models]
+    labels, seeds_of = [label for label, _ in named], dict(named)
+    for key, names in (("models", labels), ("datasets", datasets)):
+        if not names or len(set(names)) < len(names):
+            raise ValueError(
+                f"{key}: {','.join(names)!r} must name each at least and at most once."
+            )
+    given = dict(config_dict or {})
+    first_seed = int(given.pop("seed", FIRST_SEED))
+    jobs: list[Job] = []
+    sources: dict[str, dict[str, Any]] = {}
+    properties: dict[str, dict[str, Any]] = {}
+    sha256 = functools.cache(hashing.sha256)  # each file once
+    for dataset in datasets:
+        rows: dict[str, str] = {}
+        for row, n_own in seeds_of.items():
+            model, own = split_variant(row)
+            tuned = baseline_files(model, dataset)
+            files = (shipped_path("properties", "protocols", f"{protocol}.yaml"), *tuned)
+            paths = tuple(str(file) for file in (*files, *config_files))
+            keys = {**given, **own}
+            config = build_config(model, dataset, paths, {**keys, "seed": first_seed})
+            if foreign := _foreign(given, config):
+                keys = {k: v for k, v in given.items() if k not in foreign} | own
+                config = build_config(model, dataset, paths, {**keys, "seed": first_seed})
+            _check_order(model, config)
+            if not Path(config["data_path"]).is_dir():
+                create_dataset(config)  # RecBole fetches it where it can
+            # Enums and the like become their names.
+            resolved = json.loads(json.dumps(config.final_config_dict, default=str))
+            determines: dict[str, Any] = {
+                "model": model,
+                "dataset": dataset,
+                "config": {k: v for k, v in resolved.items() if _determines(k, v)},
+                "recbole": importlib.metadata.version("recbole"),
+                **identity.of(resolved, sha256),
+            }
+            if nproc > 1:  # the batches of DDP are others
+                determines["nproc"] = nproc
+            same = rows.setdefault(manifests.fingerprint(determines), row)
+            if same != row:
+                raise ValueError(f"models: {same!r} and {row!r} are the same run; leave one out.")
+            determines["model"] = row
+            if model == MODEL:
+                tuned = [shipped_path("properties", "presets", f"{config['preset']}.yaml"), *tuned]
+            sources[f"{dataset}/{row}"] = {
+                "files": {_short(path): _head_comment(path) for path in tuned},
+                "values": {k: resolved[k] for path in tuned for k in _load(path)},
+                "given": {k: v for k, v in keys.items() if k in determines["config"]},
+            }
+            properties.setdefault(dataset, determines["config"])
+            jobs += [
+                Job(
+                    row,
+                    dataset,
+                    seed,
+                    paths,
+                    {**keys, "seed": seed},
+                    {**determines, "seed": seed},
+                    nproc,
+                )
+                for seed in range(first_seed, first_seed + n_own)
+            ]
+    jobs.sort(key=lambda job: (datasets.index(job.dataset), job.seed, labels.index(job.model)))
+    summary = {
+        "models": labels,
+        "n_seeds": seeds_of,
+        "datasets": list(datasets),
+        "seeds": list(range(first_seed, first_seed + n_seeds)),
+        "protocol": protocol,
+        "given": given,
+        "config_files": [str(file) for file in config_files],
+        "nproc": nproc,
+        "tuned": sources,
+        "properties": properties,
+        "smaller_is_better": list(smaller_metrics),
+        "runs": [job.name for job in jobs],
+        "code": code_version(),
+    }
+    return Plan(tuple(jobs), summary)
+
+
+def _determines(key: str, value: Any) -> bool:
+    """Whether a key of a configuration belongs to a run's identity."""
+    return key not in _NOT_DETERMINING and (
+        key not in identity.LATER_KEYS or identity.LATER_KEYS[key] != value
+    )
+
+
+def code_version() -> dict[str, Any]:
+    """Version, digests of the code that computes, and the commit where this is a git checkout."""
+    try:
+        installed = importlib.metadata.version("recbole_gacllm")
+    except importlib.metadata.PackageNotFoundError:
+        installed = None  # a checkout that is run as it is
+    concerns = identity.code_digests()
+    version = {
+        "version": installed,
+        "digest": manifests.fingerprint(concerns),
+        "concerns": concerns,
+        "commit": None,
+    }
+    root = Path(__file__).resolve().parent.parent.parent
+    if (root / ".git").exists() and shutil.which("git"):
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        version["commit"] = done.stdout.strip() or None
+    return version
+
+
+def _foreign(given: Mapping[str, Any], config: Any) -> set[str]:
+    """Keys of GaCLLM among the given ones that mean nothing to another model."""
+    if config["model"] in MODELS:
+        return set()
+    ours = {*(field.name for field in dataclasses.fields(GaCLLMConfig)), "preset"}
+    return (ours & set(given)) - set(config.internal_config_dict) - {"fast_paths", *SPLIT_KEYS}
+
+
+def _check_order(model: str, config: Any) -> None:
+    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and config["eval_args"]["order"] != "TO":
+        raise ValueError(
+            f"models: {model} is sequential, and RecBole gives sequences in order of time only; a "
+            "random split (--protocol=general) has none. Set --protocol=sequential, where general "
+            "and sequential models stand side by side, or leave it out."
+        )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(path.read_text("utf-8")))
+
+
+def _head_comment(path: Path) -> str:
+    """What the head of a file of hyper-parameters says of their source and of the values tried."""
+    lines = path.read_text("utf-8").splitlines()
+    head = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return " ".join(line.removeprefix("#").strip() for line in head)
+
+
+def _short(path: Path) -> str:
+    return path.relative_to(shipped_path("properties").parent).as_posix()

@@ -1,0 +1,1 @@
+"""The paper's second module: descriptions rewritten over the training graph."""

@@ -1,0 +1,347 @@
+r"""LLM-based graph convolution of descriptions, layer by layer over the training graph.
+
+.. math::
+    T_u^{(l+1)} = LLM(PROMPT_{user}(T_u^{(l)}, \{T_i^{(l)} : i \in N(u)\})), \quad
+    T_i^{(l+1)} = LLM(PROMPT_{item}(T_i^{(l)}, \{T_u^{(l)} : u \in N(i)\}))
+
+Source: Du et al., arXiv 2402.08859, LLM-based convolutional inference. Both sides read layer
+l; layer l+1 starts when layer l is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+from tqdm import tqdm
+
+from recbole_gacllm.convolution.cleaning import CleaningContext, clean
+from recbole_gacllm.convolution.costs import Cost, LayerCost
+from recbole_gacllm.convolution.graph import TrainGraph
+from recbole_gacllm.convolution.layers import SIDES, Layer, Side
+from recbole_gacllm.convolution.prompts import PromptTemplates
+from recbole_gacllm.convolution.requests import (
+    CHUNK,
+    ConvolutionOptions,
+    Messages,
+    RequestMaker,
+    Tokenizer,
+)
+from recbole_gacllm.convolution.store import DescriptionStore, Record
+from recbole_gacllm.llm.generator import Completion, Request, TextGenerator
+
+logger = logging.getLogger(__name__)
+
+# Finished descriptions a durable write: at least so many and so long after the last one, or many.
+_BATCH, _BATCH_SECONDS, _FULL_BATCH = 32, 1.0, 1024
+
+
+@dataclass
+class LayerReport:
+    """What one layer took, of all processes that worked on it, killed ones included.
+
+    Attributes:
+        n_nodes: Nodes of both sides.
+        n_generated: Prompts that the LLM answered for this stage, retries not counted.
+        n_from_store: Nodes whose description another stage had made, or came by import.
+        n_duplicates: Nodes whose prompt equals another node's of this layer.
+        n_retried: Nodes whose prompt was asked a second time, at another temperature, whenever.
+        n_failed: Nodes that carry the text of the layer below because no answer was usable.
+        n_nothing_known: Nodes without features and neighbours, carried over without a call.
+        n_truncated: Good answers that the length limit cut.
+        n_prompt_tokens, n_cached_tokens, n_output_tokens: Of answers generated for this stage.
+        seconds: Wall time.
+        earlier_seconds: Of it, that of earlier processes.
+        failures: Reason -> count, over nodes.
+    """
+
+    n_nodes: int = 0
+    n_generated: int = 0
+    n_from_store: int = 0
+    n_duplicates: int = 0
+    n_retried: int = 0
+    n_failed: int = 0
+    n_nothing_known: int = 0
+    n_truncated: int = 0
+    n_prompt_tokens: int = 0
+    n_cached_tokens: int = 0
+    n_output_tokens: int = 0
+    seconds: float = 0.0
+    earlier_seconds: float = 0.0
+    failures: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclass
+class _Waiting:
+    """A request under way and the nodes that wait for its description."""
+
+    request: Request
+    nodes: list[tuple[Side, int]]
+
+
+class Convolution:
+    """Makes layer l+1 from layer l.
+
+    Args:
+        graph: Training edges; its order of nodes is that of every layer.
+        templates: Prompt files.
+        tokenizer: Of the model that generates.
+        store: Finished descriptions of all runs.
+        generator_key: What identifies the weights that generate: fingerprints, not names.
+        open_generator: Loads the engine; called only when there is something to generate.
+        options: See :class:`.requests.ConvolutionOptions`.
+
+    Raises:
+        ValueError: If the token budget is below the instruction, or the rule does not fit the data.
+    """
+
+    def __init__(
+        self,
+        graph: TrainGraph,
+        templates: PromptTemplates,
+        tokenizer: Tokenizer,
+        store: DescriptionStore,
+        generator_key: dict[str, Any],
+        open_generator: Callable[[], TextGenerator],
+        options: ConvolutionOptions,
+    ) -> None:
+        self.store, self.options, self.open_generator = store, options, open_generator
+        self.maker = RequestMaker(graph, templates, tokenizer, generator_key, options)
+        self._generator: TextGenerator | None = None
+
+    def close(self) -> None:
+        """Free the engine, if one was loaded."""
+        if self._generator is not None:
+            self._generator.close()
+            self._generator = None
+
+    def missing_requests(
+        self, below: Layer, nothing_known: dict[Side, str], number: int
+    ) -> Iterator[Request]:
+        """First attempts at the descriptions of a layer that are not in the store, each once.
+
+        Arguments are those of :meth:`next_layer`. No engine is loaded.
+        """
+        named: set[str] = set()
+        for _, _, request, record in self._looked_up(below, nothing_known, number):
+            if request is not None and record is None and request.id not in named:
+                named.add(request.id)
+                yield request
+
+    def retry_of(self, request: Request) -> Request:
+        """The second attempt at a request whose first answer was not usable."""
+        return self.maker.retry_of(request)
+
+    def context_of(self, request: Request) -> CleaningContext:
+        """What an answer to a request is held against."""
+        return self.maker.context_of(request)
+
+    def next_layer(
+        self,
+        below: Layer,
+        nothing_known: dict[Side, str],
+        number: int,
+        stage: str | None = None,
+    ) -> tuple[Layer, LayerReport]:
+        """Rewrite every node's description from its own and its neighbours'.
+
+        Args:
+            below: Layer l.
+            nothing_known: Text of a node without features; such a node without neighbours is
+                carried over, as there is nothing to ask the LLM about.
+            number: Of the layer that is made, from 1.
+            stage: Whose cost it is; None keeps no account of it.
+
+        Raises:
+            GenerationError: If the engine fails; finished descriptions are in the store.
+            StoreError: If they cannot be stored.
+        """
+        started = time.perf_counter()
+        before = Cost() if stage is None else self.store.cost_of(stage, number)
+        report = LayerReport(
+            n_nodes=sum(len(below.tokens[side]) for side in SIDES),
+            earlier_seconds=round(before.seconds, 2),
+            **dataclasses.asdict(before),
+        )
+        above = Layer.raw(below.tokens, {side: list(below.texts[side]) for side in SIDES})
+        above.statuses = {side: ["nothing_known"] * len(below.tokens[side]) for side in SIDES}
+        waiting: dict[str, _Waiting] = {}
+        done: set[str] = set()
+        bar = tqdm(
+            total=report.n_nodes,
+            desc=f"layer {number}",
+            unit="desc",
+            smoothing=0.05,
+            disable=not self.options.show_progress,
+        )
+
+        def settle(record: Record, nodes: list[tuple[Side, int]]) -> None:
+            for side, node in nodes:
+                _settle(above, side, node, record)
+            report.n_retried += len(nodes) * (record.n_attempts > 1)
+            if record.status == "failed":
+                report.n_failed += len(nodes)
+                report.failures[record.reason] = report.failures.get(record.reason, 0) + len(nodes)
+            elif record.finish_reason == "length":
+                report.n_truncated += len(nodes)
+            bar.update(len(nodes))
+
+        def requests() -> Iterator[Request]:
+            """Prompts that are not in the store, each once; what is in it settles at once."""
+            for side, node, request, record in self._looked_up(below, nothing_known, number):
+                if request is None:
+                    report.n_nothing_known += 1
+                    bar.update(1)
+                elif request.id in waiting:
+                    waiting[request.id].nodes.append((side, node))
+                    report.n_duplicates += 1
+                elif request.id in done:  # maybe since it was looked up
+                    record = record or self.store.get_many([request.id])[request.id]
+                    report.n_duplicates += 1
+                    settle(record, [(side, node)])
+                elif record is not None:
+                    report.n_from_store += 1
+                    done.add(request.id)
+                    settle(record, [(side, node)])
+                else:
+                    waiting[request.id] = _Waiting(request, [(side, node)])
+                    yield request
+
+        finished: list[Record] = []
+        written = started
+
+        def write() -> None:
+            """Durable first, then settled: nothing counts before it is on disk."""
+            nonlocal written
+            cost = Cost(
+                report.n_generated + len(finished),
+                report.n_prompt_tokens,
+                report.n_cached_tokens,
+                report.n_output_tokens,
+                before.seconds + time.perf_counter() - started,
+            )
+            row = None if stage is None else LayerCost(stage, number, cost)
+            self.store.put_many(finished, row)
+            report.n_generated, report.seconds = cost.n_generated, round(cost.seconds, 2)
+            # Another run may have stored a key first; then its text is the one that stays.
+            stored = self.store.get_many([record.key for record in finished])
+            for key, record in stored.items():
+                done.add(key)
+                settle(record, waiting.pop(key).nodes)
+            finished.clear()
+            written = time.perf_counter()
+
+        to_retry: deque[str] = deque()
+        retried: set[str] = set()
+
+        def feed(first_attempts: Iterator[Request]) -> Iterator[Request]:
+            """First attempts, and retries among them as soon as one is called for."""
+            for request in chain(first_attempts, [None]):
+                while to_retry:
+                    yield self.retry_of(waiting[to_retry.popleft()].request)
+                if request is not None:
+                    yield request
+
+        def take(completion: Completion) -> None:
+            key = completion.id
+            report.n_prompt_tokens += completion.n_prompt_tokens
+            report.n_cached_tokens += completion.n_cached_tokens
+            report.n_output_tokens += completion.n_output_tokens
+            now = time.perf_counter()
+            rate = (report.n_output_tokens - before.n_output_tokens) / max(now - started, 1e-9)
+            bar.set_postfix_str(f"{rate:.0f} tokens/s", False)
+            context = self.context_of(waiting[key].request)
+            record = record_of(completion, context, 1 + (key in retried))
+            if record.status == "failed" and record.n_attempts == 1:
+                retried.add(key)
+                to_retry.append(key)
+                return
+            finished.append(record)
+            is_due = len(finished) >= _BATCH and now - written >= _BATCH_SECONDS
+            if is_due or len(finished) >= _FULL_BATCH:
+                write()
+
+        first_attempts = requests()
+        try:
+            for completion in self._stream(feed(first_attempts)):
+                take(completion)
+            # What failed while the last answers came; rarely more than a few.
+            for completion in self._stream(feed(first_attempts)):
+                take(completion)
+        finally:
+            write()
+        bar.close()
+        assert not waiting, f"{len(waiting)} prompts were never answered"
+        # Of a row that was damaged and made again there are two generated ones, but one node.
+        report.n_from_store = max(0, report.n_from_store - before.n_generated)
+        return above, report
+
+    def _prompts(
+        self, below: Layer, nothing_known: dict[Side, str], number: int
+    ) -> Iterator[tuple[Side, int, Messages | None]]:
+        return self.maker.prompts(below, nothing_known, number)
+
+    def _looked_up(
+        self, below: Layer, nothing_known: dict[Side, str], number: int
+    ) -> Iterator[tuple[Side, int, Request | None, Record | None]]:
+        """Every node's request, if there is something to ask, and its record, if it is stored."""
+        prompts = self._prompts(below, nothing_known, number)
+        while chunk := list(islice(prompts, CHUNK)):
+            requests = [
+                None if messages is None else self.maker.request(messages)
+                for _, _, messages in chunk
+            ]
+            records = self.store.get_many([request.id for request in requests if request])
+            for (side, node, _), request in zip(chunk, requests, strict=True):
+                yield side, node, request, records.get(request.id) if request else None
+
+    def _stream(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions of all requests; the engine is loaded when the first request comes."""
+        requests = iter(requests)
+        first = next(requests, None)
+        if first is None:
+            return
+        if self._generator is None:
+            self._generator = self.open_generator()
+        yield from self._generator.generate(chain([first], requests))
+
+
+def record_of(completion: Completion, context: CleaningContext, attempt: int) -> Record:
+    """A completion cleaned and judged; one that is no answer has failed as ``malformed``.
+
+    Args:
+        completion: The answer; its id is the address of the description.
+        context: What it answers.
+        attempt: 1, or 2 for a retry.
+    """
+    cleaned = clean(completion.text, completion.finish_reason, context)
+    problem = "malformed" if completion.problem else cleaned.problem
+    return Record(
+        key=completion.id,
+        text=cleaned.text,
+        status="failed" if problem else "ok",
+        reason=problem or "",
+        finish_reason=completion.finish_reason,
+        n_prompt_tokens=completion.n_prompt_tokens,
+        n_cached_tokens=completion.n_cached_tokens,
+        n_output_tokens=completion.n_output_tokens,
+        n_attempts=attempt,
+    )
+
+
+def _settle(above: Layer, side: Side, node: int, record: Record) -> None:
+    """Give a node its new description, or leave it the one of the layer below."""
+    if record.status == "ok":
+        above.texts[side][node] = record.text
+        above.statuses[side][node] = "generated"
+    else:
+        above.statuses[side][node] = "failed"
+        above.reasons[side][node] = record.reason
+    above.n_prompt_tokens[side][node] = record.n_prompt_tokens
+    above.n_output_tokens[side][node] = record.n_output_tokens

@@ -1,0 +1,259 @@
+"""Prompts: text files with placeholders, rendered within a token budget.
+
+The shipped files have the instruction in front, the node's own text and its neighbours after it:
+what all nodes of a side share comes first, for the engine's prefix cache. What stands after a line
+of three hyphens is the beginning of the answer: the LLM goes on from there, so that every answer
+has the form that was asked for, whatever stands in the texts before it.
+
+Inserted texts are single lines (:func:`.neutralize.neutralize`); they are substituted once and
+never read again as a template, so a ``$neighbors`` in a title stays what it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+from recbole_gacllm.convolution.graph import Side
+from recbole_gacllm.llm.generator import Message
+
+Direction = Literal["user_to_item", "item_to_user"]
+
+_NOUNS = frozenset({"user_noun", "item_noun"})
+# What each file must hold besides its words; the nouns may stand in any of them.
+_PLACEHOLDERS: dict[str, frozenset[str]] = {
+    "system": frozenset(),
+    "user": frozenset({"text", "neighbors"}),
+    "item": frozenset({"text", "neighbors"}),
+    "user_isolated": frozenset({"text"}),
+    "item_isolated": frozenset({"text"}),
+    "user_deeper": frozenset({"text", "neighbors"}),
+    "item_deeper": frozenset({"text", "neighbors"}),
+    "sft_user_to_item": frozenset({"text"}),
+    "sft_item_to_user": frozenset({"text"}),
+}
+_BULLET = "- "
+_ANSWER = re.compile(r"^---[^\S\n]*$", re.MULTILINE)  # before the beginning of the answer
+# Less than this of a node's own text says nothing.
+_MIN_TEXT_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class PromptTemplates:
+    """The prompt files of one folder, with the words for user and item filled in.
+
+    Attributes:
+        texts: Text of each file by its name without ``.txt``; only ``$text`` and ``$neighbors``
+            are left in it.
+    """
+
+    texts: Mapping[str, str]
+
+    @classmethod
+    def load(cls, folder: Path, user_noun: str, item_noun: str) -> PromptTemplates:
+        """Read and check the prompt files.
+
+        An empty ``system.txt`` means no system message, for models whose chat template has none.
+
+        Raises:
+            ValueError: If a file is missing, lacks a placeholder, or has an unknown one.
+        """
+        nouns = {"user_noun": user_noun, "item_noun": item_noun}
+        texts = {}
+        for name, wanted in _PLACEHOLDERS.items():
+            template = _read_template(folder / f"{name}.txt", wanted)
+            kept = {placeholder: f"${{{placeholder}}}" for placeholder in wanted}
+            # `$$` must stay escaped until the last substitution.
+            texts[name] = Template(template.replace("$$", "$$$$")).substitute(
+                {key: noun.replace("$", "$$") for key, noun in nouns.items()}, **kept
+            )
+        return cls(texts)
+
+    def version(self, n_layers: int = 1) -> str:
+        """Hash of the wordings that a description of this many layers may go back to.
+
+        Those of fine-tuning are among them: stored descriptions are addressed so.
+
+        Args:
+            n_layers: Layers of the description convolution.
+        """
+        return self._hash(
+            name for name in self.texts if n_layers > 1 or not name.endswith("_deeper")
+        )
+
+    def sft_version(self) -> str:
+        """Hash of the wordings that fine-tuning uses: other words, other hash."""
+        return self._hash(
+            name for name in self.texts if name == "system" or name.startswith("sft_")
+        )
+
+    def _hash(self, names: Iterable[str]) -> str:
+        whole = "\0".join(f"{name}\0{self.texts[name]}" for name in sorted(names))
+        return hashlib.sha256(whole.encode("utf-8")).hexdigest()
+
+    def messages(
+        self, side: Side, text: str, neighbors: Sequence[str], layer: int = 1
+    ) -> tuple[Message, ...]:
+        """The chat that asks for a node's next description: ``PROMPT_side(text, neighbors)``.
+
+        From layer 2 on a node's own text is an answer to the first wording; asked in the same
+        words again, a small model repeats it. So deeper layers have a wording of their own.
+
+        Args:
+            side: Side of the node; its neighbours are of the other one.
+            text: The node's own description.
+            neighbors: Descriptions of its neighbours, best first; empty takes the wording for a
+                node of which no neighbour is known.
+            layer: The layer that is made, from 1.
+        """
+        name = f"{side}_isolated" if not neighbors else side if layer == 1 else f"{side}_deeper"
+        lines = "\n".join(_BULLET + neighbor for neighbor in neighbors)
+        return self._chat(name, {"text": text, "neighbors": lines})
+
+    def own_lines(self) -> frozenset[str]:
+        """Lines of a request that hold no inserted text: instructions, headings, questions."""
+        return frozenset(
+            Template(line).substitute().strip()
+            for text in self.texts.values()
+            for line in _ANSWER.split(text)[0].split("\n")
+            if line.strip() and not Template(line).get_identifiers()
+        )
+
+    def sft_messages(self, direction: Direction, text: str) -> tuple[Message, ...]:
+        """The chat of a fine-tuning pair; its completion is the other node's description.
+
+        Args:
+            direction: ``user_to_item`` if ``text`` describes the user.
+            text: Raw description of the node that is given.
+        """
+        return self._chat(f"sft_{direction}", {"text": text})
+
+    def _chat(self, name: str, values: Mapping[str, str]) -> tuple[Message, ...]:
+        request, *beginning = _ANSWER.split(self.texts[name])
+        roles: tuple[tuple[Literal["system", "user", "assistant"], str], ...] = (
+            ("system", self.texts["system"]),
+            ("user", request.strip()),
+            ("assistant", "".join(beginning).strip()),
+        )
+        return tuple(
+            Message(role=role, content=Template(text).substitute(values))
+            for role, text in roles
+            if text
+        )
+
+
+class PromptRenderer:
+    """Renders prompts that fit the budget, without counting any token twice.
+
+    Token counts of pieces are added up, as if each were tokenized alone; this is what the whole
+    takes, or a little more. Own text and neighbours are cut by the caller, once per text, to
+    :meth:`own_text_limit` and ``llm_max_neighbor_tokens``.
+
+    Args:
+        templates: The prompt files.
+        count_tokens: Counts the tokens of each text, without special tokens.
+        chat_tokens: Tokens that the model's chat template adds to :meth:`PromptTemplates.messages`
+            (roles, separators, generation prompt).
+        max_prompt_tokens: ``llm_max_prompt_tokens``.
+
+    Raises:
+        ValueError: If an instruction and the shortest own text do not fit into the budget.
+    """
+
+    def __init__(
+        self,
+        templates: PromptTemplates,
+        count_tokens: Callable[[list[str]], list[int]],
+        chat_tokens: int,
+        max_prompt_tokens: int,
+    ) -> None:
+        self._templates = templates
+        sides: tuple[Side, ...] = ("user", "item")
+        self._line_tokens = count_tokens([f"\n{_BULLET}"])[0]
+        self._fixed: dict[tuple[Side, bool], int] = {}  # of a side, in deeper layers or the first
+        for side, layer in product(sides, (1, 2)):
+            # The instruction of a node may be either wording: the longer one counts for both.
+            chats = [templates.messages(side, "", neighbors, layer) for neighbors in ([], [""])]
+            self._fixed[side, layer > 1] = chat_tokens + max(
+                sum(count_tokens([message["content"] for message in chat])) for chat in chats
+            )
+        least = max(self._fixed.values()) + _MIN_TEXT_TOKENS
+        if max_prompt_tokens < least:
+            raise ValueError(
+                f"llm_max_prompt_tokens is {max_prompt_tokens}, but the instructions alone need "
+                f"{least}; raise it to {least} or more, or shorten the prompt files"
+            )
+        self._max_prompt_tokens = max_prompt_tokens
+
+    def own_text_limit(self, side: Side, layer: int = 1) -> int:
+        """Longest own text of a node that fits beside the instruction of a layer, in tokens."""
+        return self._max_prompt_tokens - self._fixed[side, layer > 1]
+
+    def render(
+        self,
+        side: Side,
+        text: str,
+        text_tokens: int,
+        neighbors: Sequence[str],
+        neighbor_tokens: Sequence[int],
+        layer: int = 1,
+    ) -> tuple[Message, ...]:
+        """Render a node's prompt with as many of its neighbours, in order, as fit.
+
+        Args:
+            side: Side of the node.
+            text: Its own description, at most ``own_text_limit`` tokens; kept whole.
+            text_tokens: Token count of ``text``.
+            neighbors: Descriptions of its neighbours, best first.
+            neighbor_tokens: Their token counts.
+            layer: The layer that is made, from 1.
+        """
+        left = self.own_text_limit(side, layer) - text_tokens
+        n_fit = 0
+        for count in neighbor_tokens:
+            left -= count + self._line_tokens
+            if left < 0:
+                break
+            n_fit += 1
+        return self._templates.messages(side, text, neighbors[:n_fit], layer)
+
+
+def _read_template(path: Path, wanted: frozenset[str]) -> str:
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise ValueError(
+            f"prompt file {path} is missing; llm_prompts_dir must hold "
+            f"{', '.join(f'{name}.txt' for name in _PLACEHOLDERS)}: copy the shipped folder"
+        ) from None
+    template = Template(text)
+    allowed = ", ".join(f"${name}" for name in sorted(wanted | _NOUNS))
+    if not template.is_valid():
+        raise ValueError(f"{path} has a stray '$'; write '$$' for the sign, or one of {allowed}")
+    found = [match["named"] or match["braced"] for match in Template.pattern.finditer(text)]
+    if unknown := set(filter(None, found)) - wanted - _NOUNS:
+        raise ValueError(f"{path} has the placeholder ${min(unknown)}; allowed are {allowed}")
+    for name in sorted(wanted):
+        if found.count(name) != 1:
+            raise ValueError(f"{path} holds ${name} {found.count(name)} times; write it once")
+    _, *beginnings = _ANSWER.split(text)
+    if beginnings and path.stem.startswith(("sft_", "system")):
+        raise ValueError(
+            f"{path} has a line ---; only files that ask for descriptions begin answers"
+        )
+    if len(beginnings) > 1 or any(not beginning.strip() for beginning in beginnings):
+        raise ValueError(
+            f"{path} must have one line --- at most, and the beginning of the answer after it"
+        )
+    if beginnings and wanted & set(Template(beginnings[0]).get_identifiers()):
+        raise ValueError(
+            f"{path} has a node's text after the line ---; what stands there begins the answer: "
+            "write words and nouns only"
+        )
+    return text

@@ -1,0 +1,1 @@
+"""The data door: atomic files, read and checked."""

@@ -1,1 +1,0 @@
-"""What the descriptions are: raw text, neighbours, prompts, convolution, store and encoding."""

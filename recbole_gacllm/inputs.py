@@ -1,0 +1,274 @@
+"""What the preprocessing hook takes from a RecBole run, and what it gives back to the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from recbole_gacllm.config import GaCLLMConfig
+from recbole_gacllm.convolution import text
+from recbole_gacllm.convolution.graph import TrainGraph
+from recbole_gacllm.convolution.imported import ImportedTexts
+from recbole_gacllm.convolution.layers import SIDES, Layer, Side
+from recbole_gacllm.convolution.names import item_names, names_of_people
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 3  # texts of a side, in the log and by `check`
+#: So many text embeddings are taken to float32 at once: 100 MB of width 384.
+MAX_ROWS = 2**16
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """All that the stages see of a RecBole run: its training edges and where its features lie.
+
+    Attributes:
+        dataset: Name of the data set.
+        graph: Training edges between raw tokens; index v here is RecBole's internal id v + 1.
+        feature_files: RecBole's feature file of each side, if there is one.
+        id_fields: Name of the id column of each side.
+        field_separator, seq_separator, encoding: How RecBole reads these files.
+        seed: RecBole's seed.
+        show_progress: RecBole's switch for progress bars.
+    """
+
+    dataset: str
+    graph: TrainGraph
+    feature_files: dict[Side, Path | None]
+    id_fields: dict[Side, str]
+    field_separator: str
+    seq_separator: str
+    encoding: str | None
+    seed: int
+    show_progress: bool
+
+    @classmethod
+    def from_recbole(cls, config: Any, dataset: Any) -> TrainingData:
+        """Take the training split that RecBole hands to a model's constructor."""
+        id_fields: dict[Side, str] = {"user": dataset.uid_field, "item": dataset.iid_field}
+        tokens = {side: dataset.field2id_token[id_fields[side]][1:] for side in SIDES}
+        inter = dataset.inter_feat
+        has_time = dataset.time_field is not None and dataset.time_field in inter
+        graph = TrainGraph(
+            user_tokens=np.asarray(tokens["user"], dtype=str),
+            item_tokens=np.asarray(tokens["item"], dtype=str),
+            users=inter[dataset.uid_field].numpy() - 1,
+            items=inter[dataset.iid_field].numpy() - 1,
+            timestamps=inter[dataset.time_field].numpy().astype(np.float64) if has_time else None,
+        )
+        files = {side: Path(config["data_path"]) / f"{config['dataset']}.{side}" for side in SIDES}
+        return cls(
+            dataset=config["dataset"],
+            graph=graph,
+            feature_files={side: files[side] if files[side].is_file() else None for side in SIDES},
+            id_fields=id_fields,
+            field_separator=config["field_separator"],
+            seq_separator=config["seq_separator"],
+            encoding=config["encoding"],
+            seed=config["seed"],
+            show_progress=bool(config["show_progress"]),
+        )
+
+
+class TextLayers:
+    """Constant text embeddings ``x^(0) .. x^(L)`` of all nodes, looked up by RecBole's node ids.
+
+    Kept outside the model's state: they are files on disk, memory-mapped, in half precision.
+    Processes on one machine share the pages; on another device they lie there in half precision.
+
+    Args:
+        tables: One array a layer, ``[n_rows, width]``, float16, L2-normalised rows.
+        rows: Row of each node, users first with RecBole's internal ids; -1 for padding.
+        run_files: Where the artefacts lie: stage -> folder.
+    """
+
+    def __init__(self, tables: list[Tensor], rows: Tensor, run_files: dict[str, Path]) -> None:
+        self.tables = tables
+        self.row_of_node = rows
+        self.run_files = run_files
+        self.dim = int(tables[0].shape[1])
+
+    @classmethod
+    def load(
+        cls, folders: dict[str, Path], n_layers: int, options: GaCLLMConfig, data: TrainingData
+    ) -> TextLayers:
+        """Memory-map the embeddings and find each node's row by its token, not by its id."""
+        tokens = Layer.read(folders["inputs"] / "layer_0.parquet").tokens
+        rng = np.random.default_rng(data.seed)
+        row_of_node, offset = [], 0
+        for side in SIDES:
+            rows = np.arange(len(tokens[side])) + offset
+            if options.text_source == "shuffled":
+                rows = rng.permutation(rows)
+            row_of_token = dict(zip(tokens[side], rows.tolist(), strict=True))
+            row_of_node += [
+                -1,
+                *(row_of_token[token] for token in data.graph.tokens(side).tolist()),
+            ]
+            offset += len(rows)
+        tables = [
+            # Copy-on-write: torch wants a writable array, nothing is ever written.
+            torch.from_numpy(np.load(folders["embeddings"] / f"layer_{layer}.npy", mmap_mode="c"))
+            for layer in range(n_layers)
+        ]
+        row_of_each = torch.tensor(row_of_node)
+        if options.text_source == "item_mean":
+            tables[0] = _users_as_item_means(tables[0], len(tokens["user"]), row_of_each, data)
+        return cls(tables, row_of_each, folders)
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextLayers:
+        return self
+
+    def to(self, device: torch.device | str) -> TextLayers:
+        """The same embeddings on a device."""
+        tables = [table.to(device) for table in self.tables]
+        return TextLayers(tables, self.row_of_node.to(device), self.run_files)
+
+    def rows(self, layer: int, nodes: Tensor) -> Tensor:
+        """Text embeddings of nodes at a layer; zero for padding.
+
+        Shapes:
+            nodes: ``[n]``; result ``[n, width]``, float32.
+        """
+        rows = self.row_of_node[nodes]
+        return self.tables[layer][rows.clamp(min=0)].float().mul_((rows >= 0)[:, None])
+
+    def projected(
+        self, layer: int, nodes: Tensor, projection: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """A projection of :meth:`rows`, some nodes at a time: never all of them in float32.
+
+        Shapes:
+            nodes: ``[n]``; projection maps ``[m, width]`` to ``[m, d]``; result ``[n, d]``.
+        """
+        blocks = torch.split(nodes, MAX_ROWS)
+        return torch.cat([projection(self.rows(layer, some)) for some in blocks])
+
+
+def _users_as_item_means(
+    table: Tensor, n_users: int, row_of_node: Tensor, data: TrainingData
+) -> Tensor:
+    """Each user's row is the mean of the rows of their training items, at unit length.
+
+    A control, ours: a user's text without any LLM. A user without training items gets zeros.
+
+    Shapes:
+        table and result: ``[n_users + n_items, width]``, float16, users first; row_of_node
+        ``[n_nodes + 2]``, a padding node before each side.
+    """
+    rows = row_of_node.numpy()
+    users = rows[data.graph.users + 1]
+    items = rows[data.graph.items + len(data.graph.user_tokens) + 2]
+    edges = sparse.csr_array(
+        (np.ones(len(users), np.float32), (users, items)), shape=(n_users, len(table))
+    )
+    means = torch.from_numpy(edges @ table.float().numpy())
+    return torch.cat([torch.nn.functional.normalize(means, dim=1).half(), table[n_users:]])
+
+
+def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, dict[str, str]]:
+    """Layer 0, every node's features as a sentence, and the name of every item by token.
+
+    Raises:
+        ValueError: If a template names a field that is not there, or no side has any text.
+    """
+    features = {}
+    for side in SIDES:
+        file = data.feature_files[side]
+        features[side] = (
+            None
+            if file is None
+            else text.read_features(
+                file,
+                data.id_fields[side],
+                data.field_separator,
+                data.encoding,
+                data.seq_separator,
+                frozenset(data.graph.tokens(side).tolist()),
+            )
+        )
+    text.require_some_text(features["user"], features["item"], options.text_allow_ids)
+    value_names = _value_names(options, [frame for frame in features.values() if frame is not None])
+    tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
+    wording = {
+        "user": (options.text_user_template, options.text_user_noun),
+        "item": (options.text_item_template, options.text_item_noun),
+    }
+    texts = {
+        side: text.render_descriptions(
+            tokens[side],
+            features[side],
+            *wording[side],
+            value_names,
+            options.text_max_chars,
+            options.text_allow_ids,
+        )
+        for side in SIDES
+    }
+    if not options.text_allow_ids and all(
+        set(texts[side]) == {text.nothing_known(wording[side][1])} for side in SIDES
+    ):
+        raise ValueError(
+            f"nothing is known of any user or item of {data.dataset}: the fields of its feature "
+            "files are empty, or ids and codes, which a sentence leaves out. Fill them, name "
+            "fields in text_item_template, or set use_text: False to go without text"
+        )
+    for side, some in samples(texts, data.seed).items():
+        for text_of_node in some:
+            logger.info("%s as a language model sees it: %s", side, text_of_node)
+    names = item_names(tokens["item"], features["item"], options.text_item_name_field)
+    return Layer.raw(tokens, texts), names
+
+
+def samples(texts: Mapping[Side, Sequence[str]], seed: int) -> dict[Side, list[str]]:
+    """Side -> some of its texts, drawn by the seed, each told once."""
+    rng = np.random.default_rng(seed)
+    drawn = {side: rng.permutation(len(some))[:_SHOWN].tolist() for side, some in texts.items()}
+    return {side: list(dict.fromkeys(texts[side][at] for at in drawn[side])) for side in drawn}
+
+
+def user_names(config: Any) -> dict[str, str]:
+    """Names of users by raw token, as their feature file has them, for the leakage audit."""
+    file = Path(config["data_path"]) / f"{config['dataset']}.user"
+    if not file.is_file():
+        return {}
+    reading = (config["field_separator"], config["encoding"], config["seq_separator"])
+    return names_of_people(text.read_features(file, config["USER_ID_FIELD"], *reading))
+
+
+def imported_texts(options: GaCLLMConfig, raw: Layer) -> ImportedTexts | None:
+    """The texts of ``text_import_file``, checked against the data set."""
+    if options.text_import_file is None:
+        return None
+    imported = ImportedTexts.read(Path(options.text_import_file).resolve())
+    imported.check(raw.tokens, options.llm_n_layers if options.is_described else 0)
+    return imported
+
+
+def _value_names(options: GaCLLMConfig, features: list[pd.DataFrame]) -> dict[str, dict[str, str]]:
+    """``text_value_names`` with words and values as text: yaml reads ``1`` and ``no`` as others."""
+    fields = [str(name) for frame in features for name in frame.columns]
+    names = options.text_value_names or {}
+    for field in names:
+        if field not in fields:
+            raise ValueError(
+                f"text_value_names: {field!r} is not a field of the feature files, which have "
+                f"{', '.join(fields) or 'none'}."
+            )
+    return {
+        field: {str(value): str(words) for value, words in words_of.items()}
+        for field, words_of in names.items()
+    }

@@ -1,0 +1,82 @@
+"""Reading a data set without a run: for ``check``, and before the first of many runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from recbole.data import create_dataset
+from recbole.utils import init_seed
+
+from recbole_gacllm.config import GaCLLMConfig
+from recbole_gacllm.convolution.layers import Side
+from recbole_gacllm.data.checks import DataReport
+from recbole_gacllm.inputs import TrainingData, raw_descriptions, samples
+from recbole_gacllm.plugin.registration import MODELS
+from recbole_gacllm.run_config import build_config
+
+logger = logging.getLogger(__name__)
+
+
+def read_and_inspect(
+    model: str, dataset: str, config_files: Sequence[str], config_dict: dict[str, Any]
+) -> tuple[Any, Any, DataReport]:
+    """Read and split a data set as a run of a model does.
+
+    Returns:
+        RecBole's configuration, the training part, and what was seen.
+
+    Raises:
+        ValueError: As :func:`.run_config.build_config` and :func:`.data_checks.inspect`.
+    """
+    config = build_config(model, dataset, config_files, config_dict)
+    init_seed(config["seed"], config["reproducibility"])
+    whole = create_dataset(config)
+    train = whole.build()[0]
+    return config, train, whole.data_report
+
+
+def sample_texts(
+    config: Any, train: Any, dataset: str, config_files: Sequence[str], config_dict: dict[str, Any]
+) -> dict[Side, list[str]]:
+    """Side -> texts of layer 0 of some of its nodes, drawn by the seed.
+
+    Raises:
+        ValueError: As :func:`.data.raw_descriptions`.
+    """
+    if config["model"] not in MODELS:  # the words are GaCLLM's all the same
+        config = build_config("GaCLLM", dataset, config_files, config_dict)
+    options = GaCLLMConfig.from_mapping(config.final_config_dict)
+    raw, _ = raw_descriptions(options, TrainingData.from_recbole(config, train))
+    return samples(raw.texts, config["seed"])
+
+
+def check_plan(jobs: Iterable[tuple[str, str, Sequence[str], Mapping[str, Any]]]) -> None:
+    """Read the data of planned runs: what cannot serve ends here, warnings are told once.
+
+    Of each data set one run with text is looked at if there is one, and one of each kind: those
+    that draw negative items and those that do not.
+
+    Args:
+        jobs: Model, data set, config files and keys of each.
+
+    Raises:
+        ValueError: As :func:`read_and_inspect` and :func:`sample_texts`.
+    """
+    chosen: dict[tuple[str, bool], tuple[bool, Any]] = {}
+    for model, dataset, files, keys in jobs:
+        config = build_config(model, dataset, files, dict(keys))
+        with_text = model in MODELS and bool(config["use_text"])
+        kind = dataset, config["train_neg_sample_args"]["distribution"] != "none"
+        if kind not in chosen or with_text > chosen[kind][0]:
+            chosen[kind] = with_text, (model, dataset, files, dict(keys))
+    told: set[str] = set()
+    for with_text, job in chosen.values():
+        config, train, report = read_and_inspect(*job)
+        for warning in report.warnings:
+            if warning not in told:
+                logger.warning("%s: %s", job[1], warning)
+            told.add(warning)
+        if with_text:
+            sample_texts(config, train, *job[1:])

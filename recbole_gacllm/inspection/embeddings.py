@@ -1,0 +1,98 @@
+"""Text embeddings of one layer as RecBole's files of pretrained embeddings."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from recbole_gacllm.artifacts import disk, locate, manifests
+from recbole_gacllm.convolution.layers import SIDES, Layer
+from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.inspection.reading import folders_of_run, read_job
+
+_CONFIG = {
+    "additional_feat_suffix": ["useremb", "itememb"],
+    "alias_of_user_id": ["uid"],
+    "alias_of_item_id": ["iid"],
+    "preload_weight": {"uid": "user_emb", "iid": "item_emb"},
+}
+
+
+def find_embeddings(artifact_dir: Path, dataset: str | None, run: Path | None, layer: int) -> Path:
+    """The embeddings folder of a run, or the newest one of a data set that has a layer.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if run is not None:
+        return folders_of_run(run, ["embeddings"], "text embeddings", artifact_dir)["embeddings"]
+    manifests = list((artifact_dir / str(dataset)).glob("embeddings-*/manifest.json"))
+    with_layer = [file for file in manifests if (file.parent / f"layer_{layer}.npy").is_file()]
+    newest = max(with_layer, key=lambda file: file.stat().st_mtime, default=None)
+    if newest is None:
+        what = f"layer: {layer} is in none of {len(manifests)}" if manifests else "no"
+        raise ValueError(
+            f"{what} text embeddings of {dataset!r} under {artifact_dir}. Run GaCLLM on it first, "
+            "or give the artifact_dir of the run."
+        )
+    return newest.parent
+
+
+def export_embeddings(folder: Path, layer: int, output: Path) -> list[Path]:
+    """Write ``NAME.useremb``, ``NAME.itememb`` and a yaml file that loads them.
+
+    NAME is the name of the output folder, as RecBole names the files of a data set.
+
+    Args:
+        folder: An ``embeddings-…`` folder with a manifest.
+        layer: 0 is raw text, l is text after l layers of description convolution.
+        output: Folder to write to, made if need be.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: If there are no finished embeddings or no such layer.
+    """
+    locate.require_no_links(folder)
+    if manifests.read_manifest(folder) is None:
+        raise ValueError(f"{folder} holds no finished embeddings; run GaCLLM first.")
+    layer_files = read_job(folder, "layer_files")["layer_files"]
+    if not 0 <= layer < len(layer_files):
+        raise ValueError(f"layer: {layer} is not one of 0 to {len(layer_files) - 1}.")
+    inputs = locate.beside(folder, Path(layer_files[0]).parent)
+    locate.require_no_links(inputs)
+    tokens = Layer.read(inputs / "layer_0.parquet").tokens
+    try:
+        vectors = np.load(folder / f"layer_{layer}.npy", mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise GaCLLMError(
+            f"the embeddings of layer {layer} in {folder} are damaged: {error}. Start the run "
+            "again: they are made anew."
+        ) from error
+    dataset = output.resolve().name
+    output.mkdir(parents=True, exist_ok=True)
+    files, offset = [], 0
+    for side in SIDES:
+        # RecBole wants the id column of these files under a name of their own.
+        rows = vectors[offset : offset + len(tokens[side])].astype(np.float32)
+        table = io.StringIO(newline="")
+        writer = csv.writer(table, delimiter="\t", lineterminator="\n")  # quotes as pandas reads
+        writer.writerow([f"{side[0]}id:token", f"{side}_emb:float_seq"])
+        for token, row in zip(tokens[side], rows, strict=True):
+            writer.writerow([token, " ".join(f"{value:.6g}" for value in row)])
+        files.append(output / f"{dataset}.{side}emb")
+        disk.write_atomic(files[-1], table.getvalue().encode())
+        offset += len(tokens[side])
+    files.append(output / f"{dataset}-emb.yaml")
+    text = (
+        f"# Loads {dataset}.useremb and {dataset}.itememb, which must lie beside {dataset}.inter.\n"
+        "# A model takes them by dataset.get_preload_weight('uid') and ('iid'). Your load_col\n"
+        "# needs useremb: [uid, user_emb] and itememb: [iid, item_emb] besides.\n"
+    )
+    disk.write_atomic(files[-1], (text + yaml.safe_dump(_CONFIG, sort_keys=False)).encode())
+    return files

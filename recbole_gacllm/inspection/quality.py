@@ -1,0 +1,302 @@
+"""What a layer of descriptions is like: figures and samples, for the command ``audit``."""
+
+from __future__ import annotations
+
+import random
+import textwrap
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import py3langid
+
+from recbole_gacllm.convolution.layers import SIDES, Side
+from recbole_gacllm.convolution.words import words as _words
+from recbole_gacllm.inspection.reading import RunDescriptions
+
+# Shorter names ("Go", "M") stand in any text.
+_MIN_NAME_CHARS = 4
+_SHARE_OF_OPENING = 0.95  # of a side's texts begin with its words
+_MAX_TEXTS_OF_A_LANGUAGE = 20_000  # two seconds
+_QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A description next to what it was made from.
+
+    Attributes:
+        node: Side and raw token.
+        below: The node's text at the layer below.
+        n_neighbors: Neighbours chosen for its prompt.
+        text: The description.
+    """
+
+    node: str
+    below: str
+    n_neighbors: int
+    text: str
+
+
+@dataclass(frozen=True)
+class SideQuality:
+    """Figures of one side of a layer; shares are of its nodes.
+
+    Attributes:
+        n_nodes: Nodes.
+        statuses: How many texts are generated, failed, imported, …
+        failures: Reason -> nodes that carry the text below for it.
+        n_words: Quantiles of the length in words.
+        own_copies: Share of texts that are the node's own text of the layer below, but for case,
+            punctuation and the opening that nearly all texts of the side share, carried-over ones
+            left out.
+        neighbor_copies: Share of texts that are a neighbour's text of the layer below.
+        repeated: Share of texts that another node of the side has, too.
+        distinct: Different n-grams of words over all n-grams, for n = 1 and 2.
+        scripts: Share of texts by the script that most of their letters are of.
+        languages: Share of texts by their most likely language, an ISO 639-1 code; none without a
+            letter. Of a random part where there are more than 20,000.
+        own_names: Share of descriptions that name their own item; None for users.
+        neighbor_names: Share that name an item of their prompt; None for items.
+        samples: Descriptions drawn at random.
+    """
+
+    n_nodes: int
+    statuses: dict[str, int]
+    failures: dict[str, int]
+    n_words: dict[str, int]
+    own_copies: float
+    neighbor_copies: float
+    repeated: float
+    distinct: tuple[float, float]
+    scripts: dict[str, float]
+    languages: dict[str, float]
+    own_names: float | None
+    neighbor_names: float | None
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class LayerQuality:
+    """A layer.
+
+    Attributes:
+        number: Of the layer, from 1.
+        report: What the stage's manifest says: retries, truncated answers, tokens, seconds, …
+        sides: Figures of users and items.
+    """
+
+    number: int
+    report: dict[str, Any]
+    sides: dict[Side, SideQuality]
+
+
+def layer_qualities(found: RunDescriptions, n_samples: int, seed: int) -> Iterator[LayerQuality]:
+    """Figures of every layer above 0.
+
+    Args:
+        found: Finished descriptions.
+        n_samples: Descriptions to show of each layer, of both sides together.
+        seed: Of their draw.
+    """
+    reports = found.manifest.get("layers", [])
+    rng = random.Random(seed)
+    for number in range(1, len(found.layers)):
+        shown = {"user": n_samples // 2, "item": n_samples - n_samples // 2}
+        yield LayerQuality(
+            number,
+            reports[number - 1] if number <= len(reports) else {},
+            {side: _side_quality(found, number, side, shown[side], rng) for side in SIDES},
+        )
+
+
+def _side_quality(
+    found: RunDescriptions, number: int, side: Side, n_samples: int, rng: random.Random
+) -> SideQuality:
+    other: Side = "item" if side == "user" else "user"
+    layer, below = found.layers[number], found.layers[number - 1]
+    statuses, n_nodes = layer.statuses[side], len(layer.tokens[side])
+    words = [_words(text) for text in layer.texts[side]]
+    plain = [" ".join(text) for text in words]
+    new = _without_opening(words)
+    own, around = (
+        list(zip(map(" ".join, texts), _without_opening(texts), strict=True))
+        for texts in ([_words(text) for text in below.texts[s]] for s in (side, other))
+    )
+    names = [_padded(" ".join(_words(found.names[token]))) for token in layer.tokens["item"]]
+    neighbors = found.neighbor_lists(side)
+    times = Counter(plain)
+    made = [node for node in range(n_nodes) if statuses[node] in ("generated", "imported")]
+
+    def share(count: int, of: int = n_nodes) -> float:
+        return count / of if of else 0.0
+
+    def names_one(node: int, items: Sequence[int]) -> bool:
+        text = _padded(plain[node])
+        return any(
+            len(names[item]) >= _MIN_NAME_CHARS + 2 and names[item] in text for item in items
+        )
+
+    drawn = sorted(rng.sample(made, min(n_samples, len(made))))
+    return SideQuality(
+        n_nodes=n_nodes,
+        statuses=dict(Counter(statuses)),
+        failures=dict(Counter(reason for reason in layer.reasons[side] if reason)),
+        n_words={
+            name: int(np.quantile([len(text) for text in words], q, method="nearest"))
+            for name, q in _QUANTILES.items()
+        },
+        own_copies=share(sum(new[node] in own[node] for node in made)),
+        neighbor_copies=share(
+            sum(any(new[node] in around[n] for n in neighbors.of(node)) for node in made)
+        ),
+        repeated=share(sum(times[text] > 1 for text in plain)),
+        distinct=(_distinct(words, 1), _distinct(words, 2)),
+        scripts={
+            name: share(count)
+            for name, count in Counter(map(_script, layer.texts[side])).most_common()
+        },
+        languages=_languages(layer.texts[side], rng),
+        own_names=share(sum(names_one(node, [node]) for node in made), len(made))
+        if side == "item"
+        else None,
+        neighbor_names=share(
+            sum(names_one(node, neighbors.of(node).tolist()) for node in made), len(made)
+        )
+        if side == "user"
+        else None,
+        samples=[
+            Sample(
+                node=f"{side} {layer.tokens[side][node]}",
+                below=below.texts[side][node],
+                n_neighbors=len(neighbors.of(node)),
+                text=layer.texts[side][node],
+            )
+            for node in drawn
+        ],
+    )
+
+
+def _without_opening(texts: Sequence[Sequence[str]]) -> list[str]:
+    """Each text without the words that nearly all begin with, such as "this person enjoys".
+
+    A prompt begins the answer, so a copy of a text below has another opening than that.
+    """
+    shared: list[str] = []
+    least = max(2, _SHARE_OF_OPENING * len(texts))
+    while True:
+        n = len(shared)
+        follows = Counter(text[n] for text in texts if len(text) > n + 1 and text[:n] == shared)
+        word, count = next(iter(follows.most_common(1)), ("", 0))
+        if count < least:
+            return [" ".join(text[n:] if text[:n] == shared else text) for text in texts]
+        shared.append(word)
+
+
+def _padded(text: str) -> str:
+    """Between blanks, so that a part of it is a sequence of whole words."""
+    return f" {text} "
+
+
+def _distinct(texts: Sequence[Sequence[str]], n: int) -> float:
+    """Different n-grams over all n-grams; n-grams do not cross texts (Li et al., 2016)."""
+    grams = Counter(tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1))
+    total = sum(grams.values())
+    return len(grams) / total if total else 0.0
+
+
+def _script(text: str) -> str:
+    """The script of most letters, as Unicode names it: LATIN, CYRILLIC, CJK, …; none without."""
+    scripts = Counter(unicodedata.name(char, "?").split()[0] for char in text if char.isalpha())
+    return scripts.most_common(1)[0][0] if scripts else "none"
+
+
+def _languages(texts: Sequence[str], rng: random.Random) -> dict[str, float]:
+    """Shares by py3langid, a naive Bayes over byte n-grams; texts of few words may mislead it."""
+    if len(texts) > _MAX_TEXTS_OF_A_LANGUAGE:
+        texts = rng.sample(texts, _MAX_TEXTS_OF_A_LANGUAGE)
+    found = Counter(
+        py3langid.classify(text)[0] if any(map(str.isalpha, text)) else "none" for text in texts
+    )
+    return {name: count / len(texts) for name, count in found.most_common()}
+
+
+_MAX_PRINTED_CHARS = 600  # of a sample
+_MAX_SHARES = 5
+
+
+def quality_lines(layer: LayerQuality) -> Iterator[str]:
+    """What a layer is like, line by line."""
+    yield f"layer {layer.number}"
+    report = layer.report
+    if report.get("imported"):
+        yield (
+            f"  imported        {report['n_imported']} nodes, {report['n_missing']} missing, "
+            f"{report['n_unknown']} rows about unknown nodes"
+        )
+    elif report:
+        others = ""
+        if "n_from_store" in report:  # of a stage that has finished
+            others = (
+                f", {report['n_from_store']} from "
+                f"the store, {report.get('n_duplicates', 0)} nodes with the prompt of another, "
+                f"{report['n_retried']} retried, {report['n_failed']} nodes failed, "
+                f"{report['n_truncated']} cut by the length limit"
+            )
+        yield f"  generated       {report['n_generated']} prompts{others}"
+        yield f"  tokens          {token_line(report)}"
+    for side, quality in layer.sides.items():
+        yield from ("", f"  {side}s")
+        yield from _side_lines(quality)
+    yield from ("", "  samples")
+    for sample in (sample for quality in layer.sides.values() for sample in quality.samples):
+        head = f"{sample.node}, {sample.n_neighbors} neighbours: {sample.below}"
+        for words, sign in ((head, "  - "), (sample.text, "    → ")):
+            short = textwrap.shorten(words, _MAX_PRINTED_CHARS, placeholder=" …")
+            yield from textwrap.wrap(
+                short, 96, initial_indent=sign, subsequent_indent=" " * len(sign)
+            )
+
+
+def token_line(report: Mapping[str, Any]) -> str:
+    """Tokens in and out, and seconds."""
+    return (
+        f"{report['n_prompt_tokens']} in ({report['n_cached_tokens']} from the prefix cache), "
+        f"{report['n_output_tokens']} out, {report['seconds']:.0f} s"
+    )
+
+
+def _side_lines(quality: SideQuality) -> Iterator[str]:
+    lines = {
+        "nodes": str(quality.n_nodes),
+        "statuses": _counts(quality.statuses),
+        "failures": _counts(quality.failures) or "none",
+        "words": ", ".join(f"{name} {value}" for name, value in quality.n_words.items()),
+        "copies": f"{quality.own_copies:.1%} of the own text below, "
+        f"{quality.neighbor_copies:.1%} of a neighbour's",
+        "repeated": f"{quality.repeated:.1%} share their text with another node",
+        "distinct": f"{quality.distinct[0]:.3f} of words, {quality.distinct[1]:.3f} of word pairs",
+        "scripts": _shares(quality.scripts),
+        "languages": _shares(quality.languages),
+    }
+    if quality.own_names is not None:
+        lines["own name"] = f"in {quality.own_names:.1%}"
+    if quality.neighbor_names is not None:
+        lines["item names"] = f"of a neighbour in {quality.neighbor_names:.1%}"
+    for name, value in lines.items():
+        yield f"    {name:<12}  {value}"
+
+
+def _shares(shares: dict[str, float]) -> str:
+    """The largest ones; small texts in many languages are noise."""
+    shown = list(shares.items())[:_MAX_SHARES]
+    rest = sum(shares.values()) - sum(share for _, share in shown)
+    parts = [f"{name} {share:.1%}" for name, share in shown]
+    return ", ".join([*parts, f"others {rest:.1%}"] if len(shares) > len(shown) else parts)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())

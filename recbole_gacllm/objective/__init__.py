@@ -1,0 +1,1 @@
+"""The paper's fourth module: matching scores and their losses."""

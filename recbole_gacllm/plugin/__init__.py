@@ -1,0 +1,1 @@
+"""RecBole's side: repairs, registration, fast paths, splits."""

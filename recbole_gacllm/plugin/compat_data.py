@@ -1,0 +1,116 @@
+"""Repairs of how RecBole 1.2.1 reads a data set: its files, and the order of its times."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import io
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from recbole_gacllm.plugin.import_hooks import Overlay
+
+
+def atomic_files(module: Any) -> None:
+    """Let RecBole's ``Dataset`` read its files through :mod:`recbole_gacllm.data.atomic`.
+
+    Cause: pandas' quoting swallows the lines after a lone quote; a byte order mark becomes part of
+    a column's name; a header without types, another separator, another encoding or a word in a
+    column of numbers end in a traceback that names neither line nor key; ``timestamp:token`` is
+    numbered in order of appearance, so that dates give a wrong order of time. Files that RecBole
+    reads right give the same frames.
+    Upstream: issues 1387, 1152. End: a RecBole release that reads these files.
+    """
+    dataset_class = module.Dataset
+    load_feat = dataset_class._load_feat
+    reading: list[tuple[Any, Any]] = []  # the file that is being read, and its data set
+
+    @functools.wraps(load_feat)
+    def _load_feat(self: Any, filepath: Any, source: Any) -> Any:
+        from recbole_gacllm.data.atomic import read_atomic
+        from recbole_gacllm.data.checks import note_columns
+
+        if self._get_load_and_unload_col(source)[0] == set():
+            return load_feat(self, filepath, source)
+        name = getattr(source, "value", source)
+        id_field = {"user": self.uid_field, "item": self.iid_field}.get(name)
+        inter = getattr(self, "inter_feat", None)
+        ids = None
+        if id_field is not None and inter is not None and id_field in inter:
+            ids = frozenset(inter[id_field].dropna().unique())
+        keys = self.config
+        file = read_atomic(Path(filepath), keys["field_separator"], keys["encoding"], id_field, ids)
+        if name == "inter":
+            note_columns(self, file)
+            if self.time_field in file.names:
+                file.types[file.names.index(self.time_field)] = "float"
+        reading.append((file, self))
+        try:
+            return load_feat(self, filepath, source)
+        finally:
+            reading.pop()
+
+    def open_header(path: Any, *args: Any, **keys: Any) -> Any:
+        """RecBole opens a file to read its header."""
+        if not reading or Path(path) != reading[-1][0].path:
+            return builtins.open(path, *args, **keys)
+        file, dataset = reading[-1]
+        pairs = (f"{name}:{kind}" for name, kind in zip(file.names, file.types, strict=True))
+        return io.StringIO(dataset.config["field_separator"].join(pairs) + "\n")
+
+    def read_csv(path: Any, *args: Any, **keys: Any) -> Any:
+        """RecBole reads the columns ``usecols`` of a file, called ``name:type``."""
+        import pandas as pd
+
+        from recbole_gacllm.data.numbers import numbers, times
+
+        if not reading or Path(path) != reading[-1][0].path:
+            return pd.read_csv(path, *args, **keys)
+        file, dataset = reading[-1]
+        columns = {}
+        for column in keys["usecols"]:
+            name, _, kind = column.rpartition(":")
+            if kind == "float":
+                is_time = file.path.suffix == ".inter" and name == dataset.time_field
+                columns[column] = (times if is_time else numbers)(file, name)
+            else:
+                columns[column] = file.cells[name]
+        return pd.DataFrame(columns)
+
+    dataset_class._load_feat = _load_feat
+    module.open = open_header
+    module.pd = Overlay(module.pd, read_csv=read_csv)
+
+
+def exact_times(module: ModuleType) -> None:
+    """Order interactions by the times in the file, not by their float32.
+
+    Cause: RecBole turns times into float32 tensors before it sorts them, where seconds since 1970
+    lie 128 apart; rows closer than that keep the order of the file, so a random one is the last.
+    The rows are ordered in float64 before; RecBole's own stable sort keeps that. Our own models,
+    whose ``recent`` and ``linear_recency`` read the times themselves, have them in float64.
+    Upstream: issue 2204. End: a RecBole release that sorts before it converts.
+    """
+    dataset_class = module.Dataset
+    change = dataset_class._change_feat_format
+
+    @functools.wraps(change)
+    def _change_feat_format(self: Any) -> None:
+        from recbole_gacllm.plugin.registration import MODELS
+
+        inter, time = self.inter_feat, self.time_field
+        is_frame = hasattr(inter, "sort_values") and time is not None and time in inter
+        is_ordered = self.config["eval_args"]["order"] == "TO" and not self.benchmark_filename_list
+        plain = is_frame and time not in self.config["numerical_features"]
+        if plain and is_ordered:
+            inter = inter.sort_values(time, kind="stable", ignore_index=True)
+            self.inter_feat = inter
+        exact = inter[time].to_numpy("float64") if plain else None
+        change(self)
+        if exact is not None and self.config["model"] in MODELS:
+            import torch
+
+            self.inter_feat.interaction[time] = torch.from_numpy(exact.copy())
+
+    dataset_class._change_feat_format = _change_feat_format

@@ -1,0 +1,1 @@
+"""The paper's first module: LoRA fine-tuning on matched pairs."""
