@@ -13,11 +13,10 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import ModelType, get_model, init_seed
 
-from recbole_gacllm.config import GaCLLMConfig, shipped_path
+from recbole_gacllm.config import MODELS, GaCLLMConfig, shipped_path
 from recbole_gacllm.data.atomic import read_header
 from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.plugin.key_checks import check_evaluation, check_given
-from recbole_gacllm.plugin.registration import MODELS
 
 _RECBOLE = Path(recbole.__file__).parent
 # RecBole's documentation of each: "this model is a non-sampling model, so you must set

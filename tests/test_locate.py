@@ -6,7 +6,6 @@ import json
 import pickle
 import re
 import shutil
-import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,6 @@ import pytest
 from recbole_gacllm.artifacts import locate, manifests
 from recbole_gacllm.cli.main import main
 from recbole_gacllm.convolution import names
-from recbole_gacllm.convolution.costs import Cost, LayerCost
-from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.inspection.reading import RunDescriptions
 
@@ -142,38 +139,6 @@ def test_inputs_that_a_job_names_lie_beside_it(described, tmp_path, capsys, inpu
     with pytest.raises(SystemExit):
         main(["audit", str(described)])
     assert capsys.readouterr().err.startswith("error: ")
-
-
-@pytest.mark.parametrize("damage", ["killed", "closed", "text", "other table"])
-def test_what_a_killed_run_has_cost_is_read_without_a_change_on_disk(
-    described,  # noqa: F811
-    tmp_path,
-    capsys,
-    damage,
-):
-    (described / "manifest.json").unlink()
-    options = {"neighbor_rule": "rare_first", "n_neighbors": 2, "llm_n_layers": 2}
-    write_job(described, options=options)
-    path = described.parent.parent / "store.sqlite"
-    store = DescriptionStore(path)
-    store.put_many([], LayerCost("tiny/descriptions-1", 2, Cost(5, 600, 70, 50, 8.0)))
-    copies = [(file, file.read_bytes()) for file in path.parent.glob("store.sqlite*")]
-    store.close()
-    if damage == "killed":  # the log and its index stay
-        for file, content in copies:
-            file.write_bytes(content)
-        assert Path(f"{path}-wal").stat().st_size
-    elif damage == "text":
-        path.write_text("no database")
-    elif damage == "other table":
-        path.unlink()
-        with sqlite3.connect(path) as db:
-            db.execute("CREATE TABLE costs (stage TEXT, layer, n_generated)")
-    before = snapshot(tmp_path)
-    main(["audit", str(described)])
-    n = 5 if damage in ("killed", "closed") else 0
-    assert f"generated       {n} prompts" in capsys.readouterr().out
-    assert snapshot(tmp_path) == before
 
 
 def test_commands_that_read_change_nothing(run, described, tmp_path):  # noqa: F811

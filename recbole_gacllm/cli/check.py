@@ -33,8 +33,8 @@ def check(arguments: list[str]) -> None:
     common.add_config_files(parser)
     known, keys = common.parse_with_keys(parser, arguments)
 
+    from recbole_gacllm.config import MODELS
     from recbole_gacllm.inspection.data_door import read_and_inspect, sample_texts
-    from recbole_gacllm.plugin.registration import MODELS
 
     sys.argv[1:] = []  # RecBole reads it
     files = known.config_files.split()

@@ -233,17 +233,12 @@ def _leakage(run: Path) -> dict[str, Any] | None:
 
 
 def _print_unfinished(found: Unfinished) -> None:
-    from recbole_gacllm.inspection.quality import token_line
-
-    cost = dataclasses.asdict(found.cost)
     say("", f"layer {found.number} of {found.n_layers} is not finished")
-    say(f"  generated       {found.cost.n_generated} prompts, for {found.n_nodes} nodes at most")
-    say(f"  tokens          {token_line(cost)}")
     say("  start the run again: it goes on with what is missing")
 
 
 if TYPE_CHECKING:
-    from recbole_gacllm.stage_batch import Imported
+    from recbole_gacllm.convolution.batch_job import Imported
 
 
 def add_arguments(parser: argparse.ArgumentParser, actions: Any) -> None:
@@ -297,16 +292,16 @@ def make_descriptions(
             folder = pipeline.describe(options, data)
             say(folder, "", "to see them", f"  python -m recbole_gacllm audit {folder}")
             return
-        folder, job = pipeline.description_job(options, data)
+        job = pipeline.description_job(options, data)
 
-        from recbole_gacllm import stage_batch
+        from recbole_gacllm.convolution import batch_job
 
         if known.export_batch is not None:
             to = known.export_batch
-            exported = stage_batch.export_batch(folder, job, to, known.shard_size)
+            exported = batch_job.export_batch(job, to, known.shard_size)
             _print_exported(exported, to, command)
         else:
-            _print_imported(stage_batch.import_batch(folder, job, known.import_batch), command)
+            _print_imported(batch_job.import_batch(job, known.import_batch), command)
 
 
 def _print_exported(manifest: dict[str, Any] | None, to: Path, command: str) -> None:

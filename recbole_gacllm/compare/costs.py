@@ -11,7 +11,7 @@ from recbole_gacllm.artifacts.csv_cells import csv_text
 from recbole_gacllm.compare import markdown
 from recbole_gacllm.compare import markdown as cells
 from recbole_gacllm.compare.results import Board, FinishedRun
-from recbole_gacllm.plugin.registration import MODELS
+from recbole_gacllm.config import MODELS
 
 
 def command(board: Board) -> str:

@@ -24,12 +24,11 @@ from typing import Any
 
 import yaml
 
-from recbole_gacllm.config import shipped_path
+from recbole_gacllm.config import MODEL, MODELS, shipped_path
 from recbole_gacllm.console import say
 from recbole_gacllm.convolution.imported import ImportedTexts
 from recbole_gacllm.convolution.prompts import PromptTemplates
 from recbole_gacllm.llm import weights
-from recbole_gacllm.plugin.registration import MODEL, MODELS
 
 #: Concern -> the modules whose code decides its part of a run's numbers.
 CONCERNS: dict[str, tuple[str, ...]] = {

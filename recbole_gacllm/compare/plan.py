@@ -23,8 +23,7 @@ from recbole.utils import ModelType
 from recbole_gacllm.artifacts import hashing, manifests
 from recbole_gacllm.compare import identity
 from recbole_gacllm.compare.rows import split_seeds, split_variant
-from recbole_gacllm.config import SPLIT_KEYS, GaCLLMConfig, shipped_path
-from recbole_gacllm.plugin.registration import MODEL, MODELS
+from recbole_gacllm.config import MODEL, MODELS, SPLIT_KEYS, GaCLLMConfig, shipped_path
 from recbole_gacllm.run_config import build_config
 
 FIRST_SEED = 2020  # RecBole's

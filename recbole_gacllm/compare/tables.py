@@ -20,7 +20,7 @@ from recbole_gacllm.compare import degrees, markdown
 from recbole_gacllm.compare import markdown as cells
 from recbole_gacllm.compare.costs import command, cost_rows, environment_rows, runs_to_csv
 from recbole_gacllm.compare.results import DECIMALS, Board, summarize
-from recbole_gacllm.plugin.registration import MODELS
+from recbole_gacllm.config import MODELS
 
 RESULTS_FILE = "results.json"
 _PROPERTIES = (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,8 @@ import numpy.typing as npt
 from recbole_gacllm.errors import GaCLLMError
 
 Side = Literal["user", "item"]
-Rule = Literal["random", "recent", "rare_first"]
 
-RULES: tuple[Rule, ...] = get_args(Rule)
+RULES = ("random", "recent", "rare_first")
 
 _EDGES_A_BLOCK = 1 << 18
 
@@ -197,7 +196,7 @@ def check_rule(graph: TrainGraph, rule: str) -> None:
 
 
 def select_neighbors(
-    graph: TrainGraph, side: Side, rule: Rule, n_neighbors: int, seed: int
+    graph: TrainGraph, side: Side, rule: str, n_neighbors: int, seed: int
 ) -> NeighborLists:
     """Choose at most ``n_neighbors`` training neighbours for every node of a side: ``N(v)``.
 

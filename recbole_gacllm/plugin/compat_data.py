@@ -97,7 +97,7 @@ def exact_times(module: ModuleType) -> None:
 
     @functools.wraps(change)
     def _change_feat_format(self: Any) -> None:
-        from recbole_gacllm.plugin.registration import MODELS
+        from recbole_gacllm.config import MODELS
 
         inter, time = self.inter_feat, self.time_field
         is_frame = hasattr(inter, "sort_values") and time is not None and time in inter

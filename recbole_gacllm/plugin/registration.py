@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from recbole_gacllm.config import (
+    MODELS,
     SPLIT_KEYS,
     GaCLLMConfig,
     check_keys,
@@ -23,9 +24,6 @@ from recbole_gacllm.config import (
 )
 from recbole_gacllm.plugin.import_hooks import after_import, alias_module
 
-MODEL = "GaCLLM"
-#: Our models and their modules; both take the keys of ``GaCLLM.yaml``.
-MODELS = {MODEL: "recbole_gacllm.model", "TextKNN": "recbole_gacllm.text_knn"}
 _GENERAL = "recbole.model.general_recommender"
 #: Modules of RecBole whose classes get the fast paths of ``fast.py`` (key ``fast_paths``).
 FAST_MODULES = (

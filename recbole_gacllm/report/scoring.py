@@ -36,10 +36,9 @@ import recbole_gacllm.text_knn
 from recbole_gacllm.artifacts.checkpoint import no_pickles, read_weights
 from recbole_gacllm.compare.degrees import count_degrees
 from recbole_gacllm.compare.job import Recorder, histories, targets
-from recbole_gacllm.config import GaCLLMConfig, model_defaults
+from recbole_gacllm.config import MODELS, GaCLLMConfig, model_defaults
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.inputs import TextLayers, TrainingData
-from recbole_gacllm.plugin.registration import MODELS
 
 N_RECOMMENDED = 10
 # Other machines and PyTorch versions move a rank here and there, no more.
