@@ -289,9 +289,9 @@ def test_a_durable_write_comes_when_it_is_due_or_the_batch_is_full(
     monkeypatch.setattr("recbole_gacllm.convolution.convolution._FULL_BATCH", full)
     written, put_many = [], DescriptionStore.put_many
 
-    def put(self, records, cost):
+    def put(self, records):
         written.append(len(records))
-        put_many(self, records, cost)
+        put_many(self, records)
 
     monkeypatch.setattr(DescriptionStore, "put_many", put)
     convolve(graph_of(40, 60), raw_layer(graph_of(40, 60)))

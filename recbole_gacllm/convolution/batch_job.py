@@ -20,7 +20,7 @@ from typing import Any, Self
 from recbole_gacllm.artifacts import disk, manifests
 from recbole_gacllm.convolution import setup
 from recbole_gacllm.convolution.batch import (
-    MANIFEST_FILE,
+    BATCH_FILE,
     Answers,
     answer_files,
     custom_id,
@@ -46,7 +46,7 @@ _MAX_ODD = 20  # answers that are none, if no other one is: then it is not the r
 
 
 @dataclass
-class ImportReport:
+class LayerAnswers:
     """What an import did for one layer. The first five add up to the prompts that were missing.
 
     Attributes:
@@ -85,7 +85,7 @@ class Imported:
         n_unknown: Answers to no prompt of this run up to its first incomplete layer.
     """
 
-    layers: list[ImportReport]
+    layers: list[LayerAnswers]
     complete: bool
     n_lines: int
     n_damaged: int
@@ -141,7 +141,7 @@ def export_batch(job: Job, to: Path, shard_size: int) -> dict[str, Any] | None:
             "generator": job.generator_key,
         }
         text = json.dumps(manifest, indent=2) + "\n"
-        disk.write_atomic(to / MANIFEST_FILE, text.encode())
+        disk.write_atomic(to / BATCH_FILE, text.encode())
         return manifest
 
 
@@ -159,12 +159,12 @@ def import_batch(job: Job, paths: list[Path]) -> Imported:
         GaCLLMError: If the store cannot be read or written.
     """
     answers = Answers.read(answer_files(paths))
-    reports: list[ImportReport] = []
+    reports: list[LayerAnswers] = []
     added: set[str] = set()  # ids of answers that were looked at
     with _Layers(job) as layers:
         second = layers.to_retry()
         while (requests := layers.missing()) is not None:
-            report = ImportReport(layers.number)
+            report = LayerAnswers(layers.number)
             reports.append(report)
             records: list[Record] = []
             try:
@@ -204,7 +204,7 @@ def _record(
     request: Request,
     context: CleaningContext,
     answers: Answers,
-    report: ImportReport,
+    report: LayerAnswers,
     second: set[str],
     added: set[str],
 ) -> Record | None:
@@ -236,7 +236,7 @@ def _record(
     return None
 
 
-def _check_odd(report: ImportReport) -> None:
+def _check_odd(report: LayerAnswers) -> None:
     """Refuse files of something else, before all prompts have failed by them.
 
     Raises:

@@ -6,21 +6,20 @@ Made for graphs of 10^6 nodes and 10^7 edges: edges are only touched by numpy.
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from recbole_gacllm.artifacts import disk
+from recbole_gacllm.convolution.layers import Side
 from recbole_gacllm.errors import GaCLLMError
-
-Side = Literal["user", "item"]
 
 RULES = ("random", "recent", "rare_first")
 
@@ -136,10 +135,8 @@ class TrainGraph:
         }
         if self.timestamps is not None:
             arrays["timestamps"] = self.timestamps
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with part.open("wb") as file:
+        with disk.atomic_path(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
-        part.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> TrainGraph:

@@ -20,7 +20,7 @@ from pathlib import Path
 from string import Template
 from typing import Literal
 
-from recbole_gacllm.convolution.graph import Side
+from recbole_gacllm.convolution.layers import Side
 from recbole_gacllm.llm.generator import Message
 
 Direction = Literal["user_to_item", "item_to_user"]
