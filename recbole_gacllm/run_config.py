@@ -243,14 +243,16 @@ def _external_and_internal(
 
 
 def training_data(
-    dataset: str, config_files: Sequence[str | Path] = ()
+    dataset: str,
+    config_files: Sequence[str | Path] = (),
+    config_dict: dict[str, Any] | None = None,
 ) -> tuple[GaCLLMConfig, TrainingData]:
     """Options and training split that a run of GaCLLM has, without its model.
 
     Raises:
         ValueError: As :func:`build_config`.
     """
-    config = build_config("GaCLLM", dataset, config_files)
+    config = build_config("GaCLLM", dataset, config_files, config_dict)
     init_seed(config["seed"], config["reproducibility"])
     train_data, _, _ = data_preparation(config, create_dataset(config))
     options = GaCLLMConfig.from_mapping(config.final_config_dict)
