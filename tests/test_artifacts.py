@@ -189,8 +189,6 @@ from recbole_gacllm.artifacts import disk
 from recbole_gacllm.artifacts.children import die_with_parent, reporting_errors
 from recbole_gacllm.errors import GaCLLMError, StoreError
 
-from .conftest import job_of
-
 stage, folder = sys.argv[1], Path(sys.argv[2])
 die_with_parent()
 with reporting_errors(folder):

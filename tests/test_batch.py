@@ -392,19 +392,19 @@ def test_the_embedded_model_answers_a_batch_as_a_run_here_would(settings, tmp_pa
     }
     (tmp_path / "keys.yaml").write_text(yaml.safe_dump(keys))
     flags = ["--dataset=tiny", "--config_files=keys.yaml"]
-    manifests = []
+    exported = []
     engine = None
     for number in range(3):
         run_cli(*flags, "--export-batch", f"batch-{number}", "--quiet")
         folder = tmp_path / f"batch-{number}"
         if not (folder / "batch.json").is_file():
             break
-        manifests.append(json.loads((folder / "batch.json").read_text()))
+        exported.append(json.loads((folder / "batch.json").read_text()))
         requests = [
             json.loads(line) for file in sorted(folder.glob("layer-*")) for line in file.open()
         ]
         engine = engine or open_generator(
-            "transformers", model_dir=Path(manifests[0]["model_dir"]), dtype="float32"
+            "transformers", model_dir=Path(exported[0]["model_dir"]), dtype="float32"
         )
         answers = []
         for completion in engine.generate([as_request(line) for line in requests]):
@@ -417,7 +417,7 @@ def test_the_embedded_model_answers_a_batch_as_a_run_here_would(settings, tmp_pa
         write_lines(tmp_path / f"answers-{number}.jsonl", answers)
         run_cli(*flags, "--import-batch", f"answers-{number}.jsonl", "--quiet")
     assert "nothing to export: all layers are in the store" in capfd.readouterr().out
-    assert manifests[0]["n_requests"] == 54
+    assert exported[0]["n_requests"] == 54
     run_cli(*flags)
     folder = Path(capfd.readouterr().out.splitlines()[0])
     report = manifests.read_manifest(folder)["layers"][0]

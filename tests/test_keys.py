@@ -82,28 +82,13 @@ ODD: dict[str, Any] = {
     "propagate_every": 3,
 }
 #: Keys that choose a way rather than a number: other tests take each way.
-WAYS = set(
-    [
-        "preset",
-        "use_text",
-        "loss_type",
-        "text_source",
-        "text_import_file",
-        "llm_model",
-        "llm_backend",
-        "llm_endpoints",
-        "llm_served_model",
-        "llm_adapter",
-        "llm_merge_adapter",
-        "llm_prompts_dir",
-        "sft",
-        "encoder_model",
-        "train_share",
-        "cold_item_share",
-        "fast_paths",
-        "artifact_dir",
-    ]
-)
+WAYS = {
+    *("preset", "use_text", "loss_type", "text_source"),
+    *("text_import_file", "llm_model", "llm_backend", "llm_endpoints"),
+    *("llm_served_model", "llm_adapter", "llm_merge_adapter", "llm_prompts_dir"),
+    *("sft", "encoder_model", "train_share", "cold_item_share"),
+    *("fast_paths", "artifact_dir"),
+}
 
 
 class HeardError(Exception):
