@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.cli.main import main
 from recbole_gacllm.convolution import batch_job, setup
 from recbole_gacllm.convolution.batch import (
