@@ -23,11 +23,11 @@ ALLOWED = {
         "report/scoring.py",
         "compare/",
     },
-    "vllm": {"llm/vllm_engine.py", "llm/vllm_options.py"},
+    "vllm": {"llm/vllm_engine.py"},
     "peft": {"sft/finetune.py", "sft/merge.py", "llm/transformers_engine.py"},
     "transformers": {"llm/", "sft/"},
     "jinja2": {"report/page.py", "llm/chat.py"},
-    "httpx": {"llm/endpoints.py", "llm/traffic.py"},
+    "httpx": {"llm/endpoints.py"},
     "sentence_transformers": {"alignment/encoder.py"},
     # Registration hands it RecBole's modules; it loads PyTorch, which the children must not.
     "recbole_gacllm.plugin.fast": {"plugin/fast.py"},

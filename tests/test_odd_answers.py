@@ -14,7 +14,7 @@ from recbole_gacllm.convolution.cleaning import CleaningContext
 from recbole_gacllm.convolution.convolution import record_of
 from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.errors import GenerationError
-from recbole_gacllm.llm import endpoints, traffic
+from recbole_gacllm.llm import endpoints
 from recbole_gacllm.llm.chat_api import completion_of
 
 from .test_batch import answer_all, fakes, generator, good  # noqa: F401
@@ -142,7 +142,7 @@ def test_a_request_whose_answers_are_none_fails_alone(serve, connect, odd, caplo
     assert expected.pop("node 7")
     assert {name: c.text for name, c in made.items()} == expected
     assert not any(c.problem for c in made.values())
-    assert sum(map(is_poison, server.bodies)) == traffic._MAX_ODD
+    assert sum(map(is_poison, server.bodies)) == endpoints._MAX_ODD
     assert "request node 7 has no answer: " in caplog.text
 
 
@@ -216,7 +216,7 @@ def test_a_pause_that_an_endpoint_asks_for_has_a_limit(
     monkeypatch,
     wish,
 ):
-    monkeypatch.setattr(traffic, "_LONGEST_WISH", 0.3)
+    monkeypatch.setattr(endpoints, "_LONGEST_WISH", 0.3)
     came: list[float] = []
 
     def once(body):

@@ -19,7 +19,7 @@ import pytest
 
 from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.errors import GenerationError
-from recbole_gacllm.llm import traffic
+from recbole_gacllm.llm import endpoints
 from recbole_gacllm.llm.engines import choose_backend
 from recbole_gacllm.llm.generator import TextGenerator
 from recbole_gacllm.llm.server import ServerGenerator
@@ -42,8 +42,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traffic, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(traffic, "_LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(endpoints, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(endpoints, "_LONGEST_PAUSE", 0.05)
 
 
 @pytest.fixture
@@ -176,7 +176,9 @@ def test_endpoints_that_take_nothing_end_the_layer_by_name(serve, connect):
     busy, gone = serve(lambda body: 429), serve()
     generator = connect(busy, gone, patience_seconds=0.3)
     gone.stop()
-    with pytest.raises(GenerationError, match=r"no endpoint.*has taken a request.*429") as caught:
+    with pytest.raises(
+        GenerationError, match=r"no endpoint.*has answered a request.*429"
+    ) as caught:
         list(generator.generate(make_requests(12)))
     assert f"{gone.url}: All connection attempts failed" in str(caught.value)
 
@@ -247,7 +249,7 @@ def test_the_key_comes_from_the_environment_and_stays_out_of_errors_and_logs(
     with pytest.raises(GenerationError) as again:
         list(generator.generate(make_requests(4)))
     assert server.keys == {"Bearer sk-secret-123"}
-    for text in (str(caught.value), str(again.value), caplog.text, repr(generator._client)):
+    for text in (str(caught.value), str(again.value), caplog.text, repr(generator)):
         assert "sk-secret-123" not in text
 
 
@@ -284,15 +286,15 @@ def test_requests_name_a_lora_adapter_that_an_endpoint_serves_beside_its_base(se
 
 def test_an_endpoint_that_fails_is_tried_less_and_less_often(serve, connect, monkeypatch):
     pauses: list[float] = []
-    sleep = traffic.asyncio.sleep
+    sleep = endpoints.asyncio.sleep
 
     async def recording(seconds: float) -> None:
         pauses.append(seconds)
         await sleep(0)
 
-    monkeypatch.setattr(traffic.asyncio, "sleep", recording)
-    monkeypatch.setattr(traffic, "_FIRST_PAUSE", 1.0)
-    monkeypatch.setattr(traffic, "_LONGEST_PAUSE", 8.0)
+    monkeypatch.setattr(endpoints.asyncio, "sleep", recording)
+    monkeypatch.setattr(endpoints, "_FIRST_PAUSE", 1.0)
+    monkeypatch.setattr(endpoints, "_LONGEST_PAUSE", 8.0)
     sick = serve(lambda body: 503)
     generator = connect(sick, patience_seconds=2.0)
     sick.stop()
