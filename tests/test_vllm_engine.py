@@ -8,6 +8,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,10 +39,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def refuse(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Start vLLM where its every start fails with an error; the error and the options of each."""
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Start vLLM where its every start fails with an error; that error, and vLLM's options."""
     import vllm
+    from vllm.model_executor.models import registry
     from vllm.platforms import current_platform
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", None)
+    environment = dict(os.environ)
 
     def start(error: Exception, model: Path, on_cpu: bool = False, **keys: Any) -> Any:
         options: dict[str, Any] = {}
@@ -56,7 +61,9 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Any:
             VLLMGenerator(model, **{"dtype": "float32", **keys})
         return caught.value, options
 
-    return start
+    yield start
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY[1:], ids=lambda error: type(error).__name__)

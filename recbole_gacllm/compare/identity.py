@@ -55,7 +55,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
         *("convolution/__init__.py", "convolution/text.py", "convolution/templates.py"),
         *("convolution/values.py", "convolution/words.py", "convolution/neutralize.py"),
         *("convolution/layers.py", "convolution/imported.py"),
-        *("llm/__init__.py", "llm/weights.py", "llm/embedded.py", "llm/hardware.py"),
+        *("llm/__init__.py", "llm/weights.py", "llm/hardware.py"),
     ),
     "llm": (  # layers above it
         *("stage_batch.py", "convolution/batch.py", "convolution/prompts.py"),
