@@ -133,8 +133,8 @@ class Endpoints:
 
     async def models(self) -> list[Any]:
         """What each endpoint says it serves, or its error; None of one that does not say."""
-        said = (self._fetch("GET", f"{e.url}/models", _CHECK_SECONDS) for e in self._endpoints)
-        answers = await asyncio.gather(*said, return_exceptions=True)
+        requests = (self._fetch("GET", f"{e.url}/models", _CHECK_SECONDS) for e in self._endpoints)
+        answers = await asyncio.gather(*requests, return_exceptions=True)
         await self._http.aclose()
         return answers
 
