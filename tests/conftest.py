@@ -47,6 +47,14 @@ def _process():
     recbole_utils.SummaryWriter = lambda folder: SummaryWriter(Path(folder).absolute())
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random language model with a tokenizer of bytes."""
+    from .test_generator_contract import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
 def write_dataset(root: Path, name: str = "tiny", n_users: int = 24, n_items: int = 30) -> Path:
     """Write ``root/name/name.{inter,user,item}`` of four tastes; returns ``root``."""
     rng = random.Random(7)

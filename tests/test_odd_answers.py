@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,6 @@ from .test_server import (  # noqa: F401
     connect,
     expected_texts,
     serve,
-    tiny_model,
 )
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3}
@@ -208,32 +206,11 @@ def test_a_server_that_nobody_vouches_for_is_refused(serve, connect):  # noqa: F
     assert not server.keys
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("wish", ["86400", "9" * 400])
-def test_a_pause_that_an_endpoint_asks_for_has_a_limit(
-    serve,  # noqa: F811
-    connect,  # noqa: F811
-    monkeypatch,
-    wish,
-):
-    monkeypatch.setattr(endpoints, "_LONGEST_WISH", 0.3)
-    came: list[float] = []
-
-    def once(body):
-        came.append(time.monotonic())
-        return 503 if len(came) == 1 else None
-
-    server = serve(once)
-    server.retry_after = wish
-    list(connect(server, concurrency=1).generate(make_requests(3)))
-    assert came[1] - came[0] >= 0.3
-
-
 # From batch files
 
 
 @pytest.fixture
-def tiny_keys(settings, tiny_model) -> dict:  # noqa: F811
+def tiny_keys(settings, tiny_model) -> dict:
     return {**settings, **TINY, "llm_model": str(tiny_model), "sft": False, "llm_n_layers": 2}
 
 

@@ -19,7 +19,7 @@ from recbole_gacllm.llm import endpoints, server
 from recbole_gacllm.redaction import api_key, redact, redacted, remember
 
 from .test_generator_contract import make_requests
-from .test_server import _short_pauses, connect, serve, tiny_model  # noqa: F401
+from .test_server import _short_pauses, connect, serve  # noqa: F401
 
 KEY = 'sk-proj-Ab12/+=\\"x_y'  # with what JSON, Python and URLs write in other ways
 

@@ -20,7 +20,7 @@ from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.engines import choose_backend
 from recbole_gacllm.llm.vllm_engine import CPU_WINDOW, PRIVATE_NAMES, VLLMGenerator, cpu_options
 
-from .test_generator_contract import OUT_OF_MEMORY, make_requests, save_tiny_model
+from .test_generator_contract import OUT_OF_MEMORY, make_requests
 from .test_hardware import CARD, smi
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,11 +31,10 @@ IN_THE_DARK = RuntimeError(
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(autouse=True, scope="module")
+def _vllm() -> None:
     if choose_backend("auto")[0] != "vllm":
         pytest.skip("vLLM cannot run here")
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
