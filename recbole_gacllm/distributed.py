@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import multiprocessing
 
 from recbole_gacllm import console
-from recbole_gacllm.artifacts.launchers import leave_launcher
+from recbole_gacllm.artifacts.launchers import free_port, leave_launcher
 from recbole_gacllm.run import run
 from recbole_gacllm.run_config import build_config
 
@@ -41,9 +40,7 @@ def run_distributed(
             f"{nproc}, such as --gpu_id={','.join(map(str, range(nproc)))}, lower nproc, or set "
             "use_gpu: False."
         )
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     queue = multiprocessing.get_context("spawn").SimpleQueue()
     ddp = {"world_size": nproc, "nproc": nproc, "ip": "localhost", "port": port, "offset": 0}
     files = [str(file) for file in config_files]

@@ -61,6 +61,14 @@ def job_of(stage: str, inputs: Path, **more) -> Job:
     return Job(stage=stage, inputs=inputs, **{**parts, **more})
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random language model with a tokenizer of bytes."""
+    from .test_generator_contract import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
 def write_dataset(root: Path, name: str = "tiny", n_users: int = 24, n_items: int = 30) -> Path:
     """Write ``root/name/name.{inter,user,item}`` of four tastes; returns ``root``."""
     rng = random.Random(7)

@@ -349,7 +349,7 @@ def test_a_model_that_transformers_cannot_load_is_named_with_its_type(tmp_path: 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_5"])
 def test_vllm_takes_the_language_model_of_a_model_that_sees(tmp_path: Path, family: str) -> None:
     pytest.importorskip("vllm")
-    from recbole_gacllm.llm.vllm_options import text_only_options
+    from recbole_gacllm.llm.vllm_engine import text_only_options
 
     configs()[family].save_pretrained(tmp_path)
     expected = {} if family == "llama" else {"language_model_only": True}

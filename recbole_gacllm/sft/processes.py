@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
+from recbole_gacllm.artifacts.launchers import free_port
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm.generator import SFTPair
@@ -92,10 +92,8 @@ def _in_processes(n: int, work: Callable[[], SFTReport], out_dir: Path) -> SFTRe
     """The same work in each of several processes of one group."""
     if n == 1:
         return work()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    port = str(free_port())
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n)}
     errors = multiprocessing.get_context("spawn").SimpleQueue()
     level = logging.getLogger().getEffectiveLevel()
     try:
