@@ -240,8 +240,7 @@ def embeddings(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
             show_progress=job["show_progress"],
         )
         reports.append(dataclasses.asdict(stats))
-    earlier = sum(report["earlier_seconds"] for report in reports)
-    return {"dim": encoder.dim, "layers": reports, "earlier_seconds": earlier}
+    return {"dim": encoder.dim, "layers": reports}
 
 
 def _tokenizer(job: dict[str, Any], model_dir: str) -> ChatTokenizer:
