@@ -118,14 +118,14 @@ class Folder:
         rows = stored(self.path, self.place / "scratch")
         assert rows.items() >= self.rows.items(), "a finished description was lost or changed"
         self.rows = rows
-        manifests = {file: file.read_bytes() for file in self.path.glob("tiny/*/manifest.json")}
-        assert manifests.items() >= self.manifests.items(), "a manifest was lost or changed"
-        self.manifests = manifests
-        for file, content in manifests.items():
+        written = {file: file.read_bytes() for file in self.path.glob("tiny/*/manifest.json")}
+        assert written.items() >= self.manifests.items(), "a manifest was lost or changed"
+        self.manifests = written
+        for file, content in written.items():
             manifest = read_manifest(file.parent)
             assert manifest == json.loads(content)
-            found = manifests.digests(file.parent, OUTPUTS[manifest["stage"]])
-            assert found == manifest["files"], "a finished stage is not what its manifest says"
+            digests = manifests.digests(file.parent, OUTPUTS[manifest["stage"]])
+            assert digests == manifest["files"], "a finished stage is not what its manifest says"
 
     def results(self) -> dict[str, Any]:
         """All that the stages made, by name: bytes, or what a layer says."""
