@@ -226,8 +226,8 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
             "files are empty, or ids and codes, which a sentence leaves out. Fill them, name "
             "fields in text_item_template, or set use_text: False to go without text"
         )
-    for side, some in samples(texts, data.seed).items():
-        for text_of_node in some:
+    for side, texts_of_side in samples(texts, data.seed).items():
+        for text_of_node in texts_of_side:
             logger.info("%s as a language model sees it: %s", side, text_of_node)
     names = item_names(tokens["item"], features["item"], options.text_item_name_field)
     return Layer.raw(tokens, texts), names
@@ -236,8 +236,8 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
 def samples(texts: Mapping[Side, Sequence[str]], seed: int) -> dict[Side, list[str]]:
     """Side -> some of its texts, drawn by the seed, each told once."""
     rng = np.random.default_rng(seed)
-    drawn = {side: rng.permutation(len(some))[:_SHOWN].tolist() for side, some in texts.items()}
-    return {side: list(dict.fromkeys(texts[side][at] for at in drawn[side])) for side in drawn}
+    rows = {side: rng.permutation(len(texts[side]))[:_SHOWN].tolist() for side in texts}
+    return {side: list(dict.fromkeys(texts[side][row] for row in rows[side])) for side in rows}
 
 
 def user_names(config: Any) -> dict[str, str]:

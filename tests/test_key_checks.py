@@ -28,7 +28,7 @@ from recbole_gacllm.run_config import build_config
         ("user_inter_num_interval", "[5,inf", "'\\[5,inf' is no interval"),
         ("item_inter_num_interval", "[9,2]", "is no interval"),
         ("val_interval", "rating>3", "must be a field and its interval"),
-        ("val_interval", {"rating": "3-5"}, "val_interval of rating: '3-5'"),
+        ("val_interval", {"rating": "3-5"}, "'3-5'} must be a field and its interval"),
         ("rm_dup_inter", "yes", "rm_dup_inter: 'yes' is not allowed"),
         ("load_col", "{inter: '*'}", "words in quotes"),
         ("load_col", {"inter": "item_id"}, "must be the columns of each file"),

@@ -6,6 +6,7 @@ task itself (``item_num`` grows, interactions are dropped, every batch carries t
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -70,9 +71,8 @@ def read_features(
         for name, kind in zip(file.names, file.types, strict=True)
         if name != id_field and kind != "float_seq"
     }
-    frame = pd.DataFrame(columns)
-    frame.index = pd.Index(cells[id_field], dtype=object, name=id_field)
-    return frame
+    index = pd.Index(cells[id_field], dtype=object, name=id_field)
+    return pd.DataFrame(columns).set_axis(index)
 
 
 def _column(
@@ -167,18 +167,16 @@ def render_descriptions(
         ValueError: If the template is malformed or names a field that the file lacks.
     """
     special = frozenset(special_tokens)
-    fields = [] if features is None else [str(name) for name in features.columns]
+    features = pd.DataFrame() if features is None else features
+    fields = [str(name) for name in features.columns]
     if template is not None:
         render = compile_template(template, fields)
     else:
-        render = default_sentence([] if features is None else _fields_to_tell(features, noun))
-    table: dict[str, list[Value | None]] = {}
-    row_of: dict[str, int] = {}
-    if features is not None:
-        row_of = {token: row for row, token in enumerate(features.index)}
-        for field in fields:
-            table[field] = _words(features[field], value_names.get(field, {}), special)
-
+        render = default_sentence(_fields_to_tell(features, noun))
+    row_of = {token: row for row, token in enumerate(features.index)}
+    table = {
+        field: _words(features[field], value_names.get(field, {}), special) for field in fields
+    }
     unknown = nothing_known(noun)
     texts: list[str] = []
     n_cut = 0
@@ -205,30 +203,27 @@ def render_descriptions(
 def _fields_to_tell(features: pd.DataFrame, noun: str) -> list[str]:
     columns = {str(name): list(features[name]) for name in features.columns}
     reasons = {name: says_nothing(name, values) for name, values in columns.items()}
-    told = [name for name, reason in reasons.items() if reason is None]
-    if left_out := [f"{name} ({reason})" for name, reason in reasons.items() if reason]:
-        logger.info("fields left out of the %s texts: %s", noun, ", ".join(left_out))
-    return in_order(told, {name: columns[name] for name in told})
+    if silent := [f"{name} ({reason})" for name, reason in reasons.items() if reason]:
+        logger.info("fields left out of the %s texts: %s", noun, ", ".join(silent))
+    return in_order([name for name, reason in reasons.items() if reason is None], columns)
 
 
 def cut_at_word(text: str, max_chars: int) -> str:
     """Cut a text longer than ``max_chars`` between words, if it has any, and end it with "…"."""
     if len(text) <= max_chars:
         return text
-    kept = whole_words(text[:max_chars]) or text[: max_chars - 1]
-    return kept.rstrip(" ,;:.-、，；：。") + "…"
+    start = whole_words(text[:max_chars]) or text[: max_chars - 1]
+    return start.rstrip(" ,;:.-、，；：。") + "…"
 
 
 def _words(
     column: Iterable[Value | None], names: Mapping[str, str], special: frozenset[str]
 ) -> list[Value | None]:
     """Name coded values and neutralize the rest; None for what is missing or becomes empty."""
-    known: dict[str, str] = {}
 
+    @functools.cache
     def word(raw: str) -> str:
-        if raw not in known:
-            known[raw] = neutralize(names.get(raw, raw), special)
-        return known[raw]
+        return neutralize(names.get(raw, raw), special)
 
     return [
         (tuple(filter(None, map(word, value))) or None)
