@@ -97,7 +97,7 @@ def test_an_evaluation_that_cannot_be_is_refused_before_data_is_read(settings, k
         build_config("BPR", "tiny", config_dict={**settings, **keys})
 
 
-def test_columns_follow_the_fields_and_what_filters_need(settings, tmp_path):
+def test_columns_follow_the_fields_and_what_filters_need_and_a_star_loads_all(settings, tmp_path):
     folder = tmp_path / "biz"
     folder.mkdir()
     (folder / "biz.inter").write_text(
@@ -112,9 +112,6 @@ def test_columns_follow_the_fields_and_what_filters_need(settings, tmp_path):
     }
     config = build_config("BPR", "biz", config_dict=keys)
     assert config["load_col"] == {"inter": ["user_id", "business_id", "date", "stars"]}
-
-
-def test_a_star_loads_all_columns(settings):
     config = build_config("BPR", "tiny", config_dict={**settings, "load_col": {"inter": "*"}})
     assert config["load_col"] == {"inter": "*"}
 
