@@ -36,7 +36,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,10 +176,9 @@ class StandInEncoder(TextEncoder):
     def __init__(self, folder: Path) -> None:
         self.model_dir, self.batch_size = folder, 64
         self.dtype, self.dim, self._prompt = torch.float32, TEXT_WIDTH, None
-        self._model = SimpleNamespace(tokenizer=None)  # texts are sorted by their characters
         self._vector = np.full((1, self.dim), self.dim**-0.5, dtype=np.float32)
 
-    def _encode(self, texts: list[str]) -> Any:
+    def _encode(self, texts: list[str], show_progress: bool = False) -> Any:
         return self._vector.repeat(len(texts), axis=0)
 
 

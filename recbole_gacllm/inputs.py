@@ -183,26 +183,21 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
     """Layer 0, every node's features as a sentence, and the name of every item by token.
 
     Raises:
-        ValueError: If a template names a field that is not there, or no side has any text.
+        ValueError: If a template names a field that is not there, or no node has any text.
     """
-    features = {}
+    tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
+    features: dict[Side, pd.DataFrame | None] = {"user": None, "item": None}
     for side in SIDES:
-        file = data.feature_files[side]
-        features[side] = (
-            None
-            if file is None
-            else text.read_features(
+        if (file := data.feature_files[side]) is not None:
+            features[side] = text.read_features(
                 file,
                 data.id_fields[side],
                 data.field_separator,
                 data.encoding,
                 data.seq_separator,
-                frozenset(data.graph.tokens(side).tolist()),
+                frozenset(tokens[side]),
             )
-        )
-    text.require_some_text(features["user"], features["item"], options.text_allow_ids)
     value_names = _value_names(options, [frame for frame in features.values() if frame is not None])
-    tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
     wording = {
         "user": (options.text_user_template, options.text_user_noun),
         "item": (options.text_item_template, options.text_item_noun),
@@ -218,16 +213,20 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
         )
         for side in SIDES
     }
-    if not options.text_allow_ids and all(
-        set(texts[side]) == {text.nothing_known(wording[side][1])} for side in SIDES
-    ):
+    nothing = {
+        side: text.cut_at_word(text.nothing_known(wording[side][1]), options.text_max_chars)
+        for side in SIDES
+    }
+    if not options.text_allow_ids and all(set(texts[side]) == {nothing[side]} for side in SIDES):
         raise ValueError(
-            f"nothing is known of any user or item of {data.dataset}: the fields of its feature "
-            "files are empty, or ids and codes, which a sentence leaves out. Fill them, name "
-            "fields in text_item_template, or set use_text: False to go without text"
+            f"the data set has no text, nothing is known of any user or item of {data.dataset}: it "
+            "has no .user or .item file beside the .inter file, or their fields are empty, or ids "
+            "and codes, which a sentence leaves out. Add or fill fields, name some in "
+            "text_item_template, set text_allow_ids: True to describe nodes of a data set without "
+            "fields by their ids, or use_text: False to go without text"
         )
-    for side, some in samples(texts, data.seed).items():
-        for text_of_node in some:
+    for side, texts_of_side in samples(texts, data.seed).items():
+        for text_of_node in texts_of_side:
             logger.info("%s as a language model sees it: %s", side, text_of_node)
     names = item_names(tokens["item"], features["item"], options.text_item_name_field)
     return Layer.raw(tokens, texts), names
@@ -236,8 +235,8 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
 def samples(texts: Mapping[Side, Sequence[str]], seed: int) -> dict[Side, list[str]]:
     """Side -> some of its texts, drawn by the seed, each told once."""
     rng = np.random.default_rng(seed)
-    drawn = {side: rng.permutation(len(some))[:_SHOWN].tolist() for side, some in texts.items()}
-    return {side: list(dict.fromkeys(texts[side][at] for at in drawn[side])) for side in drawn}
+    rows = {side: rng.permutation(len(texts[side]))[:_SHOWN].tolist() for side in texts}
+    return {side: list(dict.fromkeys(texts[side][row] for row in rows[side])) for side in rows}
 
 
 def user_names(config: Any) -> dict[str, str]:

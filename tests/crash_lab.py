@@ -303,9 +303,9 @@ class _Run:
         trainer.Progress.on_log = logging_update  # type: ignore[method-assign]
         encode = TextEncoder._encode
 
-        def encoding(self: Any, texts: list[str]) -> Any:
+        def encoding(self: Any, texts: list[str], *more: Any) -> Any:
             run.note("encode", len(texts))
-            return encode(self, texts)
+            return encode(self, texts, *more)
 
         TextEncoder._encode = encoding  # type: ignore[method-assign]
 

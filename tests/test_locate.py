@@ -206,9 +206,6 @@ def test_names_of_items_are_of_the_run(run, described, capsys):  # noqa: F811
     record["artifacts"]["item_names"] = str(other)
     run.write_text(json.dumps(record))
     assert RunDescriptions.of_run(run).names["i1"] == "Drama"
-    del record["artifacts"]["item_names"]  # a run of an earlier release
-    run.write_text(json.dumps(record))
-    assert RunDescriptions.of_run(run).names == old
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"i1": 3}'])

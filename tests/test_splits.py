@@ -206,10 +206,18 @@ def test_negatives_of_training_are_items_with_interactions(settings, taste_texts
 @pytest.mark.parametrize(
     ("model", "keys", "message"),
     [
-        ("BPR", {"train_share": 0.0}, "train_share: 0.0 is not allowed; allowed: above 0"),
+        (
+            "BPR",
+            {"train_share": 0.0},
+            "train_share: 0.0 is not allowed; it should be greater than 0",
+        ),
         ("GaCLLM", {"train_share": 1.5}, "train_share: 1.5 is not allowed"),
         ("BPR", {"cold_item_share": 0.5}, "cold_item_share: 0.5 is not allowed"),
-        ("EASE", {"cold_item_share": "some"}, "cold_item_share: 'some' is a str"),
+        (
+            "EASE",
+            {"cold_item_share": "some"},
+            "cold_item_share: 'some' is not allowed; it should be a valid number",
+        ),
         ("SASRec", {"train_share": 0.5}, "sequential model SASRec"),
         (
             "BPR",

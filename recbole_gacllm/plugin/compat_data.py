@@ -24,7 +24,8 @@ def atomic_files(module: Any) -> None:
     """
     dataset_class = module.Dataset
     load_feat = dataset_class._load_feat
-    reading: list[tuple[Any, Any]] = []  # the file that is being read, and its data set
+    # The file that is being read, its data set, and its times or why they cannot be read.
+    reading: list[tuple[Any, Any, Any]] = []
 
     @functools.wraps(load_feat)
     def _load_feat(self: Any, filepath: Any, source: Any) -> Any:
@@ -41,11 +42,12 @@ def atomic_files(module: Any) -> None:
             ids = frozenset(inter[id_field].dropna().unique())
         keys = self.config
         file = read_atomic(Path(filepath), keys["field_separator"], keys["encoding"], id_field, ids)
+        moments = None
         if name == "inter":
-            note_columns(self, file)
+            moments = note_columns(self, file)
             if self.time_field in file.names:
                 file.types[file.names.index(self.time_field)] = "float"
-        reading.append((file, self))
+        reading.append((file, self, moments))
         try:
             return load_feat(self, filepath, source)
         finally:
@@ -55,7 +57,7 @@ def atomic_files(module: Any) -> None:
         """RecBole opens a file to read its header."""
         if not reading or Path(path) != reading[-1][0].path:
             return builtins.open(path, *args, **keys)
-        file, dataset = reading[-1]
+        file, dataset, _ = reading[-1]
         pairs = (f"{name}:{kind}" for name, kind in zip(file.names, file.types, strict=True))
         return io.StringIO(dataset.config["field_separator"].join(pairs) + "\n")
 
@@ -63,19 +65,20 @@ def atomic_files(module: Any) -> None:
         """RecBole reads the columns ``usecols`` of a file, called ``name:type``."""
         import pandas as pd
 
-        from recbole_gacllm.data.numbers import numbers, times
+        from recbole_gacllm.data.numbers import numbers
 
         if not reading or Path(path) != reading[-1][0].path:
             return pd.read_csv(path, *args, **keys)
-        file, dataset = reading[-1]
+        file, dataset, moments = reading[-1]
         columns = {}
         for column in keys["usecols"]:
             name, _, kind = column.rpartition(":")
-            if kind == "float":
-                is_time = file.path.suffix == ".inter" and name == dataset.time_field
-                columns[column] = (times if is_time else numbers)(file, name)
+            if moments is not None and name == dataset.time_field:
+                if isinstance(moments, ValueError):
+                    raise moments
+                columns[column] = moments
             else:
-                columns[column] = file.cells[name]
+                columns[column] = numbers(file, name) if kind == "float" else file.cells[name]
         return pd.DataFrame(columns)
 
     dataset_class._load_feat = _load_feat
