@@ -162,7 +162,7 @@ def test_a_defect_of_the_client_is_told_without_the_key(serve, connect, monkeypa
 
 CHILD = """
 import sys
-from recbole_gacllm import artifacts
+from recbole_gacllm.artifacts import children
 from recbole_gacllm.redaction import api_key
 children.die_with_parent()
 with children.reporting_errors(__import__("pathlib").Path(".")):

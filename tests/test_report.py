@@ -15,7 +15,7 @@ import pytest
 
 import recbole_gacllm.model
 from recbole_gacllm import run as runner
-from recbole_gacllm.artifacts import children
+from recbole_gacllm.artifacts import children, manifests
 from recbole_gacllm.cli.main import main
 from recbole_gacllm.compare import job, leaderboard, plan
 from recbole_gacllm.compare.degrees import edges
@@ -63,13 +63,13 @@ def prepare(options, data):
     figures |= dict.fromkeys(("n_retried", "n_truncated", "n_cached_tokens"), 0)
     figures |= {"n_failed": 1, "failures": {"echo": 1}, "n_from_store": 0, "seconds": 2.0}
     sft = {"n_pairs": 8, "n_heldout": 2, "n_steps": 3, "n_tokens": 99, "train_losses": [3, 2, 1]}
-    manifests = {
+    figures_of = {
         "inputs": {"n_edges": data.graph.n_edges},
         "sft": {**sft, "perplexity_before": 20.0, "perplexity_after": 10.0, "seconds": 3.0},
         "descriptions": {"layers": [figures], "seconds": 2.5},
         "embeddings": {"seconds": 1.0},
     }
-    for stage, manifest in manifests.items():
+    for stage, manifest in figures_of.items():
         manifests.write_manifest(folders[stage], {"stage": stage, **manifest})
     return TextLayers.load(folders, 2, options, data)
 
