@@ -20,6 +20,7 @@ ALLOWED = {
         "plugin/run_folder.py",
         "model.py",
         "text_knn.py",
+        "inspection/opened.py",
         "report/scoring.py",
         "compare/",
     },

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from recbole_gacllm.artifacts import locate, manifests
+from recbole_gacllm.artifacts.locate import RunFiles
 from recbole_gacllm.cli.main import main
 from recbole_gacllm.convolution import names
 from recbole_gacllm.convolution.costs import Cost, LayerCost
@@ -105,10 +106,13 @@ def test_artefacts_beside_the_run_are_found_and_lost_ones_keep_their_name(tmp_pa
     run_folder = tmp_path / "received"
     (run_folder / "tiny" / "inputs-1").mkdir(parents=True)
     recorded = "/home/somebody/saved/gacllm/tiny/inputs-1"
-    assert locate.find(recorded, run_folder) == run_folder / "tiny" / "inputs-1"
-    assert locate.find("/home/somebody/sft-1", run_folder) == Path("/home/somebody/sft-1")
+    recorded = {"inputs": recorded, "sft": "/home/somebody/sft-1", "up": "x/../../secret"}
     (tmp_path / "secret").mkdir()
-    assert locate.find("x/../../secret", run_folder / "tiny") == Path("../secret")
+    assert RunFiles({"artifacts": recorded}, run_folder).artifacts() == {
+        "inputs": run_folder / "tiny" / "inputs-1",
+        "sft": Path("/home/somebody/sft-1"),
+        "up": Path("../secret"),
+    }
 
 
 def write_job(folder: Path, **entries: object) -> None:
