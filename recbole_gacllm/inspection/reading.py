@@ -121,6 +121,11 @@ class RunDescriptions:
         self.names = read_names(inputs, names_file)
         self.unfinished = self._progress() if is_unfinished else None
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether texts were made from those of neighbours."""
+        return bool(self._job)
+
     @classmethod
     def newest(cls, artifact_dir: Path, dataset: str) -> RunDescriptions:
         """The descriptions that were finished last for a data set; without any, its layer 0.
@@ -182,7 +187,7 @@ class RunDescriptions:
         node = tokens[side].index(token)
         other: Side = "item" if side == "user" else "user"
         names = self.names if other == "item" else dict.fromkeys(tokens["user"], "")
-        neighbors: Iterable[int] = self.neighbor_lists(side).of(node) if self._job else ()
+        neighbors: Iterable[int] = self.neighbor_lists(side).of(node) if self.has_prompts else ()
         return NodePage(
             name=self.names[token] if side == "item" else "",
             degree=int(self.graph.degrees(side)[node]),

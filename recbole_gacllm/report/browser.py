@@ -34,31 +34,32 @@ def browser_data(texts: Texts, scored: Scored | str) -> dict[str, Any]:
         ``g``; for users recommended items ``r`` and held-out items ``h``. Nodes are named by their
         place in these lists. ``s`` holds the statuses that are not the usual ones.
     """
+    layers = texts.run.layers
     nodes_of = {side: _sample(texts, side) for side in SIDES}
-    tokens = texts.layers[0].tokens
+    tokens = {side: texts.tokens(side) for side in SIDES}
     place = {
         side: {tokens[side][node]: number for number, node in enumerate(nodes)}
         for side, nodes in nodes_of.items()
     }
     data: dict[str, Any] = {
-        "layers": len(texts.layers),
+        "layers": len(layers),
         "total": {side: len(tokens[side]) for side in SIDES},
     }
     for side, nodes in nodes_of.items():
         data[side] = {
             "t": [tokens[side][node] for node in nodes],
-            "d": [int(texts.degrees[side][node]) for node in nodes],
-            "x": [[layer.texts[side][node] for node in nodes] for layer in texts.layers],
-            "s": [_statuses(layer, side, nodes) for layer in texts.layers],
+            "d": texts.run.graph.degrees(side)[nodes].tolist(),
+            "x": [[layer.texts[side][node] for node in nodes] for layer in layers],
+            "s": [_statuses(layer, side, nodes) for layer in layers],
         }
-        if texts.neighbors:
+        if texts.run.has_prompts:
             other: Side = "item" if side == "user" else "user"
-            neighbors = [texts.neighbors[side].of(node) for node in nodes]
+            lists = texts.run.neighbor_lists(side)
             data[side]["n"] = [
-                _places([tokens[other][n] for n in of_node], place[other]) for of_node in neighbors
+                _places([tokens[other][n] for n in lists.of(node)], place[other]) for node in nodes
             ]
     users, items = data["user"], data["item"]
-    items["c"] = [texts.names.get(token, token) for token in items["t"]]
+    items["c"] = [texts.run.names.get(token, token) for token in items["t"]]
     if texts.category is not None:
         values = texts.category[1]
         items["g"] = [", ".join(values.get(token, ())) for token in items["t"]]
@@ -78,11 +79,11 @@ def map_data(texts: Texts) -> dict[str, Any] | None:
         colours, the last for all others; ``group``: colour of each item; ``items``: their tokens;
         ``share``: part of the variance that the two axes hold. None without embeddings.
     """
-    if len(texts.embeddings) < len(texts.layers):
+    if len(texts.embeddings) < len(texts.run.layers):
         return None
-    n_users = len(texts.layers[0].tokens["user"])
+    n_users = len(texts.tokens("user"))
     nodes = np.array(_sample(texts, "item"))
-    tokens = [texts.layers[0].tokens["item"][node] for node in nodes]
+    tokens = [texts.tokens("item")[node] for node in nodes]
     tables = [np.asarray(table[n_users + nodes], np.float64) for table in texts.embeddings]
     # The step from raw to generated prose is the largest of all, and says nothing about items.
     stacked = np.concatenate([table - table.mean(axis=0) for table in tables])
@@ -109,11 +110,11 @@ def _groups(texts: Texts, tokens: list[str]) -> tuple[list[str], list[int]]:
 
 
 def _sample(texts: Texts, side: Side) -> list[int]:
-    n = len(texts.layers[0].tokens[side])
+    n = len(texts.tokens(side))
     if n <= MAX_NODES[side]:
         return list(range(n))
     drawn = np.random.default_rng(0).choice(n, MAX_NODES[side], replace=False)
-    return [int(node) for node in np.sort(drawn)]
+    return sorted(drawn.tolist())
 
 
 def _places(tokens: list[str], place: dict[str, int]) -> list[int | str]:

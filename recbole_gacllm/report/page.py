@@ -51,10 +51,12 @@ class Page:
     kind: str
     subtitle: str
     tiles: list[tuple[str, str]]
-    hero: dict[str, str]
     parts: list[Section]
     data: dict[str, Any]
     records: list[dict[str, Any]]
+    counts: dict[str, int]
+    seeds: list[int]
+    protocol: str = ""
 
 
 def write_report(path: Path, output: Path | None = None, artifact_dir: Path | None = None) -> Path:
@@ -113,7 +115,8 @@ def _environment(with_blanks: list[str]) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"form": _form, "duration": _duration, "metric_name": metric_name}
+    filters = {"form": _form, "duration": _duration, "words": _words, "metric_name": metric_name}
+    environment.filters |= filters
     return environment
 
 
@@ -128,6 +131,13 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _words(value: Any) -> str:
+    """A setting; a dictionary without its quotes."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_words(inner)}" for key, inner in value.items())
+    return str(value)
 
 
 def _run_page(path: Path, artifact_dir: Path | None) -> Page:
@@ -145,9 +155,9 @@ def _run_page(path: Path, artifact_dir: Path | None) -> Page:
     tiles = [
         (f"Test {metric_name(name)}", f"{value:.4f}") for name, value in record["test"].items()
     ]
-    hero = _facts(record, sections.interactions(source))
     subtitle = f"{record['model']} on {record['dataset']}"
-    return Page("Run", subtitle, tiles[:5], hero, parts, data, [record])
+    counts = sections.interactions(source)
+    return Page("Run", subtitle, tiles[:5], parts, data, [record], counts, [record["seed"]])
 
 
 def _leaderboard_page(path: Path, artifact_dir: Path | None) -> Page:
@@ -186,13 +196,13 @@ def _leaderboard_page(path: Path, artifact_dir: Path | None) -> Page:
         ("Data sets", str(len(made["datasets"]))),
         ("Seeds", str(len(made["seeds"]))),
     ]
-    hero = {"Protocol": made["protocol"], **_facts(first.record, first.table["statistics"])}
-    hero["Seed"] = ", ".join(map(str, made["seeds"]))
     names = made["models"]
     models = ", ".join(names) if len(names) < 6 else f"{len(names)} models"
     subtitle = f"{models} on {', '.join(made['datasets'])}"
-    records = [run.record for run in board.runs]
-    return Page("Leaderboard", subtitle, tiles, hero, parts, data, records)
+    records = [first.record, *(run.record for run in board.runs)]
+    counts, seeds = first.table["statistics"], made["seeds"]
+    protocol = made["protocol"]
+    return Page("Leaderboard", subtitle, tiles, parts, data, records, counts, seeds, protocol)
 
 
 def _leaderboard_command(plan: dict[str, Any]) -> str:
@@ -225,7 +235,9 @@ def _text_sections(source: Source) -> tuple[list[Section], dict[str, Any]]:
 
 
 def _setup(record: dict[str, Any], command: str) -> Section:
-    return Section("setup", "Setup", "setup.html", sections.setup(record, command))
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    data = {"command": command, "config": record["config"], "versions": versions}
+    return Section("setup", "Setup", "setup.html", data)
 
 
 def _sections(plan: _Plan) -> list[Section]:
@@ -237,19 +249,3 @@ def _sections(plan: _Plan) -> list[Section]:
         except LookupError as missing:
             parts.append(Section(anchor, title, "", {}, str(missing.args[0]).rstrip(".")))
     return parts
-
-
-def _facts(record: dict[str, Any], counts: dict[str, int]) -> dict[str, str]:
-    names = {
-        "n_users": "Users",
-        "n_items": "Items",
-        "n_interactions": "Interactions",
-        "n_training_interactions": "Training interactions",
-    }
-    return {
-        **{name: f"{counts[key]:,}" for key, name in names.items() if key in counts},
-        "Seed": str(record["seed"]),
-        "Device": record["device"],
-        "RecBole": record["versions"].get("recbole", "?"),
-        "recbole_gacllm": record["versions"].get("recbole_gacllm", "?"),
-    }

@@ -14,27 +14,6 @@ from recbole_gacllm.report.charts import Series
 from recbole_gacllm.report.degrees import item_chart, user_chart
 from recbole_gacllm.report.source import Source, Texts, main_metric
 
-_SETTINGS = {
-    "Recommender": (
-        *("embedding_size", "n_layers", "loss_type", "text_weight", "align_weight", "reg_weight"),
-        *("linear_weight", "learning_rate", "train_batch_size", "epochs", "stopping_step"),
-    ),
-    "Texts": (
-        *("text_source", "llm_model", "llm_backend", "llm_n_layers", "n_neighbors"),
-        *("neighbor_rule", "sft", "encoder_model"),
-    ),
-    "Evaluation": ("valid_metric", "topk", "eval_args", "seed"),
-}
-_NOT_CHECKED = {
-    "user_texts": "The user has no text that could know too much",
-    "item_texts": "The item has no text that could know too much",
-    "item_names": "The item has no name, or one found only in quotes or with a capital",
-    "item_ids": 'The item\'s id is found only as "item 5"',
-    "user_names": "The user has no name, or one found only in quotes or with a capital",
-    "user_ids": 'The user\'s id is found only as "user 5"',
-    "no_match": "Not compared: no item is left to match",
-}
-
 
 def results(source: Source) -> dict[str, Any]:
     """Validation and test metrics, with t intervals over users."""
@@ -175,40 +154,7 @@ def leakage(source: Source) -> dict[str, Any]:
     audit = source.record.get("leakage_audit")
     if audit is None:
         raise LookupError(_why_no_texts(source, "no text was generated"))
-    p, n_pairs = audit["p_value"], audit["n_pairs"]
-    facts = {
-        "Held-out pairs in the training graph": f"{audit['edges_in_graph']:,}",
-        "Held-out pairs named in their texts": f"{audit['heldout_mentions']:,} of {n_pairs:,}",
-        "Matched pairs named there": f"{audit['matched_mentions']:,} of {n_pairs:,}",
-        "Sign tests, one-sided": "no pair differs" if p is None else f"p = {p:.3g}",
-    }
-    for kind, mentions in audit.get("kinds", {}).items():
-        if any(mentions.values()):
-            heldout, matched = mentions["heldout_mentions"], mentions["matched_mentions"]
-            name = f"By {kind.replace('_', ' ')}, held-out and matched"
-            facts[name] = f"{heldout:,} and {matched:,}"
-    n_of_name = audit["n_known_names"]
-    facts["Not compared: a training item of the user bears the name"] = f"{n_of_name:,}"
-    if "not_checked" in audit:  # some committed runs hold no such counts
-        counts = {
-            "Held-out pairs that a name or an id can tell": audit["n_checkable"],
-            "Not compared: a neighbour's text of layer 0 has the name": audit["n_known_texts"],
-            **{_NOT_CHECKED[key]: n for key, n in audit["not_checked"].items() if n},
-        }
-        facts |= {what: f"{count:,} of {audit['n_heldout']:,}" for what, count in counts.items()}
-    names_neither = audit["heldout_mentions"] == audit["matched_mentions"] == 0
-    return {"verdict": verdict(audit), "facts": facts, "names_neither": names_neither}
-
-
-def setup(record: dict[str, Any], command: str) -> dict[str, Any]:
-    """Command, settings and versions."""
-    config = record["config"]
-    groups = {
-        title: {key: _words(config[key]) for key in keys if key in config}
-        for title, keys in _SETTINGS.items()
-    }
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return {"command": command, "groups": groups, "versions": versions}
+    return {"audit": audit, "verdict": verdict(audit)}
 
 
 def command(record: dict[str, Any]) -> str:
@@ -223,20 +169,12 @@ def interactions(source: Source) -> dict[str, int]:
     if "statistics" in source.record:
         return dict(source.record["statistics"])
     if isinstance(source.texts, Texts) and not isinstance(source.scored, str):
-        degrees = source.texts.degrees
         return {
-            "n_users": len(degrees["user"]),
-            "n_items": len(degrees["item"]),
-            "n_training_interactions": int(degrees["user"].sum()),
+            "n_users": len(source.texts.tokens("user")),
+            "n_items": len(source.texts.tokens("item")),
+            "n_training_interactions": source.texts.run.graph.n_edges,
         }
     return {}
-
-
-def _words(value: Any) -> str:
-    """A setting; a dictionary without its quotes."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_words(inner)}" for key, inner in value.items())
-    return str(value)
 
 
 def _why_no_texts(source: Source, otherwise: str) -> str:

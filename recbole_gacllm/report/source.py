@@ -13,8 +13,7 @@ import pandas as pd
 from recbole_gacllm.artifacts.locate import RunFiles
 from recbole_gacllm.compare.job import PER_USER_FILE
 from recbole_gacllm.compare.results import FinishedRun
-from recbole_gacllm.convolution.graph import NeighborLists
-from recbole_gacllm.convolution.layers import SIDES, Layer, Side
+from recbole_gacllm.convolution.layers import Side
 from recbole_gacllm.convolution.names import names_file_of
 from recbole_gacllm.convolution.text import read_features
 from recbole_gacllm.errors import GaCLLMError
@@ -35,18 +34,12 @@ class Texts:
     """Descriptions of a run.
 
     Attributes:
-        layers: Layers 0..L.
-        names: Name of each item, by token.
-        degrees: Training interactions of each node, by side, in the order of the tokens.
-        neighbors: Neighbours in the prompts, by side; empty if nothing was generated.
+        run: Layers, names of items, training edges and neighbours in the prompts.
         embeddings: One array a layer, users first; fewer than layers if they are gone.
         category: What items are coloured by.
     """
 
-    layers: list[Layer]
-    names: dict[str, str]
-    degrees: dict[Side, np.ndarray]
-    neighbors: dict[Side, NeighborLists]
+    run: RunDescriptions
     embeddings: list[np.ndarray]
     category: Category | None
 
@@ -69,16 +62,12 @@ class Texts:
         folder = folders.get("descriptions") or folders["inputs"]
         run = RunDescriptions(folder, names_file=names_file_of(folders))
         arrays = [folders["embeddings"] / f"layer_{at}.npy" for at in range(len(run.layers))]
-        return cls(
-            layers=run.layers,
-            names=run.names,
-            degrees={side: run.graph.degrees(side) for side in SIDES},
-            neighbors={side: run.neighbor_lists(side) for side in SIDES}
-            if "descriptions" in folders
-            else {},
-            embeddings=[np.load(file, mmap_mode="r") for file in arrays if file.is_file()],
-            category=_category(files),
-        )
+        embeddings = [np.load(file, mmap_mode="r") for file in arrays if file.is_file()]
+        return cls(run, embeddings, _category(files))
+
+    def tokens(self, side: Side) -> list[str]:
+        """Raw tokens of all nodes."""
+        return self.run.layers[0].tokens[side]
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,6 @@ class Source:
     """A run as the report sees it.
 
     Attributes:
-        record: Its ``run.json``.
         texts: Its descriptions, or why there are none.
         scored: What its model does for every user, or why that is not known.
         test: Per-user test metrics, from the model or from the leaderboard's file.
