@@ -29,6 +29,11 @@ class BoardData:
         failures: Of its runs.
         n_missing: Runs of the leaderboard that have not finished.
         first: The first seed's run of each model.
+        record: The ``run.json`` of the first of these.
+        metric: The metric that chose the epochs.
+        of_metric: Each model's figures of this metric.
+        colours: Each model's colour in all charts of the page.
+        variants: GaCLLM and such as ``GaCLLM:use_text=False``; an ablation if several.
         artifact_dir: Where to look for artefacts that were moved away from the runs.
     """
 
@@ -37,32 +42,12 @@ class BoardData:
     failures: list[dict[str, Any]]
     n_missing: int
     first: dict[str, FinishedRun]
+    record: dict[str, Any]
+    metric: str
+    of_metric: dict[str, dict[str, Any]]
+    colours: dict[str, int]
+    variants: list[str]
     artifact_dir: Path | None
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The first run's ``run.json``."""
-        return next(iter(self.first.values())).record
-
-    @property
-    def colours(self) -> dict[str, int]:
-        """Each model's colour in all charts of the page."""
-        return {model: place % charts.N_COLOURS for place, model in enumerate(self.table["models"])}
-
-    @property
-    def metric(self) -> str:
-        """The metric that chose the epochs."""
-        return main_metric(self.record)
-
-    @property
-    def of_metric(self) -> dict[str, dict[str, Any]]:
-        """Each model's row of this metric."""
-        return {model: row["metrics"][self.metric] for model, row in self.table["models"].items()}
-
-    @property
-    def variants(self) -> list[str]:
-        """GaCLLM and its variants, such as ``GaCLLM:use_text=False``; an ablation if several."""
-        return [model for model in self.table["models"] if model.partition(":")[0] == "GaCLLM"]
 
 
 def read_board(board: Board, artifact_dir: Path | None) -> list[BoardData]:
@@ -74,17 +59,27 @@ def read_board(board: Board, artifact_dir: Path | None) -> list[BoardData]:
     summary = summarize(board)
     if not summary["datasets"]:
         raise ValueError(f"{board.folder}: no run has finished yet.")
-    return [
-        BoardData(
-            dataset,
-            table,
-            [failure for failure in summary["failures"] if failure["dataset"] == dataset],
-            summary["n_missing"],
-            {model: board.of(dataset, model)[0] for model in table["models"]},
-            artifact_dir,
+    of_datasets = []
+    for dataset, table in summary["datasets"].items():
+        models = table["models"]
+        first = {model: board.of(dataset, model)[0] for model in models}
+        record = next(iter(first.values())).record
+        metric = main_metric(record)
+        one = BoardData(
+            dataset=dataset,
+            table=table,
+            failures=[failed for failed in summary["failures"] if failed["dataset"] == dataset],
+            n_missing=summary["n_missing"],
+            first=first,
+            record=record,
+            metric=metric,
+            of_metric={model: row["metrics"][metric] for model, row in models.items()},
+            colours={model: place % charts.N_COLOURS for place, model in enumerate(models)},
+            variants=[model for model in models if model.partition(":")[0] == "GaCLLM"],
+            artifact_dir=artifact_dir,
         )
-        for dataset, table in summary["datasets"].items()
-    ]
+        of_datasets.append(one)
+    return of_datasets
 
 
 def results(data: BoardData) -> dict[str, Any]:

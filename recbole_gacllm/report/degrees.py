@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,7 @@ from recbole_gacllm.report.charts import Chart, Series, bar_chart
 from recbole_gacllm.report.scoring import Scored
 
 
-@dataclass(frozen=True)
-class Bucket:
+class Bucket(NamedTuple):
     """One group: its degrees in words, how many it holds, its value with a 95 % interval."""
 
     label: str
@@ -31,14 +30,7 @@ def user_chart(
     colours: Mapping[str, int],
     title: str,
 ) -> Chart:
-    """Bars of a per-user metric by the user's degree, one colour a name.
-
-    Args:
-        values: Name -> value of each user; the same users.
-        degrees: Training interactions of each user.
-        colours: Of each name.
-        title: Of the chart.
-    """
+    """Bars of a metric by the user's degree: name -> value of each user, the same users."""
     users = next(iter(values.values())).index
     ranges = edges(np.array([degrees.get(user, 0) for user in users]))
     groups = {name: metric_by_degree(of_name, degrees, ranges) for name, of_name in values.items()}
@@ -47,7 +39,7 @@ def user_chart(
 
 def item_chart(scored: Mapping[str, Scored], colours: Mapping[str, int], title: str) -> Chart:
     """Bars of the share of held-out items that were found, by the item's degree."""
-    groups = {name: _heldout_found(one) for name, one in scored.items()}
+    groups = {name: _found_by_degree(one) for name, one in scored.items()}
     return _chart(groups, colours, title, "item")
 
 
@@ -65,28 +57,24 @@ def metric_by_degree(
     return buckets
 
 
-def _heldout_found(scored: Scored) -> list[Bucket]:
+def _found_by_degree(scored: Scored) -> list[Bucket]:
     """Share of held-out interactions among the recommendations, by the item's degree.
 
     The groups are equal in number of items, so popular groups hold most interactions. Intervals
     are Wilson's, over interactions.
     """
     degrees = scored.degrees["item"]
-    items = set(degrees) | {item for held in scored.heldout.values() for item in held}
-    ranges = edges(np.array([degrees.get(item, 0) for item in items]))
-    n_found, n_heldout = [0] * len(ranges), [0] * len(ranges)
-    for user, held in scored.heldout.items():
-        for item in held:
-            degree = degrees.get(item, 0)
-            at = next(at for at, (_, high) in enumerate(ranges) if degree <= high)
-            n_found[at] += item in scored.top.get(user, ())
-            n_heldout[at] += 1
+    pairs = [(user, item) for user, items in scored.heldout.items() for item in items]
+    ranges = edges(np.array([degrees.get(item, 0) for item in {*degrees, *(i for _, i in pairs)}]))
+    degree = np.array([degrees.get(item, 0) for _, item in pairs])
+    is_found = np.array([item in scored.top.get(user, ()) for user, item in pairs])
     buckets = []
-    for (low, high), hits, n in zip(ranges, n_found, n_heldout, strict=True):
+    for low, high in ranges:
+        hits = is_found[(degree >= low) & (degree <= high)]
         share = interval = None
-        if n:
-            share = hits / n
-            wilson = stats.binomtest(hits, n).proportion_ci(method="wilson")
+        if n := len(hits):
+            share = float(hits.mean())
+            wilson = stats.binomtest(int(hits.sum()), n).proportion_ci(method="wilson")
             interval = float(wilson.low), float(wilson.high)
         buckets.append(Bucket(label(low, high), n, share, interval))
     return buckets
