@@ -246,6 +246,22 @@ def test_artefacts_apart_from_the_run_are_found_by_the_flag(text_run, tmp_path, 
     assert "Left out" not in (text_run.parent / "report.html").read_text("utf-8")
 
 
+def test_a_copy_of_a_run_is_reported_on_though_what_it_was_made_of_has_changed(
+    text_run, made, tmp_path
+):
+    record = json.loads(text_run.read_text())
+    written = shutil.copytree(made[0], Path(record["checkpoint"]).parent.parent)
+    for file in (
+        Path(record["checkpoint"]),
+        *written.rglob("*.parquet"),
+        *written.rglob("*.inter"),
+    ):
+        file.write_text("changed since")
+    page = page_of(text_run, tmp_path)
+    shutil.rmtree(written)
+    assert "Left out" not in page
+
+
 @pytest.mark.parametrize(
     "content",
     [
