@@ -158,6 +158,10 @@ class TextLayers:
         return torch.cat([projection(self.rows(layer, some)) for some in blocks])
 
 
+#: What gives a model its text embeddings: the stages, or what they left.
+TextsOf = Callable[[GaCLLMConfig, TrainingData], TextLayers]
+
+
 def _users_as_item_means(
     table: Tensor, n_users: int, row_of_node: Tensor, data: TrainingData
 ) -> Tensor:

@@ -35,7 +35,7 @@ from recbole_gacllm.alignment.propagation import (
     text_projection,
 )
 from recbole_gacllm.config import GaCLLMConfig
-from recbole_gacllm.inputs import MAX_ROWS, TextLayers, TrainingData
+from recbole_gacllm.inputs import MAX_ROWS, TextLayers, TextsOf, TrainingData
 from recbole_gacllm.objective import losses
 from recbole_gacllm.objective.linear import ItemItemModel, recency_weights, standardize
 from recbole_gacllm.objective.unseen import UnseenItems
@@ -52,11 +52,12 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
     Args:
         config: RecBole's configuration.
         dataset: RecBole's **training** split; nothing else is ever seen.
+        texts_of: Gives the text embeddings; None runs the stages, or reuses what they made.
     """
 
     input_type = InputType.PAIRWISE
 
-    def __init__(self, config: Any, dataset: Dataset) -> None:
+    def __init__(self, config: Any, dataset: Dataset, texts_of: TextsOf | None = None) -> None:
         super().__init__(config, dataset)
         self.options = options = GaCLLMConfig.from_mapping(config.final_config_dict)
         self.user_embedding = nn.Embedding(self.n_users, options.embedding_size)
@@ -64,7 +65,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         data = TrainingData.from_recbole(config, dataset)
         self.texts: TextLayers | None = None
         if options.use_text:
-            self.texts = prepare(options, data).to(self.device)
+            self.texts = (texts_of or prepare)(options, data).to(self.device)
             self.projections = nn.ModuleList(
                 text_projection(
                     self.texts.dim,

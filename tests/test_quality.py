@@ -177,7 +177,7 @@ def test_audit_takes_a_descriptions_folder_and_refuses_anything_else(folder, tmp
     assert "none is not a file" in refused(tmp_path / "none", capsys)
     assert "is not a file" in refused(tmp_path, capsys)
     (tmp_path / "run.json").write_text("{")
-    assert "is not what a run wrote" in refused(tmp_path, capsys)
+    assert "is not the record of a run" in refused(tmp_path, capsys)
     (tmp_path / "run.json").write_text('{"model": "LightGCN"}')
     assert "had no texts" in refused(tmp_path, capsys)
     embeddings = folder.parent / "embeddings-1"

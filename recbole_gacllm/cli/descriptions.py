@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recbole_gacllm.artifacts.csv_cells import no_formula
+from recbole_gacllm.artifacts.locate import RUN_FILE, RunFiles
 from recbole_gacllm.cli import common, descriptions
 from recbole_gacllm.config import preset_names
 from recbole_gacllm.console import say
@@ -54,9 +55,9 @@ def describe(arguments: list[str]) -> None:
     if keys:
         parser.error(f"--{next(iter(keys))}: --user and --item take no keys of a run")
     known.artifact_dir = known.artifact_dir or common.ARTIFACT_DIR
-    found = _artifacts(parser, known)
+    run = _artifacts(parser, known)
     side, token = ("user", known.user) if known.user is not None else ("item", known.item)
-    page = found.page(side, token)
+    page = run.page(side, token)
     name = f", {page.name}" if page.name else ""
     say(f"{side} {token}{name}: {page.degree} training interactions")
     for number, (status, text) in enumerate(page.texts):
@@ -67,11 +68,11 @@ def describe(arguments: list[str]) -> None:
     for neighbor, label, text in page.neighbors:
         head = f"{neighbor}: {label + '. ' if label else ''}{text}"
         say(*textwrap.wrap(head, 96, initial_indent="  - ", subsequent_indent="    "))
-    say("", found.folder)
+    say("", run.folder)
 
 
-def audit(arguments: list[str]) -> None:
-    """Print, and write if asked, what each layer of a run's descriptions is like."""
+def quality(arguments: list[str]) -> None:
+    """The command ``audit``: what each layer of a run is like, and its leakage audit."""
     parser = common.command_parser(
         "python -m recbole_gacllm audit",
         "Figures and samples of every layer of descriptions: failures, retries, "
@@ -89,27 +90,27 @@ def audit(arguments: list[str]) -> None:
     from recbole_gacllm.inspection.quality import layer_qualities, quality_lines
     from recbole_gacllm.inspection.reading import RunDescriptions
 
-    found = RunDescriptions.of_run(known.run, True, known.artifact_dir)
-    layers = list(layer_qualities(found, known.n_samples, known.seed))
+    run = RunDescriptions.of_run(known.run, True, known.artifact_dir)
+    layers = list(layer_qualities(run, known.n_samples, known.seed))
     for layer in layers:
         say("", *quality_lines(layer))
-    if found.manifest["stage"] == "inputs":
+    if run.manifest["stage"] == "inputs":
         say(
             "no LLM wrote anything: the run takes the texts of layer 0 as they are; describe "
             "--user or --item shows them"
         )
-    if found.unfinished is not None:
-        _print_unfinished(found.unfinished)
+    if run.unfinished is not None:
+        _print_unfinished(run.unfinished)
     leakage = _leakage(known.run)
     if leakage is not None:
         say("", "leakage audit " + ", ".join(f"{key} {value}" for key, value in leakage.items()))
-    say("", found.folder)
+    say("", run.folder)
     if known.json:
         figures = {
-            "folder": str(found.folder),
+            "folder": str(run.folder),
             "leakage_audit": leakage,
             "layers": [dataclasses.asdict(layer) for layer in layers],
-            "unfinished": found.unfinished and dataclasses.asdict(found.unfinished),
+            "unfinished": run.unfinished and dataclasses.asdict(run.unfinished),
         }
         known.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
@@ -225,15 +226,13 @@ def _artifacts(parser: argparse.ArgumentParser, known: argparse.Namespace) -> An
 
 
 def _leakage(run: Path) -> dict[str, Any] | None:
-    file = run / "run.json" if run.is_dir() else run
-    if not file.is_file():
-        return None
-    found = json.loads(file.read_text("utf-8")).get("leakage_audit")
-    return dict(found) if found else None
+    if run.is_dir() and not (run / RUN_FILE).is_file():
+        return None  # the folder of a stage
+    return RunFiles.read(run).record.get("leakage_audit")
 
 
-def _print_unfinished(found: Unfinished) -> None:
-    say("", f"layer {found.number} of {found.n_layers} is not finished")
+def _print_unfinished(stage: Unfinished) -> None:
+    say("", f"layer {stage.number} of {stage.n_layers} is not finished")
     say("  start the run again: it goes on with what is missing")
 
 

@@ -48,7 +48,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "tune": compare.tune,
     "report": cli_report.report,
     "describe": descriptions.describe,
-    "audit": descriptions.audit,
+    "audit": descriptions.quality,
     "export-descriptions": descriptions.export_descriptions,
     "import-descriptions": descriptions.import_descriptions,
     "export-embeddings": descriptions.export_embeddings,
