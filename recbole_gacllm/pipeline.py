@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.artifacts import children, disk, manifests
 from recbole_gacllm.artifacts.locate import store_of
 from recbole_gacllm.config import GaCLLMConfig, shipped_path
@@ -40,7 +41,7 @@ from recbole_gacllm.convolution.prompts import PromptTemplates
 from recbole_gacllm.convolution.requests import RETRY_TEMPERATURE
 from recbole_gacllm.convolution.text import nothing_known_of
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.inputs import TextLayers, TrainingData, imported_texts, raw_descriptions
+from recbole_gacllm.inputs import TrainingData, imported_texts, raw_descriptions
 from recbole_gacllm.llm import weights
 from recbole_gacllm.llm.engines import check_engine, choose_backend
 from recbole_gacllm.llm.hardware import resolve_dtype, training_dtype
@@ -125,7 +126,7 @@ def _prepare(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
         folders["descriptions"] = _run(root, "descriptions", *descriptions)
         layer_files += [folders["descriptions"] / name for name in descriptions[2]]
     folders["embeddings"] = _encode(root, layer_files, encoder, options, data)
-    return TextLayers.load(folders, len(layer_files), options, data)
+    return TextLayers.load(folders, len(layer_files), options.text_source, data.graph, data.seed)
 
 
 def _before_descriptions(

@@ -20,9 +20,10 @@ from torch.nn import functional
 
 from recbole_gacllm import model as model_module
 from recbole_gacllm import text_knn
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.alignment.propagation import Adjacency
 from recbole_gacllm.config import GaCLLMConfig
-from recbole_gacllm.inputs import TextLayers, TrainingData, raw_descriptions
+from recbole_gacllm.inputs import TrainingData, raw_descriptions
 from recbole_gacllm.objective import linear
 from recbole_gacllm.plugin import fast
 from recbole_gacllm.run_config import build_config
@@ -44,7 +45,7 @@ def texts(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
     for layer in range(n_layers):
         vectors = rng.standard_normal((n_texts, 12)).astype(np.float16)
         np.save(folders["embeddings"] / f"layer_{layer}.npy", vectors)
-    return TextLayers.load(folders, n_layers, options, data)
+    return TextLayers.load(folders, n_layers, options.text_source, data.graph, data.seed)
 
 
 def result_of(model: str, keys: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 
 from recbole_gacllm import model as model_module
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.alignment.propagation import PeriodicPropagation
-from recbole_gacllm.inputs import TextLayers
 from recbole_gacllm.objective.linear import ItemItemModel, standardize
 from recbole_gacllm.run_config import build_config
 
@@ -180,7 +180,7 @@ def test_the_alignment_is_of_both_sides_and_all_hops_at_its_own_temperature(sett
         for hop, text in zip(hops, texts, strict=True)
         for side in (slice(0, 3), slice(3, 5))
     ]
-    found = model._alignment(nodes, 3, hops, texts)
+    found = model._alignment(nodes, hops, texts)
     assert found.item() == pytest.approx(sum(terms).item() / 4, rel=1e-5)
 
 

@@ -10,8 +10,9 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 from recbole_gacllm import model as model_module
 from recbole_gacllm import text_knn
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.compare.job import split_hashes, targets
-from recbole_gacllm.inputs import TextLayers, TrainingData
+from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.plugin.splits import cold_items, kept_rows, ranks_among
 from recbole_gacllm.run_config import build_config
 from tests.conftest import write_dataset

@@ -46,7 +46,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "fast": ("plugin/fast.py", "plugin/fast_graph.py", "plugin/fast_metrics.py"),
     "model": (  # our models
         *("model.py", "text_knn.py", "inputs.py", "convolution/graph.py"),
-        *("alignment/__init__.py", "alignment/propagation.py"),
+        *("alignment/__init__.py", "alignment/embeddings.py", "alignment/propagation.py"),
         *("objective/__init__.py", "objective/losses.py", "objective/linear.py"),
         "objective/unseen.py",
     ),

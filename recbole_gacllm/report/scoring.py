@@ -33,12 +33,13 @@ from torch import Tensor
 
 import recbole_gacllm.model
 import recbole_gacllm.text_knn
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.artifacts.checkpoint import no_pickles, read_weights
 from recbole_gacllm.compare.degrees import count_degrees
 from recbole_gacllm.compare.job import Recorder, histories, targets
 from recbole_gacllm.config import GaCLLMConfig, model_defaults
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.inputs import TextLayers, TrainingData
+from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.plugin.registration import MODELS
 
 N_RECOMMENDED = 10
@@ -165,7 +166,8 @@ def _texts_of(folders: Mapping[str, Path]) -> Iterator[None]:
 
     def load(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
         n_layers = len(list(folders["embeddings"].glob("layer_*.npy")))
-        return TextLayers.load(dict(folders), n_layers, options, data)
+        source = options.text_source
+        return TextLayers.load(dict(folders), n_layers, source, data.graph, data.seed)
 
     with contextlib.ExitStack() as patches:
         for module in (recbole_gacllm.model, recbole_gacllm.text_knn):
