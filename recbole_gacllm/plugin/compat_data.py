@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import builtins
-import functools
 import io
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from recbole_gacllm.plugin.import_hooks import Overlay
+from recbole_gacllm.plugin.import_hooks import Overlay, replaces
 
 
 def atomic_files(module: Any) -> None:
@@ -20,19 +19,16 @@ def atomic_files(module: Any) -> None:
     column of numbers end in a traceback that names neither line nor key; ``timestamp:token`` is
     numbered in order of appearance, so that dates give a wrong order of time. Files that RecBole
     reads right give the same frames.
-    Upstream: issues 1387, 1152. End: a RecBole release that reads these files.
     """
-    dataset_class = module.Dataset
-    load_feat = dataset_class._load_feat
     reading: list[tuple[Any, Any]] = []  # the file that is being read, and its data set
 
-    @functools.wraps(load_feat)
-    def _load_feat(self: Any, filepath: Any, source: Any) -> Any:
+    @replaces(module.Dataset, "_load_feat")
+    def _load_feat(original: Any, self: Any, filepath: Any, source: Any) -> Any:
         from recbole_gacllm.data.atomic import read_atomic
         from recbole_gacllm.data.checks import note_columns
 
         if self._get_load_and_unload_col(source)[0] == set():
-            return load_feat(self, filepath, source)
+            return original(self, filepath, source)
         name = getattr(source, "value", source)
         id_field = {"user": self.uid_field, "item": self.iid_field}.get(name)
         inter = getattr(self, "inter_feat", None)
@@ -47,7 +43,7 @@ def atomic_files(module: Any) -> None:
                 file.types[file.names.index(self.time_field)] = "float"
         reading.append((file, self))
         try:
-            return load_feat(self, filepath, source)
+            return original(self, filepath, source)
         finally:
             reading.pop()
 
@@ -78,7 +74,6 @@ def atomic_files(module: Any) -> None:
                 columns[column] = file.cells[name]
         return pd.DataFrame(columns)
 
-    dataset_class._load_feat = _load_feat
     module.open = open_header
     module.pd = Overlay(module.pd, read_csv=read_csv)
 
@@ -90,13 +85,10 @@ def exact_times(module: ModuleType) -> None:
     lie 128 apart; rows closer than that keep the order of the file, so a random one is the last.
     The rows are ordered in float64 before; RecBole's own stable sort keeps that. Our own models,
     whose ``recent`` and ``linear_recency`` read the times themselves, have them in float64.
-    Upstream: issue 2204. End: a RecBole release that sorts before it converts.
     """
-    dataset_class = module.Dataset
-    change = dataset_class._change_feat_format
 
-    @functools.wraps(change)
-    def _change_feat_format(self: Any) -> None:
+    @replaces(module.Dataset, "_change_feat_format")
+    def _change_feat_format(original: Any, self: Any) -> None:
         from recbole_gacllm.plugin.registration import MODELS
 
         inter, time = self.inter_feat, self.time_field
@@ -107,10 +99,8 @@ def exact_times(module: ModuleType) -> None:
             inter = inter.sort_values(time, kind="stable", ignore_index=True)
             self.inter_feat = inter
         exact = inter[time].to_numpy("float64") if plain else None
-        change(self)
+        original(self)
         if exact is not None and self.config["model"] in MODELS:
             import torch
 
             self.inter_feat.interaction[time] = torch.from_numpy(exact.copy())
-
-    dataset_class._change_feat_format = _change_feat_format

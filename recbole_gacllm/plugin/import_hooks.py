@@ -7,6 +7,7 @@ head of ``sys.meta_path`` waits for the modules of interest (the idea of wrapt's
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -60,6 +61,21 @@ def explain_absence(name: str, message: str) -> None:
     _absence[name] = message
 
 
+def replaces(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
+    """Let ``function(original, self, ...)`` be the method ``name`` of a class from now on."""
+
+    def replace(function: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def method(self: Any, *args: Any, **keys: Any) -> Any:
+            return function(original, self, *args, **keys)
+
+        setattr(owner, name, method)
+
+    return replace
+
+
 class Overlay:
     """A module with some names replaced."""
 
@@ -72,7 +88,7 @@ class Overlay:
 
 
 class _Finder(MetaPathFinder):
-    """Leaves finding to the other finders and adds our steps to what they found."""
+    """Leaves finding to the other finders and adds our steps to their loaders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
