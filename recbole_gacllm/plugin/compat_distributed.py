@@ -20,12 +20,10 @@ def cards_as_asked(configurator: Any) -> None:
     """Give a run the cards that its user asked for, or say why it cannot have them.
 
     Causes: ``Config._init_device`` writes ``gpu_id`` into CUDA_VISIBLE_DEVICES, and its default is
-    "0": on a shared node that is the first card of all, not the one that was given to the user, so
-    the variable is the default here. ``use_gpu: False`` alone leaves the model on the GPU, so it
-    means an empty ``gpu_id`` here, for training and for the stages, which inherit the variable. And
-    where torch cannot use the driver, RecBole takes the CPU without a word.
-    What a ``Config`` has written into the variable is not the user's: the next one in the process
-    begins with what stood there before.
+    "0", on a shared node the first card of all: here the user's variable is the default, and what a
+    ``Config`` wrote into it is not. ``use_gpu: False`` alone leaves the model on the GPU:
+    here it means an empty ``gpu_id``, for training and for the stages, which inherit the variable.
+    And where torch cannot use the driver, RecBole takes the CPU without a word.
     """
     of_user, written = os.environ.get(_VARIABLE), os.environ.get(_VARIABLE)
 
@@ -110,9 +108,8 @@ def ddp_trainer(trainer: ModuleType) -> None:
     """Let RecBole's trainer run in several processes on CPU, and share one checkpoint.
 
     Causes: it passes GPU ids to ``DistributedDataParallel`` and turns batch norm into
-    ``SyncBatchNorm``, which exists for GPUs only (on CPU, batch norm stays per process). And, on
-    every device, each process names its checkpoint by its own clock and loads it while rank 0 may
-    still be writing: a run whose processes start in different seconds ends with a missing file.
+    ``SyncBatchNorm``, which exists for GPUs only (on CPU, batch norm stays per process). And each
+    process names its checkpoint by its own clock and loads it while rank 0 may still be writing.
     """
     import torch
 
