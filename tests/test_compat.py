@@ -52,25 +52,20 @@ def free_port():
 
 def two_processes(work):
     """Fork, do work(rank, port) in both, and fail if either fails."""
+    import multiprocessing
     port = free_port()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work(1, port)
-            code = 0
-        finally:
-            os._exit(code)
+    other = multiprocessing.get_context("fork").Process(target=work, args=(1, port))
+    other.start()
     try:
         work(0, port)
     finally:
-        status = os.waitpid(child, 0)[1]
-    assert status == 0, "the other process failed"
+        other.join()
+    assert other.exitcode == 0, "the other process failed"
 '''
 
 #: Forks for each attempt; reads the cases from stdin and writes what each attempt ended with.
 DRIVER = """
-import contextlib, io, json, os, shutil, sys, tempfile, traceback, types
+import json, multiprocessing, os, pathlib, shutil, sys, tempfile, traceback, types
 
 root, helpers, cases = json.load(sys.stdin)
 sys.argv = ["driver"]
@@ -91,31 +86,30 @@ def attempt(code, without):
     registration.register()
     exec(helpers + code, {"__name__": "case"})
 
+def work(folder, code, without):
+    shutil.copytree("tiny", folder / "tiny")
+    os.chdir(folder)
+    with open("log", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    outcome = "passed"
+    try:
+        attempt(code, without)
+    except BaseException:
+        outcome = traceback.format_exc()
+    (folder / "outcome").write_text(outcome)
+
 results = {}
 for name, (repair, code) in cases.items():
     for without in (None, repair):
-        folder = tempfile.mkdtemp(dir=".")
-        shutil.copytree("tiny", os.path.join(folder, "tiny"))
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(read)
-            os.chdir(folder)
-            log = open("attempt.log", "w")
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            outcome = "passed"
-            try:
-                attempt(code, without)
-            except BaseException:
-                outcome = traceback.format_exc()
-            os.write(write, outcome[-4000:].encode())
-            os._exit(0)
-        os.close(write)
-        with os.fdopen(read) as pipe:
-            outcome = pipe.read() or "the attempt died"
-        os.waitpid(child, 0)
-        results[f"{name} without {without}"] = outcome
+        folder = pathlib.Path(tempfile.mkdtemp(dir=".")).absolute()
+        process = multiprocessing.get_context("fork").Process(
+            target=work, args=(folder, code, without)
+        )
+        process.start()
+        process.join()
+        outcome = folder / "outcome"
+        results[f"{name} without {without}"] = outcome.read_text() if outcome.exists() else "died"
 json.dump(results, open("results.json", "w"))
 """
 

@@ -26,17 +26,29 @@ def test_it_scores_as_recboles_ease(settings):
     assert torch.allclose(ours.scores(batch["user_id"]), expected.float(), atol=1e-5)
 
 
-def test_the_weights_minimise_the_ridge_loss_without_a_diagonal():
+@pytest.mark.parametrize("with_texts", [False, True])
+def test_the_weights_minimise_the_ridge_loss_without_a_diagonal(with_texts):
+    """Texts are further rows that they reconstruct."""
     rng = np.random.default_rng(2)
     matrix = (rng.random((30, 6)) < 0.4).astype(np.float64)
     matrix[:, 0] = 1  # no user without items
-    model = ItemItemModel(*np.nonzero(matrix), 30, 6, reg_weight=3.0)
-    weights = model._weights.numpy().astype(np.float64)
-    assert np.count_nonzero(np.diag(weights)) == 0
     degrees = matrix.sum(1)
     counts = np.sqrt(degrees.mean() / degrees)[:, None]  # how often a user counts
-    ridge = 3.0 + 0.5 * (counts * matrix**2).sum(0)[:, None]  # L2, and what denoising adds
-    gradient = matrix.T @ (counts * (matrix @ weights - matrix)) + ridge * weights
+    weighted = counts * matrix**2
+    # L2, and what denoising adds
+    ridge, rows, keys = 3.0 + 0.5 * weighted.sum(0)[:, None], np.zeros((6, 4)), {}
+    if with_texts:
+        texts = rng.standard_normal((6, 4))
+        keys = {"texts": torch.from_numpy(texts), "text_weight": 0.4}
+        rows = texts - texts.mean(0)
+        # A share of what an average item's interactions weigh.
+        rows *= np.sqrt(0.4 * weighted.sum(0).mean() / (rows**2).sum(1).mean())
+    model = ItemItemModel(*np.nonzero(matrix), 30, 6, reg_weight=3.0, **keys)
+    weights = model._weights.numpy().astype(np.float64)
+    assert np.count_nonzero(np.diag(weights)) == 0
+    residuals = weights - np.eye(6)
+    gradient = matrix.T @ (counts * (matrix @ residuals)) + rows @ (rows.T @ residuals)
+    gradient += ridge * weights
     np.fill_diagonal(gradient, 0)  # the constraint's multipliers stand there
     assert np.abs(gradient).max() < 1e-4
 
@@ -104,8 +116,9 @@ def test_the_held_out_ndcg_is_its_definition_user_by_user(settings):
 
 
 def test_of_nearly_equal_l2_weights_the_smallest_is_taken():
-    assert linear._chosen({25.0: 0.1, 100.0: 0.1990, 400.0: 0.2, 1600.0: 0.1999}) == 100
-    assert linear._chosen({25.0: 0.1, 100.0: 0.1989, 400.0: 0.2, 1600.0: 0.21}) == 1600
+    for at_100, at_1600, best in ((0.1990, 0.1999, 100), (0.1989, 0.21, 1600)):
+        ndcg = {25.0: 0.1, 100.0: at_100, 400.0: 0.2, 1600.0: at_1600}
+        assert linear._smallest_near_best(ndcg) == best
 
 
 def test_of_too_many_users_some_choose_the_l2_weight(monkeypatch):
@@ -144,28 +157,16 @@ def test_the_l2_weight_is_chosen_on_the_items_with_most_interactions(monkeypatch
     assert model.n_covered == 6
 
 
-def test_a_model_says_which_l2_weight_it_chose(settings, caplog):
+def test_a_model_says_which_l2_weight_it_chose_and_what_is_left_out(settings, monkeypatch, caplog):
     caplog.set_level("INFO")
-    model = Recommender("GaCLLM", settings, use_text=False, linear_weight=1.0).model
+    keys = {"use_text": False, "linear_weight": 1.0}
+    model = Recommender("GaCLLM", settings, **keys).model
     assert f"linear_reg_weight: {model.linear.reg_weight:g}, by NDCG@10" in caplog.text
-    Recommender("GaCLLM", settings, use_text=False, linear_weight=1.0, linear_reg_weight=3.0)
+    monkeypatch.setattr(linear, "MAX_ITEMS", 4)
+    one = Recommender("GaCLLM", settings, **keys, linear_reg_weight=3.0)
     assert caplog.text.count("linear_reg_weight:") == 1
-
-
-def test_texts_are_further_rows_that_the_weights_reconstruct():
-    rng = np.random.default_rng(2)
-    matrix = (rng.random((30, 6)) < 0.4).astype(np.float64)
-    texts = rng.standard_normal((6, 4))
-    model = ItemItemModel(*np.nonzero(matrix), 30, 6, 3.0, torch.from_numpy(texts), 0.4, **EASE)
-    rows = texts - texts.mean(0)
-    rows /= np.sqrt((rows**2).sum(1).mean())
-    weight = 0.4 * matrix.sum(0).mean()  # a share of what an average item's interactions weigh
-    stacked = np.concatenate([matrix, np.sqrt(weight) * rows.T])
-    plain = stacked.T @ stacked
-    weights = model._weights.numpy().astype(np.float64)
-    gradient = plain @ weights - plain + 3.0 * weights
-    np.fill_diagonal(gradient, 0)  # the constraint's multipliers stand there
-    assert np.abs(gradient).max() < 1e-4
+    assert f"of {model.n_items} items the linear model covers the 4 with most" in caplog.text
+    assert torch.isfinite(one.model.full_sort_predict(one.batch)).all()
 
 
 def test_an_item_without_interactions_is_scored_by_its_text():
@@ -185,20 +186,6 @@ def test_standardized_rows_have_mean_zero_and_deviation_one():
     assert torch.allclose(rows.mean(1), torch.zeros(3), atol=1e-5)
     assert torch.allclose(rows.std(1), torch.ones(3), atol=1e-5)
     assert torch.equal(standardize(torch.full((1, 4), 3.0)), torch.zeros(1, 4))
-
-
-def test_its_weight_moves_the_scores_between_both_models(settings):
-    keys = {"use_text": False, "linear_reg_weight": 7.0}
-    one = Recommender("GaCLLM", settings, **keys)
-    plain, batch = one.model, one.batch
-    mixed = Recommender("GaCLLM", settings, linear_weight=1e6, **keys).model
-    shape = (len(batch), plain.n_items)
-    expected = standardize(mixed.linear.scores(batch["user_id"]))
-    scores = mixed.full_sort_predict(batch).view(shape)
-    assert torch.allclose(scores / 1e6, expected, atol=1e-3)
-    assert not torch.allclose(standardize(plain.full_sort_predict(batch).view(shape)), expected)
-    picked = scores[torch.arange(len(batch)), batch["item_id"]]
-    assert torch.allclose(mixed.predict(batch), picked)
 
 
 def test_the_last_interactions_of_a_user_count_most_and_equal_times_alike():
@@ -258,14 +245,6 @@ def test_of_too_many_items_those_with_most_interactions_are_covered(monkeypatch)
     assert (model.n_covered, expected.n_covered) == (4, 4)
     assert torch.allclose(found[:, kept], expected.scores(users))
     assert not found[:, [0, 3]].any()
-
-
-def test_a_model_says_what_its_linear_part_leaves_out(settings, monkeypatch, caplog):
-    monkeypatch.setattr(linear, "MAX_ITEMS", 4)
-    one = Recommender("GaCLLM", settings, use_text=False, linear_weight=1.0)
-    model = one.model
-    assert f"of {model.n_items} items the linear model covers the 4 with most" in caplog.text
-    assert torch.isfinite(model.full_sort_predict(one.batch)).all()
 
 
 def test_short_histories_give_the_scores_of_the_dense_product_without_dense_rows(monkeypatch):

@@ -81,26 +81,6 @@ def test_all_metrics_of_ranking_are_given_at_every_k(settings, fast_paths):
     assert all(map(math.isfinite, found.values()))
 
 
-def test_metrics_that_count_items_are_right(settings):
-    one = Training(settings, metrics=COUNTING, topk=3, valid_metric="ItemCoverage@3")
-    one.fit()
-    found = one.trainer.evaluate(one.test)
-    _, history, *_ = batch = one.test.collate_fn(np.arange(len(one.test.uid_list)))
-    scores = one.model.full_sort_predict(batch[0]).view(len(one.test.uid_list), -1)
-    scores[:, 0] = -torch.inf
-    scores[history] = -torch.inf
-    top = scores.topk(3).indices
-    counts = torch.bincount(one.train._dataset.inter_feat["item_id"], minlength=one.model.n_items)
-    shares = top.flatten().bincount().double() / top.numel()
-    shares = shares[shares > 0]
-    assert found["itemcoverage@3"] == pytest.approx(len(shares) / one.model.n_items, abs=1e-4)
-    assert found["averagepopularity@3"] == pytest.approx(
-        counts[top].double().mean().item(), abs=1e-4
-    )
-    entropy = -(shares * shares.log()).sum().item() / len(shares)
-    assert found["shannonentropy@3"] == pytest.approx(entropy, abs=1e-4)
-
-
 def seen(loader) -> tuple[np.ndarray, np.ndarray]:
     """Users and timestamps of a part of the data."""
     inter = loader._dataset.inter_feat

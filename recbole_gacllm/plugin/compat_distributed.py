@@ -25,13 +25,13 @@ def cards_as_asked(configurator: Any) -> None:
     here it means an empty ``gpu_id``, for training and for the stages, which inherit the variable.
     And where torch cannot use the driver, RecBole takes the CPU without a word.
     """
-    of_user, written = os.environ.get(_VARIABLE), os.environ.get(_VARIABLE)
+    of_user, of_config = os.environ.get(_VARIABLE), os.environ.get(_VARIABLE)
 
     @replaces(configurator.Config, "_init_device")
     def _init_device(original: Any, self: Any) -> None:
-        nonlocal of_user, written
+        nonlocal of_user, of_config
         now, final = os.environ.get(_VARIABLE), self.final_config_dict
-        if now != written:
+        if now != of_config:
             of_user = now
         if not final["use_gpu"]:
             final["gpu_id"] = ""
@@ -40,7 +40,7 @@ def cards_as_asked(configurator: Any) -> None:
         elif isinstance(final["gpu_id"], list):
             final["gpu_id"] = tuple(final["gpu_id"])
         original(self)
-        written = os.environ.get(_VARIABLE)
+        of_config = os.environ.get(_VARIABLE)
         check_cards(final["gpu_id"])
 
 

@@ -105,10 +105,10 @@ def _load_layers(config: Any, load_internal: functools.partial[None]) -> None:
     load_file = config._update_internal_config_dict
 
     def load_file_and_defaults(file: str) -> Any:
-        loaded = load_file(file)
+        keys = load_file(file)
         if Path(file).name == "overall.yaml":
             config.internal_config_dict.update(defaults)
-        return loaded
+        return keys
 
     config._update_internal_config_dict = load_file_and_defaults
     try:

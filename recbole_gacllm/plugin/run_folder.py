@@ -62,8 +62,8 @@ def claimed(runs: Path, dataset: str, model: str) -> Iterator[Path]:
     with FileLock(runs / ".lock"):
         for number in itertools.count(1):
             name = f"{model}-{begun}" if number == 1 else f"{model}-{begun}-{number}"
-            taken = (runs.parent / f"{name}.pth").exists() or any(runs.glob(f"*-{name}"))
-            if not taken:
+            is_taken = (runs.parent / f"{name}.pth").exists() or any(runs.glob(f"*-{name}"))
+            if not is_taken:
                 break
         folder = runs / f"{dataset}-{name}"
         folder.mkdir()
