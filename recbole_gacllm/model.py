@@ -175,8 +175,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
 
         .. math:: z = \frac{1}{K+1} \sum_{l=0}^{K} \big( e^{(l)} + w\, t^{(l)} \big)
 
-        Ours, see :func:`.fuse`; without text LightGCN's Eq. 4. Texts of weight 0 are not projected,
-        and of all nodes without text no hop is kept: there are only their means.
+        Ours, see :func:`.fuse`. Texts of weight 0 are not projected; without text, of all nodes
+        there is only the mean of the hops (LightGCN, Eq. 4), and no hop.
 
         Shapes:
             nodes: ``[n]``, users first; each hop, each text and the fused ``[n, d]``.

@@ -57,8 +57,8 @@ def test_denoising_is_the_mean_over_dropped_interactions():
     """Dropping a third of the inputs, scaled up again, adds half of the diagonal on average."""
     rng = np.random.default_rng(3)
     matrix = (rng.random((12, 5)) < 0.5).astype(np.float64)
-    kept = (rng.random((20_000, 12, 5)) < 2 / 3) * matrix * 1.5
-    gram = np.einsum("nui,nuj->ij", kept, kept) / len(kept)
+    inputs = (rng.random((20_000, 12, 5)) < 2 / 3) * matrix * 1.5
+    gram = np.einsum("nui,nuj->ij", inputs, inputs) / len(inputs)
     expected = matrix.T @ matrix + 0.5 * np.diag(matrix.sum(0))
     assert np.abs(gram - expected).max() < 0.05 * expected.max()
     plain, denoised = (
@@ -97,18 +97,18 @@ def test_the_l2_weight_is_the_best_on_held_out_interactions():
 def test_the_held_out_ndcg_is_its_definition_user_by_user(settings):
     one = Recommender("Pop", settings)
     n_users, n_items = one.dataset.user_num, one.dataset.item_num
-    kept, held_out = (
+    histories, held_out = (
         sparse.csr_array(loader._dataset.inter_matrix("csr").astype(np.float32))
         for loader in (one.train, one.valid)
     )
     weights = torch.rand(n_items, n_items, generator=torch.Generator().manual_seed(5))
-    ours = linear._ndcg(kept, held_out, weights)
+    ours = linear._ndcg(histories, held_out, weights)
     ranks = []
     for user in range(1, n_users):
         relevant = set(held_out[[user]].indices)
         if relevant:
-            scores = (torch.from_numpy(kept[[user]].toarray()) @ weights)[0]
-            scores[kept[[user]].indices] = -torch.inf
+            scores = (torch.from_numpy(histories[[user]].toarray()) @ weights)[0]
+            scores[histories[[user]].indices] = -torch.inf
             top = scores.argsort(descending=True)[:10].tolist()
             gain = sum(1 / np.log2(k + 2) for k, item in enumerate(top) if item in relevant)
             ranks.append(gain / sum(1 / np.log2(k + 2) for k in range(min(10, len(relevant)))))
@@ -123,17 +123,17 @@ def test_of_nearly_equal_l2_weights_the_smallest_is_taken():
 
 def test_of_too_many_users_some_choose_the_l2_weight(monkeypatch):
     rng = np.random.default_rng(8)
-    kept = sparse.csr_array((rng.random((10, 12)) < 0.3).astype(np.float32))
+    histories = sparse.csr_array((rng.random((10, 12)) < 0.3).astype(np.float32))
     held_out = np.zeros((10, 12), dtype=np.float32)
     users = np.array([1, 2, 4, 5, 6, 8, 9])
     held_out[users, rng.integers(0, 12, len(users))] = 1
     weights = torch.from_numpy(rng.random((12, 12), dtype=np.float32))
-    some = np.zeros_like(held_out)
-    some[users[::3]] = held_out[users[::3]]
-    expected = linear._ndcg(kept, sparse.csr_array(some), weights)
-    assert linear._ndcg(kept, sparse.csr_array(held_out), weights) != pytest.approx(expected)
+    third = np.zeros_like(held_out)
+    third[users[::3]] = held_out[users[::3]]
+    expected = linear._ndcg(histories, sparse.csr_array(third), weights)
+    assert linear._ndcg(histories, sparse.csr_array(held_out), weights) != pytest.approx(expected)
     monkeypatch.setattr(linear, "MAX_USERS_OF_CHOICE", 3)
-    assert linear._ndcg(kept, sparse.csr_array(held_out), weights) == pytest.approx(expected)
+    assert linear._ndcg(histories, sparse.csr_array(held_out), weights) == pytest.approx(expected)
 
 
 def test_without_interactions_to_hold_out_the_l2_weight_is_the_usual_one_and_copies_share_it():
@@ -146,11 +146,11 @@ def test_the_l2_weight_is_chosen_on_the_items_with_most_interactions(monkeypatch
     rng = np.random.default_rng(7)
     matrix = rng.random((80, 6)) < np.array([0.1, 0.7, 0.5, 0.05, 0.6, 0.4])
     texts = torch.from_numpy(rng.standard_normal((6, 4)))
-    kept = [1, 2, 4, 5]
+    columns = [1, 2, 4, 5]
     rows = linear.centred(texts.numpy())
     keys = {"text_weight": 2.0, "user_power": 0.5, "denoising": 0.5}
-    few = sparse.csr_array(matrix[:, kept].astype(np.float32))
-    expected = linear._held_out_ndcg(few, rows[kept], keys)
+    few = sparse.csr_array(matrix[:, columns].astype(np.float32))
+    expected = linear._held_out_ndcg(few, rows[columns], keys)
     monkeypatch.setattr(linear, "MAX_ITEMS_OF_CHOICE", 4)
     model = ItemItemModel(*np.nonzero(matrix), 80, 6, None, texts, 2.0)
     assert model.held_out_ndcg == pytest.approx(expected)
@@ -236,15 +236,15 @@ def test_of_too_many_items_those_with_most_interactions_are_covered(monkeypatch)
     rng = np.random.default_rng(5)
     matrix = rng.random((40, 6)) < np.array([0.1, 0.7, 0.5, 0.05, 0.6, 0.4])
     texts = torch.from_numpy(rng.standard_normal((6, 4)))
-    kept = [1, 2, 4, 5]
+    columns = [1, 2, 4, 5]
     users = torch.tensor([0, 3, 7])
-    expected = ItemItemModel(*np.nonzero(matrix[:, kept]), 40, 4, 3.0, texts[kept], 2.0)
+    expected = ItemItemModel(*np.nonzero(matrix[:, columns]), 40, 4, 3.0, texts[columns], 2.0)
     monkeypatch.setattr(linear, "MAX_ITEMS", 4)
     model = ItemItemModel(*np.nonzero(matrix), 40, 6, 3.0, texts, 2.0)
-    found = model.scores(users)
+    scores = model.scores(users)
     assert (model.n_covered, expected.n_covered) == (4, 4)
-    assert torch.allclose(found[:, kept], expected.scores(users))
-    assert not found[:, [0, 3]].any()
+    assert torch.allclose(scores[:, columns], expected.scores(users))
+    assert not scores[:, [0, 3]].any()
 
 
 def test_short_histories_give_the_scores_of_the_dense_product_without_dense_rows(monkeypatch):

@@ -75,10 +75,10 @@ def test_all_metrics_of_ranking_are_given_at_every_k(settings, fast_paths):
     keys = {"metrics": metrics, "topk": [1, 4], "valid_metric": "MAP@4", "fast_paths": fast_paths}
     one = Training(settings, **keys, epochs=1)
     one.fit()
-    found = one.trainer.evaluate(one.test)
+    result = one.trainer.evaluate(one.test)
     at_k = {f"{name.lower()}@{k}" for name in metrics[:-1] for k in (1, 4)}
-    assert set(found) == at_k | {"gauc"}
-    assert all(map(math.isfinite, found.values()))
+    assert set(result) == at_k | {"gauc"}
+    assert all(map(math.isfinite, result.values()))
 
 
 def seen(loader) -> tuple[np.ndarray, np.ndarray]:
@@ -121,9 +121,9 @@ def test_labelled_evaluation_scores_pairs(settings):
     keys = {"eval_args": {"mode": "labeled"}, "threshold": {"rating": 3}, "valid_metric": "AUC"}
     one = Training(settings, **keys, metrics=["AUC", "MAE", "RMSE", "LogLoss"], epochs=2)
     one.fit()
-    found = one.trainer.evaluate(one.test)
-    assert set(found) == {"auc", "mae", "rmse", "logloss"}
-    assert 0 < found["auc"] < 1
+    result = one.trainer.evaluate(one.test)
+    assert set(result) == {"auc", "mae", "rmse", "logloss"}
+    assert 0 < result["auc"] < 1
 
 
 # Training
@@ -202,8 +202,8 @@ def test_amp_trains_in_bfloat16_close_to_float32(settings, keys):
             one.model.projections[0].register_forward_hook(
                 lambda *at, seen=dtypes: seen.add(at[2].dtype)
             )
-        found = one.fit()
-        runs.append((one.losses, found))
+        best = one.fit()
+        runs.append((one.losses, best))
         assert all(p.dtype == torch.float32 for p in one.model.parameters())
         if dtypes:
             assert (torch.bfloat16 in dtypes) is amp

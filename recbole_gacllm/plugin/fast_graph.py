@@ -47,11 +47,7 @@ class ConstantMatrix:
 
     @classmethod
     def __torch_function__(
-        cls,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """``torch.sparse.mm(self, x)``; nothing else is ever asked of it."""
         if function is not torch.sparse.mm or kwargs or not isinstance(args[0], cls):

@@ -50,13 +50,8 @@ def register() -> None:
 
     After it ``recbole.quick_start.run_recbole(model="GaCLLM", dataset="ml-100k")`` works, and with
     it ``HyperTuning``, ``objective_function``, ``load_data_and_model`` and ``run(..., nproc=2)``.
-
-    Note:
-        ``save_dataset`` and ``save_dataloaders`` work as for every RecBole model, with RecBole's
-        limits: a saved data set is reused when the data set keys, ``seed`` and ``repeatable`` are
-        the same; saved data loaders are reused without looking at batch sizes or negative
-        sampling, and the run that saves them shuffles differently from a run that does not. Save
-        them per setting, or not at all.
+    ``save_dataset`` and ``save_dataloaders`` work with RecBole's limits: loaders are reused without
+    looking at batch sizes or negative sampling. Save them per setting, or not at all.
     """
     for model, module in MODELS.items():
         alias_module(f"{_GENERAL}.{model.lower()}", module)
