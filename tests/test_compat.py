@@ -237,7 +237,7 @@ quick_start.tune.report(recall=0.1)
 os.mkdir("hyperopt")
 open("hyperopt/__init__.py", "w").close()
 with open("hyperopt/atpe.py", "w") as file:
-    file.write("import pkg_resources")  # as hyperopt 0.2.5 does
+    file.write("import pkg_resources")  # as hyperopt before 0.3 does
 sys.path.insert(0, ".")
 sys.modules["pkg_resources"] = None  # setuptools 82 and later
 import hyperopt.atpe

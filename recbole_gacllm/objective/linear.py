@@ -61,8 +61,8 @@ class ItemItemModel:
     Of more than ``MAX_ITEMS`` items it covers those with most interactions; the others score 0.
 
     Args:
-        users: User index of each training edge.
-        items: Item index of each training edge.
+        users: User of each training edge.
+        items: Item of each.
         n_users: Number of users.
         n_items: Number of items.
         reg_weight: ``lambda``, above 0; None chooses it, without regard to recency.
@@ -241,12 +241,7 @@ def _ndcg(
 def recency_weights(users: np.ndarray, times: np.ndarray, power: float) -> np.ndarray:
     r"""What each training edge counts in its user's scores: ``k^-power`` for the ``k``-th last.
 
-    Edges of a user at the same time have the mean of their ranks ``k``.
-
-    Args:
-        users: User index of each training edge.
-        times: Time of each.
-        power: 0 counts all alike.
+    Edges of a user at the same time have the mean of their ranks ``k``; power 0 counts all alike.
 
     Shapes:
         users, times and result: ``[n_edges]``.
@@ -270,14 +265,8 @@ class TextNeighbors:
 
     What an item's text alone says of it. With rows ``x`` of unit length it is a sum of cosines.
 
-    Args:
-        users: User index of each training edge.
-        items: Item index of each training edge.
-        n_users: Number of users.
-        texts: Text embedding of each item.
-
     Shapes:
-        users, items: ``[n_edges]``; texts: ``[n_items, width]``.
+        users, items: ``[n_edges]``, of training; texts: ``[n_items, width]``.
     """
 
     def __init__(self, users: np.ndarray, items: np.ndarray, n_users: int, texts: Tensor) -> None:

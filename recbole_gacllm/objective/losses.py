@@ -71,13 +71,8 @@ def alignment(ids: Tensor, texts: Tensor, temperature: float) -> Tensor:
 
     Ours: the paper names the alignment module, not its loss; contrastive as in RLMRec (WWW 2024).
 
-    Args:
-        ids: ID embeddings of distinct nodes at one hop.
-        texts: Projected text embeddings of the same nodes.
-        temperature: ``tau``, 0.025 or more.
-
     Shapes:
-        ids, texts: ``[n, d]``.
+        ids, texts: ``[n, d]``, of the same distinct nodes at one hop.
     """
     ids, texts = F.normalize(ids, dim=1), F.normalize(texts, dim=1)
     same = ((ids * texts).sum(1) - 1) / temperature  # [n]
@@ -124,13 +119,8 @@ def exponential_sums(x: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, 
     ``tau >= 0.025`` nothing underflows either. Under autocast the matrix is made, kept and
     multiplied in bfloat16; the sums are in the precision of ``x``.
 
-    Args:
-        x: Rows of unit length.
-        y: Rows of unit length.
-        temperature: ``tau``.
-
     Shapes:
-        x ``[m, d]``; y ``[n, d]``; results ``[m]``, ``[n]``.
+        x ``[m, d]`` and y ``[n, d]``, rows of unit length; results ``[m]``, ``[n]``.
     """
     half = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(device_type=x.device.type, enabled=False):

@@ -249,10 +249,10 @@ def _report_to_ray(**metrics: Any) -> None:
 
 @contextmanager
 def pkg_resources_stand_in() -> Iterator[None]:
-    """Import hyperopt 0.2.5, which RecBole's extra pins, without ``pkg_resources``.
+    """Import hyperopt before 0.3 without ``pkg_resources``.
 
     Cause: setuptools 82 removed it; ``hyperopt.atpe`` imports it for a search that RecBole does not
-    offer. Newer hyperopt does not.
+    offer.
     """
     if importlib.util.find_spec("pkg_resources") is not None:
         yield
@@ -329,19 +329,12 @@ def hide_broken_torchvision() -> None:
 
 @dataclass(frozen=True)
 class Repair:
-    """A repair, and where it acts.
-
-    Attributes:
-        act: What is called with each module after its import, or entered around the import.
-        modules: Their names.
-        upstream: Issues and pull requests, of RecBole if no other repository is named.
-        is_context: Around.
-    """
+    """A repair, and the modules after whose import it acts, or around whose import."""
 
     act: Callable[..., Any]
     modules: tuple[str, ...]
-    upstream: str = "none reported"
-    is_context: bool = False
+    upstream: str = "none reported"  # RecBole's, if no other repository is named
+    is_context: bool = False  # around
 
 
 _CONFIG, _TRAINER = ("recbole.config.configurator",), ("recbole.trainer.trainer",)

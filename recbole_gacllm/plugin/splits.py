@@ -68,13 +68,8 @@ def kept_rows(users: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDAr
     Each draws a number in [0, 1) and stays if it is below the share; of a user of whom none would
     stay, the one with the lowest number does. So with one seed a smaller share is part of a larger.
 
-    Args:
-        users: User of each training interaction, in RecBole's order.
-        share: In (0, 1].
-        seed: RecBole's.
-
     Shapes:
-        users: ``[n]``; result: sorted rows.
+        users: ``[n]``, of the training interactions in RecBole's order; result: sorted rows.
     """
     draws = np.random.default_rng(seed).random(len(users))
     lowest = np.lexsort((draws, users))
@@ -88,12 +83,7 @@ def kept_rows(users: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDAr
 def cold_items(
     items: npt.NDArray[np.int64], share: float, seed: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The items that are cold, those of validation and those of the test.
-
-    Args:
-        items: Item of each interaction.
-        share: Of the items that have any interaction; half of them is for validation.
-        seed: RecBole's.
+    """A share of the items that have any interaction: half for validation, half for the test.
 
     Raises:
         ValueError: If there are fewer than two.
