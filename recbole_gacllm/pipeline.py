@@ -19,7 +19,7 @@ import dataclasses
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.artifacts import children, disk, manifests
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.convolution import setup
@@ -38,7 +39,7 @@ from recbole_gacllm.convolution.layers import SIDES, Layer
 from recbole_gacllm.convolution.names import NAMES, write_names
 from recbole_gacllm.convolution.requests import RETRY_TEMPERATURE
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.inputs import TextLayers, TrainingData, imported_texts, raw_descriptions
+from recbole_gacllm.inputs import TrainingData, imported_texts, raw_descriptions
 from recbole_gacllm.job import Job
 from recbole_gacllm.llm import weights
 from recbole_gacllm.llm.engines import check_engine, choose_backend
@@ -46,6 +47,10 @@ from recbole_gacllm.llm.hardware import resolve_dtype, training_dtype
 from recbole_gacllm.sft.pairs import told_edges
 
 logger = logging.getLogger(__name__)
+
+
+#: What gives a model its text embeddings: :func:`prepare`, or what it left.
+TextsOf = Callable[[GaCLLMConfig, TrainingData], TextLayers]
 
 
 def prepare(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
@@ -64,7 +69,9 @@ def prepare(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
             hook.folders["descriptions"] = folder = _run(hook.descriptions)
             layer_files += [folder / name for name in hook.descriptions.outputs]
         hook.folders["embeddings"] = _run(hook.encoding(layer_files, encoder))
-        return TextLayers.load(hook.folders, len(layer_files), options, data)
+        return TextLayers.load(
+            hook.folders, len(layer_files), options.text_source, data.graph, data.seed
+        )
 
 
 def describe(options: GaCLLMConfig, data: TrainingData) -> Path:

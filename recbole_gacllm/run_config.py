@@ -49,24 +49,20 @@ def build_config(
             raise ValueError(f"config_files: {file!r} is not a file.")
         _check_yaml(file)
     overrides = dict(config_dict or {})
-    given, defaults = _external_and_internal(model, model_class, dataset, files, overrides)
-    check_given(given, {} if model in MODELS else defaults)
-    check_evaluation({**defaults, **given})
-    _check_dataset(dataset, {**defaults, **given}["data_path"])
-    takes_features = model_class.type in (
-        ModelType.CONTEXT,
-        ModelType.DECISIONTREE,
-        ModelType.KNOWLEDGE,
-    ) or "selected_features" in {**defaults, **given}
+    external, internal = _external_and_internal(model, model_class, dataset, files, overrides)
+    keys = {**internal, **external}
+    check_given(external, {} if model in MODELS else internal)
+    check_evaluation(keys)
+    _check_dataset(dataset, keys["data_path"])
+    feature_models = (ModelType.CONTEXT, ModelType.DECISIONTREE, ModelType.KNOWLEDGE)
+    takes_features = model_class.type in feature_models or "selected_features" in keys
     shipped = shipped_path("dataset_configs", f"{dataset}.yaml")
     if shipped.is_file() and not takes_features:
         files.insert(0, str(shipped))
-    elif "load_col" not in given:
-        overrides.update(_columns({**defaults, **given}))
-    cross_entropy = (
-        model_class.type == ModelType.SEQUENTIAL and {**defaults, **given}.get("loss_type") == "CE"
-    )
-    if "train_neg_sample_args" not in given and (model in NON_SAMPLING_MODELS or cross_entropy):
+    elif "load_col" not in external:
+        overrides.update(_columns(keys))
+    cross_entropy = model_class.type == ModelType.SEQUENTIAL and keys.get("loss_type") == "CE"
+    if "train_neg_sample_args" not in external and (model in NON_SAMPLING_MODELS or cross_entropy):
         overrides["train_neg_sample_args"] = None
     config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
     _check_columns(config)
@@ -89,12 +85,12 @@ def _find_model(model: str) -> Any:
         return get_model(model)
     except (ValueError, ModuleNotFoundError) as error:
         # RecBole's search for an unknown name ends in an import of lightgbm.
-        known = [path.stem for path in (_RECBOLE / "properties" / "model").glob("*.yaml")]
-        if model in known and isinstance(error, ModuleNotFoundError):
+        names = [path.stem for path in (_RECBOLE / "properties" / "model").glob("*.yaml")]
+        if model in names and isinstance(error, ModuleNotFoundError):
             raise ValueError(
                 f"model: {model!r} needs the package {error.name}, which is not installed."
             ) from error
-        near = difflib.get_close_matches(model, [*MODELS, *known], n=3)
+        near = difflib.get_close_matches(model, [*MODELS, *names], n=3)
         raise ValueError(
             f"model: {model!r} is neither GaCLLM nor a model of RecBole (names are "
             f"case-sensitive); near names: {', '.join(near) or 'none'}."
@@ -104,9 +100,9 @@ def _find_model(model: str) -> Any:
 def _check_dataset(dataset: str, data_path: str) -> None:
     """Refuse a data set that is neither on disk nor among those RecBole can download."""
     folders = (Path(data_path), _RECBOLE / "dataset_example")
-    listed = yaml.safe_load((_RECBOLE / "properties" / "dataset" / "url.yaml").read_text())
+    downloads = yaml.safe_load((_RECBOLE / "properties" / "dataset" / "url.yaml").read_text())
     local = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
-    if dataset in local | set(listed):
+    if dataset in local | set(downloads):
         return
     inside = Path(data_path).resolve()
     if any(inside.glob(f"{dataset}.*inter")):
@@ -119,7 +115,7 @@ def _check_dataset(dataset: str, data_path: str) -> None:
                 else f", and name this one {dataset!r}."
             )
         )
-    near = difflib.get_close_matches(dataset, [*sorted(local), *listed], n=3)
+    near = difflib.get_close_matches(dataset, [*sorted(local), *downloads], n=3)
     raise ValueError(
         f"dataset: {dataset!r} is neither a folder of data_path ({data_path}) nor a data set "
         f"that RecBole downloads; near names: {', '.join(near) or 'none'}."
@@ -137,15 +133,14 @@ def _columns(keys: dict[str, Any]) -> dict[str, Any]:
         return {}
     columns = [keys["USER_ID_FIELD"], keys["ITEM_ID_FIELD"]]
     by_time = keys["eval_args"].get("order") == "TO" or keys.get("neighbor_rule") == "recent"
-    wanted = [keys["TIME_FIELD"]] if by_time else []
-    wanted += [*(keys.get("val_interval") or {}), *(keys.get("threshold") or {})]
-    columns += [column for column in dict.fromkeys(wanted) if column not in columns]
-    return {"load_col": {**load_col, "inter": columns}}
+    columns += [keys["TIME_FIELD"]] if by_time else []
+    columns += [*(keys.get("val_interval") or {}), *(keys.get("threshold") or {})]
+    return {"load_col": {**load_col, "inter": list(dict.fromkeys(columns))}}
 
 
 def _check_columns(config: Config) -> None:
     """Refuse interaction files without the columns that the keys name: RecBole names no key."""
-    loaded = (config["load_col"] or {"inter": "*"}).get("inter", [])
+    load_col = (config["load_col"] or {"inter": "*"}).get("inter", [])
     parts = config["benchmark_filename"]
     if parts is not None and (not isinstance(parts, list) or len(parts) != 3):
         raise ValueError(
@@ -163,7 +158,7 @@ def _check_columns(config: Config) -> None:
                 "data_path/NAME/NAME.inter, or in the files that benchmark_filename names."
             )
         columns, _ = read_header(file, config["field_separator"], config["encoding"])
-        _check_column_names(config, file, columns, loaded)
+        _check_column_names(config, file, columns, load_col)
         lists = f"{config['ITEM_ID_FIELD']}{config['LIST_SUFFIX']}"
         if parts and config["MODEL_TYPE"] == ModelType.SEQUENTIAL and lists not in columns:
             raise ValueError(
@@ -186,7 +181,7 @@ _USES = {
 
 
 def _check_column_names(
-    config: Config, file: Path, columns: list[str], loaded: list[str] | str
+    config: Config, file: Path, columns: list[str], load_col: list[str] | str
 ) -> None:
     needs = [(key, config[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD")]
     if needs[0][1] == needs[1][1]:
@@ -213,11 +208,11 @@ def _check_column_names(
                 f"{key}: {field!r} is not a column of {file} ({', '.join(columns)}), and "
                 f"{_USES[key]} needs it. Set {key} to the column that is meant, or rename it."
             )
-        if loaded != "*" and field not in loaded:
+        if load_col != "*" and field not in load_col:
             raise ValueError(
-                f"load_col: {loaded} of the .inter file are without {field!r}, and {_USES[key]} "
+                f"load_col: {load_col} of the .inter file are without {field!r}, and {_USES[key]} "
                 "needs it. Load it, with a file for config_files that holds "
-                f"load_col: {{inter: [{', '.join([*loaded, str(field)])}]}}."
+                f"load_col: {{inter: [{', '.join([*load_col, str(field)])}]}}."
             )
 
 

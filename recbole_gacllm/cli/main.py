@@ -136,7 +136,6 @@ def _run(arguments: list[str]) -> None:
     common.require_key_value(parser, flags)
 
     # RecBole's import takes seconds: --help and mistakes above do not wait for it.
-    from recbole_gacllm import distributed
     from recbole_gacllm import run as runner
 
     # RecBole reads sys.argv itself.
@@ -148,7 +147,7 @@ def _run(arguments: list[str]) -> None:
             done = runner.run(known.model, known.dataset, files)
             record, run_file = done.record, done.run_file
         else:
-            run_file = distributed.run_distributed(known.model, known.dataset, files, known.nproc)
+            run_file = runner.run_distributed(known.model, known.dataset, files, known.nproc)
             record = json.loads(run_file.read_text("utf-8"))
     _print_summary(record, run_file)
 

@@ -33,19 +33,18 @@ from recbole_gacllm.llm import weights
 #: Concern -> the modules whose code decides its part of a run's numbers.
 CONCERNS: dict[str, tuple[str, ...]] = {
     "runs": (  # every run
-        *("__init__.py", "config.py", "run_config.py", "run.py", "distributed.py"),
+        *("__init__.py", "config.py", "run_config.py", "run.py"),
         *("data/__init__.py", "data/atomic.py", "data/numbers.py"),
         *("plugin/__init__.py", "plugin/import_hooks.py", "plugin/registration.py"),
-        *("plugin/compat.py", "plugin/compat_data.py", "plugin/compat_device.py"),
-        *("plugin/compat_distributed.py", "plugin/compat_evaluation.py"),
+        *("plugin/compat.py", "plugin/compat_data.py", "plugin/compat_distributed.py"),
         *("compare/job.py", "compare/degrees.py"),
     ),
     "splits": ("plugin/splits.py",),
     "times": (),  # compat_data.py once more, for runs to which the order of time matters
-    "fast": ("plugin/fast.py", "plugin/fast_graph.py", "plugin/fast_metrics.py"),
+    "fast": ("plugin/fast.py", "plugin/fast_graph.py"),
     "model": (  # our models
         *("model.py", "text_knn.py", "inputs.py", "convolution/graph.py"),
-        *("alignment/__init__.py", "alignment/propagation.py"),
+        *("alignment/__init__.py", "alignment/embeddings.py", "alignment/propagation.py"),
         *("objective/__init__.py", "objective/losses.py", "objective/linear.py"),
         "objective/unseen.py",
     ),

@@ -246,7 +246,7 @@ def _run_distributed(
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, get_trainer, init_seed
 
-    from recbole_gacllm.distributed import run_distributed
+    from recbole_gacllm.run import run_distributed
     from recbole_gacllm.run_config import build_config
 
     config = build_config(model, job["dataset"], job["config_files"], dict(keys))
