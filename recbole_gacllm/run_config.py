@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,10 @@ def build_config(
 ) -> Config:
     """RecBole's configuration of any model, on the data as our dataset config describes it.
 
-    The dataset config comes first, then ``config_files``, ``config_dict`` and the command line.
-    Models that take item or user features keep RecBole's own choice of columns. For a split by time
-    the times are loaded, unless the user says which columns are.
+    The dataset config comes first, then ``config_files``, then ``config_dict``, whose strings are
+    read as RecBole reads its command line. Models that take item or user features keep RecBole's
+    own choice of columns. For a split by time the times are loaded, unless the user says which
+    columns are.
 
     Raises:
         ValueError: If the model or a config file is unknown, a value of a key is bad, or a split by
@@ -69,9 +72,20 @@ def build_config(
     )
     if "train_neg_sample_args" not in given and (model in NON_SAMPLING_MODELS or cross_entropy):
         overrides["train_neg_sample_args"] = None
-    config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
+    with _without_command_line():
+        config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
     _check_columns(config)
     return config
+
+
+@contextmanager
+def _without_command_line() -> Iterator[None]:
+    """RecBole's ``Config`` reads ``sys.argv``, whatever program that is of."""
+    argv, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = argv
 
 
 def _check_yaml(file: str) -> None:
@@ -236,7 +250,7 @@ def _external_and_internal(
     probe.yaml_loader = probe._build_yaml_loader()
     probe.file_config_dict = probe._load_config_files(files)
     probe.variable_config_dict = probe._load_variable_config_dict(dict(config_dict))
-    probe.cmd_config_dict = probe._load_cmd_line()
+    probe.cmd_config_dict = {}
     probe._merge_external_config_dict()
     probe.model, probe.model_class, probe.dataset = model, model_class, dataset
     probe._load_internal_config_dict(model, model_class, dataset)
@@ -244,14 +258,16 @@ def _external_and_internal(
 
 
 def training_data(
-    dataset: str, config_files: Sequence[str | Path] = ()
+    dataset: str,
+    config_files: Sequence[str | Path] = (),
+    config_dict: dict[str, Any] | None = None,
 ) -> tuple[GaCLLMConfig, TrainingData]:
     """Options and training split that a run of GaCLLM has, without its model.
 
     Raises:
         ValueError: As :func:`build_config`.
     """
-    config = build_config("GaCLLM", dataset, config_files)
+    config = build_config("GaCLLM", dataset, config_files, config_dict)
     init_seed(config["seed"], config["reproducibility"])
     train_data, _, _ = data_preparation(config, create_dataset(config))
     options = GaCLLMConfig.from_mapping(config.final_config_dict)

@@ -15,6 +15,7 @@ from recbole.utils import get_model
 
 from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.cli.main import main
+from recbole_gacllm.compare.degrees import ItemHits, to_npz
 from recbole_gacllm.compare.results import Board, summarize
 from recbole_gacllm.compare.submission import write_submission
 from recbole_gacllm.compare.tables import export, to_latex, to_markdown
@@ -35,6 +36,7 @@ CONFIG = {
     "epochs": 1,
     "user_inter_num_interval": "[0,inf)",
 }
+DEGREES = to_npz({"user": {}, "item": {}}, USERS, ["i1"], ItemHits(2, 1))
 MEANS = {"GaCLLM": 0.31, "Pop_2": 0.11, "EASE": 0.33}
 
 
@@ -77,6 +79,7 @@ def board(tmp_path):
                 record["leakage_audit"] = {"leaks": 0}
             (run / "run.json").write_text(json.dumps(record))
             np.savez(run / "per_user.npz", users=np.array(USERS), **values)
+            (run / "degrees.npz").write_bytes(DEGREES)
             names.append(name)
     failed = folder / "runs" / "tiny-NCL-2020-0"
     failed.mkdir()
@@ -119,10 +122,11 @@ def test_the_page_has_the_sections_of_a_recbole_gnn_page(board):
     read = Board.read(board)
     page = to_markdown(summarize(read), read, "tiny")
     heads = [line for line in page.splitlines() if line.startswith("# ")]
-    assert heads[:4] == [
+    assert heads[:5] == [
         "# Experimental Setting",
         "# Dataset Statistics",
         "# Evaluation Results",
+        "# Results by Degree",
         "# Hyper-parameters",
     ]
     assert "**Filtering:** val_interval: {'rating': '[3,inf)'}\n" in page

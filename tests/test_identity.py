@@ -33,7 +33,7 @@ def first_code(monkeypatch):
 
 
 def name_of(row, settings, **keys):
-    [made] = make_plan([row], ["tiny"], 1, config_dict={**settings, **keys}).jobs
+    [made] = make_plan([row], ["tiny"], 1, config_dict={**settings, **keys}).runs
     return made.name
 
 
@@ -278,7 +278,7 @@ def test_a_run_whose_data_changes_meanwhile_keeps_no_result(
     with (dataset_root / "tiny" / "tiny.inter").open("a") as lines:
         lines.write("u0\ti29\t5\t1\n")
     monkeypatch.setattr(
-        leaderboard.artifacts, "run_child", lambda _, folder, **__: job._work(folder)
+        leaderboard.children, "run_child", lambda _, folder, **__: job._work(folder)
     )
     leaderboard.run_leaderboard(plan, tmp_path / "out", show_progress=False)
     [folder] = (tmp_path / "out" / "runs").iterdir()
@@ -289,7 +289,7 @@ def test_a_run_whose_data_changes_meanwhile_keeps_no_result(
 
 
 def test_what_changed_is_named_and_nothing_is_said_where_nothing_did(settings):
-    [made] = make_plan(["Pop"], ["tiny"], 1, config_dict=settings).jobs
+    [made] = make_plan(["Pop"], ["tiny"], 1, config_dict=settings).runs
     config = {**made.key["config"], "model": "Pop", "dataset": "tiny"}
     config["data_path"] = str(Path(settings["data_path"]) / "tiny")
     job._require_the_same_inputs(config, made.key)
@@ -321,4 +321,4 @@ def test_the_command_of_a_committed_page_finds_every_committed_run(page, first_c
     plan = make_plan(split_models(models), [datasets], int(seeds), protocol, config_dict=flags)
     with tarfile.open(file.with_name(f"{file.stem}-runs.tar.xz")) as archive:
         runs = {Path(name).parent.name for name in archive.getnames() if name.endswith("run.json")}
-    assert {made.name for made in plan.jobs} == runs
+    assert {made.name for made in plan.runs} == runs

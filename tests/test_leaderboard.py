@@ -107,7 +107,7 @@ def test_a_bad_plan_is_refused_before_any_run(keys, arguments, message):
 
 
 def names(keys, **more):
-    return [job.name for job in make_plan(["BPR"], ["tiny"], 1, config_dict={**keys, **more}).jobs]
+    return [job.name for job in make_plan(["BPR"], ["tiny"], 1, config_dict={**keys, **more}).runs]
 
 
 def test_a_run_is_addressed_by_what_determines_it_and_by_nothing_else(keys, dataset_root):
@@ -125,11 +125,11 @@ def test_a_variant_is_a_row_of_its_own_with_its_keys_over_the_users(keys):
     assert rows == ["GaCLLM", "GaCLLM:n_layers=1:topk_=[5,10]", "EASE:reg_weight=7"]
     rows[1] = "GaCLLM:n_layers=1:reg_weight=0.1"
     plan = make_plan(rows, ["tiny"], 1, config_dict={**keys, "n_layers": 3, "reg_weight": 2})
-    configs = {job.model: job.key["config"] for job in plan.jobs}
+    configs = {job.model: job.key["config"] for job in plan.runs}
     assert [configs[row]["n_layers"] for row in rows[:2]] == [3, 1]
     assert [configs[row]["reg_weight"] for row in rows] == [2, 0.1, 7]
     assert plan.summary["models"] == rows
-    folders = {job.name for job in plan.jobs}
+    folders = {job.name for job in plan.runs}
     assert len(folders) == 3
     assert all("/" not in name and ":" not in name for name in folders)
 
@@ -177,14 +177,14 @@ def test_brackets_that_do_not_match_are_refused(text, message):
 
 def test_a_row_may_have_the_first_seeds_only_and_keeps_its_name_and_runs(keys):
     plan = make_plan(["BPR:learning_rate=0.1:seeds=1", "Pop"], ["tiny"], 2, config_dict=keys)
-    assert [(job.model, job.seed) for job in plan.jobs] == [
+    assert [(job.model, job.seed) for job in plan.runs] == [
         ("BPR:learning_rate=0.1", 2020),
         ("Pop", 2020),
         ("Pop", 2021),
     ]
     assert plan.summary["models"] == ["BPR:learning_rate=0.1", "Pop"]
     whole = make_plan(["BPR:learning_rate=0.1"], ["tiny"], 2, config_dict=keys)
-    assert whole.jobs[0].name == plan.jobs[0].name
+    assert whole.runs[0].name == plan.runs[0].name
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_bad_variant_is_refused(keys, rows, message):
 
 def test_the_number_of_processes_is_part_of_a_runs_address(keys):
     def name(nproc):
-        return make_plan(["BPR"], ["tiny"], 1, config_dict=keys, nproc=nproc).jobs[0].name
+        return make_plan(["BPR"], ["tiny"], 1, config_dict=keys, nproc=nproc).runs[0].name
 
     assert name(1) == names(keys)[0]
     assert name(2) != name(1)
@@ -217,9 +217,9 @@ def test_the_number_of_processes_is_part_of_a_runs_address(keys):
 
 def test_committed_hyper_parameters_are_used_and_the_users_win(keys):
     plan = make_plan(["EASE"], ["tiny"], 1, config_dict=keys)
-    assert plan.jobs[0].key["config"]["reg_weight"] == 1000.0
+    assert plan.runs[0].key["config"]["reg_weight"] == 1000.0
     plan = make_plan(["EASE"], ["tiny"], 1, config_dict={**keys, "reg_weight": 7.0})
-    assert plan.jobs[0].key["config"]["reg_weight"] == 7.0
+    assert plan.runs[0].key["config"]["reg_weight"] == 7.0
 
 
 def test_a_page_names_the_values_that_are_used_where_a_file_of_the_user_wins(keys, tmp_path):
@@ -235,7 +235,7 @@ def test_every_committed_file_of_hyper_parameters_fits_its_model(keys):
     folder = shipped_path("properties", "baselines")
     models = sorted(file.stem for file in folder.glob("*.yaml"))
     plan = make_plan(models, ["tiny"], 1, "sequential", config_dict=keys)
-    for job in plan.jobs:
+    for job in plan.runs:
         assert baseline_files(job.model, "tiny")
         tuned = plan.summary["tuned"][f"tiny/{job.model}"]
         ((file, note),) = tuned["files"].items()
@@ -250,8 +250,8 @@ def test_every_committed_file_of_hyper_parameters_fits_its_model(keys):
 def test_keys_of_the_split_reach_every_model(keys):
     given = {**keys, "train_share": "0.5"}
     plan = make_plan(["GaCLLM", "BPR", "TextKNN"], ["tiny"], 1, config_dict=given)
-    assert [job.key["config"]["train_share"] for job in plan.jobs] == [0.5] * 3
-    assert [job.config_dict["train_share"] for job in plan.jobs] == ["0.5"] * 3
+    assert [job.key["config"]["train_share"] for job in plan.runs] == [0.5] * 3
+    assert [job.config_dict["train_share"] for job in plan.runs] == ["0.5"] * 3
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(finished):
 
 def test_the_numbers_are_those_of_a_run_alone(finished, tmp_path):
     folder, plan = finished
-    job = next(job for job in plan.jobs if job.model == "GaCLLM")
+    job = next(job for job in plan.runs if job.model == "GaCLLM")
     alone = runner.run(
         "GaCLLM", "tiny", job.config_files, {**job.config_dict, "checkpoint_dir": str(tmp_path)}
     )
@@ -343,7 +343,7 @@ def test_nothing_finished_is_run_twice(finished, monkeypatch):
     folder, plan = finished
     started = []
     monkeypatch.setattr(
-        leaderboard.artifacts, "run_child", lambda name, *_, **__: started.append(name)
+        leaderboard.children, "run_child", lambda name, *_, **__: started.append(name)
     )
     before = {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/run.json")}
     failed = {file: file.read_bytes() for file in folder.glob("runs/*/failed.json")}
@@ -377,7 +377,7 @@ def test_a_run_with_another_split_than_its_neighbours_stops_before_training(sett
 
 def test_a_run_that_another_process_holds_is_left_to_it(keys, tmp_path, monkeypatch):
     plan = make_plan(["Pop"], ["tiny"], 2, config_dict=keys)
-    held, free = (tmp_path / "out" / "runs" / job.name for job in plan.jobs)
+    held, free = (tmp_path / "out" / "runs" / job.name for job in plan.runs)
     held.mkdir(parents=True)
     lock = FileLock(held / ".lock", is_singleton=False)
     lock.acquire()
@@ -391,7 +391,7 @@ def test_a_run_that_another_process_holds_is_left_to_it(keys, tmp_path, monkeypa
         (held / "run.json").write_text('{"split": 0}')
         lock.release()
 
-    monkeypatch.setattr(leaderboard.artifacts, "run_child", child)
+    monkeypatch.setattr(leaderboard.children, "run_child", child)
     monkeypatch.setattr(leaderboard.time, "sleep", other_finishes)
     run_leaderboard(plan, tmp_path / "out", show_progress=False)
     assert started == [free.name]
@@ -470,7 +470,7 @@ def test_keys_of_gacllm_change_nothing_for_other_models(settings):
 
     def plan(given):
         made = make_plan(models, ["tiny"], 1, config_dict={**settings, **given})
-        return {job.model: job.name for job in made.jobs}, made.summary["tuned"]
+        return {job.model: job.name for job in made.runs}, made.summary["tuned"]
 
     names, tuned = plan(ours)
     plain, _ = plan({"epochs": "1"})

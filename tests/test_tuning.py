@@ -42,7 +42,7 @@ def made(monkeypatch):
         }
         (folder / "run.json").write_text(json.dumps(record))
 
-    monkeypatch.setattr(leaderboard.artifacts, "run_child", child)
+    monkeypatch.setattr(leaderboard.children, "run_child", child)
     return counts
 
 
@@ -56,25 +56,25 @@ def test_the_best_parameters_by_validation_are_written_as_a_baseline_file(keys, 
     assert yaml.safe_load(file.read_text()) == {"reg_weight": 10.0}
     assert "# Source: tune of recbole_gacllm" in file.read_text()
     plan = make_plan(["EASE"], ["tiny"], 1, config_files=[file], config_dict=keys)
-    assert plan.jobs[0].key["config"]["reg_weight"] == 10.0
+    assert plan.runs[0].key["config"]["reg_weight"] == 10.0
     assert made == {1.0: 1, 10.0: 1, 100.0: 1}
 
 
 def test_a_search_that_is_started_again_repeats_no_trial(keys, tmp_path, made, monkeypatch):
     values = [1.0, 5.0, 10.0, 20.0, 100.0]
-    stopping = leaderboard.artifacts.run_child
+    stopping = leaderboard.children.run_child
 
     def stops_at_the_third(name, folder, **more):
         if made.total() == 2:
             raise KeyboardInterrupt
         stopping(name, folder, **more)
 
-    monkeypatch.setattr(leaderboard.artifacts, "run_child", stops_at_the_third)
+    monkeypatch.setattr(leaderboard.children, "run_child", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         tune(search(keys, tmp_path, values), show_progress=False)
     rows = (tmp_path / "out" / "trials.csv").read_text().splitlines()
     assert len(rows) == 3
-    monkeypatch.setattr(leaderboard.artifacts, "run_child", stopping)
+    monkeypatch.setattr(leaderboard.children, "run_child", stopping)
     tune(search(keys, tmp_path, values), show_progress=False)
     assert made == dict.fromkeys(values, 1)
     assert (tmp_path / "out" / "trials.csv").read_text().splitlines()[:3] == rows
@@ -111,7 +111,7 @@ def test_whole_numbers_of_quniform_are_integers(keys, tmp_path):
     space = Search("GaCLLM", "tiny", {"quniform": {"n_layers": [1, 3, 1]}}, tmp_path, keys=keys)
     values = space.plain({"n_layers": 2.0})
     assert type(values["n_layers"]) is int
-    assert space.job(values).key["config"]["n_layers"] == 2
+    assert space.planned(values).key["config"]["n_layers"] == 2
 
 
 def test_recboles_format_and_its_yaml_give_the_same_space(tmp_path):
@@ -189,7 +189,9 @@ def test_every_shipped_space_is_read_by_recbole_and_holds_keys_of_its_model(keys
     theirs = HyperTuning(lambda *_: None, params_file=str(file)).space
     space = Search(file.stem, "tiny", ours, Path(tmp_path), "sequential", keys=keys)
     assert sorted(space.names()) == sorted(theirs)
-    config = space.job({name: values[0] for name, values in ours["choice"].items()}).key["config"]
+    config = space.planned({name: values[0] for name, values in ours["choice"].items()}).key[
+        "config"
+    ]
     assert set(space.names()) <= set(config)
     tuned = [
         key

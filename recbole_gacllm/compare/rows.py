@@ -25,19 +25,19 @@ def split_seeds(row: str, n_seeds: int) -> tuple[str, int]:
     Raises:
         ValueError: If it is not one number from 1 to ``n_seeds``.
     """
-    name, *parts = _split(row, ":")
-    given = [part for part in parts if part.startswith("seeds=")]
-    if len(given) > 1:
+    parts = _split(row, ":")
+    counts = [part for part in parts if part.startswith("seeds=")]
+    if len(counts) > 1:
         raise ValueError(f"models: {row!r} gives seeds twice; give it once.")
-    for part in given:
-        value = part.removeprefix("seeds=")
-        if not value.isdecimal() or not 1 <= int(value) <= n_seeds:
-            raise ValueError(
-                f"models: {part!r} of {row!r} must be a number from 1 to {n_seeds} (--seeds): the "
-                "first so many of all seeds."
-            )
-    label = ":".join([name, *(part for part in parts if part not in given)])
-    return label, int(given[-1].removeprefix("seeds=")) if given else n_seeds
+    if not counts:
+        return row, n_seeds
+    value = counts[0].removeprefix("seeds=")
+    if not value.isdecimal() or not 1 <= int(value) <= n_seeds:
+        raise ValueError(
+            f"models: {counts[0]!r} of {row!r} must be a number from 1 to {n_seeds} (--seeds): the "
+            "first so many of all seeds."
+        )
+    return ":".join(part for part in parts if part != counts[0]), int(value)
 
 
 def split_variant(row: str) -> tuple[str, dict[str, str]]:

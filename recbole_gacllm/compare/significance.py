@@ -28,15 +28,11 @@ class PairedTest:
     """One model against the baseline, for one metric.
 
     Attributes:
-        n_users: Users compared.
         seeds: Seeds that both models have.
         difference: Mean over users of model minus baseline, averaged over seeds.
         interval: t confidence interval of the difference.
-        t_p: Two-sided p-value of the paired t test.
-        wilcoxon_p: Two-sided p-value of Wilcoxon's signed-rank test; users without a difference
-            are left out, as in Wilcoxon's method.
-        t_p_holm: ``t_p`` after Holm's correction over the compared models.
-        wilcoxon_p_holm: ``wilcoxon_p``, likewise.
+        t_p, wilcoxon_p: Two-sided; Wilcoxon's leaves out users without a difference.
+        t_p_holm, wilcoxon_p_holm: After Holm's correction over the compared models.
         by_seed: seed -> (difference, t_p, wilcoxon_p) of that seed alone.
     """
 
@@ -78,18 +74,16 @@ def compare(
                 for seed in shared
             }
     pooled = {model: _pool(by_seed) for model, by_seed in pairs.items()}
-    p_values = {model: _p_values(values) for model, values in pooled.items()}
-    t_holm = holm([p[0] for p in p_values.values()])
-    wilcoxon_holm = holm([p[1] for p in p_values.values()])
-    tests = {}
-    for place, (model, means) in enumerate(pooled.items()):
-        tests[model] = PairedTest(
+    p_values = [_p_values(values) for values in pooled.values()]
+    t_holm, wilcoxon_holm = holm([t for t, _ in p_values]), holm([w for _, w in p_values])
+    return {
+        model: PairedTest(
             n_users=len(means),
             seeds=tuple(pairs[model]),
             difference=float(means.mean()),
             interval=_t_interval(means, confidence),
-            t_p=p_values[model][0],
-            wilcoxon_p=p_values[model][1],
+            t_p=p_values[place][0],
+            wilcoxon_p=p_values[place][1],
             t_p_holm=t_holm[place],
             wilcoxon_p_holm=wilcoxon_holm[place],
             by_seed={
@@ -97,7 +91,8 @@ def compare(
                 for seed, alone in pairs[model].items()
             },
         )
-    return tests
+        for place, (model, means) in enumerate(pooled.items())
+    }
 
 
 def mean_interval(scores: UserScores, confidence: float = 0.95) -> tuple[float, float]:
