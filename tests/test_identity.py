@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from recbole_gacllm.compare import identity, job, leaderboard
-from recbole_gacllm.compare.plan import code_version, make_plan
-from recbole_gacllm.compare.rows import split_models
+from recbole_gacllm.compare.plan import code_version, make_plan, split_models
 from recbole_gacllm.config import shipped_path
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.plugin import key_checks

@@ -89,10 +89,10 @@ def leaderboard(argv: list[str]) -> None:
         parser.error("--valid_latex and --test_latex take one data set")
 
     from recbole_gacllm.compare import leaderboard as board_runs
-    from recbole_gacllm.compare import plan, results, rows, submission, tables
+    from recbole_gacllm.compare import plan, results, submission, tables
 
     show_progress = _show_progress(args, keys)
-    models, files = rows.split_models(args.models), args.config_files.split()
+    models, files = plan.split_models(args.models), args.config_files.split()
     made = plan.make_plan(models, datasets, args.seeds, args.protocol, files, keys, args.nproc)
     results.require_baseline(args.baseline, made.summary["models"])
     with common.quiet_output("leaderboard", args.quiet):
