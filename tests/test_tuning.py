@@ -50,16 +50,6 @@ def search(keys, tmp_path, values, kind="choice"):
     return Search("EASE", "tiny", {kind: {"reg_weight": values}}, tmp_path / "out", keys=keys)
 
 
-def test_the_best_parameters_by_validation_are_written_as_a_baseline_file(keys, tmp_path, made):
-    file = tune(search(keys, tmp_path, [1.0, 10.0, 100.0]), show_progress=False)
-    assert file.name == "EASE.yaml"
-    assert yaml.safe_load(file.read_text()) == {"reg_weight": 10.0}
-    assert "# Source: tune of recbole_gacllm" in file.read_text()
-    plan = make_plan(["EASE"], ["tiny"], 1, config_files=[file], config_dict=keys)
-    assert plan.runs[0].key["config"]["reg_weight"] == 10.0
-    assert made == {1.0: 1, 10.0: 1, 100.0: 1}
-
-
 def test_a_search_that_is_started_again_repeats_no_trial(keys, tmp_path, made, monkeypatch):
     values = [1.0, 5.0, 10.0, 20.0, 100.0]
     stopping = leaderboard.children.run_child
@@ -93,16 +83,20 @@ def test_random_and_bayes_propose_the_same_parameters_again(keys, tmp_path, made
     assert made.total() == 4
 
 
-def test_a_failed_trial_is_recorded_and_the_others_go_on(keys, tmp_path, made):
+def test_the_best_by_validation_is_a_baseline_file_and_a_failed_trial_stops_no_other(
+    keys, tmp_path, made
+):
     space = search(keys, tmp_path, [666.0, 10.0, 1.0])
     file = tune(space, show_progress=False)
+    assert file.name == "EASE.yaml"
     assert yaml.safe_load(file.read_text()) == {"reg_weight": 10.0}
+    assert "# Source: tune of recbole_gacllm" in file.read_text()
+    plan = make_plan(["EASE"], ["tiny"], 1, config_files=[file], config_dict=keys)
+    assert plan.runs[0].key["config"]["reg_weight"] == 10.0
+    assert made == {1.0: 1, 10.0: 1, 666.0: 1}
     assert [trial.score is None for trial in space.trials].count(True) == 1
     assert "666.0,failed" in (tmp_path / "out" / "trials.csv").read_text()
     assert list((tmp_path / "out").glob("trials/*/failed.json"))
-
-
-def test_a_search_in_which_all_fails_is_an_error(keys, tmp_path, made):
     with pytest.raises(GaCLLMError, match="none of 1 trials"):
         tune(search(keys, tmp_path, [666.0]), show_progress=False)
 
@@ -129,41 +123,31 @@ def test_recboles_format_and_its_yaml_give_the_same_space(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "text", "message"),
     [
-        ("n_layers choice", "line 1: 'n_layers choice' is not 'name kind values'"),
-        ("n_layers choise [1]", "'choise' is not one of choice, uniform"),
-        ("n_layers uniform 1", r"uniform takes 2 numbers, not \[1\]"),
-        ("n_layers choice [a", "is not a list of values"),
-        ("n_layers choice [open('made', 'w')]", "is not a list of values"),
-        ("n_layers choice " + "[" * 9999, "is not a list of values"),
-        ("n_layers uniform 'a','b'", "uniform takes 2 numbers, not .'a', 'b'."),
-        ("# nothing", "names no parameter"),
+        ("a.hyper", "n_layers choice", "line 1: 'n_layers choice' is not 'name kind values'"),
+        ("a.hyper", "n_layers choise [1]", "'choise' is not one of choice, uniform"),
+        ("a.hyper", "n_layers uniform 1", r"uniform takes 2 numbers, not \[1\]"),
+        ("a.hyper", "n_layers choice [a", "is not a list of values"),
+        ("a.hyper", "n_layers choice [open('made', 'w')]", "is not a list of values"),
+        ("a.hyper", "n_layers choice " + "[" * 9999, "is not a list of values"),
+        ("a.hyper", "n_layers uniform 'a','b'", "uniform takes 2 numbers, not .'a', 'b'."),
+        ("a.hyper", "# nothing", "names no parameter"),
+        ("a.hyper", "name choice ['é']", "is not UTF-8 text"),
+        ("a.yaml", "- choice", "is not the yaml of RecBole's params_dict"),
+        ("a.yaml", "choice: [1, 2]", "is not the yaml of RecBole's params_dict"),
+        ("a.yaml", "choice: {a: [1", "is not the yaml of RecBole's params_dict"),
+        (
+            "a.yaml",
+            "!!python/object/apply:os.getcwd []",
+            "is not the yaml of RecBole's params_dict",
+        ),
     ],
 )
-def test_a_bad_space_is_refused_with_its_line(tmp_path, text, message):
-    file = tmp_path / "a.hyper"
-    file.write_text(text)
+def test_a_bad_space_is_refused_with_its_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, "latin-1")
     with pytest.raises(ValueError, match=message):
-        read_space(file)
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["- choice", "choice: [1, 2]", "choice: {a: [1", "!!python/object/apply:os.getcwd []"],
-)
-def test_a_yaml_that_is_no_params_dict_is_refused(tmp_path, content):
-    file = tmp_path / "a.yaml"
-    file.write_text(content)
-    with pytest.raises(ValueError, match="is not the yaml of RecBole's params_dict"):
-        read_space(file)
-
-
-def test_a_space_in_another_encoding_is_refused(tmp_path):
-    file = tmp_path / "a.hyper"
-    file.write_bytes("name choice ['é']".encode("latin-1"))
-    with pytest.raises(ValueError, match="is not UTF-8 text"):
-        read_space(file)
+        read_space(tmp_path / name)
 
 
 def test_a_parameter_that_the_model_does_not_read_is_refused(keys, tmp_path):
