@@ -105,7 +105,7 @@ def test_whole_numbers_of_quniform_are_integers(keys, tmp_path):
     space = Search("GaCLLM", "tiny", {"quniform": {"n_layers": [1, 3, 1]}}, tmp_path, keys=keys)
     values = space.plain({"n_layers": 2.0})
     assert type(values["n_layers"]) is int
-    assert space.planned(values).key["config"]["n_layers"] == 2
+    assert space.run_of(values).key["config"]["n_layers"] == 2
 
 
 def test_recboles_format_and_its_yaml_give_the_same_space(tmp_path):
@@ -173,7 +173,7 @@ def test_every_shipped_space_is_read_by_recbole_and_holds_keys_of_its_model(keys
     theirs = HyperTuning(lambda *_: None, params_file=str(file)).space
     space = Search(file.stem, "tiny", ours, Path(tmp_path), "sequential", keys=keys)
     assert sorted(space.names()) == sorted(theirs)
-    config = space.planned({name: values[0] for name, values in ours["choice"].items()}).key[
+    config = space.run_of({name: values[0] for name, values in ours["choice"].items()}).key[
         "config"
     ]
     assert set(space.names()) <= set(config)

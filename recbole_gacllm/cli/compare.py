@@ -89,15 +89,16 @@ def leaderboard(argv: list[str]) -> None:
         parser.error("--valid_latex and --test_latex take one data set")
 
     from recbole_gacllm.compare import leaderboard as board_runs
-    from recbole_gacllm.compare import plan, results, submission, tables
+    from recbole_gacllm.compare import results, submission, tables
+    from recbole_gacllm.compare.plan import make_plan, split_models
 
     show_progress = _show_progress(args, keys)
-    models, files = plan.split_models(args.models), args.config_files.split()
-    made = plan.make_plan(models, datasets, args.seeds, args.protocol, files, keys, args.nproc)
-    results.require_baseline(args.baseline, made.summary["models"])
+    models, files = split_models(args.models), args.config_files.split()
+    plan = make_plan(models, datasets, args.seeds, args.protocol, files, keys, args.nproc)
+    results.require_baseline(args.baseline, plan.summary["models"])
     with common.quiet_output("leaderboard", args.quiet):
-        board_runs.check_data(made, args.output)
-        board_runs.run_leaderboard(made, args.output, show_progress)
+        board_runs.check_data(plan, args.output)
+        board_runs.run_leaderboard(plan, args.output, show_progress)
         folder = submission.write_submission(args.output, args.baseline)
     for page in sorted((args.output / "results").glob("*.md")):
         text = page.read_text("utf-8")
@@ -117,7 +118,7 @@ def leaderboard(argv: list[str]) -> None:
             for error, failure in reversed(first_with.items())
         ]
         raise GaCLLMError(
-            f"{len(board.failures)} of {len(made.runs)} runs failed; start again to try them once "
+            f"{len(board.failures)} of {len(plan.runs)} runs failed; start again to try them once "
             f"more. {' '.join(reasons)}"
         )
 
@@ -172,7 +173,7 @@ def tune(argv: list[str]) -> None:
         args.nproc,
     )
     with common.quiet_output("tune", args.quiet):
-        data_door.check_plan([search.planned({}).arguments])
+        data_door.check_plan([search.run_of({}).arguments])
         best = tuning.tune(search, args.algo, args.max_evals, args.early_stop, show_progress)
     n_finished = sum(trial.score is not None for trial in search.trials)
     say("", f"{search.model} on {search.dataset}, {n_finished} trials", "")

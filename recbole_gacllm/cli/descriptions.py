@@ -141,24 +141,24 @@ def _print_exported(manifest: dict[str, Any] | None, to: Path, command: str) -> 
     say("", "when there are answers, all or some", f"  {command} --import-batch ANSWERS")
 
 
-def _print_imported(done: Imported, command: str) -> None:
-    n_taken = sum(layer.n_imported + layer.n_failed + layer.n_to_retry for layer in done.layers)
-    if done.n_unknown and not n_taken and not done.n_known:
+def _print_imported(batch: Imported, command: str) -> None:
+    n_taken = sum(layer.n_imported + layer.n_failed + layer.n_to_retry for layer in batch.layers)
+    if batch.n_unknown and not n_taken and not batch.n_known:
         raise ValueError(
-            f"--import-batch: none of the {done.n_unknown} ids belongs to this run. Give the keys "
+            f"--import-batch: none of the {batch.n_unknown} ids belongs to this run. Give the keys "
             "that --export-batch was given: weights, prompts, neighbours and sampling are in an id."
         )
-    for layer in done.layers:
+    for layer in batch.layers:
         say(
             f"layer {layer.layer}: {layer.n_imported} descriptions imported, {layer.n_failed} "
             f"failed for good, {layer.n_to_retry} to be asked again, {layer.n_errors} with an "
             f"error, {layer.n_unanswered} without an answer"
         )
     say(
-        f"answers: {done.n_lines} lines, {done.n_damaged} damaged, {done.n_duplicates} double, "
-        f"{done.n_known} known before, {done.n_unknown} unknown"
+        f"answers: {batch.n_lines} lines, {batch.n_damaged} damaged, {batch.n_duplicates} double, "
+        f"{batch.n_known} known before, {batch.n_unknown} unknown"
     )
-    if done.complete:
+    if batch.complete:
         say("all layers are in the store, where a run finds them")
     else:
         say("", "what is missing goes out with", f"  {command} --export-batch FOLDER")

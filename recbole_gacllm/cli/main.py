@@ -143,8 +143,8 @@ def _run(argv: list[str]) -> None:
     what = args.model, args.dataset, args.config_files.split()
     with common.quiet_output(f"{args.model}-{args.dataset}", args.quiet):
         if args.nproc == 1:
-            done = runner.run(*what, dict(keys))
-            record, run_file = done.record, done.run_file
+            run = runner.run(*what, keys)
+            record, run_file = run.record, run.run_file
         else:
             run_file = distributed.run_distributed(*what, args.nproc, keys)
             record = json.loads(run_file.read_text("utf-8"))

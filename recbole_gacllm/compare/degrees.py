@@ -113,14 +113,16 @@ def by_degree(runs: dict[str, list[Any]]) -> dict[str, Any]:
     Args:
         runs: Model -> its finished runs (``results.FinishedRun``).
     """
-    stored = {model: [(run, run.degrees()) for run in of_model] for model, of_model in runs.items()}
-    of_seed = {run.record["seed"]: arrays for pairs in stored.values() for run, arrays in pairs}
+    of_runs = {
+        model: [(run, run.degrees()) for run in of_model] for model, of_model in runs.items()
+    }
+    of_seed = {run.record["seed"]: arrays for pairs in of_runs.values() for run, arrays in pairs}
     share = f"found@{int(next(iter(of_seed.values()))['k'])}"
     tables: dict[str, Any] = {}
     for side in ("user", "item"):
         ranges = edges(np.concatenate([arrays[f"{side}_degree"] for arrays in of_seed.values()]))
         tables[side] = {"buckets": [label(*bounds) for bounds in ranges], "models": {}}
-        for model, pairs in stored.items():
+        for model, pairs in of_runs.items():
             per_seed: dict[str, list[Any]] = {}
             for run, arrays in pairs:
                 degrees = arrays[f"{side}_degree"]

@@ -89,23 +89,19 @@ _TABLE_HEAD = """\
 
 
 def of(config: Mapping[str, Any], sha256: Callable[[Path], str]) -> dict[str, Any]:
-    """The part of a run's key that a configuration does not say.
+    """The part of a run's key that a configuration does not say: ``code``, ``data``, ``read``.
 
     Args:
         config: Resolved, as plain values.
         sha256: :func:`.hashing.sha256`, or one that remembers.
 
-    Returns:
-        ``code``, ``data``, and ``read`` if it reads anything else.
-
     Raises:
         ValueError: If an input cannot be used.
         WeightsError: If a model of a hub cannot be fetched.
     """
-    key: dict[str, Any] = {"code": code_of(config), "data": data_digests(config, sha256)}
-    if read := input_digests(config, sha256):
-        key["read"] = read
-    return key
+    read = input_digests(config, sha256)
+    key = {"code": code_of(config), "data": data_digests(config, sha256)}
+    return key | ({"read": read} if read else {})
 
 
 def concerns_of(config: Mapping[str, Any]) -> list[str]:
@@ -200,14 +196,7 @@ def data_digests(config: Mapping[str, Any], sha256: Callable[[Path], str]) -> di
 
 
 def input_digests(config: Mapping[str, Any], sha256: Callable[[Path], str]) -> dict[str, str]:
-    """Key -> digest of the file or folder that it names, for all that this run reads.
-
-    The embedded models are pinned in the code by their SHA-256.
-
-    Raises:
-        ValueError: If one cannot be used.
-        WeightsError: If a model of a hub cannot be fetched.
-    """
+    """Key -> digest of the file or folder that it names; embedded models are pinned in the code."""
     concerns = concerns_of(config)
     others = {"config_files", "llm_model", "encoder_model"}
     digests = {
@@ -257,24 +246,18 @@ def unlisted() -> list[str]:
 
 
 def list_present(same: bool, evidence: str) -> list[str]:
-    """Add a line to the table for every concern whose code has changed.
+    """Add a line to the table for every concern whose code has changed; return these concerns.
 
     Args:
         same: Whether it gives the numbers of the version before.
         evidence: How that is known; or why the numbers are others.
-
-    Returns:
-        The concerns.
     """
-    lines = read_table()
-    changed = unlisted()
+    lines, changed = read_table(), unlisted()
     for concern in changed:
         before = [line["numbers"] for line in lines if line["concern"] == concern]
         numbers = (before[-1] if same else max(before) + 1) if before else 1
-        digest = code_digests()[concern]
-        lines.append(
-            {"concern": concern, "numbers": numbers, "digest": digest, "evidence": evidence}
-        )
+        line = {"concern": concern, "numbers": numbers, "digest": code_digests()[concern]}
+        lines.append({**line, "evidence": evidence})
     text = "".join(f"- {json.dumps(line, ensure_ascii=False)}\n" for line in lines)
     _TABLE.write_text(_TABLE_HEAD + text, "utf-8")
     return changed

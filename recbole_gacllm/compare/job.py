@@ -78,7 +78,7 @@ class Recorder:
 
     RecBole's top-k metrics hand one value for each user and cut-off to ``topk_result``, which
     averages them; it is wrapped on the metric objects of this trainer, so the stored values are
-    the ones that RecBole averaged. The test is the last evaluation of a run.
+    those averaged. The test is the last evaluation of a run.
 
     Args:
         expected: Name and split hashes of a finished run that must have had the same split.
@@ -104,11 +104,8 @@ class Recorder:
         self.degrees = count_degrees(targets(train) | histories(train))
         self.split = split_hashes(train, valid_data._dataset, test_data._dataset)
         rows = interactions(part._dataset for part in (train_data, valid_data, test_data))
-        self.statistics = {
-            "n_users": train.user_num - 1,
-            "n_items": train.item_num - 1,
-            "n_interactions": len(rows),
-        }
+        n_users, n_items = train.user_num - 1, train.item_num - 1
+        self.statistics = {"n_users": n_users, "n_items": n_items, "n_interactions": len(rows)}
         if n_repeats := len(rows) - len(np.unique(rows)):
             self.statistics["n_repeats"] = n_repeats
         if self._expected is not None and self._expected["split"] != self.split:
@@ -190,8 +187,8 @@ def _work(folder: Path) -> None:
     keys = {**job["config_dict"], "checkpoint_dir": str(folder / "saved"), "show_progress": False}
     model = job["model"].partition(":")[0]  # a variant is named Model:key=value
     if job["nproc"] == 1:
-        done = runner.run(model, job["dataset"], job["config_files"], keys, observer=recorder)
-        record = done.record
+        files = job["config_files"]
+        record = runner.run(model, job["dataset"], files, keys, observer=recorder).record
     else:
         record = _run_distributed(model, job, keys, recorder)
     _require_the_same_inputs(record["config"], job["key"])
@@ -210,11 +207,7 @@ def _work(folder: Path) -> None:
 
 
 def _require_the_same_inputs(config: dict[str, Any], key: dict[str, Any]) -> None:
-    """Refuse a result whose inputs, or the code, changed after the leaderboard was started.
-
-    Raises:
-        GaCLLMError: Names what changed.
-    """
+    """Refuse a result whose inputs, or the code, changed after the leaderboard was started."""
     from recbole_gacllm.compare import identity
 
     now = identity.of(config, hashing.sha256)
@@ -233,9 +226,6 @@ def _run_distributed(
 
     DDP gives every process the same number of users and repeats some for it, so that its test
     metrics are not exact and no user's are known.
-
-    Returns:
-        The ``run.json``, with the exact test metrics.
     """
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, get_trainer, init_seed

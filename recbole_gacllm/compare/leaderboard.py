@@ -44,27 +44,19 @@ _LOG_TAIL_LINES = 20
 _EPOCH = re.compile(r"epoch (\d+) evaluating.*?valid_score\S*: (-?[\d.]+)")
 
 
-class Outcome(Enum):
-    """What became of a run."""
-
-    DONE = "done"
-    FAILED = "failed"
-    BUSY = "busy"
+Outcome = Enum("Outcome", ["DONE", "FAILED", "BUSY"])  # what became of a run
 
 
-def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> Path:
+def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> None:
     """Make every run of a plan that is not finished yet; a failed run is recorded, the rest go on.
 
     Start it again after a kill, or on several machines on one folder: a file lock a run sees to it
     that each is made once. A run that had failed before this start is tried again.
 
     Args:
-        plan: Of :func:`recbole_gacllm.compare.plan.make_plan`.
+        plan: What is compared.
         output: Folder of the leaderboard, on a file system with working locks.
         show_progress: A bar: runs done, the current run with its epoch and score, time left.
-
-    Returns:
-        ``output``.
 
     Raises:
         ValueError: If the folder cannot be written.
@@ -101,15 +93,10 @@ def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> Pat
                 time.sleep(SECONDS_BETWEEN_LOOKS)  # others work on all that is left
             waiting = busy
     _write_plan(output, plan)  # another command on this folder may have written its own meanwhile
-    return output
 
 
 def check_data(plan: Plan, output: Path) -> None:
-    """Read the data of all runs that are not finished, before the first is made.
-
-    Raises:
-        ValueError: If it cannot serve.
-    """
+    """Read the data of all runs that are not finished; raises ``ValueError`` if it cannot serve."""
     finished = {file.parent.name for file in output.glob(f"runs/*/{RUN_FILE}")}
     check_plan(run.arguments for run in plan.runs if run.name not in finished)
 
@@ -125,11 +112,11 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 def attempt(
     run: PlannedRun, folder: Path, failed_before: bytes | None, same_split: Iterable[Path]
 ) -> Outcome:
-    """Make one run, unless it is made already or another process is at it.
+    """Make one run in its folder, unless it is made already or another process is at it.
 
     Args:
         run: What to make.
-        folder: Its folder.
+        folder: Where.
         failed_before: Content of its ``failed.json`` when we started; it is tried once more.
         same_split: Folders of runs that must have the same split.
     """

@@ -49,10 +49,9 @@ class PlannedRun:
 
     Attributes:
         model: As the tables name it: a model, or a variant such as ``GaCLLM:use_text=False``.
-        config_files: Yaml files, later ones win: protocol, tuned hyper-parameters, the user's.
+        config_files: Later ones win: protocol, tuned hyper-parameters, the user's.
         config_dict: The user's keys, and the seed; they win over the files.
         key: All that determines the result: the resolved configuration, digests of data and code.
-        nproc: Processes of RecBole's DDP.
     """
 
     model: str
@@ -264,20 +263,12 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def split_models(text: str) -> list[str]:
-    """``BPR,GaCLLM:topk=[5,10]`` -> its rows; a comma in brackets or quotes does not separate.
-
-    Raises:
-        ValueError: If a bracket or a quote is not closed.
-    """
+    """``BPR,GaCLLM:topk=[5,10]`` -> its rows; a comma in brackets or quotes does not separate."""
     return _split(text, ",")
 
 
 def split_seeds(row: str, n_seeds: int) -> tuple[str, int]:
-    """``NeuMF:seeds=5`` -> ``NeuMF`` and 5; a row without ``seeds`` has all of them.
-
-    Raises:
-        ValueError: If it is not one number from 1 to ``n_seeds``.
-    """
+    """``NeuMF:seeds=5`` -> ``NeuMF`` and 5; a row without ``seeds`` has all of them."""
     parts = _split(row, ":")
     counts = [part for part in parts if part.startswith("seeds=")]
     if len(counts) > 1:
@@ -294,12 +285,7 @@ def split_seeds(row: str, n_seeds: int) -> tuple[str, int]:
 
 
 def split_variant(row: str) -> tuple[str, dict[str, str]]:
-    """``GaCLLM:use_text=False:n_layers=1`` -> ``GaCLLM`` and the variant's own keys.
-
-    Raises:
-        ValueError: If a part is not ``key=value``, a key stands there twice, or must be the same
-            for all rows.
-    """
+    """``GaCLLM:use_text=False:n_layers=1`` -> ``GaCLLM`` and the variant's own keys."""
     model, *parts = _split(row, ":")
     keys = {}
     for part in parts:

@@ -53,9 +53,9 @@ class Board:
 
     Attributes:
         plan: ``leaderboard.json``.
-        runs: Finished runs of the plan, in its order.
+        runs: Finished runs, in the order of the plan.
         failures: ``failed.json`` of those that failed.
-        n_missing: Runs that were neither finished nor failed.
+        n_missing: Runs that neither finished nor failed.
     """
 
     folder: Path
@@ -145,11 +145,7 @@ def summarize(board: Board, baseline: str | None = None) -> dict[str, Any]:
 
 
 def require_baseline(baseline: str | None, models: list[str]) -> None:
-    """Refuse a baseline that is none of the models.
-
-    Raises:
-        ValueError: Names the models.
-    """
+    """Refuse a baseline that is none of the models."""
     if baseline is not None and baseline not in models:
         raise ValueError(f"baseline: {baseline!r} is not one of the models: {', '.join(models)}.")
 

@@ -21,6 +21,7 @@ from scipy import stats
 # Per-user values of one metric: seed -> series indexed by user token.
 UserScores = Mapping[int, "pd.Series[float]"]
 Vector = np.ndarray[Any, np.dtype[Any]]  # one value for each user
+_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,13 @@ class PairedTest:
     by_seed: dict[int, tuple[float, float, float]]
 
 
-def compare(
-    scores: Mapping[str, UserScores], baseline: str, confidence: float = 0.95
-) -> dict[str, PairedTest]:
+def compare(scores: Mapping[str, UserScores], baseline: str) -> dict[str, PairedTest]:
     """Test every model against a baseline.
 
     Args:
         scores: Model -> its per-user values; a model without a seed in common with the baseline
             is left out.
         baseline: One of the models.
-        confidence: Level of the intervals.
 
     Raises:
         ValueError: If there is no such model, or users of a seed differ between models.
@@ -81,7 +79,7 @@ def compare(
             n_users=len(means),
             seeds=tuple(pairs[model]),
             difference=float(means.mean()),
-            interval=_t_interval(means, confidence),
+            interval=_t_interval(means),
             t_p=p_values[place][0],
             wilcoxon_p=p_values[place][1],
             t_p_holm=t_holm[place],
@@ -95,9 +93,9 @@ def compare(
     }
 
 
-def mean_interval(scores: UserScores, confidence: float = 0.95) -> tuple[float, float]:
-    """Confidence interval (t, over users) of a model's mean, each user averaged over seeds."""
-    return _t_interval(_pool(scores), confidence)
+def mean_interval(scores: UserScores) -> tuple[float, float]:
+    """95 % interval (t, over users) of a model's mean, each user averaged over seeds."""
+    return _t_interval(_pool(scores))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -142,9 +140,9 @@ def _p_values(differences: Vector) -> tuple[float, float]:
     return t_p, float(stats.wilcoxon(differences).pvalue)
 
 
-def _t_interval(values: Vector, confidence: float) -> tuple[float, float]:
+def _t_interval(values: Vector) -> tuple[float, float]:
     mean, n = float(values.mean()), len(values)
     if n < 2:
         return mean, mean
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
     return mean - half, mean + half

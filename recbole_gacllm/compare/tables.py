@@ -40,14 +40,7 @@ _SEQUENTIAL_NOTE = (
 
 
 def export(folder: Path, baseline: str | None = None) -> list[Path]:
-    """Write every table of a leaderboard's folder.
-
-    Args:
-        folder: Of a leaderboard, finished or not.
-        baseline: What the models are tested against; default the first named one with results.
-
-    Returns:
-        The files written.
+    """Write every table of a leaderboard's folder, finished or not; return the files.
 
     Raises:
         ValueError: If there is no leaderboard, no finished run, or no such baseline.
@@ -334,13 +327,9 @@ def _listing(head: str, lines: list[str]) -> str:
 
 
 def write_latex(board: Board, dataset: str, part: str, file: Path) -> None:
-    """Write one table with RecBole's own function; means over seeds where there are several.
+    """Write the table of ``valid`` or ``test`` with RecBole's own function: means over seeds.
 
-    Args:
-        board: A leaderboard with at least one finished run of the data set.
-        dataset: Name of the data set.
-        part: ``valid`` or ``test``.
-        file: ``.tex`` file to write; its folder is made if need be.
+    The board has at least one finished run of the data set.
     """
     rows = []
     for model, runs in board.by_model(dataset).items():

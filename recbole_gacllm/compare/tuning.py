@@ -91,7 +91,7 @@ class Search:
     nproc: int = 1
     trials: list[Trial] = field(default_factory=list)
 
-    def planned(self, parameters: Mapping[str, Any]) -> PlannedRun:
+    def run_of(self, parameters: Mapping[str, Any]) -> PlannedRun:
         """The run of one set of parameters."""
         keys = {**self.keys, **parameters}
         plan = make_plan(
@@ -186,7 +186,7 @@ def tune(
 
 def _check_names(search: Search) -> None:
     """Refuse a parameter that the model does not read, which RecBole would ignore."""
-    names = search.planned({}).key["config"] | LATER_KEYS
+    names = search.run_of({}).key["config"] | LATER_KEYS
     for name in search.names():
         if name not in names:
             near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "none"
@@ -203,7 +203,7 @@ def _make_trial(
     bar: tqdm[Any],
 ) -> tuple[Trial, bool]:
     """Make or find one run; also whether a larger score is better."""
-    run = search.planned(parameters)
+    run = search.run_of(parameters)
     folder = search.output / "trials" / run.name
     before = failed_before.setdefault(folder, read_if_there(folder / FAILED_FILE))
     bigger = bool(run.key["config"]["valid_metric_bigger"])
@@ -238,8 +238,8 @@ def _write_trials(search: Search) -> None:
 
 def _write_best(search: Search, hyper: HyperTuning, algo: str) -> Path:
     best = {name: _literal(value) for name, value in search.plain(hyper.best_params).items()}
-    done = [trial for trial in search.trials if trial.score is not None]
-    config = json.loads((done[0].folder / RUN_FILE).read_text("utf-8"))["config"]
+    trials = [trial for trial in search.trials if trial.score is not None]
+    config = json.loads((trials[0].folder / RUN_FILE).read_text("utf-8"))["config"]
     keys = " ".join(f"{key}={value}" for key, value in search.keys.items())
     ranges = "; ".join(
         f"{name} {kind} {values}"
@@ -248,7 +248,7 @@ def _write_best(search: Search, hyper: HyperTuning, algo: str) -> Path:
     )
     text = (
         f"# Source: tune of recbole_gacllm {__version__} on {search.dataset}, {search.protocol} "
-        f"protocol, seed {config['seed']}, {algo}, {len(done)} trials,\n"
+        f"protocol, seed {config['seed']}, {algo}, {len(trials)} trials,\n"
         f"# by validation {config['valid_metric']}: {hyper.best_score:.4f}. Given: "
         f"{keys or 'nothing'}.\n# Best of: {ranges}.\n"
     )
