@@ -69,12 +69,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     known, keys_of_run = parser.parse_known_args()
     command = " ".join(["python", "benchmarks/sft.py", *sys.argv[1:]])
-    sys.argv = [sys.argv[0], *keys_of_run]  # RecBole reads keys from the command line
+    keys = dict(flag.removeprefix("--").split("=") for flag in keys_of_run)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     runs = []
     for seed in known.seeds:
-        manifest, options = tuned(known.dataset, {"seed": seed})
+        manifest, options = tuned(known.dataset, {"seed": seed, **keys})
         figures = {name: manifest[name] for name in SHOWN}
         ratio = manifest["perplexity_after"] / manifest["perplexity_before"]
         runs.append({"seed": seed, **figures, "ratio": ratio})

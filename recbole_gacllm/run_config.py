@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,10 @@ def build_config(
 ) -> Config:
     """RecBole's configuration of any model, on the data as our dataset config describes it.
 
-    The dataset config comes first, then ``config_files``, ``config_dict`` and the command line.
-    Models that take item or user features keep RecBole's own choice of columns. For a split by time
-    the times are loaded, unless the user says which columns are.
+    The dataset config comes first, then ``config_files``, then ``config_dict``, whose strings are
+    read as RecBole reads its command line. Models that take item or user features keep RecBole's
+    own choice of columns. For a split by time the times are loaded, unless the user says which
+    columns are.
 
     Raises:
         ValueError: If the model or a config file is unknown, a value of a key is bad, or a split by
@@ -64,9 +67,20 @@ def build_config(
     cross_entropy = model_class.type == ModelType.SEQUENTIAL and keys.get("loss_type") == "CE"
     if "train_neg_sample_args" not in external and (model in NON_SAMPLING_MODELS or cross_entropy):
         overrides["train_neg_sample_args"] = None
-    config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
+    with _without_command_line():
+        config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
     _check_columns(config)
     return config
+
+
+@contextmanager
+def _without_command_line() -> Iterator[None]:
+    """RecBole's ``Config`` reads ``sys.argv``, whatever program that is of."""
+    argv, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = argv
 
 
 def _check_yaml(file: str) -> None:
@@ -230,7 +244,7 @@ def _external_and_internal(
     probe.yaml_loader = probe._build_yaml_loader()
     probe.file_config_dict = probe._load_config_files(files)
     probe.variable_config_dict = probe._load_variable_config_dict(dict(config_dict))
-    probe.cmd_config_dict = probe._load_cmd_line()
+    probe.cmd_config_dict = {}
     probe._merge_external_config_dict()
     probe.model, probe.model_class, probe.dataset = model, model_class, dataset
     probe._load_internal_config_dict(model, model_class, dataset)
