@@ -9,41 +9,39 @@ PACKAGE = Path(__file__).resolve().parent.parent / "recbole_gacllm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 #: A room (folder, or module at the top) -> the rooms that it may import, each of a line above it.
 ROOMS = {
-    "redaction": "",
     "console": "",
-    "errors": "redaction",
-    "config": "redaction",
     "objective": "",
-    "data": "config",
+    "redaction": "",
+    "config": "redaction",
+    "errors": "redaction",
     "artifacts": "errors redaction",
+    "data": "config",
     "job": "artifacts config errors",
     "llm": "artifacts errors redaction",
-    "alignment": "artifacts errors llm",
     "convolution": "artifacts config data errors job llm redaction",
-    "sft": "artifacts config convolution errors llm",
+    "alignment": "artifacts convolution errors llm",
     "inputs": "config convolution",
+    "sft": "artifacts config convolution errors llm",
+    "pipeline": "alignment artifacts config convolution errors inputs job llm sft",
     "plugin": "alignment artifacts config data errors llm",
-    "__init__": "plugin",
-    "pipeline": "artifacts config convolution errors inputs job llm sft",
     "stage": "alignment artifacts console convolution job llm sft",
-    "run_config": "config data inputs plugin",
+    "__init__": "plugin",
     "model": "alignment config inputs objective pipeline",
+    "run_config": "config data inputs plugin",
     "text_knn": "config inputs objective pipeline",
-    "inspection": "artifacts config convolution data errors inputs run_config",
-    "run": "__init__ artifacts convolution errors inputs inspection model plugin redaction "
-    "run_config text_knn",
-    "distributed": "artifacts console run run_config",
-    "compare": "__init__ artifacts config console convolution data distributed errors inspection "
-    "llm run run_config",
-    "report": "__init__ artifacts compare config convolution errors inputs inspection model "
-    "text_knn",
-    "cli": "artifacts compare config console convolution distributed errors inspection pipeline "
-    "report run run_config",
+    "inspection": "alignment artifacts config convolution data errors inputs run_config",
+    "run": "__init__ alignment artifacts console convolution errors inputs inspection model "
+    "objective plugin redaction run_config text_knn",
+    "compare": "__init__ artifacts config console convolution data errors inspection llm run "
+    "run_config",
+    "report": "__init__ artifacts compare convolution errors inspection",
+    "cli": "artifacts compare config console convolution errors inspection pipeline report run "
+    "run_config",
     "__main__": "cli",
 }
 #: A library -> the modules, or rooms, that may import it.
 LIBRARIES = {
-    "recbole": "plugin/ run_config.py run.py model.py text_knn.py inspection/data_door.py compare/ "
+    "recbole": "plugin/ run_config.py run.py model.py text_knn.py inspection/ compare/ "
     "report/scoring.py",
     "vllm": "llm/vllm_engine.py",
     "peft": "sft/finetune.py sft/merge.py llm/transformers_engine.py",

@@ -49,14 +49,14 @@ CONCERNS: dict[str, tuple[str, ...]] = {
         "objective/unseen.py",
     ),
     "texts": (  # layer 0 and the encoder
-        *("pipeline.py", "stage.py", "alignment/encoder.py", "artifacts/csv_cells.py"),
+        *("pipeline.py", "stage.py", "job.py", "alignment/encoder.py", "artifacts/csv_cells.py"),
         *("convolution/__init__.py", "convolution/text.py", "convolution/templates.py"),
         *("convolution/values.py", "convolution/words.py", "convolution/neutralize.py"),
-        *("convolution/layers.py", "convolution/imported.py"),
+        *("convolution/layers.py", "convolution/imported.py", "convolution/setup.py"),
         *("llm/__init__.py", "llm/weights.py", "llm/hardware.py"),
     ),
     "llm": (  # layers above it
-        *("stage_batch.py", "convolution/batch.py", "convolution/prompts.py"),
+        *("convolution/batch_job.py", "convolution/batch.py", "convolution/prompts.py"),
         *("convolution/requests.py", "convolution/convolution.py", "convolution/cleaning.py"),
         *("convolution/store.py", "convolution/ray_describe.py"),
         *("llm/generator.py", "llm/engines.py", "llm/fleet.py", "llm/vllm_engine.py"),
@@ -71,7 +71,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
 OTHERS = (
     *("__main__.py", "errors.py", "redaction.py", "console.py", "data/checks.py", "artifacts/"),
     *("plugin/key_checks.py", "plugin/run_folder.py", "llm/formats.py", "convolution/names.py"),
-    *("convolution/costs.py", "inspection/", "compare/", "report/", "cli/"),
+    *("inspection/", "compare/", "report/", "cli/"),
 )
 #: What the first runs of this package, which hold no digests of this kind, have in their keys for
 #: the code of our models (None for others'): the name of the first version of every concern.
