@@ -22,7 +22,7 @@ from typing import Any
 from recbole_gacllm import console
 from recbole_gacllm.artifacts import children, manifests
 from recbole_gacllm.convolution import setup
-from recbole_gacllm.convolution.imported import describe, manifest_of
+from recbole_gacllm.convolution.imported import in_words, manifest_of
 from recbole_gacllm.convolution.layers import Layer
 from recbole_gacllm.convolution.neutralize import neutralize
 from recbole_gacllm.convolution.store import DescriptionStore
@@ -107,9 +107,9 @@ def descriptions(folder: Path, job: Job) -> dict[str, Any]:
         for number in range(1, job.options.llm_n_layers + 1):
             if imported is not None and number in imported.layers:
                 layer = imported.fill(number, layer)
-                found = imported.report(number, layer.tokens)
-                manifest["layers"].append(manifest_of(found))
-                logger.info("imported %s", describe(found))
+                coverage = imported.report(number, layer.tokens)
+                manifest["layers"].append(manifest_of(coverage))
+                logger.info("imported %s", in_words(coverage))
             else:
                 assert convolution is not None
                 layer, report = convolution.next_layer(layer, nothing_known, number)

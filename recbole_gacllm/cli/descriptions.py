@@ -233,7 +233,7 @@ def import_descriptions(argv: list[str]) -> None:
     keys = common.keys_of(parser, [*flags, f"--text_import_file={args.file}"])
 
     from recbole_gacllm.convolution.imported import ImportedTexts
-    from recbole_gacllm.convolution.imported import describe as line_of
+    from recbole_gacllm.convolution.imported import in_words
 
     imported = ImportedTexts.read(args.file.resolve())
     if max(imported.layers) > 0 and "llm_n_layers" not in keys:
@@ -245,7 +245,7 @@ def import_descriptions(argv: list[str]) -> None:
     options, data = training_data(args.dataset, args.config_files.split(), dict(keys))
     tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
     for report in imported.check(tokens, options.llm_n_layers):
-        say(line_of(report))
+        say(in_words(report))
     to_make = set(range(1, options.llm_n_layers + 1)) - set(imported.layers)
     if to_make:
         say(f"left to the LLM of the run: layer {', '.join(map(str, sorted(to_make)))}")

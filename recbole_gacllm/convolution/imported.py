@@ -133,7 +133,7 @@ class ImportedTexts:
                     f"of the data set; it has {', '.join(report.unknown)}, the data set "
                     f"user {tokens['user'][0]}, item {tokens['item'][0]}."
                 )
-            logger.info("text_import_file: %s", describe(report))
+            logger.info("text_import_file: %s", in_words(report))
         return reports
 
     def fill(self, number: int, below: Layer) -> Layer:
@@ -154,7 +154,7 @@ class ImportedTexts:
         return layer
 
 
-def describe(report: ImportReport) -> str:
+def in_words(report: ImportReport) -> str:
     """A report in one sentence or three."""
     parts = [f"layer {report.layer}: {report.n_imported} nodes have an imported text"]
     if report.n_missing:
