@@ -176,8 +176,8 @@ def _raise_child_error(stage: str, sent: str, returncode: int) -> NoReturn:
     name, _, text = sent.partition(": ")
     if name == "ValueError":
         raise ValueError(text)
-    known = getattr(errors, name, None)
-    if isinstance(known, type) and issubclass(known, GaCLLMError):
-        raise known(text)
+    error_class = getattr(errors, name, None)
+    if isinstance(error_class, type) and issubclass(error_class, GaCLLMError):
+        raise error_class(text)
     last_line = sent.strip().splitlines()[-1]
     raise GaCLLMError(f"stage {stage} {end}: {last_line} (traceback in the log above)")

@@ -60,9 +60,9 @@ def hash_file(file: Path) -> str:
     key = str(file.resolve())
     stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     memory = cache_dir() / "hashes.json"
-    known = read_json(memory).get(key)
-    if known and known[:-1] == stamp:
-        return str(known[-1])
+    remembered = read_json(memory).get(key)
+    if remembered and remembered[:-1] == stamp:
+        return str(remembered[-1])
     value = sha256(file)
     # A file written a moment ago could change again within the clock's resolution.
     if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2_000_000_000:

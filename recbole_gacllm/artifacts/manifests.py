@@ -209,15 +209,15 @@ def _digest(file: Path) -> str:
 def _require_own(file: Path, key: Mapping[str, Any]) -> None:
     """Refuse a folder that was copied from another configuration, or edited."""
     try:
-        found = json.loads(file.read_bytes()).get("key")
+        of_file = json.loads(file.read_bytes()).get("key")
     except (FileNotFoundError, ValueError, AttributeError):
         return  # nothing there, or of an unfinished stage and written anew
-    if not isinstance(found, dict) or fingerprint(found) == fingerprint(key):
+    if not isinstance(of_file, dict) or fingerprint(of_file) == fingerprint(key):
         return
     wanted = json.loads(json.dumps(key))
-    names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    names = sorted(name for name in {*of_file, *wanted} if of_file.get(name) != wanted.get(name))
     differing = "; ".join(
-        f"{name} is {_short(found.get(name))}, not {_short(wanted.get(name))}" for name in names
+        f"{name} is {_short(of_file.get(name))}, not {_short(wanted.get(name))}" for name in names
     )
     raise GaCLLMError(
         f"{file} is of another configuration ({differing}): the folder was copied, or the file "

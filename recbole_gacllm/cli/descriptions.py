@@ -232,8 +232,7 @@ def import_descriptions(argv: list[str]) -> None:
     flags = [word for word in argv if word.startswith("--")]
     keys = common.keys_of(parser, [*flags, f"--text_import_file={args.file}"])
 
-    from recbole_gacllm.convolution.imported import ImportedTexts
-    from recbole_gacllm.convolution.imported import in_words
+    from recbole_gacllm.convolution.imported import ImportedTexts, in_words
 
     imported = ImportedTexts.read(args.file.resolve())
     if max(imported.layers) > 0 and "llm_n_layers" not in keys:

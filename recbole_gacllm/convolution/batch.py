@@ -80,10 +80,10 @@ def answer_files(paths: Iterable[Path]) -> list[Path]:
     paths = list(paths)
     for path in paths:
         if path.is_dir():
-            found = [file for pattern in ("*.jsonl", "*.json") for file in path.rglob(pattern)]
+            inside = [file for pattern in ("*.jsonl", "*.json") for file in path.rglob(pattern)]
             files += sorted(
                 file
-                for file in found
+                for file in inside
                 if not _SHARD.fullmatch(file.name)
                 and file.name != BATCH_FILE
                 and not file.name.startswith(".")

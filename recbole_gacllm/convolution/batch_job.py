@@ -186,9 +186,9 @@ def import_batch(job: Job, paths: list[Path]) -> Imported:
         for name in chain(answers, answers.errors):
             if name not in added:
                 key = key_of(name)
-                known = key is not None and bool(layers.store.get_many([key]))
-                n_known += known
-                n_unknown += not known
+                is_stored = key is not None and bool(layers.store.get_many([key]))
+                n_known += is_stored
+                n_unknown += not is_stored
     return Imported(
         layers=reports,
         complete=requests is None,

@@ -114,7 +114,7 @@ class DescriptionStore:
 
     def get_many(self, keys: Sequence[str]) -> dict[str, Record]:
         """The records of those keys that have one. A damaged row is logged, deleted, and absent."""
-        found: dict[str, Record] = {}
+        records: dict[str, Record] = {}
         damaged: list[tuple[int, str]] = []
         with self._explained():
             for start in range(0, len(keys), _KEYS_A_QUERY):
@@ -123,7 +123,7 @@ class DescriptionStore:
                 for row in self._db.execute(f"{_SELECT} WHERE key IN ({marks})", chunk):
                     record = _checked(row[1:])
                     if record is not None:
-                        found[record.key] = record
+                        records[record.key] = record
                         continue
                     damaged.append((row[0], row[-1]))
                     logger.warning("%s: damaged description %s is deleted", self.path, row[1])
@@ -132,7 +132,7 @@ class DescriptionStore:
                     self._db.executemany(
                         "DELETE FROM descriptions WHERE id = ? AND checksum = ?", damaged
                     )
-        return found
+        return records
 
     def put_many(self, records: Iterable[Record]) -> None:
         """Add records in one transaction; on return they are durable. A key that is there stays.

@@ -226,17 +226,17 @@ def _lora_config(model_dir: Path, options: GaCLLMConfig) -> LoraConfig:
     """
     names = [name for name, layer in linear_layers(model_dir).items() if layer.on_disk]
     if options.sft_target_modules != "all-linear":
-        given = options.sft_target_modules
-        targets = [given] if isinstance(given, str) else given
+        names_of = options.sft_target_modules
+        targets = [names_of] if isinstance(names_of, str) else names_of
         ends = {target: [n for n in names if f".{n}".endswith(f".{target}")] for target in targets}
-        unknown = [target for target, found in ends.items() if not found]
+        unknown = [target for target, modules in ends.items() if not modules]
         if unknown or not targets:
-            known = sorted({name.rsplit(".", 1)[-1] for name in names})
+            endings = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise ValueError(
                 f"sft_target_modules: {unknown or targets} match no linear module of the model; "
-                f"use all-linear or some of {known}"
+                f"use all-linear or some of {endings}"
             )
-        names = sorted({name for found in ends.values() for name in found})
+        names = sorted({name for modules in ends.values() for name in modules})
     if not names:
         raise ValueError(
             f"llm_model: {model_dir} has no linear layer that is stored as a plain matrix of "

@@ -142,14 +142,14 @@ def last_checkpoint(folder: Path, n_processes: int) -> Path | None:
     """
     for checkpoint in _newest_first(folder):
         try:
-            found = _written_by(checkpoint, n_processes)
+            n_writers = _written_by(checkpoint, n_processes)
         except _DAMAGE as error:
             logger.warning("SFT: %s is half-written or damaged (%s): not used", checkpoint, error)
             continue
-        if found != n_processes:
+        if n_writers != n_processes:
             logger.info(
                 "SFT: %s is of %d processes, now there are %d: it goes on with other dropout",
-                *(checkpoint, found, n_processes),
+                *(checkpoint, n_writers, n_processes),
             )
         return checkpoint
     return None
