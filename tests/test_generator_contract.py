@@ -25,6 +25,7 @@ from recbole_gacllm.llm.generator import Completion, Message, Request, Sampling,
 from recbole_gacllm.llm.hardware import resolve_dtype
 
 from .fake_engine import load as load_fake_engine
+from .fake_engine import without_torchvision
 from .fake_generator import FakeGenerator
 from .fake_server import FakeServer
 
@@ -144,8 +145,11 @@ def vllm(smollm2: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory)
     file = tmp_path_factory.mktemp("vllm") / "hosts"
     load = partial(load_watched, options={"model_dir": smollm2, **options}, file=file)
 
+    hidden = without_torchvision(file.parent)
+
     def start(multiprocessing: str) -> Fleet:
-        return Fleet([({"VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing}, load)], 32)
+        environment = {**hidden, "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing}
+        return Fleet([(environment, load)], 32)
 
     return SimpleNamespace(start=start, hosts=file)
 
@@ -587,12 +591,12 @@ def load_and_kill(window: int | None, options: dict[str, Any]) -> Any:
 @pytest.mark.engine
 @pytest.mark.slow
 def test_where_vllms_own_process_is_killed_a_smaller_engine_loses_nothing(
-    smollm2: Path, caplog: pytest.LogCaptureFixture
+    smollm2: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     if choose_backend("auto")[0] != "vllm":
         pytest.skip("vLLM cannot run here")
     options = {"model_dir": smollm2, "dtype": "float32", "max_model_len": MAX_MODEL_LEN}
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = {**without_torchvision(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     load = partial(load_and_kill, options=options)
     requests = make_requests(48, max_new_tokens=24)
     with closing(Fleet([(environment, load)], 32)) as killed:
