@@ -111,8 +111,8 @@ def config(model: str = "GaCLLM", **keys: Any) -> Any:
     from recbole.config import Config
 
     write_dataset(Path("data"))
-    given = {"data_path": "data", "use_text": False, "show_progress": False, **keys}
-    return Config(model=model, dataset="tiny", config_dict=given)
+    settings = {"data_path": "data", "use_text": False, "show_progress": False, **keys}
+    return Config(model=model, dataset="tiny", config_dict=settings)
 
 
 @pytest.mark.parametrize("model", ["GaCLLM", "BPR", "LightGCN"])

@@ -50,8 +50,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def start(error: Exception, model: Path, on_cpu: bool = False, **keys: Any) -> Any:
         options: dict[str, Any] = {}
 
-        def fail(**given: Any) -> None:
-            options.update(given)
+        def fail(**keys: Any) -> None:
+            options.update(keys)
             raise error
 
         monkeypatch.setattr(vllm, "LLM", fail)
