@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -67,6 +68,26 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from .test_generator_contract import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A nvidia-smi that knows these cards, first on PATH."""
+    folder = tmp_path / "bin"
+
+    def write(*rows: str, driver: str = "550.54.14") -> None:
+        folder.mkdir()
+        lines = "\n".join(rows)
+        (folder / "nvidia-smi").write_text(
+            f"#!/bin/sh\ncase $1 in\n--query-gpu=driver_version) echo '{driver}';;\n"
+            f"*) cat <<'END'\n{lines}\nEND\n;;\nesac\n"
+        )
+        (folder / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+    return write
 
 
 def write_dataset(root: Path, name: str = "tiny", n_users: int = 24, n_items: int = 30) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.fleet import Fleet
@@ -38,6 +39,18 @@ def load(
         fail_after=None if failure is None or is_small else 9,
         failure=failure or GenerationError,
     )
+
+
+def without_torchvision(folder: Path) -> dict[str, str]:
+    """An environment in which vLLM's own processes import nothing that fails.
+
+    PyPI's builds of these do not fit a CPU build of torch; see `compat.hide_broken_torchvision`.
+    A process of a run's has this from its main module, which is not pytest's.
+    """
+    names = ("torchvision", "torchaudio", "torchcodec")
+    lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in names)]
+    (folder / "sitecustomize.py").write_text("\n".join(lines) + "\n")
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
 def pids(fleet: Fleet) -> list[int]:

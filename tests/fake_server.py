@@ -87,8 +87,8 @@ class FakeServer:
                 elif told is not None:
                     key = self.headers.get("Authorization")
                     headers = {"Retry-After": fake.retry_after, "Location": fake.location}
-                    given = [(name, value) for name, value in headers.items() if value]
-                    self.answer(int(told), {"error": f"told to; your key is {key}"}, *given)
+                    sent = [(name, value) for name, value in headers.items() if value]
+                    self.answer(int(told), {"error": f"told to; your key is {key}"}, *sent)
                 else:
                     self.answer(200, chat_completion(generator, body))
                     fake.answered.append(body["messages"][-1]["content"])

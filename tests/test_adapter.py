@@ -205,10 +205,10 @@ def test_merging_file_by_file_gives_the_bytes_of_peft_on_the_whole_model(
     merge(base, adapter, tmp_path / "merged")
     files = {file.name for file in base.iterdir()}
     assert {file.name for file in (tmp_path / "merged").iterdir()} == files
-    wanted, found = merged_by_peft(base, adapter, torch.bfloat16), tensors_of(tmp_path / "merged")
-    assert all(torch.equal(found[name], wanted[name]) for name in found)
-    before = tensors_of(base)
-    n_changed = sum(not torch.equal(before[name], found[name]) for name in found)
+    before, merged = tensors_of(base), tensors_of(tmp_path / "merged")
+    wanted = merged_by_peft(base, adapter, torch.bfloat16)
+    assert all(torch.equal(merged[name], wanted[name]) for name in merged)
+    n_changed = sum(not torch.equal(before[name], merged[name]) for name in merged)
     assert n_changed == (2 if "layers_to_transform" in options else 4)
 
 
@@ -241,8 +241,8 @@ def test_layers_that_store_inputs_by_outputs_are_merged_so(tmp_path: Path) -> No
     assert linear_layers(tmp_path / "base")["transformer.h.0.attn.c_attn"].shape == (96, 32)
     merge(tmp_path / "base", adapter, tmp_path / "merged")
     wanted = merged_by_peft(tmp_path / "base", adapter, torch.float32)
-    found = tensors_of(tmp_path / "merged")
-    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    merged = tensors_of(tmp_path / "merged")
+    assert all(torch.equal(merged[name], wanted[name]) for name in merged)
 
 
 @pytest.mark.parametrize(
@@ -272,22 +272,17 @@ def test_an_adapter_of_more_than_linear_layers_is_refused_with_what_to_do(
     assert "it was trained on" not in str(error.value)
 
 
-def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_lora_adapter_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     adapter = random_adapter(base, tmp_path / "adapter")
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
+    file, config_file = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "peft_type": "IA3"}))
     with pytest.raises(ValueError, match=r"peft's type 'IA3'; only LORA is served\. Merge it"):
         check_adapter(base, adapter)
-    (adapter / "adapter_config.json").write_text("{")
+    config_file.write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config\.json is no JSON"):
         check_adapter(base, adapter)
-
-
-def test_an_adapter_is_no_adapter_without_its_files_and_no_damaged_one(tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base")
-    adapter = random_adapter(base, tmp_path / "adapter")
-    file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(WeightsError, match=r"adapter_model\.safetensors is truncated or damaged"):
         check_adapter(base, adapter)
@@ -303,20 +298,14 @@ def test_an_adapter_of_a_part_that_sees_is_refused(tmp_path: Path) -> None:
         check_adapter(base, adapter)
 
 
-def quantised(base: Path) -> Path:
-    """The model with the weights of its queries in eight bits."""
+def test_quantised_weights_get_no_adapter_and_nothing_is_merged_into_them(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    adapter = random_adapter(base, tmp_path / "adapter")
     tensors = load_file(base / "model.safetensors")
     for name in tensors:
         if name.endswith("q_proj.weight"):
             tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    return base
-
-
-def test_quantised_weights_get_no_adapter_and_nothing_is_merged_into_them(tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base")
-    adapter = random_adapter(base, tmp_path / "adapter")
-    quantised(base)
     check_adapter(base, adapter)  # vLLM may serve it
     with pytest.raises(ValueError, match=r"llm_merge_adapter: \S*q_proj of .* \(quantised\?\)"):
         merge(base, adapter, tmp_path / "merged")

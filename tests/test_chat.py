@@ -22,50 +22,48 @@ def chat(tiny_model: Path) -> ChatTokenizer:
     return ChatTokenizer(tiny_model)
 
 
-def with_template(model: Path, target: Path, template: str | None) -> ChatTokenizer:
-    shutil.copytree(model, target, ignore=shutil.ignore_patterns("*.safetensors"))
-    file = target / "chat_template.jinja"
-    file.unlink()
-    if template is not None:
-        file.write_text(template, encoding="utf-8")
-    return ChatTokenizer(target)
-
-
 def rendered(chat: ChatTokenizer, *messages: Message) -> str:
     return str(chat._tokenizer.decode(chat.encode_chat(messages)))
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+)
+THINKING = (
+    "{{ messages[1]['content'] }}"
+    "{% if enable_thinking is defined and enable_thinking is false %} no_think{% endif %}"
+)
 
 
 def test_a_chat_ends_where_the_answer_begins(chat: ChatTokenizer) -> None:
     assert rendered(chat, SYSTEM, USER) == "system:Be brief.<|end|>user:Hello<|end|>assistant:"
 
 
-def test_a_model_without_template_gets_the_plain_one(tiny_model: Path, tmp_path: Path) -> None:
-    chat = with_template(tiny_model, tmp_path / "plain", None)
-    assert rendered(chat, SYSTEM, USER) == "System: Be brief.\n\nUser: Hello\n\nAssistant:"
-
-
-def test_a_template_without_system_role_gets_it_in_the_user_message(
-    tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (None, "System: Be brief.\n\nUser: Hello\n\nAssistant:"),
+        (NO_SYSTEM, "[user]Be brief.\n\nHello"),
+        (THINKING, "Hello no_think"),
+    ],
+    ids=["none", "no system role", "a model that thinks"],
+)
+def test_every_template_gets_what_it_takes(
+    tiny_model: Path, tmp_path: Path, template: str | None, expected: str
 ) -> None:
-    chat = with_template(
-        tiny_model,
-        tmp_path / "nosystem",
-        "{% for m in messages %}{% if m['role'] == 'system' %}"
-        "{{ raise_exception('System role not supported') }}{% endif %}"
-        "[{{ m['role'] }}]{{ m['content'] }}{% endfor %}",
-    )
-    assert rendered(chat, SYSTEM, USER) == "[user]Be brief.\n\nHello"
-    with pytest.raises(ValueError, match="refuses messages of roles system: System role not"):
-        chat.encode_chat([SYSTEM])
-
-
-def test_a_thinking_model_is_told_not_to_think(tiny_model: Path, tmp_path: Path) -> None:
-    template = "{{ messages[0]['content'] }}"
-    template += (
-        "{% if enable_thinking is defined and enable_thinking is false %} no_think{% endif %}"
-    )
-    chat = with_template(tiny_model, tmp_path / "thinking", template)
-    assert rendered(chat, USER) == "Hello no_think"
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    file = folder / "chat_template.jinja"
+    file.unlink()
+    if template is not None:
+        file.write_text(template, encoding="utf-8")
+    chat = ChatTokenizer(folder)
+    assert rendered(chat, SYSTEM, USER) == expected
+    if template == NO_SYSTEM:
+        with pytest.raises(ValueError, match="refuses messages of roles system: System role not"):
+            chat.encode_chat([SYSTEM])
 
 
 def test_counts_are_of_the_text_alone(chat: ChatTokenizer) -> None:

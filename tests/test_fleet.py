@@ -155,7 +155,9 @@ def test_vllm_has_a_process_of_its_own_for_each_group_of_cards(monkeypatch, is_c
     started = []
     monkeypatch.setattr(engines, "_is_cpu_build", lambda: is_cpu_build)
     monkeypatch.setattr(engines, "card_groups", lambda n: [{"CUDA_VISIBLE_DEVICES": str(n)}] * 2)
-    monkeypatch.setattr("recbole_gacllm.llm.fleet.Fleet", lambda *given: started.append(given))
+    monkeypatch.setattr(
+        "recbole_gacllm.llm.fleet.Fleet", lambda *arguments: started.append(arguments)
+    )
     engines.open_generator("vllm", model_dir=Path("model"), tensor_parallel_size=2)
     [(members, *window)] = started
     assert window == ([32] if is_cpu_build else [])
@@ -224,8 +226,10 @@ def test_there_are_as_many_engines_as_the_visible_cards_do_for(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if named:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    found = engines.card_groups(size)
-    assert found == ([{"CUDA_VISIBLE_DEVICES": cards} for cards in groups] if groups else [{}])
+    environments = engines.card_groups(size)
+    assert environments == (
+        [{"CUDA_VISIBLE_DEVICES": cards} for cards in groups] if groups else [{}]
+    )
 
 
 @pytest.mark.engine

@@ -73,7 +73,8 @@ PICKLE = {"config.json": {}, "pytorch_model.bin": {}}
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (PICKLE, r"its weights are pickles \(pytorch_model\.bin\), which can run code"),
+        (PICKLE, r"llm_model='.*' cannot be used: its weights are pickles \(pytorch_model\.bin\)"),
+        ({"config.json": {}, "model.pt": {}}, r"pickles \(model\.pt\), which can run code"),
         ({**PICKLE, "sub/model.safetensors": None}, r"pickles \(pytorch_model\.bin\)"),
         ({**PICKLE, "other.safetensors": None}, r"pickles \(pytorch_model\.bin\)"),
         ({"config.json": {}, "sub/model.safetensors": None}, "it holds no model.safetensors"),
@@ -117,23 +118,17 @@ def test_an_adapter_as_the_model_is_told_where_it_belongs(tmp_path: Path) -> Non
         )
 
 
-@pytest.fixture
-def dequantised(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """GGUF files that were turned into folders."""
-    files: list[Path] = []
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_gguf_file_is_taken_by_its_name_or_its_folders(
+    as_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dequantised: list[Path] = []
 
     def dequantise(gguf: Path, target: Path, template: str | None) -> None:
-        files.append(gguf)
+        dequantised.append(gguf)
         write(target, MODEL)
 
     monkeypatch.setattr(weights, "dequantise", dequantise)
-    return files
-
-
-@pytest.mark.parametrize("as_folder", [True, False])
-def test_a_gguf_file_is_taken_by_its_name_or_its_folders(
-    as_folder: bool, tmp_path: Path, dequantised: list[Path]
-) -> None:
     file = write(tmp_path / "model", {"a.Q4_K_M.gguf": "GGUF"}) / "a.Q4_K_M.gguf"
     folder = resolve_llm(str(file.parent if as_folder else file))
     assert (folder / "model.safetensors").is_file()
@@ -161,12 +156,9 @@ def test_a_file_that_is_no_whole_model_is_told_what_to_do(
     folder = write(tmp_path / "model", dict.fromkeys(files, "GGUF"))
     with pytest.raises(ValueError, match=message):
         resolve_llm(str(folder / chosen))
-
-
-def test_a_file_as_the_encoder_is_refused(tmp_path: Path) -> None:
-    file = write(tmp_path, {"a.gguf": "GGUF"}) / "a.gguf"
-    with pytest.raises(ValueError, match=r"encoder_model='.*a\.gguf' cannot be used: it is a file"):
-        resolve_encoder(str(file))
+    if chosen:
+        with pytest.raises(ValueError, match=r"encoder_model='.*' cannot be used: it is a file"):
+            resolve_encoder(str(folder / chosen))
 
 
 ROUTER = {

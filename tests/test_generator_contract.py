@@ -25,6 +25,7 @@ from recbole_gacllm.llm.generator import Completion, Message, Request, Sampling,
 from recbole_gacllm.llm.hardware import resolve_dtype
 
 from .fake_engine import load as load_fake_engine
+from .fake_engine import without_torchvision
 from .fake_generator import FakeGenerator
 from .fake_server import FakeServer
 
@@ -144,8 +145,11 @@ def vllm(smollm2: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory)
     file = tmp_path_factory.mktemp("vllm") / "hosts"
     load = partial(load_watched, options={"model_dir": smollm2, **options}, file=file)
 
+    hidden = without_torchvision(file.parent)
+
     def start(multiprocessing: str) -> Fleet:
-        return Fleet([({"VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing}, load)], 32)
+        environment = {**hidden, "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing}
+        return Fleet([(environment, load)], 32)
 
     return SimpleNamespace(start=start, hosts=file)
 
@@ -305,8 +309,8 @@ def test_an_error_of_the_request_source_passes_through(generator: TextGenerator)
 def running_children() -> list[int]:
     """Processes that this one has started, without Python's own for what these share."""
     psutil = pytest.importorskip("psutil")
-    found = psutil.Process().children(recursive=True)
-    return [c.pid for c in found if c.status() != "zombie" and "tracker" not in str(c.cmdline())]
+    children = psutil.Process().children(recursive=True)
+    return [c.pid for c in children if c.status() != "zombie" and "tracker" not in str(c.cmdline())]
 
 
 def test_a_batch_of_two_sampling_kinds_equals_each_on_its_own(tiny_model: Path) -> None:
@@ -325,11 +329,11 @@ def test_the_repetition_penalty_is_that_of_transformers_and_spares_the_padding()
     scores = torch.randn(2, 9, generator=torch.Generator().manual_seed(3))
     ids = torch.tensor([[8, 8, 1, 4], [2, 3, 4, 5]])  # 8 pads the first row
     kinds = [Sampling(1, repetition_penalty=1.3), Sampling(1, repetition_penalty=1.1)]
-    found = _PerRequest(kinds, [2, 0])(ids, scores)
+    penalised = _PerRequest(kinds, [2, 0])(ids, scores)
     for row, n_padding in [(0, 2), (1, 0)]:
         reference = RepetitionPenaltyLogitsProcessor(kinds[row].repetition_penalty)
         expected = reference(ids[row : row + 1, n_padding:], scores[row : row + 1].clone())
-        assert torch.equal(found[row], expected[0])
+        assert torch.equal(penalised[row], expected[0])
 
 
 def test_draws_have_the_probabilities_of_the_softmax() -> None:
@@ -351,7 +355,7 @@ def test_transformers_ignores_the_sampling_defaults_of_the_model(tiny_model: Pat
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ends = model.generation_config.eos_token_id
     requests = make_requests(8, repetition_penalty=1.0)
-    found = {c.id: (c.text, c.n_output_tokens) for c in made.generate(requests)}
+    written = {c.id: (c.text, c.n_output_tokens) for c in made.generate(requests)}
     for request in requests:
         ids = tokenizer.apply_chat_template(
             list(request.messages), add_generation_prompt=True, return_dict=False
@@ -360,8 +364,8 @@ def test_transformers_ignores_the_sampling_defaults_of_the_model(tiny_model: Pat
         while len(ids) < n_prompt + 12 and (len(ids) == n_prompt or ids[-1] not in ends):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         expected = tokenizer.decode(ids[n_prompt:], skip_special_tokens=True)
-        assert found[request.id] == (expected, len(ids) - n_prompt)
-    assert sum(n_tokens for _, n_tokens in found.values()) > 40
+        assert written[request.id] == (expected, len(ids) - n_prompt)
+    assert sum(n_tokens for _, n_tokens in written.values()) > 40
 
 
 def test_an_answer_that_is_begun_is_gone_on_with(smollm2: Path) -> None:
@@ -424,12 +428,12 @@ def test_out_of_memory_on_one_prompt_is_one_error_and_what_came_before_is_good(
         return generate(**kwargs)
 
     monkeypatch.setattr(made._model, "generate", until_memory_is_gone)
-    found = {}
+    written = {}
     running = made.generate(requests)
     with pytest.raises(GenerationError, match=r"one prompt of \d+ tokens.*llm_max_prompt_tokens"):
-        found.update((c.id, c.text) for c in running)
-    assert found.items() <= expected.items()
-    assert len(found) == 3
+        written.update((c.id, c.text) for c in running)
+    assert written.items() <= expected.items()
+    assert len(written) == 3
 
 
 def test_what_does_not_fit_the_model_or_cannot_be_read_is_refused(
@@ -587,12 +591,12 @@ def load_and_kill(window: int | None, options: dict[str, Any]) -> Any:
 @pytest.mark.engine
 @pytest.mark.slow
 def test_where_vllms_own_process_is_killed_a_smaller_engine_loses_nothing(
-    smollm2: Path, caplog: pytest.LogCaptureFixture
+    smollm2: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     if choose_backend("auto")[0] != "vllm":
         pytest.skip("vLLM cannot run here")
     options = {"model_dir": smollm2, "dtype": "float32", "max_model_len": MAX_MODEL_LEN}
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = {**without_torchvision(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     load = partial(load_and_kill, options=options)
     requests = make_requests(48, max_new_tokens=24)
     with closing(Fleet([(environment, load)], 32)) as killed:
@@ -601,4 +605,4 @@ def test_where_vllms_own_process_is_killed_a_smaller_engine_loses_nothing(
     assert len(completions) == 48
     assert texts_of(iter(completions)) == again
     assert "vLLM stopped working: EngineDeadError" in caplog.text
-    assert "engine 0 starts again with at most 16 requests at once" in caplog.text
+    assert "starts again with at most 16 requests at once" in caplog.text

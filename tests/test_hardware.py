@@ -18,7 +18,7 @@ from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm import engines, hardware
 
 from .conftest import write_dataset
-from .test_generator_contract import make_requests, save_tiny_model
+from .test_generator_contract import make_requests
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = "0, GPU-aaaa-1, NVIDIA GeForce RTX 4090, 8.9, 24576, 18432"
@@ -26,28 +26,6 @@ FULL = "1, GPU-bbbb-2, NVIDIA GeForce RTX 4090, 8.9, 24576, 1024"
 OLD = "2, GPU-cccc-3, Tesla T4, 7.5, 15360, 15000"
 PASCAL = "3, GPU-dddd-4, Tesla P100-PCIE-16GB, 6.0, 16384, 16000"
 SPLIT = "4, GPU-eeee-5, NVIDIA A100-SXM4-40GB, 8.0, 40960, [N/A]"
-
-
-def smi(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *rows: str, driver: str = "550.54.14"
-) -> None:
-    """A nvidia-smi that knows these cards, first on PATH."""
-    (folder / "bin").mkdir()
-    program = folder / "bin" / "nvidia-smi"
-    lines = "\n".join(rows)
-    program.write_text(
-        f"#!/bin/sh\ncase $1 in\n--query-gpu=driver_version) echo '{driver}';;\n"
-        f"*) cat <<'END'\n{lines}\nEND\n;;\nesac\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-
-
-@pytest.fixture
-def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda *rows, **keys: smi(tmp_path, monkeypatch, *rows, **keys)
 
 
 @pytest.fixture
@@ -79,17 +57,15 @@ def test_the_visible_cards_are_those_that_cuda_would_show(
     assert "".join(card.index for card in hardware.visible_cards()) == indices
 
 
+@pytest.mark.parametrize(("named", "indices"), [("0", ""), ("GPU-cccc", "2"), (None, "02")])
 def test_numbers_of_unlike_cards_say_nothing_where_cuda_counts_the_fastest_first(
-    cards: Any, monkeypatch: pytest.MonkeyPatch
+    cards: Any, monkeypatch: pytest.MonkeyPatch, named: str | None, indices: str
 ) -> None:
     cards(CARD, OLD)
     monkeypatch.delenv("CUDA_DEVICE_ORDER")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert hardware.visible_cards() == []
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-cccc")
-    assert [card.index for card in hardware.visible_cards()] == ["2"]
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert len(hardware.visible_cards()) == 2
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert "".join(card.index for card in hardware.visible_cards()) == indices
 
 
 @pytest.mark.parametrize(
@@ -135,8 +111,8 @@ def config(model: str = "GaCLLM", **keys: Any) -> Any:
     from recbole.config import Config
 
     write_dataset(Path("data"))
-    given = {"data_path": "data", "use_text": False, "show_progress": False, **keys}
-    return Config(model=model, dataset="tiny", config_dict=given)
+    settings = {"data_path": "data", "use_text": False, "show_progress": False, **keys}
+    return Config(model=model, dataset="tiny", config_dict=settings)
 
 
 @pytest.mark.parametrize("model", ["GaCLLM", "BPR", "LightGCN"])
@@ -147,32 +123,23 @@ def test_no_model_is_trained_on_the_cpu_where_a_driver_is_there_and_torch_sees_n
     with pytest.raises(ValueError, match="sees no card") as caught:
         config(model)
     message = str(caught.value)
-    for part in (
-        "'0'",
-        "550.54.14",
-        torch.__version__,
-        "not compiled with CUDA",
-        "cards here: 0, 1",
-    ):
+    parts = ("'0'", "550.54.14", torch.__version__, "not compiled with CUDA", "cards here: 0, 1")
+    for part in (*parts, "driver 580 or newer", "--use_gpu=False"):
         assert part in message
-    for way_out in ("driver 580 or newer", "--use_gpu=False"):
-        assert way_out in message
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("keys", [{"use_gpu": False}, {"gpu_id": ""}, {"gpu_id": "-1"}])
-def test_the_cpu_on_purpose_is_no_error(cards: Any, tmp_path: Path, keys: dict[str, Any]) -> None:
+@pytest.mark.parametrize("keys", [{"use_gpu": False}, {"gpu_id": ""}, {"gpu_id": "-1"}, {}])
+def test_the_cpu_on_purpose_or_without_a_driver_is_no_error(
+    cards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]
+) -> None:
     cards(CARD)
+    if not keys:
+        monkeypatch.setattr(hardware, "driver_version", lambda: None)
     made = config("BPR", **keys)
     assert made["device"].type == "cpu"
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == made["gpu_id"] == keys.get("gpu_id", "")
-
-
-def test_without_a_driver_the_cpu_is_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hardware, "driver_version", lambda: None)
-    assert config("BPR")["device"].type == "cpu"
+    if keys:
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == made["gpu_id"] == keys.get("gpu_id", "")
 
 
 def test_the_command_line_says_it_in_one_line(cards: Any, tmp_path: Path) -> None:
@@ -277,10 +244,8 @@ def test_auto_is_bfloat16_where_the_processor_computes_in_it(
     assert hardware.resolve_dtype("auto", "encoder_dtype", "cpu") == expected
 
 
-def test_transformers_writes_in_float16(tmp_path: Path) -> None:
-    made = engines.open_generator(
-        "transformers", model_dir=save_tiny_model(tmp_path), dtype="float16"
-    )
+def test_transformers_writes_in_float16(tiny_model: Path) -> None:
+    made = engines.open_generator("transformers", model_dir=tiny_model, dtype="float16")
     assert made._model.dtype is torch.float16
     assert len(list(made.generate(make_requests(3)))) == 3
 
@@ -319,7 +284,7 @@ def test_a_card_that_others_fill_is_named_with_the_key(
 
 
 @pytest.fixture
-def vllm_for_gpus(cards: Any, cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def vllm_for_gpus(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_is_cpu_build", lambda: False)
     pretend_vllm(monkeypatch)
 
@@ -341,41 +306,26 @@ def check(tmp_path: Path, *sizes: int, heads: int = 9, **config: Any) -> str:
     return engines.check_engine("vllm", tmp_path / "model", *sizes)
 
 
-def test_a_gpu_with_all_that_vllm_needs_passes(
-    vllm_for_gpus: None, cards: Any, tmp_path: Path
+def test_what_vllm_needs_on_a_gpu_is_named_where_it_is_missing(
+    vllm_for_gpus: None, cards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cards(CARD)
-    assert check(tmp_path) == "vllm"
-
-
-def test_a_card_too_old_for_vllm_is_named(vllm_for_gpus: None, cards: Any, tmp_path: Path) -> None:
     cards(CARD, PASCAL)
     with pytest.raises(ValueError, match=r"card 3 \(Tesla P100.*6\.0.*7\.5.*transformers"):
         check(tmp_path)
-
-
-def test_a_missing_compiler_is_named(
-    vllm_for_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert check(tmp_path) == "vllm"
+    with pytest.raises(ValueError, match=r"size: 3 x .*: 2 need 6 GPUs.*gpu_id gives 1"):
+        check(tmp_path, 3, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+        with pytest.raises(ValueError, match=r"Python\.h.*python3-dev"):
+            check(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(ValueError, match=r"C compiler.*apt-get install gcc.*CC"):
         check(tmp_path)
     monkeypatch.setenv("CC", "cc")
     assert check(tmp_path) == "vllm"
-
-
-def test_missing_headers_of_python_are_named(
-    vllm_for_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
-    with pytest.raises(ValueError, match=r"Python\.h.*python3-dev"):
-        check(tmp_path)
-
-
-def test_fewer_cards_than_an_engine_takes_are_refused(vllm_for_gpus: None, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"parallel_size: 3 x .*: 2 need 6 GPUs.*gpu_id gives 1"):
-        check(tmp_path, 3, 2)
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,23 +61,17 @@ def test_only_answers_count_as_answered(tmp_path_factory, answers, cut):
     assert job.answered_in(folder) == {str(n) for make, n in answers if make is good}
 
 
-def test_what_is_written_is_what_the_import_reads(tmp_path):
+def test_what_is_written_is_what_the_import_reads_and_a_batch_done_twice_is_one_file(tmp_path):
     rows = [{"custom_id": name, "line": job.answer_line(name, {"n": name})} for name in "abc"]
     rows.append({"custom_id": "d", "__inference_error__": "out of memory"})
     rows.append({"custom_id": "e", "line": job.answer_line("e", error="status 400")})
-    assert job.write_answers(rows, tmp_path) == (3, 2)
+    assert job.write_answers(rows, tmp_path) == job.write_answers(rows[::-1], tmp_path) == (3, 2)
+    assert len(list(tmp_path.iterdir())) == 1
     answers = Answers.read(answer_files([tmp_path]))
     assert {name: answers.body(name)["n"] for name in answers} == {"a": "a", "b": "b", "c": "c"}
     assert set(answers.errors) == {"d", "e"}
     assert "out of memory" in answers.errors["d"]
     assert job.answered_in(tmp_path) == set("abc")
-
-
-def test_a_batch_done_twice_leaves_one_file(tmp_path):
-    rows = [{"custom_id": name, "line": job.answer_line(name, {})} for name in "abc"]
-    job.write_answers(rows, tmp_path)
-    job.write_answers(rows[::-1], tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_engine_s_answer_says_why_it_ended():
@@ -93,7 +87,7 @@ def test_an_engine_s_answer_says_why_it_ended():
     assert finish([5, 2]) == finish([5]) == finish([]) == "stop"
 
 
-def test_an_engine_gets_the_sampling_of_the_request():
+def test_an_engine_gets_the_sampling_and_an_endpoint_the_model_that_was_named():
     row = job.parse_request(request_line("a", BODY))
     taken = job.engine_row(row)
     assert taken["messages"] == BODY["messages"]
@@ -101,10 +95,6 @@ def test_an_engine_gets_the_sampling_of_the_request():
         name: BODY[name]
         for name in ("max_tokens", "temperature", "seed", "repetition_penalty", "stop_token_ids")
     }
-
-
-def test_a_model_named_on_the_command_line_is_asked_for():
-    row = job.parse_request(request_line("a", BODY))
     sent = job.http_row(row, "other")["payload"]
     assert json.loads(sent["body"]) == {**BODY, "model": "other"}
     assert job.http_row(row, None)["payload"]["body"] == json.dumps(BODY)
@@ -143,6 +133,10 @@ def ask(servers: list[FakeServer], n: int, in_flight: int = 4) -> list[dict]:
     return [json.loads(line) for line in asyncio.run(stage())]
 
 
+def number_of(body: dict) -> int:
+    return int(body["messages"][-1]["content"].removeprefix("node "))
+
+
 def payload(number: int) -> dict:
     body = {**BODY, "messages": [{"role": "user", "content": f"node {number}"}]}
     return {"custom_id": str(number), "body": json.dumps(body)}
@@ -170,10 +164,7 @@ def test_an_endpoint_that_dies_hands_its_requests_to_the_other():
 
 
 def test_a_refused_request_is_an_error_line_and_not_asked_again():
-    def refuse(body):
-        return 400 if body["messages"][-1]["content"] == "node 3" else None
-
-    with FakeServer(refuse) as server:
+    with FakeServer(lambda body: 400 if number_of(body) == 3 else None) as server:
         lines = ask([server], 8)
         assert [line["error"] is None for line in lines] == [n != 3 for n in range(8)]
         assert "status 400" in lines[3]["error"]["message"]
@@ -183,15 +174,10 @@ def test_a_refused_request_is_an_error_line_and_not_asked_again():
 def test_odd_answers_are_error_lines_of_their_requests(monkeypatch):
     monkeypatch.setattr(job, "_TRIES", 2)
     monkeypatch.setattr(job, "_MAX_BYTES", 20_000)
-    odd = [b"[" * 10_000, b"", b"[]", {"choices": None}, b"x" * 30_000, "garble"]
-
-    def behave(body):
-        number = int(body["messages"][-1]["content"].split()[-1])
-        return odd[number] if number < len(odd) else None
-
-    with FakeServer(behave) as server:
+    odd = [b"[" * 10_000, b"", b"[]", {"choices": None}, b"x" * 30_000, "garble", *[None] * 4]
+    with FakeServer(lambda body: odd[number_of(body)]) as server:
         lines = ask([server], 10)
-    assert [line["error"] is None for line in lines] == [False] * len(odd) + [True] * 4
+    assert [line["error"] is None for line in lines] == [answer is None for answer in odd]
 
 
 def test_a_key_goes_to_the_endpoint_alone_and_into_no_answer(monkeypatch):
@@ -252,35 +238,14 @@ def started(root: Path, servers: list[FakeServer]) -> Iterator[subprocess.Popen]
 
 def end(job: subprocess.Popen) -> None:
     """Kill a job, and what Ray leaves of its cluster: nobody asks or writes anything after this."""
-    cluster = descendants(job.pid)
+    cluster = psutil.Process(job.pid).children(recursive=True) if job.poll() is None else []
     job.kill()
     job.wait()
-    for pid in cluster:
-        if "ray" in command_of(pid):
-            os.kill(pid, signal.SIGKILL)
-    while any("ray" in command_of(pid) for pid in cluster):
-        time.sleep(0.05)
-
-
-def descendants(pid: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(file.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
-        children.setdefault(parent, []).append(int(file.parent.name))
-    found = [pid]
-    for process in found:
-        found += children.get(process, [])
-    return found[1:]
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
+    for process in cluster:
+        with suppress(psutil.NoSuchProcess):
+            if "ray" in " ".join(process.cmdline()):
+                process.kill()
+    psutil.wait_procs(cluster, timeout=60)
 
 
 def wait_for_answers(root: Path, n_files: int, process: subprocess.Popen) -> None:
@@ -311,8 +276,8 @@ def slow(body):
 def test_a_killed_worker_loses_no_request_and_doubles_no_answer(exported, tmp_path):
     with FakeServer(slow) as one, FakeServer(slow) as two, started(tmp_path, [one, two]) as ray:
         wait_for_answers(tmp_path, 2, ray)
-        workers = [pid for pid in descendants(ray.pid) if "HttpRequestUDF" in command_of(pid)]
-        os.kill(workers[0], signal.SIGKILL)
+        processes = psutil.Process(ray.pid).children(recursive=True)
+        next(p for p in processes if "HttpRequestUDF" in " ".join(p.cmdline())).kill()
         assert ray.wait() == 0, (tmp_path / "ray.log").read_text()[-3000:]
     assert sorted(all_answers(tmp_path)) == exported
 

@@ -25,6 +25,7 @@ from recbole_gacllm.llm.engines import choose_backend
 from recbole_gacllm.llm.generator import TextGenerator
 from recbole_gacllm.llm.server import ServerGenerator
 
+from .fake_engine import without_torchvision
 from .fake_generator import FakeGenerator
 from .fake_server import FakeServer
 from .test_generator_contract import (
@@ -290,13 +291,8 @@ def test_two_real_servers_one_killed_mid_layer_lose_nothing(tmp_path, caplog):
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "PYTHONPATH": str(tmp_path),
+        **without_torchvision(tmp_path),
     }
-    # PyPI's builds of these do not fit a CPU build of torch, and vLLM's processes try to import
-    # them; they need nothing of them. See compat.hide_broken_torchvision.
-    hidden = ("torchvision", "torchaudio", "torchcodec")
-    lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in hidden)]
-    (tmp_path / "sitecustomize.py").write_text("\n".join(lines) + "\n")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "fake", "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--enable-prompt-tokens-details", "--port"]

@@ -21,7 +21,7 @@ from recbole_gacllm.llm.engines import choose_backend
 from recbole_gacllm.llm.vllm_engine import CPU_WINDOW, PRIVATE_NAMES, VLLMGenerator, cpu_options
 
 from .test_generator_contract import OUT_OF_MEMORY, make_requests
-from .test_hardware import CARD, smi
+from .test_hardware import CARD
 
 ROOT = Path(__file__).resolve().parent.parent
 IN_THE_DARK = RuntimeError(
@@ -50,8 +50,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def start(error: Exception, model: Path, on_cpu: bool = False, **keys: Any) -> Any:
         options: dict[str, Any] = {}
 
-        def fail(**given: Any) -> None:
-            options.update(given)
+        def fail(**keys: Any) -> None:
+            options.update(keys)
             raise error
 
         monkeypatch.setattr(vllm, "LLM", fail)
@@ -80,9 +80,11 @@ def test_memory_that_runs_out_at_the_start_asks_for_a_smaller_engine(
 
 
 def test_a_failure_in_the_engines_process_is_tried_once_more_with_half(
-    tiny_model: Path, refuse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    refuse: Any,
+    cards: Any,
 ) -> None:
-    smi(tmp_path, monkeypatch, CARD, driver="580.65.06")
+    cards(CARD, driver="580.65.06")
     error, options = refuse(IN_THE_DARK, tiny_model)
     assert type(error) is MemoryRanOutError
     assert not {"max_num_seqs", "max_num_batched_tokens"} & options.keys()
@@ -138,9 +140,11 @@ def test_a_cpu_s_cache_takes_a_share_of_what_is_available(monkeypatch: pytest.Mo
 
 
 def test_any_other_failure_is_told_with_what_vllm_was_to_do(
-    tiny_model: Path, refuse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    refuse: Any,
+    cards: Any,
 ) -> None:
-    smi(tmp_path, monkeypatch, CARD)
+    cards(CARD)
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}
     error, options = refuse(ValueError("no such architecture"), tiny_model, **sizes)
     assert type(error) is GenerationError
@@ -177,10 +181,11 @@ assert not torch.cuda.is_initialized()
 
 
 def test_the_engines_process_is_spawned_and_nothing_has_initialised_cuda(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cards: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A fork of a process that has asked whether there is a GPU cannot use it."""
-    smi(tmp_path, monkeypatch, CARD)
+    cards(CARD)
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
     ran = subprocess.run([sys.executable, "-c", FORK_RULE], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]

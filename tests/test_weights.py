@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -177,42 +178,21 @@ def _touch(file: Path) -> None:
     file.write_text("good")
 
 
-def test_a_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model")
-    assert resolve_llm(str(folder)) == folder
-    assert resolve_encoder(str(folder)) == folder
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (["config.json", "pytorch_model.bin"], r"pickles \(pytorch_model.bin\)"),
-        (["config.json", "model.pt"], r"pickles \(model.pt\)"),
-        (["config.json"], "holds no .*safetensors"),
-        (["model.safetensors"], r"config\.json is missing"),
-    ],
-)
-def test_a_folder_that_may_not_be_read_is_refused(
-    files: list[str], message: str, tmp_path: Path
+def test_a_local_folder_is_taken_as_it_is_and_servers_need_no_weights_there(
+    tmp_path: Path,
 ) -> None:
-    for name in files:
-        (tmp_path / name).write_text("{}")
-    for resolve, key in [(resolve_llm, "llm_model"), (resolve_encoder, "encoder_model")]:
-        with pytest.raises(ValueError, match=rf"{key}='.*' cannot be used: .*{message}"):
-            resolve(str(tmp_path))
-
-
-def test_two_gguf_files_in_a_folder_are_refused(tmp_path: Path) -> None:
-    for name in ("a.Q4.gguf", "b.Q8.gguf"):
-        (tmp_path / name).write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"holds 2 \.gguf files \(a\.Q4\.gguf, b\.Q8\.gguf\)"):
-        resolve_llm(str(tmp_path))
+    folder = write_model(tmp_path / "model")
+    for resolve in (resolve_llm, resolve_encoder, resolve_tokenizer):
+        assert resolve(str(folder)) == folder
+    (folder / "model.safetensors").unlink()
+    assert resolve_tokenizer(str(folder)) == folder
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./model", "a/b/c", "two words", "../x"])
 def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name: str) -> None:
-    with pytest.raises(ValueError, match="is no folder and no hub id"):
-        resolve_llm(name)
+    for resolve in (resolve_llm, resolve_tokenizer):
+        with pytest.raises(ValueError, match="is no folder and no hub id"):
+            resolve(name)
 
 
 def test_an_unreachable_hub_gives_an_error_that_names_the_id(tmp_path: Path) -> None:
@@ -231,53 +211,30 @@ def test_an_unreachable_hub_gives_an_error_that_names_the_id(tmp_path: Path) -> 
     assert "set llm_model to a local folder or to 'embedded'" in last
 
 
-def test_the_hub_is_asked_for_safetensors_and_no_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+FILES = [
+    *("config.json", "model.safetensors", "pytorch_model.bin", "modeling_x.py", "vocab.txt"),
+    *("onnx/config.json", "tokenizer.model", "chat_template.jinja", "original/a.safetensors"),
+]
+
+
+@pytest.mark.parametrize("resolve", [resolve_llm, resolve_encoder, resolve_tokenizer])
+def test_the_hub_is_asked_for_safetensors_and_no_code_and_for_servers_for_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resolve: Callable[[str], Path]
 ) -> None:
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
     wanted: list[str] = []
-    files = ["config.json", "model.safetensors", "pytorch_model.bin", "modeling_x.py", "vocab.txt"]
-    files += [
-        "onnx/config.json",
-        "tokenizer.model",
-        "chat_template.jinja",
-        "original/a.safetensors",
-    ]
 
     def download(name: str, **patterns: list[str]) -> str:
-        wanted.extend(filter_repo_objects(files, **patterns))
+        wanted.extend(filter_repo_objects(FILES, **patterns))
         return str(write_model(tmp_path / "snapshot"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_llm("somebody/model") == tmp_path / "snapshot"
-    assert wanted == [
-        *["config.json", "model.safetensors", "vocab.txt", "tokenizer.model", "chat_template.jinja"]
-    ]
-
-
-def test_a_model_that_servers_hold_needs_no_weights_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
-    wanted: list[str] = []
-
-    def download(name: str, **patterns: list[str]) -> str:
-        files = ["config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin"]
-        wanted.extend(filter_repo_objects(files, **patterns))
-        return str(tmp_path / "snapshot")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_tokenizer("somebody/model") == tmp_path / "snapshot"
-    assert wanted == ["config.json", "tokenizer.json"]
-    (tmp_path / "local").mkdir()
-    (tmp_path / "local" / "config.json").write_text("{}")
-    assert resolve_tokenizer(str(tmp_path / "local")) == tmp_path / "local"
-    with pytest.raises(ValueError, match="is no folder and no hub id"):
-        resolve_tokenizer("/no/such/folder")
+    assert resolve("somebody/model") == tmp_path / "snapshot"
+    weights = [] if resolve is resolve_tokenizer else ["model.safetensors"]
+    others = ["vocab.txt", "tokenizer.model", "chat_template.jinja"]
+    assert wanted == ["config.json", *weights, *others]
 
 
 def test_a_fingerprint_without_weights_stays_when_they_come(tmp_path: Path) -> None:
@@ -313,64 +270,63 @@ def test_a_fingerprint_follows_what_determines_the_outputs(tmp_path: Path) -> No
     assert len(seen | {fingerprint(moved)}) == 8  # the first, five files, the weights, a name
 
 
-def test_a_large_file_is_hashed_once_until_it_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def large_file(tmp_path: Path) -> Path:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"a" * (1 << 20))
+    return file
+
+
+def digest_of(letter: bytes) -> str:
+    return hashlib.sha256(letter * (1 << 20)).hexdigest()
+
+
+def test_a_large_file_is_hashed_once_until_it_changes(
+    large_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads: list[Path] = []
     real = weights.hashing.sha256
     monkeypatch.setattr(weights.hashing, "sha256", lambda path: reads.append(path) or real(path))
-    hash_file(file)
-    first = hash_file(file)  # written just now: too fresh to be remembered
-    assert first == hashlib.sha256(b"a" * (1 << 20)).hexdigest()
+    hash_file(large_file)
+    assert hash_file(large_file) == digest_of(b"a")  # written just now: too fresh to be remembered
     assert len(reads) == 2
     later(monkeypatch)
-    assert [hash_file(file) for _ in range(3)] == [first] * 3
+    assert [hash_file(large_file) for _ in range(3)] == [digest_of(b"a")] * 3
     assert len(reads) == 3
-    file.write_bytes(b"b" * (1 << 20))
-    assert hash_file(file) == hashlib.sha256(b"b" * (1 << 20)).hexdigest()
+    large_file.write_bytes(b"b" * (1 << 20))
+    assert hash_file(large_file) == digest_of(b"b")
 
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_change_that_keeps_size_and_time_is_seen(
-    in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_place: bool, large_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     later(monkeypatch)
-    file, other = tmp_path / "model.safetensors", tmp_path / "other"
-    for path, letter in ((file, b"a"), (other, b"b")):
-        path.write_bytes(letter * (1 << 20))
+    other = tmp_path / "other"
+    other.write_bytes(b"b" * (1 << 20))
+    for path in (large_file, other):
         os.utime(path, ns=(0, 10**18))
-    first = hash_file(file)
+    assert hash_file(large_file) == digest_of(b"a")
     if in_place:
-        file.write_bytes(other.read_bytes())
-        os.utime(file, ns=(0, 10**18))
+        large_file.write_bytes(other.read_bytes())
+        os.utime(large_file, ns=(0, 10**18))
     else:
-        os.replace(other, file)
-    assert file.stat().st_mtime_ns == 10**18
-    assert hash_file(file) == hashlib.sha256(b"b" * (1 << 20)).hexdigest() != first
+        os.replace(other, large_file)
+    assert large_file.stat().st_mtime_ns == 10**18
+    assert hash_file(large_file) == digest_of(b"b")
 
 
-def test_a_damaged_memory_of_hashes_is_no_obstacle(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_damaged", [True, False])
+def test_hashing_works_where_what_it_remembered_is_damaged_or_cannot_be_written(
+    is_damaged: bool, large_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     later(monkeypatch)
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"a" * (1 << 20))
-    first = hash_file(file)
-    assert (cache / "hashes.json").is_file()
-    (cache / "hashes.json").write_text('{"/model')
-    assert hash_file(file) == first
-
-
-def test_hashing_works_without_a_cache_that_can_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    later(monkeypatch)
-    (tmp_path / "cache").write_text("a file where a folder should be")
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"a" * (1 << 20))
-    assert hash_file(file) == hashlib.sha256(b"a" * (1 << 20)).hexdigest()
+    if is_damaged:
+        hash_file(large_file)
+        (cache / "hashes.json").write_text('{"/model')
+    else:
+        cache.parent.write_text("a file where a folder should be")
+    assert hash_file(large_file) == digest_of(b"a")
 
 
 @pytest.mark.engine

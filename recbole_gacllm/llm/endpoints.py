@@ -185,7 +185,11 @@ class Endpoints:
     async def _ask(self, endpoint: _Endpoint, job: Job) -> None:
         url = f"{endpoint.url}/chat/completions"
         try:
-            completion = _completion(job, await self._fetch("POST", url, self._timeout, job.body))
+            answer = await self._fetch("POST", url, self._timeout, job.body)
+            try:
+                completion = completion_of(job.id, answer)
+            except ValueError as error:
+                raise OddAnswerError(str(error)) from None
         except EndpointError as error:
             endpoint.n_open -= 1
             match error:
@@ -321,10 +325,3 @@ class Endpoints:
                 "texts are for the servers of llm_endpoints alone; name that address there."
             )
         return GenerationError(f"{url} refuses a request ({message}).")
-
-
-def _completion(job: Job, answer: Any) -> Completion:
-    try:
-        return completion_of(job.id, answer)
-    except ValueError as error:
-        raise OddAnswerError(str(error)) from None

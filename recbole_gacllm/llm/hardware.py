@@ -54,7 +54,7 @@ class Card:
 
 def cards() -> list[Card]:
     """All cards of the machine; none where ``nvidia-smi`` is missing or cannot tell."""
-    cards = []
+    here = []
     for row in csv.reader(_nvidia_smi(f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits")):
         try:
             index, uuid, name, capability, total, free = (part.strip() for part in row)
@@ -62,8 +62,8 @@ def cards() -> list[Card]:
             card = Card(index, uuid, name, (int(major), int(minor)), float(total), float(free))
         except ValueError:  # "[N/A]" of a card split by MIG, or a message in the place of rows
             continue
-        cards.append(card)
-    return cards
+        here.append(card)
+    return here
 
 
 def visible_cards() -> list[Card]:
@@ -79,8 +79,8 @@ def visible_cards() -> list[Card]:
     by_bus = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
     numbered = by_bus or len({card.name for card in every}) == 1
     for name in filter(None, (part.strip() for part in variable.split(","))):
-        like = (c for c in every if c.uuid.startswith(name) or (numbered and c.index == name))
-        card = next(like, None)
+        namesakes = (c for c in every if c.uuid.startswith(name) or (numbered and c.index == name))
+        card = next(namesakes, None)
         if card is None:  # as CUDA does, which stops at the first that it does not know
             break
         visible.append(card)
@@ -258,9 +258,9 @@ def _nvidia_smi(*arguments: str) -> list[str]:
     if program is None:
         return []
     try:
-        ran = subprocess.run(
-            [program, *arguments], capture_output=True, text=True, timeout=60, check=False
+        output = subprocess.check_output(
+            [program, *arguments], stderr=subprocess.DEVNULL, text=True, timeout=60
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return []
-    return ran.stdout.splitlines() if ran.returncode == 0 else []
+    return output.splitlines()

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.chat import ChatTokenizer
@@ -82,7 +82,7 @@ class ServerGenerator:
         n_open = 0
         odd: list[Completion] = []  # since the last good one; held back until there is one again
         with asyncio.Runner() as runner:
-            endpoints = runner.run(self._open())
+            endpoints = Endpoints(*self._options)
             try:
                 while True:
                     new = list(islice(jobs, self._window - n_open))
@@ -106,9 +106,6 @@ class ServerGenerator:
     def close(self) -> None:
         """Nothing stays open between calls of :meth:`generate`."""
 
-    async def _open(self) -> Endpoints:
-        return Endpoints(*self._options)
-
     def _job(self, request: Request) -> Job:
         n_prompt_tokens = len(self._chat.encode_request(request, self._max_model_len))
         return Job(request.id, chat_body(request, self._chat, self._served_model), n_prompt_tokens)
@@ -127,7 +124,8 @@ class ServerGenerator:
     def _check_endpoints(self) -> None:
         """One endpoint must answer, and those that do must serve the model."""
         errors = []
-        for url, answer in zip(self._urls, asyncio.run(self._models()), strict=True):
+        answers = asyncio.run(Endpoints(*self._options).models())
+        for url, answer in zip(self._urls, answers, strict=True):
             try:
                 if isinstance(answer, BaseException):
                     raise answer
@@ -151,16 +149,9 @@ class ServerGenerator:
         for text in errors:
             logger.warning("an endpoint does not answer, the others start: %s", redact(text))
 
-    async def _models(self) -> list[Any]:
-        return await Endpoints(*self._options).models()
-
 
 def _check_odd(odd: Sequence[Completion]) -> None:
-    """End the run when it is not single requests that get no answer.
-
-    Raises:
-        GenerationError: If too many in a row got none.
-    """
+    """End the run when it is not single requests that get no answer."""
     if len(odd) >= _MAX_ODD_IN_A_ROW:
         raise GenerationError(
             f"{len(odd)} requests in a row got an answer that is none, the last one "
