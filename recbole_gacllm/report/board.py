@@ -165,4 +165,14 @@ def side_by_side(data: BoardData) -> dict[str, Any]:
         series.append(Series(model, means, (), intervals, data.colours[model]))
     categories = [(metric_name(metric), "") for metric in metrics]
     chart = charts.bar_chart(categories, series, "Test metrics of all models", "")
-    return {"figures": [("Test metrics, 95 % intervals", chart)], "note": ""}
+    title = {"title": "Ablation"} if models == data.variants else {}
+    return {**title, "figures": [("Test metrics, 95 % intervals", chart)], "note": ""}
+
+
+#: As :data:`.sections.OF_RUN`; a title in the data goes before.
+OF_BOARD = (
+    ("results", "Results", "board_results", results),
+    ("bars", "Side by side", "figures", side_by_side),
+    ("curves", "Learning curves", "figures", curves),
+    ("degrees", "Who and what they serve", "figures", by_degree),
+)

@@ -12,7 +12,7 @@ import numpy as np
 from recbole_gacllm.convolution.layers import SIDES, Layer, Side
 from recbole_gacllm.report.charts import N_COLOURS, scaled
 from recbole_gacllm.report.scoring import Scored
-from recbole_gacllm.report.source import Texts
+from recbole_gacllm.report.texts import Texts
 
 # A data set with more users or items is shown by a sample, so that the page stays a page.
 MAX_NODES = {"user": 10_000, "item": 12_000}
