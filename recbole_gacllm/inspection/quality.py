@@ -27,18 +27,11 @@ _MAX_SHARES = 5
 
 @dataclass(frozen=True)
 class Sample:
-    """A description next to what it was made from.
+    """A description next to what it was made from."""
 
-    Attributes:
-        node: Side and raw token.
-        below: The node's text at the layer below.
-        n_neighbors: Neighbours chosen for its prompt.
-        text: The description.
-    """
-
-    node: str
-    below: str
-    n_neighbors: int
+    node: str  # side and raw token
+    below: str  # the node's text at the layer below
+    n_neighbors: int  # chosen for its prompt
     text: str
 
 
@@ -47,7 +40,6 @@ class SideQuality:
     """Figures of one side of a layer; shares are of its nodes.
 
     Attributes:
-        n_nodes: Nodes.
         statuses: How many texts are generated, failed, imported, …
         failures: Reason -> nodes that carry the text below for it.
         n_words: Quantiles of the length in words.

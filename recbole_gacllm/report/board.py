@@ -21,33 +21,19 @@ _MAX_MODELS = charts.N_COLOURS
 
 @dataclass(frozen=True)
 class BoardData:
-    """One data set of a leaderboard.
-
-    Attributes:
-        dataset: Its name.
-        table: Means, deviations, intervals and tests, of :func:`.compare.results.summarize`.
-        failures: Of its runs.
-        n_missing: Runs of the leaderboard that have not finished.
-        first: The first seed's run of each model.
-        record: The ``run.json`` of the first of these.
-        metric: The metric that chose the epochs.
-        of_metric: Each model's figures of this metric.
-        colours: Each model's colour in all charts of the page.
-        variants: GaCLLM and such as ``GaCLLM:use_text=False``; an ablation if several.
-        artifact_dir: Where to look for artefacts that were moved away from the runs.
-    """
+    """One data set of a leaderboard."""
 
     dataset: str
-    table: dict[str, Any]
+    table: dict[str, Any]  # means, deviations, intervals and tests, of summarize
     failures: list[dict[str, Any]]
-    n_missing: int
-    first: dict[str, FinishedRun]
-    record: dict[str, Any]
-    metric: str
-    of_metric: dict[str, dict[str, Any]]
-    colours: dict[str, int]
-    variants: list[str]
-    artifact_dir: Path | None
+    n_missing: int  # runs of the leaderboard that have not finished
+    first: dict[str, FinishedRun]  # the first seed's run of each model
+    record: dict[str, Any]  # the run.json of the first of these
+    metric: str  # the one that chose the epochs
+    of_metric: dict[str, dict[str, Any]]  # each model's figures of it
+    colours: dict[str, int]  # each model's in all charts of the page
+    variants: list[str]  # GaCLLM and such as GaCLLM:use_text=False; an ablation if several
+    artifact_dir: Path | None  # where to look for artefacts that were moved away from the runs
 
 
 def read_board(board: Board, artifact_dir: Path | None) -> list[BoardData]:
