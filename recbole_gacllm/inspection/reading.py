@@ -103,8 +103,8 @@ class RunDescriptions:
                 raise ValueError(f"{file} is not what a run wrote: no options.")
             inputs, files = locate.beside(folder, self._job["inputs"]), layer_files(folder)
         if is_unfinished:  # a layer below may have been lost and is made again
-            wanted = [folder / f"layer_{number}.parquet" for number in range(1, len(files) + 1)]
-            files = list(takewhile(Path.is_file, wanted))
+            in_order = [folder / f"layer_{number}.parquet" for number in range(1, len(files) + 1)]
+            files = list(takewhile(Path.is_file, in_order))
         self.layers = [Layer.read(file) for file in (inputs / "layer_0.parquet", *files)]
         self.graph = TrainGraph.load(inputs / "graph.npz")
         self.names = read_names(inputs, names_file)

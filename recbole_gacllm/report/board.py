@@ -102,13 +102,13 @@ def curves(data: BoardData) -> dict[str, Any]:
             lines.append(Series(model, scores, epochs, colour=data.colours[model]))
     if not lines:
         raise LookupError("no run.json has a history of several epochs; runs of this version have")
-    shown = lines[:_MAX_MODELS]
+    lines = lines[:_MAX_MODELS]
     label = f"Validation {metric_name(data.metric)}"
-    label += f", {shown[0].name}" if len(shown) == 1 else ""
-    without = ", ".join(model for model in data.first if model not in {line.name for line in shown})
+    label += f", {lines[0].name}" if len(lines) == 1 else ""
+    without = ", ".join(model for model in data.first if model not in {line.name for line in lines})
     note = f"Seed {data.record['seed']}. "
     note += f"Not drawn, for want of a curve: {without}." if without else ""
-    return {"figures": [(label, charts.line_chart(shown, label, "epoch"))], "note": note}
+    return {"figures": [(label, charts.line_chart(lines, label, "epoch"))], "note": note}
 
 
 def by_degree(data: BoardData) -> dict[str, Any]:

@@ -113,8 +113,8 @@ def _sample(texts: Texts, side: Side) -> list[int]:
     n = len(texts.tokens(side))
     if n <= MAX_NODES[side]:
         return list(range(n))
-    drawn = np.random.default_rng(0).choice(n, MAX_NODES[side], replace=False)
-    return sorted(drawn.tolist())
+    nodes = np.random.default_rng(0).choice(n, MAX_NODES[side], replace=False)
+    return sorted(nodes.tolist())
 
 
 def _places(tokens: list[str], place: dict[str, int]) -> list[int | str]:

@@ -191,10 +191,10 @@ def _leaderboard_page(path: Path, artifact_dir: Path | None) -> Page:
         **{key: value for key, value in plan["given"].items() if not _names_folder(key)},
     }
     command = ["leaderboard", *(f"--{key}={value}" for key, value in flags.items())]
-    shown = ", ".join(models) if len(models) < 6 else f"{len(models)} models"
+    names = ", ".join(models) if len(models) < 6 else f"{len(models)} models"
     return Page(
         kind="Leaderboard",
-        subtitle=f"{shown} on {', '.join(plan['datasets'])}",
+        subtitle=f"{names} on {', '.join(plan['datasets'])}",
         tiles=[
             ("Best model", best),
             (f"Its {metric_name(first.metric)}", f"{figures['mean']:.4f}"),

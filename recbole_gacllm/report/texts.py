@@ -80,8 +80,8 @@ def _category(files: RunFiles) -> Category | None:
         }
         for field in frame.columns
     }
-    titled = [field for word in _CATEGORY_WORDS for field in values if word in field.lower()]
-    for field in [*titled, *values]:
+    likely = [field for word in _CATEGORY_WORDS for field in values if word in field.lower()]
+    for field in [*likely, *values]:
         n_values = len({value for cell in values[field].values() for value in cell})
         if 2 <= n_values <= _MAX_CATEGORIES:
             return field, values[field]
