@@ -69,7 +69,7 @@ def redact(text: str) -> str:
     for secret in _secrets:
         text = text.replace(secret, _MASK)
     for pattern in _PATTERNS:
-        text = pattern.sub(lambda found: (found[1] if found.re.groups else "") + _MASK, text)
+        text = pattern.sub(lambda match: (match[1] if match.re.groups else "") + _MASK, text)
     return text
 
 

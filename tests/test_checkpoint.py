@@ -17,7 +17,9 @@ import torch
 
 from recbole_gacllm import run as runner
 from recbole_gacllm.artifacts.checkpoint import no_pickles, read_weights
+from recbole_gacllm.artifacts.locate import RunFiles
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.inspection.opened import open_run
 from recbole_gacllm.report.source import Source
 
 
@@ -138,6 +140,21 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
             archive.writestr(name, content[:4] if name.endswith("/data/0") else content)
     with pytest.raises(GaCLLMError, match="out of bounds"):
         read_weights(file)
+
+
+def test_an_opened_run_has_its_record_split_and_weights_and_leaves_nothing_behind(
+    settings, tmp_path
+):
+    file = runner.run("BPR", "tiny", config_dict=settings).run_file
+    before = sorted(tmp_path.rglob("*"))
+    run = open_run(RunFiles.read(file.parent))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run.files.record["model"] == run.config["model"] == type(run.model).__name__ == "BPR"
+    assert len(run.valid._dataset) == len(run.test._dataset) == 24
+    assert len(run.train._dataset) == 24 * 8
+    state, _ = read_weights(run.files.checkpoint())
+    assert torch.equal(run.model.user_embedding.weight, state["user_embedding.weight"])
+    assert not Path(run.config["checkpoint_dir"]).exists()
 
 
 @pytest.fixture

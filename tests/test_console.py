@@ -68,7 +68,7 @@ def test_describe_shows_escape_sequences_of_names_and_texts(hostile, capsys, arg
     assert r"\x1b[2J\x1b]0;owned\x07\x9b1A" in printed
 
 
-def test_audit_shows_escape_sequences_of_samples_and_reasons(hostile, capsys):
+def test_the_figures_of_a_run_show_escape_sequences_of_samples_and_reasons(hostile, capsys):
     main(["audit", str(hostile)])
     printed = capsys.readouterr().out
     assert not any(map(is_obeyed, printed))

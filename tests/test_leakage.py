@@ -47,6 +47,14 @@ class Data:
         """Held-out users of an item."""
         return [self.users[u] for u, i in self.pairs if i == item]
 
+    def trained(self, user):
+        """Training items of a user."""
+        return [self.items[i] for u, i in sorted(self.train) if u == user]
+
+    def sequel(self, item):
+        """A text of features that names another item."""
+        return f"As funny as {self.names[self.items[(item + 1) % N_ITEMS]]}."
+
     def layer(self, user=lambda user: "", item=lambda item: ""):
         return Layer.raw(
             {"user": self.users, "item": self.items},
@@ -67,6 +75,11 @@ class Data:
             return f"This person enjoys {', '.join(said)}, and comedies."
 
         return self.audit(leak)
+
+
+def assert_all_are_found(report):
+    assert report["heldout_mentions"] == report["n_pairs"] > 100
+    assert report["p_value"] < 1e-6
 
 
 @pytest.fixture
@@ -97,8 +110,8 @@ def test_random_titles_are_no_leak(data):
 
 def test_naming_matched_items_more_often_is_no_leak(data):
     def others(user):
-        known = {*data.of_user(user), *(data.items[i] for u, i in data.train if u == user)}
-        return ", ".join(name for item, name in data.names.items() if item not in known)
+        touched = {*data.of_user(user), *data.trained(user)}
+        return ", ".join(name for item, name in data.names.items() if item not in touched)
 
     report = data.audit(others)
     assert report["heldout_mentions"] == 0
@@ -115,14 +128,11 @@ def test_no_mention_at_all_gives_no_p_value(data):
 
 
 def test_names_of_training_items_are_no_leak(data):
-    def trained(user):
-        return ", ".join(data.names[data.items[i]] for u, i in sorted(data.train) if u == user)
-
     # Half of the films stand in the data twice, as some of ml-100k do; three are part of one name.
     twins = {f"i{i}": f"Great Film {chr(65 + i % 26)}{i} of {i}" for i in range(30)}
     twins |= {f"i{30 + i}": name for i, name in enumerate(twins.values())}
     data.names |= twins | {"i57": "Great Film", "i58": "Film A0", "i59": "Great Film A0"}
-    report = data.audit(trained)
+    report = data.audit(lambda user: ", ".join(data.names[item] for item in data.trained(user)))
     assert report["n_known_names"] > 20
     assert report["n_pairs"] > 50
     assert report["heldout_mentions"] == report["matched_mentions"] == 0
@@ -132,19 +142,16 @@ def test_short_names_of_training_items_are_no_leak(data):
     shorts = [f"{chr(65 + i // 8)}{chr(97 + i % 8)}" for i in range(30)]
     data.names = dict(zip(data.items, shorts + shorts, strict=True))
     report = data.audit(
-        lambda user: " ".join(f'"{data.names[data.items[i]]}"' for u, i in data.train if u == user)
+        lambda user: " ".join(f'"{data.names[item]}"' for item in data.trained(user))
     )
     assert report["n_pairs"] == report["n_heldout"]
     assert report["heldout_mentions"] == report["matched_mentions"] == 0
 
 
 def test_what_raw_texts_of_training_items_name_is_no_leak(data):
-    def sequels(item):
-        return f"As funny as {data.names[data.items[(item + 1) % N_ITEMS]]}."
-
-    data.layer(item=sequels).write(data.inputs / "layer_0.parquet")
+    data.layer(item=data.sequel).write(data.inputs / "layer_0.parquet")
     report = data.audit(
-        lambda user: " ".join(sequels(i) for u, i in sorted(data.train) if u == user)
+        lambda user: " ".join(data.sequel(data.items.index(item)) for item in data.trained(user))
     )
     assert report["n_known_texts"] > 10
     assert report["heldout_mentions"] == report["matched_mentions"] == 0
@@ -152,10 +159,7 @@ def test_what_raw_texts_of_training_items_name_is_no_leak(data):
 
 
 def test_only_texts_that_a_prompt_shows_are_known(data):
-    def sequels(item):
-        return f"As funny as {data.names[data.items[(item + 1) % N_ITEMS]]}."
-
-    data.layer(item=sequels).write(data.inputs / "layer_0.parquet")
+    data.layer(item=data.sequel).write(data.inputs / "layer_0.parquet")
     key = {"neighbor_rule": "random", "n_neighbors": 1, "seed": 1}
     counts = []
     for made in (key, {**key, "n_neighbors": 99}, {**key, "imported": "digest"}, {}):
@@ -216,6 +220,7 @@ def test_a_held_out_pair_in_the_training_graph_is_counted(data):
         ("Go{number}", "go{number}"),
         ("{word} (1995)", "{word}"),
         ("{word}", "{word} (1995)"),
+        ("Great {word}", "_great {word}_"),
         ("{word}, The", "the {word}"),
         ("The {word}", "{word}, The"),
         ("Les {word}", "Les {word}"),
@@ -247,8 +252,7 @@ def test_names_are_found_in_any_script_and_spelling(data, name, written):
     text = "他喜欢{}和喜剧" if "chinese" in name else "This person enjoys {} and comedies."
 
     report = data.audit_items(lambda item: text.format(filled(written, item)))
-    assert report["heldout_mentions"] == report["n_pairs"] > 100
-    assert report["p_value"] < 1e-6
+    assert_all_are_found(report)
     clean = data.audit(lambda _: text.format("films of any kind"))
     assert clean["heldout_mentions"] == clean["matched_mentions"] == 0
 
@@ -257,48 +261,35 @@ def test_names_are_found_in_any_script_and_spelling(data, name, written):
 def test_short_names_are_found_where_they_stand_out(data, written):
     data.names = {id_: chr(65 + i // 8) + chr(97 + i % 8) for i, id_ in enumerate(data.items)}
     report = data.audit_items(lambda item: written.format(data.names[item]))
-    assert report["heldout_mentions"] == report["n_pairs"] > 100
-    assert report["p_value"] < 1e-6
+    assert_all_are_found(report)
     assert report["not_checked"]["item_names"] == report["n_heldout"]
 
 
 def test_short_names_are_no_words_of_a_sentence(data):
     data.names |= {"i1": "It", "i2": "Up", "i3": "Her", "i4": "M", "i5": "The Game"}
     marks = Marks.of("item", data.items, [data.names[item] for item in data.items])
-    found = marks.in_texts([["It is up to her. Up, and I'm in a game. Her taste: it's a game."]])
-    assert found.nnz == 0
+    text = "It is up to her. Up, and I'm in a game. Her taste: it's a game."
+    assert marks.in_texts([[text]]).nnz == 0
 
 
 @pytest.mark.parametrize(
     ("id_", "written"),
     [
-        ("B00{:05}X", "{}"),
-        ("i{}", "{}"),
-        ("{:08}", "{}"),
-        ("item_{}", "item_{}"),
-        ("9f3c-{}", "9F3C-{}"),
-        ("{}", "item {}"),
-        ("{}", "#{}"),
+        ("B00{:05}X", "{id}"),
+        ("i{}", "{id}"),
+        ("{:08}", "{id}"),
+        ("item_{}", "{id}"),
+        ("9f3c-{}", "{upper}"),
+        ("{}", "item {id}"),
+        ("{}", "#{id}"),
+        ("{}", "items 0815, 99 and {id}"),
     ],
 )
 def test_ids_of_items_are_found(tmp_path, id_, written):
     data = Data(tmp_path, item_ids=[id_.format(i) for i in range(N_ITEMS)])
-    number = {item: i for i, item in enumerate(data.items)}
-    shown = written if id_ == "{}" or written == "item_{}" else "{}"
-
-    def as_written(item):
-        return written.format(number[item]) if shown != "{}" else item
-
-    report = data.audit_items(as_written)
-    assert report["heldout_mentions"] == report["n_pairs"] > 100
+    report = data.audit_items(lambda item: written.format(id=item, upper=item.upper()))
+    assert_all_are_found(report)
     assert report["kinds"]["item_ids"]["heldout_mentions"] == report["n_pairs"]
-    assert report["p_value"] < 1e-6
-
-
-def test_ids_in_a_list_are_found(tmp_path):
-    data = Data(tmp_path, item_ids=[str(i) for i in range(N_ITEMS)])
-    report = data.audit(lambda user: f"Likes movies {', '.join(data.of_user(user))} and 99.")
-    assert report["heldout_mentions"] == report["n_pairs"]
 
 
 def test_bare_numbers_are_no_ids_and_counted(tmp_path):
@@ -335,8 +326,7 @@ def test_users_in_the_texts_of_items_are_found(tmp_path, id_, name, written):
         return f"A film for {', '.join(users)}."
 
     report = data.audit(item=leak, user_names=names)
-    assert report["heldout_mentions"] == report["n_pairs"] > 100
-    assert report["p_value"] < 1e-6
+    assert_all_are_found(report)
     assert all(not of["heldout_mentions"] for k, of in report["kinds"].items() if "item" in k)
 
 
@@ -403,9 +393,11 @@ def test_matches_are_of_nearly_the_same_popularity(data, monkeypatch):
     data.audit()
     users, items, match = drawn[0]
     for user, item in zip(users.tolist(), match.tolist(), strict=True):
-        trained = [i for u, i in data.train if u == user]
-        assert data.names[data.items[item]] not in [data.names[data.items[i]] for i in trained]
-        assert data.names[data.items[item]] not in [sequel.get(i) for i in trained]
+        trained = data.trained(user)
+        assert data.names[data.items[item]] not in [data.names[one] for one in trained]
+        assert data.names[data.items[item]] not in [
+            sequel.get(data.items.index(i)) for i in trained
+        ]
     touched = data.train | set(data.pairs)
     assert not touched & set(zip(users.tolist(), match.tolist(), strict=True))
     degree = data.graph.degrees("item")

@@ -143,7 +143,7 @@ def write_job(folder: Path, **entries: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 
 
-def test_an_audit_of_an_unfinished_folder_opens_no_file_that_its_job_names(
+def test_of_an_unfinished_folder_no_file_is_opened_that_its_job_names(
     described,  # noqa: F811
     tmp_path,
     capsys,

@@ -17,55 +17,54 @@ from recbole_gacllm.inspection.quality import _languages, layer_qualities
 from recbole_gacllm.inspection.reading import RunDescriptions
 
 REPORT = {
-    **{
-        "n_nodes": 7,
-        "n_generated": 6,
-        "n_from_store": 1,
-        "n_duplicates": 4,
-        "n_retried": 2,
-        "n_failed": 1,
-    },
-    **{"n_truncated": 3, "n_prompt_tokens": 700, "n_cached_tokens": 80, "n_output_tokens": 90},
-    "seconds": 12.0,
+    **{"n_nodes": 7, "n_generated": 6, "n_from_store": 1, "n_duplicates": 4, "n_retried": 2},
+    **{"n_failed": 1, "n_truncated": 3, "n_prompt_tokens": 700, "n_cached_tokens": 80},
+    **{"n_output_tokens": 90, "seconds": 12.0},
 }
+TOKENS = {"user": ["u1", "u2", "u3"], "item": ["i1", "i2", "i3", "i4"]}
 
 
 @pytest.fixture
 def folder(tmp_path):
+    """Finished descriptions of three users and four items whose figures are easily counted."""
     inputs, folder = tmp_path / "tiny" / "inputs-1", tmp_path / "tiny" / "descriptions-1"
     inputs.mkdir(parents=True)
     folder.mkdir()
-    tokens = {"user": ["u1", "u2", "u3"], "item": ["i1", "i2", "i3", "i4"]}
-    graph = TrainGraph(
-        np.array(tokens["user"]),
-        np.array(tokens["item"]),
-        np.array([0, 0, 1, 2]),
-        np.array([0, 1, 2, 3]),
-    )
+    users, items = (np.array(TOKENS[side]) for side in ("user", "item"))
+    graph = TrainGraph(users, items, np.array([0, 0, 1, 2]), np.array([0, 1, 2, 3]))
     graph.save(inputs / "graph.npz")
-    below = Layer.raw(
-        tokens,
-        {"user": ["A nurse.", "A cook.", "A pilot."], "item": ["Rain.", "Sun.", "Fog.", "Ice."]},
-    )
-    below.write(inputs / "layer_0.parquet")
-    above = Layer.raw(
-        tokens,
-        {
-            "user": ["Likes Rain Man and more.", "Fog", "A pilot."],
-            "item": ["Rain Man is wet.", "Дождь и снег.", "Wet and grey.", "wet and grey"],
-        },
-    )
+    raw = {"user": ["A nurse.", "A cook.", "A pilot."], "item": ["Rain.", "Sun.", "Fog.", "Ice."]}
+    Layer.raw(TOKENS, raw).write(inputs / "layer_0.parquet")
+    texts = {
+        "user": ["Likes Rain Man and more.", "Fog", "A pilot."],
+        "item": ["Rain Man is wet.", "Дождь и снег.", "Wet and grey.", "wet and grey"],
+    }
+    above = Layer.raw(TOKENS, texts)
     above.statuses = {"user": ["generated", "generated", "failed"], "item": ["generated"] * 4}
     above.reasons["user"][2] = "echo"
     above.write(folder / "layer_1.parquet")
     names = {"i1": "Rain Man", "i2": "Sun Valley", "i3": "Fog Land", "i4": "Ice"}
     (inputs / "item_names.json").write_text(json.dumps(names))
     options = {"neighbor_rule": "rare_first", "n_neighbors": 2, "llm_n_layers": 2}
-    store = str(tmp_path / "store.sqlite")
-    job = {"inputs": str(inputs), "seed": 1, "options": options, "store": store}
+    job = {"inputs": str(inputs), "seed": 1, "options": options}
     (folder / "job.json").write_text(json.dumps(job))
     manifests.write_manifest(folder, {"stage": "descriptions", "layers": [REPORT]})
     return folder
+
+
+def change_layer(folder, **sides):
+    """Write layer 1 with other texts or statuses."""
+    layer = Layer.read(folder / "layer_1.parquet")
+    for name, values in sides.items():
+        getattr(layer, name).update(values)
+    layer.write(folder / "layer_1.parquet")
+
+
+def write_run(folder, tmp_path, stage="descriptions", **record):
+    """A run.json with the artefacts; returns the folder of it."""
+    record = {"artifacts": {stage: str(folder)}, **record}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    return str(tmp_path)
 
 
 def test_figures_of_a_layer_are_those_counted_by_hand(folder):
@@ -103,13 +102,9 @@ def test_samples_are_generated_texts_and_the_seed_draws_them(folder):
     assert len(draws) > 1
 
 
-def test_audit_prints_every_figure_and_the_leakage_audit_of_the_run(folder, tmp_path, capsys):
-    run = {
-        "artifacts": {"descriptions": str(folder)},
-        "leakage_audit": {"n_pairs": 5, "edges_in_graph": 0},
-    }
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    main(["audit", str(tmp_path), "--json", str(tmp_path / "audit.json")])
+def test_every_figure_and_the_leakage_audit_of_the_run_are_printed(folder, tmp_path, capsys):
+    run = write_run(folder, tmp_path, leakage_audit={"n_pairs": 5, "edges_in_graph": 0})
+    main(["audit", run, "--json", str(tmp_path / "audit.json")])
     out = capsys.readouterr().out
     for words in (
         "6 prompts, 1 from the store, 4 nodes with the prompt of another",
@@ -140,10 +135,8 @@ def test_languages_are_told_apart_and_a_text_without_letters_has_none():
     assert languages == dict.fromkeys(("en", "fr", "de", "zh", "none"), 0.2)
 
 
-def test_audit_prints_the_five_most_frequent_languages_and_the_start_of_a_long_text(folder, capsys):
-    layer = Layer.read(folder / "layer_1.parquet")
-    layer.texts["item"][0] = "Repeat this forever. " * 5_000
-    layer.write(folder / "layer_1.parquet")
+def test_the_five_most_frequent_languages_and_the_start_of_a_long_text_are_printed(folder, capsys):
+    change_layer(folder, texts={"item": ["Repeat this forever. " * 5_000, "a", "b", "c"]})
     main(["audit", str(folder)])
     assert len(capsys.readouterr().out) < 5_000
     shares = dict.fromkeys(("en", "fr", "de", "it", "es", "nl", "sv", "da"), 0.125)
@@ -151,10 +144,9 @@ def test_audit_prints_the_five_most_frequent_languages_and_the_start_of_a_long_t
     assert quality._shares(shares) == shown
 
 
-def test_audit_of_imported_layers_says_how_many_texts_come_from_where(folder, capsys):
-    layer = Layer.read(folder / "layer_1.parquet")
-    layer.statuses = {"user": ["imported", "imported", "missing"], "item": ["imported"] * 4}
-    layer.write(folder / "layer_1.parquet")
+def test_of_imported_layers_it_is_said_how_many_texts_come_from_where(folder, capsys):
+    statuses = {"user": ["imported", "imported", "missing"], "item": ["imported"] * 4}
+    change_layer(folder, statuses=statuses)
     report = {"imported": True, "n_imported": 6, "n_missing": 1, "n_unknown": 3}
     manifests.write_manifest(folder, {"stage": "descriptions", "layers": [report]})
     main(["audit", str(folder)])
@@ -171,15 +163,18 @@ def refused(argument, capsys) -> str:
     return capsys.readouterr().err
 
 
-def test_audit_takes_a_descriptions_folder_and_refuses_anything_else(folder, tmp_path, capsys):
+def test_a_descriptions_folder_is_taken_and_anything_else_refused(folder, tmp_path, capsys):
     main(["audit", str(folder)])
     assert "layer 1" in capsys.readouterr().out
     assert "none is not a file" in refused(tmp_path / "none", capsys)
     assert "is not a file" in refused(tmp_path, capsys)
-    (tmp_path / "run.json").write_text("{")
-    assert "is not the record of a run" in refused(tmp_path, capsys)
-    (tmp_path / "run.json").write_text('{"model": "LightGCN"}')
-    assert "had no texts" in refused(tmp_path, capsys)
+    for content, why in (
+        ("{", "is not the record of a run"),
+        ("[]", "is not the record of a run"),
+        ('{"model": "LightGCN"}', "had no texts"),
+    ):
+        (tmp_path / "run.json").write_text(content)
+        assert why in refused(tmp_path, capsys)
     embeddings = folder.parent / "embeddings-1"
     embeddings.mkdir()
     manifests.write_manifest(embeddings, {"stage": "embeddings"})
@@ -189,14 +184,14 @@ def test_audit_takes_a_descriptions_folder_and_refuses_anything_else(folder, tmp
 def test_a_run_on_raw_texts_shows_layer_0(folder, tmp_path, capsys):
     inputs = folder.parent / "inputs-1"
     manifests.write_manifest(inputs, {"stage": "inputs"})
-    (tmp_path / "run.json").write_text(json.dumps({"artifacts": {"inputs": str(inputs)}}))
-    main(["describe", "--run", str(tmp_path), "--user", "u2"])
+    run = write_run(inputs, tmp_path, "inputs")
+    main(["describe", "--run", run, "--user", "u2"])
     out = capsys.readouterr().out
     assert "layer 0 (raw)\n  A cook.\n" in out
     assert "neighbours" not in out
-    main(["export-descriptions", "--run", str(tmp_path), "--output", str(tmp_path / "x.csv")])
+    main(["export-descriptions", "--run", run, "--output", str(tmp_path / "x.csv")])
     assert "7 descriptions" in capsys.readouterr().out
-    main(["audit", str(tmp_path)])
+    main(["audit", run])
     assert "no LLM wrote anything" in capsys.readouterr().out
 
 
@@ -214,9 +209,7 @@ def test_layer_0_of_a_data_set_is_shown_only_where_no_descriptions_were_begun(fo
     assert "item i1, Rain Man: 1 training interactions" in capsys.readouterr().out
 
 
-def test_audit_of_a_run_that_was_killed_shows_its_finished_layers_and_how_far_it_is(
-    folder, tmp_path, capsys
-):
+def test_of_a_killed_run_its_finished_layers_are_shown_and_how_far_it_is(folder, tmp_path, capsys):
     (folder / manifests.MANIFEST_FILE).unlink()  # written last
     main(["audit", str(folder), "--json", str(tmp_path / "audit.json")])
     first, second = capsys.readouterr().out.split("layer 2 of 2 is not finished")
@@ -227,7 +220,7 @@ def test_audit_of_a_run_that_was_killed_shows_its_finished_layers_and_how_far_it
     assert written["unfinished"] == {"number": 2, "n_layers": 2, "n_nodes": 7}
 
 
-def test_audit_of_a_run_that_was_killed_in_its_first_layer_says_so(folder, capsys):
+def test_of_a_run_that_was_killed_in_its_first_layer_this_is_said(folder, capsys):
     (folder / manifests.MANIFEST_FILE).unlink()
     (folder / "layer_1.parquet").rename(folder / "layer_2.parquet")  # the one below was lost
     main(["audit", str(folder)])
@@ -242,8 +235,7 @@ def test_what_needs_all_layers_says_that_a_killed_run_goes_on(folder, tmp_path, 
     with pytest.raises(ValueError, match="are not finished yet: start the run, or start it again"):
         RunDescriptions.of_run(folder)
     (folder / manifests.JOB_FILE).unlink()
-    (tmp_path / "run.json").write_text(json.dumps({"artifacts": {"descriptions": str(folder)}}))
-    assert "are not there" in refused(tmp_path, capsys)
+    assert "are not there" in refused(write_run(folder, tmp_path), capsys)
 
 
 def test_the_tenth_layer_comes_after_the_ninth(tmp_path):
@@ -254,14 +246,12 @@ def test_the_tenth_layer_comes_after_the_ninth(tmp_path):
 
 
 def test_a_copy_counts_behind_the_opening_that_a_prompt_gives(folder):
-    layer = Layer.read(folder / "layer_1.parquet")
-    layer.texts["user"] = [
-        "This person enjoys a nurse.",
-        "This person enjoys fog",
-        "This person enjoys rain and more.",
-    ]
-    layer.statuses["user"] = ["generated"] * 3
-    layer.write(folder / "layer_1.parquet")
+    texts = ["a nurse.", "fog", "rain and more."]
+    change_layer(
+        folder,
+        texts={"user": [f"This person enjoys {text}" for text in texts]},
+        statuses={"user": ["generated"] * 3},
+    )
     [figures] = layer_qualities(RunDescriptions(folder), n_samples=2, seed=0)
     users = figures.sides["user"]
     assert (users.own_copies, users.neighbor_copies) == (1 / 3, 1 / 3)

@@ -11,7 +11,7 @@ import yaml
 from recbole_gacllm.artifacts import disk, locate, manifests
 from recbole_gacllm.convolution.layers import SIDES, Layer
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.inspection.reading import folders_of_run, read_job
+from recbole_gacllm.inspection.reading import read_job
 
 _CONFIG = {
     "additional_feat_suffix": ["useremb", "itememb"],
@@ -28,7 +28,10 @@ def find_embeddings(artifact_dir: Path, dataset: str | None, run: Path | None, l
         ValueError: If there is none.
     """
     if run is not None:
-        return folders_of_run(run, ["embeddings"], "text embeddings", artifact_dir)["embeddings"]
+        folders = locate.RunFiles.read(run, artifact_dir).artifacts()
+        if "embeddings" not in folders:
+            raise ValueError(f"the run of {run} had no text embeddings.")
+        return folders["embeddings"]
     manifest_files = list((artifact_dir / str(dataset)).glob("embeddings-*/manifest.json"))
     with_layer = [file for file in manifest_files if (file.parent / f"layer_{layer}.npy").is_file()]
     if not with_layer:

@@ -86,10 +86,10 @@ def audit_leakage(
     # What stands in names and at layer 0, however it is written, may come from there.
     in_names = marks["item"].in_texts([[item_names.get(t, "")] for t in tokens["item"]], True)
     below = {side: marks[side].in_texts(raw[side], True) for side in SIDES}
-    shown = {side: _shown(graph, side, descriptions) for side in SIDES}
-    trained = _shown(graph, "user", None)
-    by_name = _pairs_named_around(trained, marks["item"].owned(in_names, "name"))
-    by_text = _pairs_named_around(shown["user"], marks["item"].owned(below["item"], "name"))
+    neighbors = {side: _neighbors(graph, side, descriptions) for side in SIDES}
+    history = _neighbors(graph, "user", None)
+    by_name = _pairs_named_around(history, marks["item"].owned(in_names, "name"))
+    by_text = _pairs_named_around(neighbors["user"], marks["item"].owned(below["item"], "name"))
     is_by_name = _among(pairs, by_name)
     is_by_text = ~is_by_name & _among(pairs, by_text)
     is_open = ~is_by_name & ~is_by_text
@@ -107,11 +107,13 @@ def audit_leakage(
         other: Side = "item" if side == "user" else "user"
         in_texts = marks[side].in_texts(texts[other])
         in_features = marks[side].in_texts(features[other], True)
-        new = _new(in_texts, in_features, shown[other], below[side])
+        new = _new(in_texts, in_features, neighbors[other], below[side])
         for kind in KINDS:
             of, to = map(np.int64, marks[side].owned(new, kind).nonzero())
             at = np.sort(of * n_items + to if side == "item" else to * n_items + of)
-            mentions[f"{side}_{kind}s"] = {name: _among(some, at) for name, some in sets.items()}
+            mentions[f"{side}_{kind}s"] = {
+                name: _among(of_set, at) for name, of_set in sets.items()
+            }
 
     n_named = {
         f"{name}_mentions": int(np.any([of[name] for of in mentions.values()], axis=0).sum())
@@ -177,7 +179,7 @@ def _texts(
     return raw, features, texts
 
 
-def _shown(graph: TrainGraph, side: Side, descriptions: Path | None) -> sparse.csr_array:
+def _neighbors(graph: TrainGraph, side: Side, descriptions: Path | None) -> sparse.csr_array:
     """Which neighbours' texts a node's text may be made from. Shapes: [n_nodes, n_neighbors].
 
     Those chosen for its prompt; of imported texts nobody knows, so it is all.

@@ -27,18 +27,11 @@ _MAX_SHARES = 5
 
 @dataclass(frozen=True)
 class Sample:
-    """A description next to what it was made from.
+    """A description next to what it was made from."""
 
-    Attributes:
-        node: Side and raw token.
-        below: The node's text at the layer below.
-        n_neighbors: Neighbours chosen for its prompt.
-        text: The description.
-    """
-
-    node: str
-    below: str
-    n_neighbors: int
+    node: str  # side and raw token
+    below: str  # the node's text at the layer below
+    n_neighbors: int  # chosen for its prompt
     text: str
 
 
@@ -47,7 +40,6 @@ class SideQuality:
     """Figures of one side of a layer; shares are of its nodes.
 
     Attributes:
-        n_nodes: Nodes.
         statuses: How many texts are generated, failed, imported, …
         failures: Reason -> nodes that carry the text below for it.
         n_words: Quantiles of the length in words.
@@ -125,7 +117,7 @@ def _side_quality(
     names = [f" {' '.join(words_of(run.names[token]))} " for token in layer.tokens["item"]]
     neighbors = run.neighbor_lists(side)
     times = Counter(plain)
-    made = [node for node in range(n_nodes) if statuses[node] in ("generated", "imported")]
+    new_nodes = [node for node in range(n_nodes) if statuses[node] in ("generated", "imported")]
 
     def share(count: int, of: int = n_nodes) -> float:
         return count / of if of else 0.0
@@ -134,12 +126,12 @@ def _side_quality(
         long_names = (names[item] for item in items if len(names[item]) >= MIN_NAME_CHARS + 2)
         return any(name in f" {plain[node]} " for name in long_names)
 
-    drawn = sorted(rng.sample(made, min(n_samples, len(made))))
+    sampled = sorted(rng.sample(new_nodes, min(n_samples, len(new_nodes))))
     lengths = [len(of_text) for of_text in words]
     scripts = Counter(map(_script, texts)).most_common()
-    n_copies = sum(any(new[node] in around[n] for n in neighbors.of(node)) for node in made)
-    naming = [names_one(n, [n] if side == "item" else neighbors.of(n).tolist()) for n in made]
-    share_of_names = share(sum(naming), len(made))
+    n_copies = sum(any(new[node] in around[n] for n in neighbors.of(node)) for node in new_nodes)
+    naming = [names_one(n, [n] if side == "item" else neighbors.of(n).tolist()) for n in new_nodes]
+    share_of_names = share(sum(naming), len(new_nodes))
     return SideQuality(
         n_nodes=n_nodes,
         statuses=dict(Counter(statuses)),
@@ -147,7 +139,7 @@ def _side_quality(
         n_words={
             name: int(np.quantile(lengths, q, method="nearest")) for name, q in _QUANTILES.items()
         },
-        own_copies=share(sum(new[node] in own[node] for node in made)),
+        own_copies=share(sum(new[node] in own[node] for node in new_nodes)),
         neighbor_copies=share(n_copies),
         repeated=share(sum(times[text] > 1 for text in plain)),
         distinct=(_distinct(words, 1), _distinct(words, 2)),
@@ -162,7 +154,7 @@ def _side_quality(
                 n_neighbors=len(neighbors.of(node)),
                 text=texts[node],
             )
-            for node in drawn
+            for node in sampled
         ],
     )
 

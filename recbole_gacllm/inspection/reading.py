@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -25,33 +25,23 @@ from recbole_gacllm.convolution.names import names_file_of, read_names
 class NodePage:
     """All that was written about one node.
 
-    Attributes:
-        name: Name of an item; empty for a user.
-        degree: Training interactions.
-        texts: (status, text) of layers 0..L.
-        neighbors: (token, name, layer-0 text) of the neighbours that its prompts show, best first;
-            the token budget may have left out the last ones.
+    Neighbours are those that its prompts show, best first; the token budget may have left out the
+    last ones.
     """
 
-    name: str
-    degree: int
-    texts: list[tuple[str, str]]
-    neighbors: list[tuple[str, str, str]]
+    name: str  # of an item; empty for a user
+    degree: int  # training interactions
+    texts: list[tuple[str, str]]  # (status, text) of layers 0..L
+    neighbors: list[tuple[str, str, str]]  # (token, name, text of layer 0)
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """How far a stage is that goes on, or was killed.
-
-    Attributes:
-        number: The layer that is not finished.
-        n_layers: Of the run.
-        n_nodes: Descriptions of a layer; prompts are fewer where some are equal or in the store.
-    """
+    """How far a stage is that goes on, or was killed: in layer ``number`` of ``n_layers``."""
 
     number: int
     n_layers: int
-    n_nodes: int
+    n_nodes: int  # of a layer; prompts are fewer where some are equal or in the store
 
 
 class RunDescriptions:
@@ -109,8 +99,8 @@ class RunDescriptions:
                 raise ValueError(f"{file} is not what a run wrote: no options.")
             inputs, files = locate.beside(folder, self._job["inputs"]), layer_files(folder)
         if is_unfinished:  # a layer below may have been lost and is made again
-            wanted = [folder / f"layer_{number}.parquet" for number in range(1, len(files) + 1)]
-            files = list(takewhile(Path.is_file, wanted))
+            in_order = [folder / f"layer_{number}.parquet" for number in range(1, len(files) + 1)]
+            files = list(takewhile(Path.is_file, in_order))
         self.layers = [Layer.read(file) for file in (inputs / "layer_0.parquet", *files)]
         self.graph = TrainGraph.load(inputs / "graph.npz")
         self.names = read_names(inputs, names_file)
@@ -155,8 +145,10 @@ class RunDescriptions:
         """
         if any((run / name).is_file() for name in (manifests.MANIFEST_FILE, manifests.JOB_FILE)):
             return cls(run, unfinished)
-        folders = folders_of_run(run, ("descriptions", "inputs"), "texts", artifact_dir)
-        folder = folders.get("descriptions") or folders["inputs"]
+        folders = locate.RunFiles.read(run, artifact_dir).artifacts()
+        folder = folders.get("descriptions") or folders.get("inputs")
+        if folder is None:
+            raise ValueError(f"the run of {run} had no texts.")
         return cls(folder, unfinished, names_file_of(folders))
 
     def _progress(self) -> Unfinished:
@@ -229,23 +221,3 @@ def read_job(folder: Path, *names: str) -> dict[str, Any]:
     if not isinstance(job, dict) or not set(names) <= set(job):
         raise ValueError(f"{file} is not what a run wrote: it must have {', '.join(names)}.")
     return job
-
-
-def folders_of_run(
-    run: Path, stages: Sequence[str], what: str, artifact_dir: Path | None = None
-) -> dict[str, Path]:
-    """The artefacts that a run recorded, where they lie now.
-
-    Args:
-        run: A ``run.json``, or its folder.
-        stages: Names of stages in ``run.json``, one of which must be among them.
-        what: What they make, for the message.
-        artifact_dir: Where to look for artefacts that were moved away from the run.
-
-    Raises:
-        ValueError: If there is no such file, it is no run's, or the run had none of the stages.
-    """
-    folders = locate.RunFiles.read(run, artifact_dir).artifacts()
-    if not set(stages) & set(folders):
-        raise ValueError(f"the run of {run} had no {what}.")
-    return folders

@@ -21,33 +21,19 @@ _MAX_MODELS = charts.N_COLOURS
 
 @dataclass(frozen=True)
 class BoardData:
-    """One data set of a leaderboard.
-
-    Attributes:
-        dataset: Its name.
-        table: Means, deviations, intervals and tests, of :func:`.compare.results.summarize`.
-        failures: Of its runs.
-        n_missing: Runs of the leaderboard that have not finished.
-        first: The first seed's run of each model.
-        record: The ``run.json`` of the first of these.
-        metric: The metric that chose the epochs.
-        of_metric: Each model's figures of this metric.
-        colours: Each model's colour in all charts of the page.
-        variants: GaCLLM and such as ``GaCLLM:use_text=False``; an ablation if several.
-        artifact_dir: Where to look for artefacts that were moved away from the runs.
-    """
+    """One data set of a leaderboard."""
 
     dataset: str
-    table: dict[str, Any]
+    table: dict[str, Any]  # means, deviations, intervals and tests, of summarize
     failures: list[dict[str, Any]]
-    n_missing: int
-    first: dict[str, FinishedRun]
-    record: dict[str, Any]
-    metric: str
-    of_metric: dict[str, dict[str, Any]]
-    colours: dict[str, int]
-    variants: list[str]
-    artifact_dir: Path | None
+    n_missing: int  # runs of the leaderboard that have not finished
+    first: dict[str, FinishedRun]  # the first seed's run of each model
+    record: dict[str, Any]  # the run.json of the first of these
+    metric: str  # the one that chose the epochs
+    of_metric: dict[str, dict[str, Any]]  # each model's figures of it
+    colours: dict[str, int]  # each model's in all charts of the page
+    variants: list[str]  # GaCLLM and such as GaCLLM:use_text=False; an ablation if several
+    artifact_dir: Path | None  # where to look for artefacts that were moved away from the runs
 
 
 def read_board(board: Board, artifact_dir: Path | None) -> list[BoardData]:
@@ -116,13 +102,13 @@ def curves(data: BoardData) -> dict[str, Any]:
             lines.append(Series(model, scores, epochs, colour=data.colours[model]))
     if not lines:
         raise LookupError("no run.json has a history of several epochs; runs of this version have")
-    shown = lines[:_MAX_MODELS]
+    lines = lines[:_MAX_MODELS]
     label = f"Validation {metric_name(data.metric)}"
-    label += f", {shown[0].name}" if len(shown) == 1 else ""
-    without = ", ".join(model for model in data.first if model not in {line.name for line in shown})
+    label += f", {lines[0].name}" if len(lines) == 1 else ""
+    without = ", ".join(model for model in data.first if model not in {line.name for line in lines})
     note = f"Seed {data.record['seed']}. "
     note += f"Not drawn, for want of a curve: {without}." if without else ""
-    return {"figures": [(label, charts.line_chart(shown, label, "epoch"))], "note": note}
+    return {"figures": [(label, charts.line_chart(lines, label, "epoch"))], "note": note}
 
 
 def by_degree(data: BoardData) -> dict[str, Any]:
@@ -165,4 +151,14 @@ def side_by_side(data: BoardData) -> dict[str, Any]:
         series.append(Series(model, means, (), intervals, data.colours[model]))
     categories = [(metric_name(metric), "") for metric in metrics]
     chart = charts.bar_chart(categories, series, "Test metrics of all models", "")
-    return {"figures": [("Test metrics, 95 % intervals", chart)], "note": ""}
+    title = {"title": "Ablation"} if models == data.variants else {}
+    return {**title, "figures": [("Test metrics, 95 % intervals", chart)], "note": ""}
+
+
+#: As :data:`.sections.OF_RUN`; a title in the data goes before.
+OF_BOARD = (
+    ("results", "Results", "board_results", results),
+    ("bars", "Side by side", "figures", side_by_side),
+    ("curves", "Learning curves", "figures", curves),
+    ("degrees", "Who and what they serve", "figures", by_degree),
+)

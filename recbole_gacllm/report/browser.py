@@ -12,7 +12,7 @@ import numpy as np
 from recbole_gacllm.convolution.layers import SIDES, Layer, Side
 from recbole_gacllm.report.charts import N_COLOURS, scaled
 from recbole_gacllm.report.scoring import Scored
-from recbole_gacllm.report.source import Texts
+from recbole_gacllm.report.texts import Texts
 
 # A data set with more users or items is shown by a sample, so that the page stays a page.
 MAX_NODES = {"user": 10_000, "item": 12_000}
@@ -113,8 +113,8 @@ def _sample(texts: Texts, side: Side) -> list[int]:
     n = len(texts.tokens(side))
     if n <= MAX_NODES[side]:
         return list(range(n))
-    drawn = np.random.default_rng(0).choice(n, MAX_NODES[side], replace=False)
-    return sorted(drawn.tolist())
+    nodes = np.random.default_rng(0).choice(n, MAX_NODES[side], replace=False)
+    return sorted(nodes.tolist())
 
 
 def _places(tokens: list[str], place: dict[str, int]) -> list[int | str]:

@@ -160,9 +160,9 @@ def interval_chart(rows: Sequence[tuple[str, float, float, float]], label: str) 
         shapes.append(_text(number(tick), at(tick), height - 10))
     for place, (name, mean, start, end) in enumerate(rows):
         y, colour = _TOP + row_height * (place + 0.5), f"c{place % N_COLOURS}"
-        shown = name if len(name) <= 26 else f"{name[:25]}…"
+        short = name if len(name) <= 26 else f"{name[:25]}…"
         tooltip = f"{name}: {mean:.4f} [{start:.4f}, {end:.4f}]"
-        shapes.append(_text(shown, left - 12, y + 4.5, "name", "end"))
+        shapes.append(_text(short, left - 12, y + 4.5, "name", "end"))
         shapes.append(_path(f"line {colour}", f"M{at(start):.1f} {y:.1f}H{at(end):.1f}"))
         shapes.append(_circle(f"fill {colour}", at(mean), y, 5, tooltip))
     return Chart(label, f"0 0 {WIDTH} {height}", shapes, [])

@@ -32,8 +32,8 @@ def without_folders(value: Any, with_blanks: Iterable[str] = ()) -> Any:
 
 def paths_with_blanks(record: Any) -> list[str]:
     """The absolute paths in a record whose names hold blanks, the longest first."""
-    found = {text for text in _strings(record) if " " in text and _ABSOLUTE.match(text)}
-    return sorted(found, key=len, reverse=True)
+    paths = {text for text in _strings(record) if " " in text and _ABSOLUTE.match(text)}
+    return sorted(paths, key=len, reverse=True)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -23,14 +23,12 @@ from recbole_gacllm.artifacts.locate import RUN_FILE
 from recbole_gacllm.compare.leaderboard import PLAN_FILE
 from recbole_gacllm.compare.markdown import metric_name
 from recbole_gacllm.compare.results import Board
-from recbole_gacllm.report import board as boards
 from recbole_gacllm.report import sections
-from recbole_gacllm.report.browser import browser_data, map_data, packed
+from recbole_gacllm.report.board import OF_BOARD, read_board
+from recbole_gacllm.report.browser import packed
 from recbole_gacllm.report.folders import paths_with_blanks, without_folders
 from recbole_gacllm.report.source import Source
-
-# Anchor, title, template, and what makes its data.
-_Plan = Iterable[tuple[str, str, str, Callable[[], dict[str, Any]]]]
+from recbole_gacllm.report.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -143,109 +141,108 @@ def _words(value: Any) -> str:
 def _run_page(path: Path, artifact_dir: Path | None) -> Page:
     source = Source.read(path, artifact_dir)
     record = source.record
-    parts = _sections(
-        [
-            ("results", "Results", "results", lambda: sections.results(source)),
-            ("curves", "Learning curves", "figures", lambda: sections.curves(source)),
-            ("degrees", "Who and what it serves", "figures", lambda: sections.by_degree(source)),
-        ]
-    )
-    text_parts, data = _text_sections(source)
-    parts += [*text_parts, _setup(record, sections.command(record))]
+    program, *flags = record["command"] or [""]
+    command = [Path(program).name, *(f for f in flags if not _names_folder(f.split("=")[0]))]
+    parts = _sections((*sections.OF_RUN, *sections.OF_TEXTS), source)
     tiles = [
         (f"Test {metric_name(name)}", f"{value:.4f}") for name, value in record["test"].items()
     ]
-    subtitle = f"{record['model']} on {record['dataset']}"
-    counts = sections.interactions(source)
-    return Page("Run", subtitle, tiles[:5], parts, data, [record], counts, [record["seed"]])
+    counts = record.get("statistics", {})
+    if not counts and isinstance(source.texts, Texts) and not isinstance(source.scored, str):
+        graph = source.texts.run.graph
+        counts = {"n_users": len(graph.user_tokens), "n_items": len(graph.item_tokens)}
+        counts["n_training_interactions"] = graph.n_edges
+    return Page(
+        kind="Run",
+        subtitle=f"{record['model']} on {record['dataset']}",
+        tiles=tiles[:5],
+        parts=[*parts, _setup(record, command)],
+        data=source.data,
+        records=[record],
+        counts=counts,
+        seeds=[record["seed"]],
+    )
 
 
 def _leaderboard_page(path: Path, artifact_dir: Path | None) -> Page:
     board = Board.read(path)
-    of_datasets = boards.read_board(board, artifact_dir)
+    plan, of_datasets = board.plan, read_board(board, artifact_dir)
     parts = []
     for number, one in enumerate(of_datasets):
         on = f" on {one.dataset}" if len(of_datasets) > 1 else ""
-        end = f"-{number}" if number else ""
-        bars = "Ablation" if len(one.variants) > 1 else "Side by side"
-        plan: _Plan = (
-            (f"{anchor}{end}", f"{title}{on}", template, functools.partial(make, one))
-            for anchor, title, template, make in (
-                ("results", "Results", "board_results", boards.results),
-                ("bars", bars, "figures", boards.side_by_side),
-                ("curves", "Learning curves", "figures", boards.curves),
-                ("degrees", "Who and what they serve", "figures", boards.by_degree),
-            )
-        )
-        parts += _sections(plan)
+        parts += _sections(OF_BOARD, one, f"-{number}" if number else "", on)
     data: dict[str, Any] = {}
     if run := next((run for run in board.runs if run.record.get("artifacts")), None):
+        source = Source.read(run.folder, artifact_dir)
         about = {key: run.record[key] for key in ("dataset", "seed")} | {"run": run.name}
-        text_parts, data = _text_sections(Source.read(run.folder, artifact_dir))
-        parts += [Section("texts", "GaCLLM’s texts", "texts.html", about), *text_parts]
+        parts.append(Section("texts", "GaCLLM’s texts", "texts.html", about))
+        parts += _sections(sections.OF_TEXTS, source)
+        data = source.data
     else:
         why = "no finished run of this leaderboard used texts"
         parts.append(Section("texts", "Texts", "", {}, why))
-    made, first = board.plan, of_datasets[0]
-    parts.append(_setup(first.record, _leaderboard_command(made)))
-    best = max(first.of_metric.items(), key=lambda row: float(row[1]["mean"]))
-    tiles = [
-        ("Best model", best[0]),
-        (f"Its {metric_name(first.metric)}", f"{best[1]['mean']:.4f}"),
-        ("Models", str(len(made["models"]))),
-        ("Data sets", str(len(made["datasets"]))),
-        ("Seeds", str(len(made["seeds"]))),
-    ]
-    names = made["models"]
-    models = ", ".join(names) if len(names) < 6 else f"{len(names)} models"
-    subtitle = f"{models} on {', '.join(made['datasets'])}"
-    records = [first.record, *(run.record for run in board.runs)]
-    counts, seeds = first.table["statistics"], made["seeds"]
-    protocol = made["protocol"]
-    return Page("Leaderboard", subtitle, tiles, parts, data, records, counts, seeds, protocol)
-
-
-def _leaderboard_command(plan: dict[str, Any]) -> str:
-    """Without the keys that name folders."""
+    first, models = of_datasets[0], plan["models"]
+    best, figures = max(first.of_metric.items(), key=lambda row: float(row[1]["mean"]))
     flags = {
-        "models": ",".join(plan["models"]),
+        "models": ",".join(models),
         "datasets": ",".join(plan["datasets"]),
         "seeds": len(plan["seeds"]),
         "protocol": plan["protocol"],
-        **{k: v for k, v in plan["given"].items() if not k.endswith(("_dir", "_path"))},
+        **{key: value for key, value in plan["given"].items() if not _names_folder(key)},
     }
-    return " ".join(["leaderboard", *(f"--{key}={value}" for key, value in flags.items())])
-
-
-def _text_sections(source: Source) -> tuple[list[Section], dict[str, Any]]:
-    """Sections about texts, and the data of the map and the browser."""
-    data: dict[str, Any] = {}
-    if not isinstance(source.texts, str):
-        browser = browser_data(source.texts, source.scored)
-        data = {"browser": browser, "map": map_data(source.texts)}
-    plan: _Plan = (
-        ("browser", "Description browser", "browser", lambda: sections.browser(source, data)),
-        ("map", "Map of item texts", "map", lambda: sections.text_map(source, data)),
-        ("cost", "Cost of the texts", "cost", lambda: sections.cost(source)),
-        ("quality", "Quality of the texts", "quality", lambda: sections.quality(source)),
-        ("sft", "Fine-tuning", "sft", lambda: sections.finetuning(source)),
-        ("leakage", "Leakage audit", "leakage", lambda: sections.leakage(source)),
+    command = ["leaderboard", *(f"--{key}={value}" for key, value in flags.items())]
+    names = ", ".join(models) if len(models) < 6 else f"{len(models)} models"
+    return Page(
+        kind="Leaderboard",
+        subtitle=f"{names} on {', '.join(plan['datasets'])}",
+        tiles=[
+            ("Best model", best),
+            (f"Its {metric_name(first.metric)}", f"{figures['mean']:.4f}"),
+            ("Models", str(len(models))),
+            ("Data sets", str(len(plan["datasets"]))),
+            ("Seeds", str(len(plan["seeds"]))),
+        ],
+        parts=[*parts, _setup(first.record, command)],
+        data=data,
+        records=[first.record, *(run.record for run in board.runs)],
+        counts=first.table["statistics"],
+        seeds=plan["seeds"],
+        protocol=plan["protocol"],
     )
-    return _sections(plan), data
 
 
-def _setup(record: dict[str, Any], command: str) -> Section:
+def _names_folder(key: str) -> bool:
+    return key.endswith(("_dir", "_path"))
+
+
+def _setup(record: dict[str, Any], command: list[str]) -> Section:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    data = {"command": command, "config": record["config"], "versions": versions}
+    data = {"command": " ".join(command), "config": record["config"], "versions": versions}
     return Section("setup", "Setup", "setup.html", data)
 
 
-def _sections(plan: _Plan) -> list[Section]:
-    """Each section, or one line that says why it is left out."""
+def _sections(
+    rows: Iterable[tuple[str, str, str, Callable[[Any], dict[str, Any]]]],
+    subject: Any,
+    end: str = "",
+    on: str = "",
+) -> list[Section]:
+    """The sections of a table about a run or a board, or one line that says why one is left out.
+
+    Args:
+        rows: Such as :data:`.sections.OF_RUN`.
+        subject: What their functions take.
+        end: Of all anchors.
+        on: Of all titles.
+    """
     parts = []
-    for anchor, title, template, make in plan:
+    for anchor, title, template, make in rows:
+        data: dict[str, Any] = {}
+        left_out = ""
         try:
-            parts.append(Section(anchor, title, f"{template}.html", make()))
+            data = make(subject)
         except LookupError as missing:
-            parts.append(Section(anchor, title, "", {}, str(missing.args[0]).rstrip(".")))
+            left_out = str(missing.args[0]).rstrip(".")
+        title = data.get("title", title)
+        parts.append(Section(anchor + end, title + on, f"{template}.html", data, left_out))
     return parts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from recbole_gacllm.compare.markdown import metric_name
@@ -12,7 +11,7 @@ from recbole_gacllm.inspection.leakage import verdict
 from recbole_gacllm.report import charts
 from recbole_gacllm.report.charts import Series
 from recbole_gacllm.report.degrees import item_chart, user_chart
-from recbole_gacllm.report.source import Source, Texts, main_metric
+from recbole_gacllm.report.source import Source, main_metric
 
 
 def results(source: Source) -> dict[str, Any]:
@@ -73,19 +72,19 @@ def by_degree(source: Source) -> dict[str, Any]:
     return {"figures": figures, "note": note}
 
 
-def browser(source: Source, data: dict[str, Any]) -> dict[str, Any]:
+def browser(source: Source) -> dict[str, Any]:
     """An example of what may be searched: the title of the item with most interactions."""
     if isinstance(source.texts, str):
         raise LookupError(source.texts)
-    items = data["browser"]["item"]
+    items = source.data["browser"]["item"]
     return {"example": items["c"][max(range(len(items["d"])), key=items["d"].__getitem__)]}
 
 
-def text_map(source: Source, data: dict[str, Any]) -> dict[str, Any]:
+def text_map(source: Source) -> dict[str, Any]:
     """Item texts of every layer in two dimensions."""
     if isinstance(source.texts, str):
         raise LookupError(source.texts)
-    if (points_of := data["map"]) is None:
+    if (points_of := source.data["map"]) is None:
         raise LookupError("the text embeddings are gone")
     names, colours = points_of["groups"], points_of["group"]
     figures = []
@@ -157,25 +156,21 @@ def leakage(source: Source) -> dict[str, Any]:
     return {"audit": audit, "verdict": verdict(audit)}
 
 
-def command(record: dict[str, Any]) -> str:
-    """The command line without the keys that name folders."""
-    program, *flags = record["command"] or [""]
-    shown = [flag for flag in flags if not flag.split("=")[0].endswith(("_dir", "_path"))]
-    return " ".join([Path(program).name, *shown])
-
-
-def interactions(source: Source) -> dict[str, int]:
-    """Users, items and interactions of the data, as far as the run knows them."""
-    if "statistics" in source.record:
-        return dict(source.record["statistics"])
-    if isinstance(source.texts, Texts) and not isinstance(source.scored, str):
-        return {
-            "n_users": len(source.texts.tokens("user")),
-            "n_items": len(source.texts.tokens("item")),
-            "n_training_interactions": source.texts.run.graph.n_edges,
-        }
-    return {}
-
-
 def _why_no_texts(source: Source, otherwise: str) -> str:
     return source.texts if isinstance(source.texts, str) else otherwise
+
+
+#: Anchor, title, template, and what makes its data or raises LookupError with the reason why not.
+OF_RUN = (
+    ("results", "Results", "results", results),
+    ("curves", "Learning curves", "figures", curves),
+    ("degrees", "Who and what it serves", "figures", by_degree),
+)
+OF_TEXTS = (
+    ("browser", "Description browser", "browser", browser),
+    ("map", "Map of item texts", "map", text_map),
+    ("cost", "Cost of the texts", "cost", cost),
+    ("quality", "Quality of the texts", "quality", quality),
+    ("sft", "Fine-tuning", "sft", finetuning),
+    ("leakage", "Leakage audit", "leakage", leakage),
+)

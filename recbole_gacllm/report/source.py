@@ -7,67 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from recbole_gacllm.artifacts.locate import RunFiles
 from recbole_gacllm.compare.job import PER_USER_FILE
 from recbole_gacllm.compare.results import FinishedRun
-from recbole_gacllm.convolution.layers import Side
-from recbole_gacllm.convolution.names import names_file_of
-from recbole_gacllm.convolution.text import read_features
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.inspection.opened import open_run
-from recbole_gacllm.inspection.reading import RunDescriptions
+from recbole_gacllm.report.browser import browser_data, map_data
 from recbole_gacllm.report.scoring import Scored, score
+from recbole_gacllm.report.texts import Texts
 
 logger = logging.getLogger(__name__)
-
-_CATEGORY_WORDS = ("genre", "class", "categor", "type", "tag")
-_MAX_CATEGORIES = 60
-
-Category = tuple[str, dict[str, tuple[str, ...]]]  # field name, and values of each item by token
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Descriptions of a run.
-
-    Attributes:
-        run: Layers, names of items, training edges and neighbours in the prompts.
-        embeddings: One array a layer, users first; fewer than layers if they are gone.
-        category: What items are coloured by.
-    """
-
-    run: RunDescriptions
-    embeddings: list[np.ndarray]
-    category: Category | None
-
-    @classmethod
-    def read(cls, files: RunFiles) -> Texts:
-        """Read the artefacts that a run names.
-
-        Raises:
-            ValueError: If they are not there.
-            GaCLLMError: If they are damaged.
-        """
-        folders = files.artifacts()
-        if "inputs" not in folders:
-            raise ValueError(f"the run of {files.record['model']} used no texts")
-        if not (folders["inputs"] / "graph.npz").is_file():
-            raise ValueError(
-                f"the artefacts are gone: there is no {folders['inputs']}; --artifact_dir says "
-                "where they lie now"
-            )
-        folder = folders.get("descriptions") or folders["inputs"]
-        run = RunDescriptions(folder, names_file=names_file_of(folders))
-        arrays = [folders["embeddings"] / f"layer_{at}.npy" for at in range(len(run.layers))]
-        embeddings = [np.load(file, mmap_mode="r") for file in arrays if file.is_file()]
-        return cls(run, embeddings, _category(files))
-
-    def tokens(self, side: Side) -> list[str]:
-        """Raw tokens of all nodes."""
-        return self.run.layers[0].tokens[side]
 
 
 @dataclass(frozen=True)
@@ -78,12 +29,14 @@ class Source:
         texts: Its descriptions, or why there are none.
         scored: What its model does for every user, or why that is not known.
         test: Per-user test metrics, from the model or from the leaderboard's file.
+        data: What the browser and the map show; empty without texts.
     """
 
     record: dict[str, Any]
     texts: Texts | str
     scored: Scored | str
     test: dict[str, pd.Series[float]]
+    data: dict[str, Any]
 
     @classmethod
     def read(cls, run: Path, artifact_dir: Path | None = None) -> Source:
@@ -104,7 +57,10 @@ class Source:
             texts = _reason(error)
         scored = scored_again(files)
         test = _stored_metrics(files) if isinstance(scored, str) else scored.test
-        return cls(files.record, texts, scored, test)
+        data = {}
+        if isinstance(texts, Texts):
+            data = {"browser": browser_data(texts, scored), "map": map_data(texts)}
+        return cls(files.record, texts, scored, test, data)
 
 
 def main_metric(record: dict[str, Any]) -> str:
@@ -133,32 +89,3 @@ def _stored_metrics(files: RunFiles) -> dict[str, pd.Series[float]]:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-
-
-def _category(files: RunFiles) -> Category | None:
-    """Genres of the items, or the first field of few values in the item file."""
-    config = files.record["config"]
-    file = files.data_path() / f"{config['dataset']}.item"
-    if not file.is_file():
-        return None
-    frame = read_features(
-        file,
-        config["ITEM_ID_FIELD"],
-        config["field_separator"],
-        config.get("encoding") or "utf-8",
-        config["seq_separator"],
-    )
-    values = {
-        str(field): {
-            str(token): (cell,) if isinstance(cell, str) else tuple(cell)
-            for token, cell in frame[field].items()
-            if cell is not None
-        }
-        for field in frame.columns
-    }
-    titled = [field for word in _CATEGORY_WORDS for field in values if word in field.lower()]
-    for field in [*titled, *values]:
-        n_values = len({value for cell in values[field].values() for value in cell})
-        if 2 <= n_values <= _MAX_CATEGORIES:
-            return field, values[field]
-    return None
