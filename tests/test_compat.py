@@ -89,7 +89,7 @@ def attempt(code, without):
 def work(folder, code, without):
     shutil.copytree("tiny", folder / "tiny")
     os.chdir(folder)
-    with open("log", "w") as log:
+    with open("attempt.log", "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     outcome = "passed"
