@@ -27,8 +27,7 @@ def check(argv: list[str]) -> None:
         "show texts as the language model would see them.",
         _EPILOG,
     )
-    common.add_dataset_and_model(parser)
-    common.add_config_files(parser)
+    common.add_flags(parser, "dataset", "model", "config_files")
     args, keys = common.parse_with_keys(parser, argv)
 
     from recbole_gacllm.config import MODELS

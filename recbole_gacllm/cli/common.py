@@ -16,6 +16,21 @@ from typing import Any, NoReturn
 from recbole_gacllm.console import say
 
 ARTIFACT_DIR = Path("saved/gacllm")
+_FLAGS: dict[str, dict[str, Any]] = {
+    "dataset": {"required": True, "help": "name of the data set, such as ml-100k"},
+    "model": {"default": "GaCLLM", "help": "GaCLLM (default) or a RecBole model"},
+    "config_files": {"default": "", "help": 'yaml files, as "a.yaml b.yaml"'},
+    "nproc": {"type": int, "default": 1, "help": "processes of RecBole's DDP, each run"},
+    "artifact_dir": {
+        "type": Path,
+        "default": ARTIFACT_DIR,
+        "help": "as in the run, or where its artefacts lie now; default saved/gacllm",
+    },
+}
+VERBOSITY = {
+    "--quiet": "print the result alone; all else goes to a file",
+    "--verbose": "print debugging messages, too",
+}
 
 
 def command_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -36,34 +51,17 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} ({self.prog} --help tells more)")
 
 
-def add_dataset_and_model(parser: argparse.ArgumentParser) -> None:
-    """The flags ``--dataset``, which is required, and ``--model``."""
-    parser.add_argument("--dataset", required=True, help="name of the data set, such as ml-100k")
-    parser.add_argument("--model", default="GaCLLM", help="GaCLLM (default) or a RecBole model")
-
-
-def add_config_files(parser: argparse.ArgumentParser) -> None:
-    """The flag ``--config_files``, as RecBole has it."""
-    parser.add_argument("--config_files", default="", help='yaml files, as "a.yaml b.yaml"')
-
-
-def add_artifact_dir(parser: argparse.ArgumentParser) -> None:
-    """The flag ``--artifact_dir`` of the commands that read what a run left."""
-    parser.add_argument(
-        "--artifact_dir",
-        type=Path,
-        default=ARTIFACT_DIR,
-        help="as in the run, or where its artefacts lie now; default saved/gacllm",
-    )
+def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Flags that mean the same in several commands."""
+    for name in names:
+        parser.add_argument(f"--{name}", **_FLAGS[name])
 
 
 def add_verbosity(parser: argparse.ArgumentParser) -> None:
     """The flags ``--quiet`` and ``--verbose``."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--quiet", action="store_true", help="print the result alone; all else goes to a file"
-    )
-    group.add_argument("--verbose", action="store_true", help="print debugging messages, too")
+    for name, text in VERBOSITY.items():
+        group.add_argument(name, action="store_true", help=text)
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

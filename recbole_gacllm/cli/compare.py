@@ -130,7 +130,7 @@ def tune(argv: list[str]) -> None:
         "Search hyper-parameters of GaCLLM or a RecBole model with RecBole's HyperTuning.",
         _TUNE_EPILOG,
     )
-    common.add_dataset_and_model(parser)
+    common.add_flags(parser, "dataset", "model")
     parser.add_argument(
         "--space",
         "--params_file",
@@ -192,8 +192,7 @@ def tune(argv: list[str]) -> None:
 def _add_flags_of_runs(parser: argparse.ArgumentParser) -> None:
     """What both commands hand to each of their runs."""
     parser.add_argument("--protocol", default="general", help=_PROTOCOL_HELP)
-    parser.add_argument("--nproc", type=int, default=1, help="processes of RecBole's DDP, each run")
-    common.add_config_files(parser)
+    common.add_flags(parser, "nproc", "config_files")
     common.add_verbosity(parser)
 
 
@@ -213,7 +212,7 @@ def report(argv: list[str]) -> None:
     parser.add_argument(
         "path", type=Path, help="a run.json, its folder, or the folder of a leaderboard"
     )
-    common.add_artifact_dir(parser)
+    common.add_flags(parser, "artifact_dir")
     parser.add_argument("--output", type=Path, help="file to write; default PATH/report.html")
     args = common.parse(parser, argv)
     if args.output is not None and not args.output.resolve().parent.is_dir():

@@ -65,7 +65,7 @@ def describe(argv: list[str]) -> None:
         "--shard-size", type=int, default=20_000, help="requests a shard; default 20000"
     )
     parser.add_argument("--preset", choices=preset_names(), help="as in the run")
-    common.add_config_files(parser)
+    common.add_flags(parser, "config_files")
     common.add_verbosity(parser)
     args, keys = common.parse_with_keys(parser, argv)
     if args.user is None and args.item is None:
@@ -175,7 +175,7 @@ def quality(argv: list[str]) -> None:
         "example:\n  python -m recbole_gacllm audit saved/runs/ml-100k-GaCLLM-Nov-22-2026_15-19-14",
     )
     parser.add_argument("run", type=Path, help="a run.json, its folder, or a descriptions-… folder")
-    common.add_artifact_dir(parser)
+    common.add_flags(parser, "artifact_dir")
     parser.add_argument("--n-samples", type=int, default=10, help="of each layer")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of samples")
     parser.add_argument("--json", type=Path, help="file to write all figures to, too")
@@ -225,8 +225,7 @@ def import_descriptions(argv: list[str]) -> None:
         "example:\n  python -m recbole_gacllm import-descriptions texts.parquet --dataset=ml-100k",
     )
     parser.add_argument("file", type=Path, help=".parquet or .csv")
-    parser.add_argument("--dataset", required=True, help="name of the data set")
-    common.add_config_files(parser)
+    common.add_flags(parser, "dataset", "config_files")
     argv = common.with_equals_signs(parser, argv)
     args, _ = common.parse_with_keys(parser, argv)
     flags = [word for word in argv if word.startswith("--")]
@@ -307,7 +306,7 @@ def _artifact_parser(command: str, description: str, epilog: str) -> argparse.Ar
     parser = common.command_parser(f"python -m recbole_gacllm {command}", description, epilog)
     parser.add_argument("--dataset", help="the newest descriptions of this data set")
     parser.add_argument("--run", type=Path, help="or those of a run: a run.json or its folder")
-    common.add_artifact_dir(parser)
+    common.add_flags(parser, "artifact_dir")
     return parser
 
 

@@ -114,14 +114,12 @@ def _run(argv: list[str]) -> None:
         "Train and test GaCLLM, or any RecBole model, on data in RecBole's format.",
         _RUN_EPILOG,
     )
-    common.add_dataset_and_model(parser)
+    common.add_flags(parser, "dataset", "model", "config_files", "nproc")
     parser.add_argument(
         "--preset",
         choices=preset_names(),
         help="GaCLLM's settings: quick (default, minutes on a laptop), paper or best",
     )
-    parser.add_argument("--nproc", type=int, default=1, help="processes of RecBole's DDP")
-    common.add_config_files(parser)
     common.add_verbosity(parser)
     if common.completing():
         parser.add_argument("command", nargs="?", choices=list(_COMMANDS))
@@ -129,8 +127,8 @@ def _run(argv: list[str]) -> None:
     args, _ = common.parse_with_keys(parser, argv)
     if args.nproc < 1:
         parser.error(f"--nproc: {args.nproc} is not allowed; give at least 1")
-    # The flags above are keys of RecBole's, too, but for the last two.
-    keys = common.keys_of(parser, [flag for flag in argv if flag not in ("--quiet", "--verbose")])
+    # RecBole has the flags above, too, but for these.
+    keys = common.keys_of(parser, [flag for flag in argv if flag not in common.VERBOSITY])
     if args.quiet:
         keys["show_progress"] = "False"
     if args.verbose:
