@@ -22,6 +22,9 @@ from pydantic.dataclasses import dataclass
 
 from recbole_gacllm.redaction import api_key, redact
 
+MODEL = "GaCLLM"
+#: Our models and their modules; both take the keys of ``GaCLLM.yaml``.
+MODELS = {MODEL: "recbole_gacllm.model", "TextKNN": "recbole_gacllm.text_knn"}
 OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_", "linear_")
 
 #: Keys of ours that hold for any model; see ``splits.py``.

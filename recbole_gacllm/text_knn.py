@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.objective.linear import TextNeighbors, centred
-from recbole_gacllm.pipeline import prepare
+from recbole_gacllm.pipeline import TextsOf, prepare
 
 
 class TextKNN(GeneralRecommender):  # type: ignore[misc]
@@ -32,17 +32,18 @@ class TextKNN(GeneralRecommender):  # type: ignore[misc]
     Args:
         config: RecBole's configuration.
         dataset: RecBole's **training** split.
+        texts_of: Gives the text embeddings; None runs the stages, or reuses what they made.
     """
 
     input_type = InputType.PAIRWISE
     type = ModelType.TRADITIONAL  # RecBole's trainer ends after one epoch
 
-    def __init__(self, config: Any, dataset: Dataset) -> None:
+    def __init__(self, config: Any, dataset: Dataset, texts_of: TextsOf | None = None) -> None:
         super().__init__(config, dataset)
         options = GaCLLMConfig.from_mapping(config.final_config_dict)
         options = dataclasses.replace(options, text_source="raw")
         data = TrainingData.from_recbole(config, dataset)
-        self.texts = prepare(options, data).to(self.device)
+        self.texts = (texts_of or prepare)(options, data).to(self.device)
         nodes = torch.arange(self.n_users, self.n_users + self.n_items, device=self.device)
         texts = torch.from_numpy(centred(self.texts.rows(0, nodes).double().cpu().numpy()))
         texts = F.normalize(texts.float(), dim=1).to(self.device)

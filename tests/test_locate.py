@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import shutil
-import sqlite3
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from recbole_gacllm.artifacts import locate, manifests
+from recbole_gacllm.artifacts.locate import RunFiles
 from recbole_gacllm.cli.main import main
+from recbole_gacllm.compare.results import Board
 from recbole_gacllm.convolution import names
-from recbole_gacllm.convolution.costs import Cost, LayerCost
-from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.inspection.embeddings import export_embeddings
 from recbole_gacllm.inspection.reading import RunDescriptions
 
 from .test_cli import described  # noqa: F401
@@ -71,44 +70,72 @@ def run(described, tmp_path):  # noqa: F811
     """A run.json as the runner writes it, with the artefacts of ``described``."""
     file = tmp_path / "saved" / "runs" / "one" / "run.json"
     file.parent.mkdir(parents=True)
-    recorded = {"inputs": described.parent / "inputs-1", "descriptions": described}
-    file.write_text(json.dumps({"artifacts": {k: str(path) for k, path in recorded.items()}}))
+    artifacts = {"inputs": described.parent / "inputs-1", "descriptions": described}
+    record = {
+        "artifacts": {stage: str(path) for stage, path in artifacts.items()},
+        "checkpoint": str(tmp_path / "saved" / "one.pth"),
+    }
+    file.write_text(json.dumps(record))
     return file
 
 
+def commands(run: Path, out: Path) -> list[list[str]]:
+    """Those that show the descriptions of a run, but for ``report``: see test_report.py."""
+    return [
+        ["audit", str(run)],
+        ["describe", f"--run={run}", "--user=u1"],
+        ["export-descriptions", f"--run={run}", f"--output={out}"],
+    ]
+
+
+@pytest.mark.parametrize("place", ["elsewhere/deeper/saved", "saved-copy", "another"])
 @pytest.mark.parametrize("copied", [False, True])
-def test_the_artefacts_of_a_moved_run_are_found(run, tmp_path, capsys, copied):
-    there = tmp_path / "elsewhere" / "deeper"
-    (shutil.copytree if copied else shutil.move)(tmp_path / "saved", there / "saved")
+def test_a_run_that_was_moved_or_copied_with_all_it_made_has_its_own_artefacts(
+    run, tmp_path, capsys, place, copied
+):
     if copied:
-        shutil.rmtree(tmp_path / "saved" / "gacllm")
-    new = there / "saved" / "runs" / "one"
-    main(["audit", str(new)])
-    assert str(there / "saved" / "gacllm" / "tiny" / "descriptions-1") in capsys.readouterr().out
-    main(["describe", f"--run={new}", "--user=u1"])
-    assert "Likes rain." in capsys.readouterr().out
+        shutil.copytree(tmp_path / "saved", tmp_path / place)
+        for file in (tmp_path / "saved").rglob("*.parquet"):
+            file.write_text("what the copy was made of has changed since")
+    else:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "saved").rename(tmp_path / place)
+    out = tmp_path / "texts.csv"
+    for command in commands(tmp_path / place / "runs" / "one", out):
+        main(command)
+    assert capsys.readouterr().out.count(str(tmp_path / place / "gacllm" / "tiny")) == 2
+    assert "Likes rain." in out.read_text()
+
+
+def test_a_copy_without_its_artefacts_takes_those_it_was_made_of(run, tmp_path, capsys):
+    shutil.copytree(run.parent, tmp_path / "copy" / "runs" / "one")
+    main(["audit", str(tmp_path / "copy" / "runs" / "one")])
+    assert str(tmp_path / "saved" / "gacllm") in capsys.readouterr().out
 
 
 def test_artefacts_that_were_moved_away_from_the_run_are_found_where_the_flag_says(
     run, tmp_path, capsys
 ):
     (tmp_path / "saved" / "gacllm").rename(tmp_path / "disk")
-    for command in (["audit", str(run)], ["describe", f"--run={run}", "--user=u1"]):
+    for command in commands(run, tmp_path / "texts.csv"):
         with pytest.raises(SystemExit):
             main(command)
         assert "there is no" in capsys.readouterr().err
         main([*command, f"--artifact_dir={tmp_path / 'disk'}"])
-        assert "tiny/descriptions-1" in capsys.readouterr().out
+    assert "Likes rain." in (tmp_path / "texts.csv").read_text()
 
 
 def test_artefacts_beside_the_run_are_found_and_lost_ones_keep_their_name(tmp_path):
     run_folder = tmp_path / "received"
     (run_folder / "tiny" / "inputs-1").mkdir(parents=True)
     recorded = "/home/somebody/saved/gacllm/tiny/inputs-1"
-    assert locate.find(recorded, run_folder) == run_folder / "tiny" / "inputs-1"
-    assert locate.find("/home/somebody/sft-1", run_folder) == Path("/home/somebody/sft-1")
+    recorded = {"inputs": recorded, "sft": "/home/somebody/sft-1", "up": "x/../../secret"}
     (tmp_path / "secret").mkdir()
-    assert locate.find("x/../../secret", run_folder / "tiny") == Path("../secret")
+    assert RunFiles({"artifacts": recorded}, run_folder).artifacts() == {
+        "inputs": run_folder / "tiny" / "inputs-1",
+        "sft": Path("/home/somebody/sft-1"),
+        "up": Path("../secret"),
+    }
 
 
 def write_job(folder: Path, **entries: object) -> None:
@@ -144,82 +171,37 @@ def test_inputs_that_a_job_names_lie_beside_it(described, tmp_path, capsys, inpu
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.parametrize("damage", ["killed", "closed", "text", "other table"])
-def test_what_a_killed_run_has_cost_is_read_without_a_change_on_disk(
-    described,  # noqa: F811
-    tmp_path,
-    capsys,
-    damage,
-):
-    (described / "manifest.json").unlink()
-    options = {"neighbor_rule": "rare_first", "n_neighbors": 2, "llm_n_layers": 2}
-    write_job(described, options=options)
-    path = described.parent.parent / "store.sqlite"
-    store = DescriptionStore(path)
-    store.put_many([], LayerCost("tiny/descriptions-1", 2, Cost(5, 600, 70, 50, 8.0)))
-    copies = [(file, file.read_bytes()) for file in path.parent.glob("store.sqlite*")]
-    store.close()
-    if damage == "killed":  # the log and its index stay
-        for file, content in copies:
-            file.write_bytes(content)
-        assert Path(f"{path}-wal").stat().st_size
-    elif damage == "text":
-        path.write_text("no database")
-    elif damage == "other table":
-        path.unlink()
-        with sqlite3.connect(path) as db:
-            db.execute("CREATE TABLE costs (stage TEXT, layer, n_generated)")
-    before = snapshot(tmp_path)
-    main(["audit", str(described)])
-    n = 5 if damage in ("killed", "closed") else 0
-    assert f"generated       {n} prompts" in capsys.readouterr().out
-    assert snapshot(tmp_path) == before
-
-
 def test_commands_that_read_change_nothing(run, described, tmp_path):  # noqa: F811
     folder = tmp_path / "saved" / "gacllm"
     before = snapshot(folder)
-    out = tmp_path / "out"
-    out.mkdir()
     main(["describe", "--dataset=tiny", "--item=i1"])
-    main(["describe", f"--run={run}", "--user=u1"])
-    main(["audit", str(run)])
     main(["audit", str(described)])
-    main(["export-descriptions", f"--run={run}", f"--output={out / 'a.csv'}"])
+    for command in commands(run, tmp_path / "texts.csv"):
+        main(command)
     assert snapshot(folder) == before
 
 
 def test_embeddings_of_a_moved_or_strange_folder(embeddings, tmp_path):  # noqa: F811
-    from recbole_gacllm.inspection.embeddings import export_embeddings
-
-    before = snapshot(embeddings.parent)
-    assert len(export_embeddings(embeddings, 1, tmp_path / "out")) == 3
-    assert snapshot(embeddings.parent) == before
-    write_job(embeddings, layer_files=["/etc/../passwd", "x"])
+    root = embeddings.parent.rename(tmp_path / "tiny")
+    before = snapshot(root)
+    folder = root / embeddings.name
+    assert len(export_embeddings(folder, 1, tmp_path / "out")) == 3
+    assert snapshot(root) == before
+    write_job(folder, layer_files=["/etc/../passwd", "x"])
     with pytest.raises(ValueError, match="is not a plain path"):
-        export_embeddings(embeddings, 1, tmp_path / "out")
+        export_embeddings(folder, 1, tmp_path / "out")
 
 
-def test_arrays_that_are_pickles_are_not_read(described, capsys):  # noqa: F811
-    graph = described.parent / "inputs-1" / "graph.npz"
-    for content in (b"", b"text", pickle.dumps([1])):
-        graph.write_bytes(content)
-        with pytest.raises(SystemExit) as end:
-            main(
-                [
-                    "describe",
-                    f"--artifact_dir={described.parent.parent}",
-                    "--dataset=tiny",
-                    "--user=u1",
-                ]
-            )
-        assert end.value.code == 1
-        assert re.search(r"graph\.npz is damaged", capsys.readouterr().err)
+@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps([1])])
+def test_arrays_that_are_pickles_are_not_read(described, content, capsys):  # noqa: F811
+    (described.parent / "inputs-1" / "graph.npz").write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        main(["describe", "--dataset=tiny", "--user=u1"])
+    assert end.value.code == 1
+    assert "graph.npz is damaged" in capsys.readouterr().err
 
 
 def test_embeddings_that_are_pickles_are_not_read(embeddings, tmp_path):  # noqa: F811
-    from recbole_gacllm.inspection.embeddings import export_embeddings
-
     np.save(embeddings / "layer_1.npy", np.array([{}], dtype=object))
     with pytest.raises(GaCLLMError, match=r"embeddings of layer 1 .* are damaged"):
         export_embeddings(embeddings, 1, tmp_path / "out")
@@ -229,18 +211,13 @@ def test_names_of_items_are_of_the_run(run, described, capsys):  # noqa: F811
     """Two runs share the inputs; the second calls its items by another field."""
     inputs = described.parent / "inputs-1"
     old = json.loads((inputs / "item_names.json").read_text())
-    first = names.write_names(inputs, {**old, "i1": "Rain Man"})
-    other = names.write_names(inputs, {**old, "i1": "Drama"})
-    assert first != other
+    files = {name: names.write_names(inputs, {**old, "i1": name}) for name in ("Drama", "Fiction")}
     record = json.loads(run.read_text())
-    record["artifacts"]["item_names"] = str(first)
-    run.write_text(json.dumps(record))
-    assert RunDescriptions.of_run(run).names["i1"] == "Rain Man"
-    main(["describe", f"--run={run}", "--item=i1"])
-    assert "item i1, Rain Man" in capsys.readouterr().out
-    record["artifacts"]["item_names"] = str(other)
-    run.write_text(json.dumps(record))
-    assert RunDescriptions.of_run(run).names["i1"] == "Drama"
+    for name, file in files.items():
+        record["artifacts"]["item_names"] = str(file)
+        run.write_text(json.dumps(record))
+        main(["describe", f"--run={run}", "--item=i1"])
+        assert f"item i1, {name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"i1": 3}'])
@@ -251,8 +228,6 @@ def test_a_damaged_file_of_names_is_named(described, content):  # noqa: F811
 
 
 def test_a_leaderboard_whose_runs_lie_elsewhere_is_refused(tmp_path):
-    from recbole_gacllm.compare.results import Board
-
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "leaderboard.json").write_text(json.dumps({"runs": ["../"]}))
     with pytest.raises(ValueError, match="is not a plain path"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,15 +17,17 @@ import pytest
 
 import recbole_gacllm.model
 from recbole_gacllm import run as runner
-from recbole_gacllm.artifacts import children
+from recbole_gacllm.alignment.embeddings import TextLayers
+from recbole_gacllm.artifacts import children, manifests
 from recbole_gacllm.cli.main import main
 from recbole_gacllm.compare import job, leaderboard, plan
 from recbole_gacllm.compare.degrees import edges
 from recbole_gacllm.convolution.layers import SIDES, Layer
-from recbole_gacllm.inputs import TextLayers, raw_descriptions
-from recbole_gacllm.report import charts, degrees
+from recbole_gacllm.inputs import raw_descriptions
+from recbole_gacllm.report import browser, charts, degrees
 from recbole_gacllm.report.page import write_report
 from recbole_gacllm.report.source import Source
+from tests.conftest import tiny_settings, write_dataset
 
 SCRIPT = "<script>window.harmed = true</script> & a person of </textarea> taste."
 SECTIONS = [
@@ -48,12 +52,9 @@ def prepare(options, data):
     above.statuses = {side: ["generated"] * len(texts[side]) for side in SIDES}
     above.statuses["user"][1], above.reasons["user"][1] = "failed", "echo"
     above.write(folders["descriptions"] / "layer_1.parquet")
-    job = {
-        "inputs": str(folders["inputs"]),
-        "seed": data.seed,
-        "options": {"neighbor_rule": "random", "n_neighbors": 4},
-    }
-    (folders["descriptions"] / "job.json").write_text(json.dumps(job))
+    keys = {"neighbor_rule": "random", "n_neighbors": 4}
+    told = {"inputs": str(folders["inputs"]), "seed": data.seed, "options": keys}
+    (folders["descriptions"] / "job.json").write_text(json.dumps(told))
     rng = np.random.default_rng(1)
     n_nodes = sum(len(raw.tokens[side]) for side in SIDES)
     for layer in range(2):
@@ -63,35 +64,56 @@ def prepare(options, data):
     figures |= dict.fromkeys(("n_retried", "n_truncated", "n_cached_tokens"), 0)
     figures |= {"n_failed": 1, "failures": {"echo": 1}, "n_from_store": 0, "seconds": 2.0}
     sft = {"n_pairs": 8, "n_heldout": 2, "n_steps": 3, "n_tokens": 99, "train_losses": [3, 2, 1]}
-    manifests = {
+    for stage, manifest in {
         "inputs": {"n_edges": data.graph.n_edges},
         "sft": {**sft, "perplexity_before": 20.0, "perplexity_after": 10.0, "seconds": 3.0},
         "descriptions": {"layers": [figures], "seconds": 2.5},
         "embeddings": {"seconds": 1.0},
-    }
-    for stage, manifest in manifests.items():
+    }.items():
         manifests.write_manifest(folders[stage], {"stage": stage, **manifest})
-    return TextLayers.load(folders, 2, options, data)
+    return TextLayers.load(folders, 2, options.text_source, data.graph, data.seed)
 
 
-def run_with_texts(settings):
-    """A finished run of GaCLLM whose texts were made up; returns its run.json."""
-    with pytest.MonkeyPatch.context() as patch:
+def run_with_texts(root, replaced=None):
+    """A finished run of GaCLLM in a folder, whose texts were made up; returns its run.json."""
+    settings = tiny_settings(write_dataset(root / "data"), root)
+    for old, new in (replaced or {}).items():
+        for file in (root / "data" / "tiny").iterdir():
+            file.write_text(file.read_text("utf-8").replace(old, new), "utf-8")
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(root):
         patch.setattr(recbole_gacllm.model, "prepare", prepare)
         keys = {**settings, "topk": [5], "valid_metric": "NDCG@5"}
         return runner.run("GaCLLM", "tiny", config_dict=keys).run_file
 
 
+def make_board(root, models, n_seeds, **keys):
+    """A finished leaderboard whose runs were made in this process; returns its folder."""
+    settings = tiny_settings(write_dataset(root / "data"), root) | keys
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(root):
+        patch.setattr(children, "run_child", lambda stage, folder, **_: job._work(folder))
+        made = plan.make_plan(models, ["tiny"], n_seeds, config_dict=settings)
+        return leaderboard.run_leaderboard(made, root / "board", show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a run and all that it made, moved since; and its run.json in there."""
+    root = tmp_path_factory.mktemp("made") / "written"
+    root.mkdir()
+    file = run_with_texts(root).relative_to(root)
+    return root.rename(root.parent / "moved"), file
+
+
 @pytest.fixture
-def text_run(settings, monkeypatch):
-    """The run; from here on a stage that starts is an error."""
-    file = run_with_texts(settings)
+def text_run(made, tmp_path, monkeypatch):
+    """A copy of the run; from here on a stage that starts is an error."""
 
     def refuse(*_):
         raise AssertionError("a report must not start a stage")
 
     monkeypatch.setattr(children, "run_child", refuse)
-    return file
+    root, file = made
+    return shutil.copytree(root, tmp_path / "copy") / file
 
 
 def page_of(path, tmp_path):
@@ -107,39 +129,51 @@ def section_of(page, anchor):
     return re.search(rf'<section id="{anchor}">.*?</section>', page, re.DOTALL).group()
 
 
-class Tags(HTMLParser):
-    def __init__(self):
+def edit(file, **changes):
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | changes))
+    return record
+
+
+class Parsed(HTMLParser):
+    """Elements with their attributes, comments, and all that is shown."""
+
+    def __init__(self, html):
         super().__init__()
-        self.found = []
+        self.elements, self.comments, self.shown = [], [], []
+        self.feed(html)
+        self.close()
 
     def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
+        self.shown += [value or "" for _, value in attrs]
+
+    def handle_data(self, data):
+        self.shown.append(data)
+
+    def handle_comment(self, data):
+        self.comments.append(data)
 
 
-def test_the_page_of_a_run_has_every_section(text_run, tmp_path):
+def test_the_page_of_a_run_has_every_section_and_loads_nothing_from_elsewhere(text_run, tmp_path):
     page = page_of(text_run, tmp_path)
     assert re.findall(r'<section id="([\w-]+)">', page) == SECTIONS
     assert "Left out" not in page
     assert "GaCLLM on tiny" in page
     assert "echo 1" in section_of(page, "cost")
-    quality = section_of(page, "quality")
-    assert "Layer 1, users" in quality
-    assert "<td>generated 23, failed 1</td><td>generated 30</td>" in quality
-    assert "<td>en 100.0%</td>" in quality
+    for words in (
+        "Layer 1, users",
+        "<td>generated 23, failed 1</td><td>generated 30</td>",
+        "<td>en 100.0%</td>",
+    ):
+        assert words in section_of(page, "quality")
     assert "20.00" in section_of(page, "sft")
     assert "No sign of leakage" in section_of(page, "leakage")
-
-
-def test_the_page_loads_nothing_from_elsewhere(text_run, tmp_path):
-    page = page_of(text_run, tmp_path)
-    tags = Tags()
-    tags.feed(page)
-    for tag, attributes in tags.found:
+    for tag, attributes in Parsed(page).elements:
         assert tag not in ("iframe", "img", "object", "embed")
         for name in ("src", "href"):
             assert attributes.get(name, "#").startswith(("#", "data:"))
-    assert "url(" not in page
-    assert "@import" not in page
+    assert not re.search(r"url\(|@import", page)
 
 
 def test_metrics_carry_the_interval_over_users(text_run, tmp_path):
@@ -152,7 +186,7 @@ def test_metrics_carry_the_interval_over_users(text_run, tmp_path):
     assert f"<small>{low:.4f} – {high:.4f}</small>" in page
 
 
-def test_recommendations_are_new_to_the_user_and_give_the_runs_recall(text_run):
+def test_recommendations_are_new_to_the_user_and_give_the_runs_recall(text_run, made):
     source = Source.read(text_run)
     scored = source.scored
     recalls = [
@@ -160,44 +194,31 @@ def test_recommendations_are_new_to_the_user_and_give_the_runs_recall(text_run):
         for user, held in scored.heldout.items()
     ]
     assert np.mean(recalls) == pytest.approx(source.record["test"]["recall@5"], abs=1e-4)
-    tiny = pd.read_csv(Path(source.record["config"]["data_path"]) / "tiny.inter", sep="\t")
+    tiny = pd.read_csv(made[0] / "data" / "tiny" / "tiny.inter", sep="\t")
     touched = set(zip(tiny["user_id:token"], tiny["item_id:token"], strict=True))
     for user, items in scored.top.items():
         assert {item for item in items if (user, item) in touched} <= set(scored.heldout[user])
 
 
 def test_the_browser_holds_texts_neighbours_and_what_was_held_out(text_run, tmp_path):
-    source = Source.read(text_run)
+    scored = Source.read(text_run).scored
     data = data_of(page_of(text_run, tmp_path))["browser"]
     user, item = data["user"], data["item"]
     at = user["t"].index("u0")
     assert data["layers"] == 2
-    assert user["x"][0][at] == "A user aged 20, occupation teacher." or "20" in user["x"][0][at]
+    assert "20" in user["x"][0][at]
     assert user["x"][1][at] == SCRIPT
     assert user["s"][1] == {"1": "failed: echo"}
     assert item["c"][item["t"].index("i3")] == "The Great Film 3"
     assert item["g"][item["t"].index("i3")] == "Horror"
-    assert [item["t"][place] for place in user["h"][at]] == source.scored.heldout["u0"]
-    assert [item["t"][place] for place in user["r"][at]] == source.scored.top["u0"]
-    assert all(len(around) <= 4 for around in user["n"])
+    assert [item["t"][place] for place in user["h"][at]] == scored.heldout["u0"]
+    assert [item["t"][place] for place in user["r"][at]] == scored.top["u0"]
+    assert all(len(places) <= 4 for places in user["n"])
     for place in user["n"][at]:
         assert at in {edge for edge, near in enumerate(user["n"]) if place in near}
 
 
-def test_no_text_of_the_data_is_ever_markup(text_run, tmp_path):
-    record = json.loads(text_run.read_text())
-    record["command"] = ["run.py", f"--x={SCRIPT}"]
-    record["versions"]["torch"] = SCRIPT
-    text_run.write_text(json.dumps(record))
-    page = page_of(text_run, tmp_path)
-    assert "window.harmed" in page  # shown
-    assert "<script>window.harmed" not in page
-    assert page.count("<script") == 2
-
-
 def test_a_data_set_larger_than_the_page_is_sampled(text_run, tmp_path, monkeypatch):
-    from recbole_gacllm.report import browser
-
     monkeypatch.setattr(browser, "MAX_NODES", {"user": 10, "item": 12})
     data = data_of(page_of(text_run, tmp_path))
     assert len(data["browser"]["user"]["t"]) == 10
@@ -218,48 +239,62 @@ def test_a_run_without_texts_says_so_and_shows_the_rest(settings, tmp_path):
         assert "Left out" not in section_of(page, anchor)
 
 
-def test_the_report_of_a_run_that_was_moved_with_all_it_made_is_whole(text_run, tmp_path):
-    there = tmp_path / "elsewhere"
-    there.mkdir()
-    for name in ("saved", "artifacts", "data"):
-        (tmp_path / name).rename(there / name)
-    file = there / text_run.relative_to(tmp_path)
-    assert "Left out" not in page_of(file, tmp_path)
-    (there / "artifacts").rename(tmp_path / "disk")
-    assert "the artefacts are gone" in page_of(file, tmp_path)
-    main(["report", str(file), f"--artifact_dir={tmp_path / 'disk'}"])
-    assert "Left out" not in (file.parent / "report.html").read_text("utf-8")
+def test_artefacts_apart_from_the_run_are_found_by_the_flag(text_run, tmp_path, capsys):
+    (tmp_path / "copy" / "artifacts").rename(tmp_path / "disk")
+    assert "the artefacts are gone" in page_of(text_run, tmp_path)
+    main(["report", str(text_run.parent), f"--artifact_dir={tmp_path / 'disk'}"])
+    assert "report.html (0." in capsys.readouterr().out
+    assert "Left out" not in (text_run.parent / "report.html").read_text("utf-8")
+
+
+def test_a_copy_of_a_run_is_reported_on_though_what_it_was_made_of_has_changed(
+    text_run, made, tmp_path
+):
+    record = json.loads(text_run.read_text())
+    written = shutil.copytree(made[0], Path(record["checkpoint"]).parent.parent)
+    for file in (
+        Path(record["checkpoint"]),
+        *written.rglob("*.parquet"),
+        *written.rglob("*.inter"),
+    ):
+        file.write_text("changed since")
+    page = page_of(text_run, tmp_path)
+    shutil.rmtree(written)
+    assert "Left out" not in page
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", "[" * 99999, '{"test": {"a": 1}, "config": {}}', '{"test": 1, "config": 2}'],
+    [
+        None,
+        *("", "[]", "{}", "[" * 99999),
+        *('{"test": {"a": 1}, "config": {}}', '{"test": 1, "config": 2}'),
+    ],
 )
-def test_a_record_that_no_run_wrote_is_refused(tmp_path, content, capsys):
-    (tmp_path / "run.json").write_text(content)
+def test_what_no_run_wrote_is_refused(tmp_path, content, capsys):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
     with pytest.raises(SystemExit) as end:
         main(["report", str(tmp_path)])
     assert end.value.code == 2
-    assert "run.json is not the record of a run" in capsys.readouterr().err
+    why = "neither a run" if content is None else "run.json is not the record of a run"
+    assert why in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("versions", [1]), ("stages", "x"), ("description_quality", [1])]
 )
-def test_a_part_of_another_form_ends_in_one_line(text_run, tmp_path, key, value, capsys):
-    (tmp_path / "odd").mkdir()
-    record = {**json.loads(text_run.read_text()), key: value}
-    (tmp_path / "odd" / "run.json").write_text(json.dumps(record))
+def test_a_part_of_another_form_ends_in_one_line(text_run, key, value, capsys):
+    edit(text_run, **{key: value})
     with pytest.raises(SystemExit) as end:
-        main(["report", str(tmp_path / "odd")])
+        main(["report", str(text_run)])
     assert end.value.code == 2
     assert "has a part of another form than this version writes" in capsys.readouterr().err
 
 
 def test_lost_artefacts_and_checkpoints_are_named(text_run, tmp_path):
-    record = json.loads(text_run.read_text())
-    Path(record["checkpoint"]).unlink()
-    (Path(record["artifacts"]["inputs"]) / "graph.npz").unlink()
+    for pattern in ("saved/*.pth", "artifacts/tiny/inputs-1/graph.npz"):
+        next((tmp_path / "copy").glob(pattern)).unlink()
     page = page_of(text_run, tmp_path)
     assert "the checkpoint is gone" in section_of(page, "results")
     assert "Left out: the checkpoint is gone" in section_of(page, "degrees")
@@ -268,18 +303,17 @@ def test_lost_artefacts_and_checkpoints_are_named(text_run, tmp_path):
 
 
 def test_a_checkpoint_that_no_longer_gives_the_metrics_is_not_believed(text_run, tmp_path):
-    record = json.loads(text_run.read_text())
-    record["test"]["recall@5"] += 0.1
-    text_run.write_text(json.dumps(record))
+    test = json.loads(text_run.read_text())["test"]
+    edit(text_run, test=test | {"recall@5": test["recall@5"] + 0.1})
     page = page_of(text_run, tmp_path)
     assert "the checkpoint gives recall@5" in section_of(page, "degrees")
     assert "–" not in re.sub(r"<h2>.*?</h2>", "", section_of(page, "results"))
 
 
 def test_a_run_older_than_a_key_is_scored_with_the_keys_default(text_run):
-    record = json.loads(text_run.read_text())
-    del record["config"]["align_n_nodes"]
-    text_run.write_text(json.dumps(record))
+    config = json.loads(text_run.read_text())["config"]
+    del config["align_n_nodes"]
+    edit(text_run, config=config)
     assert not isinstance(Source.read(text_run).scored, str)
 
 
@@ -290,51 +324,26 @@ def test_the_runner_records_each_epoch(text_run):
     assert all(entry["train_loss"] > 0 for entry in record["history"])
 
 
-@pytest.fixture
-def board(settings, tmp_path, monkeypatch):
-    """A finished leaderboard of two models and two seeds, its runs made in this process."""
-    monkeypatch.setattr(children, "run_child", lambda stage, folder, **_: job._work(folder))
-    keys = {**settings, "use_text": False}
-    made = plan.make_plan(["BPR", "Pop"], ["tiny"], 2, config_dict=keys)
-    return leaderboard.run_leaderboard(made, tmp_path / "board", show_progress=False)
-
-
-def test_the_page_of_a_leaderboard_compares_its_models(board, tmp_path):
+def test_the_page_of_a_leaderboard_compares_its_models(tmp_path):
+    board = make_board(tmp_path, ["BPR", "Pop"], 2, use_text=False)
     page = page_of(board, tmp_path)
     results = section_of(page, "results")
     assert results.count("± 0.") == 10
-    assert "against BPR" in results
-    assert "<b>" in results
-    assert "<u>" in results
+    for words in ("against BPR", "<b>", "<u>"):
+        assert words in results
     assert "Validation NDCG@10, BPR" in section_of(page, "curves")
     assert "for want of a curve: Pop" in section_of(page, "curves")
     assert section_of(page, "bars").count("<rect") == 10
     assert set(re.findall("<title>(.*?), ", section_of(page, "degrees"))) == {"BPR", "Pop"}
     assert "used texts" in section_of(page, "texts")
-
-
-def test_variants_of_gacllm_are_an_ablation(board, tmp_path):
-    for name in ("leaderboard.json", *(f"{run}/run.json" for run in board.glob("runs/*"))):
-        file = board / name
-        file.write_text(file.read_text().replace('"Pop"', '"GaCLLM:sft=False"'))
-        file.write_text(file.read_text().replace('"BPR"', '"GaCLLM"'))
-        file.write_text(file.read_text().replace("tiny/BPR", "tiny/GaCLLM"))
+    assert "Ablation" not in page
+    # The same board, as if it were one of variants.
+    for file in (board / "leaderboard.json", *board.glob("runs/*/run.json")):
+        text = file.read_text().replace('"Pop"', '"GaCLLM:sft=False"').replace('"BPR"', '"GaCLLM"')
+        file.write_text(text.replace("tiny/BPR", "tiny/GaCLLM"))
     page = page_of(board, tmp_path)
     assert "<h2>Ablation</h2>" in page
     assert "GaCLLM:sft=False" in section_of(page, "bars")
-
-
-def test_the_command_writes_beside_the_run_and_says_where(text_run, capsys):
-    main(["report", str(text_run.parent)])
-    assert "report.html (0." in capsys.readouterr().out
-    assert (text_run.parent / "report.html").is_file()
-
-
-def test_the_command_refuses_what_is_no_run(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["report", str(tmp_path)])
-    assert end.value.code == 2
-    assert "neither a run" in capsys.readouterr().err
 
 
 def test_degrees_fall_into_five_groups_of_equal_size():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import time
@@ -10,7 +9,6 @@ import time
 import pytest
 
 from recbole_gacllm.report.page import write_report
-from tests.conftest import tiny_settings, write_dataset
 from tests.test_report import SCRIPT, run_with_texts
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -38,12 +36,8 @@ FLAGS = (
 def report(tmp_path_factory):
     """The page of a run with made-up texts; a text holds a script, an id and a genre markup."""
     root = tmp_path_factory.mktemp("report")
-    settings = tiny_settings(write_dataset(root / "data"), root)
-    for file in (root / "data" / "tiny").iterdir():
-        text = file.read_text("utf-8").replace("u23\t", f"{ID}\t").replace("Horror", GENRE)
-        file.write_text(text, "utf-8")
-    with contextlib.chdir(root):
-        return write_report(run_with_texts(settings), root / "report.html")
+    run = run_with_texts(root, {"u23\t": f"{ID}\t", "Horror": GENRE})
+    return write_report(run, root / "report.html")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ but those that make a tensor gives :class:`_Unread`, which does nothing and hold
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import sys
@@ -122,7 +123,7 @@ def _is_read(value: Any) -> bool:
     return value is None or isinstance(value, (Tensor, str, int, float, bool))
 
 
-_n_refusing = 0
+_refusals: list[None] = []  # one for each block that is entered
 
 
 @contextmanager
@@ -132,27 +133,21 @@ def no_pickles() -> Iterator[None]:
     While RecBole works with the configuration of somebody else's run, which may name a saved data
     set, saved data loaders, pretrained weights or an array of objects.
     """
-    global _n_refusing
     _watch_pickles()
-    _n_refusing += 1
+    _refusals.append(None)
     try:
         yield
     finally:
-        _n_refusing -= 1
+        _refusals.pop()
 
 
-def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "pickle.find_class" and _n_refusing:
-        raise GaCLLMError(
-            f"the run's configuration leads to a pickle that asks for {'.'.join(arguments)}; "
-            "pickles can run any code, so none is read of a run"
-        )
-
-
-_hooks: list[Any] = []
-
-
+@functools.cache  # an audit hook stays for the life of the process
 def _watch_pickles() -> None:
-    if not _hooks:  # an audit hook stays for the life of the process
-        sys.addaudithook(_refuse)
-        _hooks.append(_refuse)
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "pickle.find_class" and _refusals:
+            raise GaCLLMError(
+                f"the run's configuration leads to a pickle that asks for {'.'.join(arguments)}; "
+                "pickles can run any code, so none is read of a run"
+            )
+
+    sys.addaudithook(refuse)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from recbole_gacllm.convolution.graph import Side
+from recbole_gacllm.convolution.layers import Side
 from recbole_gacllm.convolution.neutralize import neutralize
 from recbole_gacllm.convolution.templates import compile_template, default_sentence
 from recbole_gacllm.convolution.values import Value, column_values, in_order, says_nothing

@@ -47,6 +47,11 @@ def words(text: str) -> list[str]:
     return list(pattern.findall(text.casefold()))
 
 
+def matches(text: str) -> Iterator[re.Match[str] | regex.Match[str]]:
+    """The words of a text as they are written, with their places."""
+    return (_ascii_word if text.isascii() else _word).finditer(text)
+
+
 def length(words: Sequence[str]) -> float:
     """How many words of a script with blanks say about as much as these."""
     return sum(map(_weight, words))

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from recbole_gacllm.config import MODELS
 from recbole_gacllm.data.atomic import AtomicFile, read_atomic
 from recbole_gacllm.data.numbers import times
-from recbole_gacllm.plugin.registration import MODELS
 
 # Below this share of nodes with a row in their file something is likely to be wrong.
 _FEW = 0.9

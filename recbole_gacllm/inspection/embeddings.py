@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import yaml
 
 from recbole_gacllm.artifacts import disk, locate, manifests
@@ -30,16 +29,16 @@ def find_embeddings(artifact_dir: Path, dataset: str | None, run: Path | None, l
     """
     if run is not None:
         return folders_of_run(run, ["embeddings"], "text embeddings", artifact_dir)["embeddings"]
-    manifests = list((artifact_dir / str(dataset)).glob("embeddings-*/manifest.json"))
-    with_layer = [file for file in manifests if (file.parent / f"layer_{layer}.npy").is_file()]
-    newest = max(with_layer, key=lambda file: file.stat().st_mtime, default=None)
-    if newest is None:
-        what = f"layer: {layer} is in none of {len(manifests)}" if manifests else "no"
+    manifest_files = list((artifact_dir / str(dataset)).glob("embeddings-*/manifest.json"))
+    with_layer = [file for file in manifest_files if (file.parent / f"layer_{layer}.npy").is_file()]
+    if not with_layer:
+        n = len(manifest_files)
+        what = f"layer: {layer} is in none of {n}" if n else "no"
         raise ValueError(
             f"{what} text embeddings of {dataset!r} under {artifact_dir}. Run GaCLLM on it first, "
             "or give the artifact_dir of the run."
         )
-    return newest.parent
+    return max(with_layer, key=lambda file: file.stat().st_mtime).parent
 
 
 def export_embeddings(folder: Path, layer: int, output: Path) -> list[Path]:
@@ -57,6 +56,7 @@ def export_embeddings(folder: Path, layer: int, output: Path) -> list[Path]:
 
     Raises:
         ValueError: If there are no finished embeddings or no such layer.
+        GaCLLMError: If they are damaged.
     """
     locate.require_no_links(folder)
     if manifests.read_manifest(folder) is None:
@@ -65,7 +65,6 @@ def export_embeddings(folder: Path, layer: int, output: Path) -> list[Path]:
     if not 0 <= layer < len(layer_files):
         raise ValueError(f"layer: {layer} is not one of 0 to {len(layer_files) - 1}.")
     inputs = locate.beside(folder, Path(layer_files[0]).parent)
-    locate.require_no_links(inputs)
     tokens = Layer.read(inputs / "layer_0.parquet").tokens
     try:
         vectors = np.load(folder / f"layer_{layer}.npy", mmap_mode="r")
@@ -75,24 +74,22 @@ def export_embeddings(folder: Path, layer: int, output: Path) -> list[Path]:
             "again: they are made anew."
         ) from error
     dataset = output.resolve().name
-    output.mkdir(parents=True, exist_ok=True)
-    files, offset = [], 0
+    contents, offset = {}, 0
     for side in SIDES:
-        # RecBole wants the id column of these files under a name of their own.
         rows = vectors[offset : offset + len(tokens[side])].astype(np.float32)
-        table = io.StringIO(newline="")
-        writer = csv.writer(table, delimiter="\t", lineterminator="\n")  # quotes as pandas reads
-        writer.writerow([f"{side[0]}id:token", f"{side}_emb:float_seq"])
-        for token, row in zip(tokens[side], rows, strict=True):
-            writer.writerow([token, " ".join(f"{value:.6g}" for value in row)])
-        files.append(output / f"{dataset}.{side}emb")
-        disk.write_atomic(files[-1], table.getvalue().encode())
-        offset += len(tokens[side])
-    files.append(output / f"{dataset}-emb.yaml")
-    text = (
+        offset += len(rows)
+        columns = {  # RecBole wants the id column of these files under a name of their own
+            f"{side[0]}id:token": tokens[side],
+            f"{side}_emb:float_seq": [" ".join(f"{value:.6g}" for value in row) for row in rows],
+        }
+        table = pd.DataFrame(columns).to_csv(sep="\t", index=False, lineterminator="\n")
+        contents[f"{dataset}.{side}emb"] = table
+    contents[f"{dataset}-emb.yaml"] = (
         f"# Loads {dataset}.useremb and {dataset}.itememb, which must lie beside {dataset}.inter.\n"
         "# A model takes them by dataset.get_preload_weight('uid') and ('iid'). Your load_col\n"
         "# needs useremb: [uid, user_emb] and itememb: [iid, item_emb] besides.\n"
-    )
-    disk.write_atomic(files[-1], (text + yaml.safe_dump(_CONFIG, sort_keys=False)).encode())
-    return files
+    ) + yaml.safe_dump(_CONFIG, sort_keys=False)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        disk.write_atomic(output / name, content.encode())
+    return [output / name for name in contents]

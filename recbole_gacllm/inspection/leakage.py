@@ -13,6 +13,7 @@ node's own features.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +27,16 @@ from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.convolution.graph import TrainGraph, select_neighbors
 from recbole_gacllm.convolution.layers import SIDES, Layer, Side, layer_files
 from recbole_gacllm.convolution.names import read_names
-from recbole_gacllm.inspection.mentions import KINDS, Marks, named
+from recbole_gacllm.inspection.mentions import KINDS, Marks
 
 _ROWS_AT_ONCE = 4096
 _ALPHA = 0.05
 _MIN_SHARE = 0.5  # of held-out pairs that must be checked before silence means anything
 
+# A pair is one number, user * n_items + item: a Python set of all edges takes gigabytes.
 _Pairs = npt.NDArray[np.int64]
+_Bools = npt.NDArray[np.bool_]
+_Texts = dict[Side, list[list[str]]]
 
 
 def audit_leakage(
@@ -67,79 +71,78 @@ def audit_leakage(
         unless the data repeats interactions.
     """
     graph = TrainGraph.load(inputs / "graph.npz")
-    layer_0 = _layer_0(inputs, graph)
-    texts = _texts(layer_0, descriptions)
+    tokens: dict[Side, list[str]] = {side: graph.tokens(side).tolist() for side in SIDES}
+    raw, features, texts = _texts(tokens, inputs, descriptions)
     item_names = read_names(inputs, names_file)
     names: dict[Side, Mapping[str, str]] = {"user": user_names or {}, "item": item_names}
-    marks = {
-        side: Marks.of(side, tokens, [names[side].get(token) for token in tokens])
-        for side, tokens in layer_0.tokens.items()
-    }
-    node_of = {s: {token: node for node, token in enumerate(layer_0.tokens[s])} for s in SIDES}
-    pairs = sorted((node_of["user"][user], node_of["item"][item]) for user, item in heldout)
-    users, items = np.array(pairs, np.int64).reshape(-1, 2).T
+    marks = {s: Marks.of(s, tokens[s], [names[s].get(token) for token in tokens[s]]) for s in SIDES}
+    node_of = {side: {token: node for node, token in enumerate(tokens[side])} for side in SIDES}
+    nodes = sorted((node_of["user"][user], node_of["item"][item]) for user, item in heldout)
+    users, items = np.array(nodes, np.int64).reshape(-1, 2).T
+    n_items = len(tokens["item"])
+    edges = graph.users.astype(np.int64) * n_items + graph.items
+    pairs = users * n_items + items
 
-    # What stands in names and at layer 0, however it is written, may be known from there.
-    in_names = marks["item"].found([[item_names.get(t, "")] for t in layer_0.tokens["item"]], True)
-    below = {side: marks[side].found([[t] for t in layer_0.texts[side]], True) for side in SIDES}
+    # What stands in names and at layer 0, however it is written, may come from there.
+    in_names = marks["item"].in_texts([[item_names.get(t, "")] for t in tokens["item"]], True)
+    below = {side: marks[side].in_texts(raw[side], True) for side in SIDES}
     shown = {side: _shown(graph, side, descriptions) for side in SIDES}
     trained = _shown(graph, "user", None)
-    by_name = _known_pairs(trained, named(in_names, marks["item"], "name"))
-    by_text = _known_pairs(shown["user"], named(below["item"], marks["item"], "name"))
+    by_name = _pairs_named_around(trained, marks["item"].owned(in_names, "name"))
+    by_text = _pairs_named_around(shown["user"], marks["item"].owned(below["item"], "name"))
+    is_by_name = _among(pairs, by_name)
+    is_by_text = ~is_by_name & _among(pairs, by_text)
+    is_open = ~is_by_name & ~is_by_text
 
-    # A pair as one number: a Python set of all edges of a large graph takes gigabytes.
-    n_items = len(graph.item_tokens)
-    edges = graph.users.astype(np.int64) * n_items + graph.items
-    held = users * n_items + items
-    is_known = _among(held, by_name)
-    is_known_text = ~is_known & _among(held, by_text)
-    is_open = ~is_known & ~is_known_text
-    match = np.full(len(held), -1)
-    banned = np.sort(np.concatenate([edges, held, by_name, by_text]))
+    match = np.full(len(pairs), -1)
+    banned = np.sort(np.concatenate([edges, pairs, by_name, by_text]))
     match[is_open] = _matched(users[is_open], items[is_open], graph, banned, seed)
-    compared = match >= 0
+    is_compared = match >= 0
+    sets = {"heldout": pairs[is_compared], "matched": (users * n_items + match)[is_compared]}
 
     # Whether texts name one another, pair by pair, by kind.
-    pairs_of = {"heldout": held[compared], "matched": (users * n_items + match)[compared]}
-    mentions: dict[str, dict[str, npt.NDArray[np.bool_]]] = {}
+    mentions: dict[str, dict[str, _Bools]] = {}
     below["item"] = below["item"] + in_names
     for side in SIDES:
         other: Side = "item" if side == "user" else "user"
-        found = marks[side].found(texts[other])
-        features = marks[side].found(_features(layer_0, other), True)
-        found = _unknown(found, features, shown[other], below[side])
+        in_texts = marks[side].in_texts(texts[other])
+        in_features = marks[side].in_texts(features[other], True)
+        new = _new(in_texts, in_features, shown[other], below[side])
         for kind in KINDS:
-            nodes, of = map(np.int64, named(found, marks[side], kind).nonzero())
-            at = np.sort(nodes * n_items + of if side == "item" else of * n_items + nodes)
-            mentions[f"{side}_{kind}s"] = {name: _among(p, at) for name, p in pairs_of.items()}
+            of, to = map(np.int64, marks[side].owned(new, kind).nonzero())
+            at = np.sort(of * n_items + to if side == "item" else to * n_items + of)
+            mentions[f"{side}_{kind}s"] = {name: _among(some, at) for name, some in sets.items()}
 
-    n_named = {name: np.any([of[name] for of in mentions.values()], axis=0) for name in pairs_of}
-    has_text = {side: np.array([bool(some) for some in texts[side]]) for side in SIDES}
+    n_named = {
+        f"{name}_mentions": int(np.any([of[name] for of in mentions.values()], axis=0).sum())
+        for name in sets
+    }
+    has_text = {side: np.array([bool(of_node) for of_node in texts[side]]) for side in SIDES}
     is_checkable = has_text["user"][users] & marks["item"].is_sure[items]
     is_checkable |= has_text["item"][items] & marks["user"].is_sure[users]
+    missing = {
+        "no_match": is_open & ~is_compared,
+        "item_names": ~marks["item"].has_sure_name[items],
+        "item_ids": ~marks["item"].has_sure_id[items],
+        "user_names": ~marks["user"].has_sure_name[users],
+        "user_ids": ~marks["user"].has_sure_id[users],
+        "user_texts": ~has_text["user"][users],
+        "item_texts": ~has_text["item"][items],
+    }
     return {
-        "n_pairs": int(compared.sum()),
-        "heldout_mentions": int(n_named["heldout"].sum()),
-        "matched_mentions": int(n_named["matched"].sum()),
+        "n_pairs": int(is_compared.sum()),
+        **n_named,
         "p_value": _p_value(mentions),
-        "n_known_names": int(is_known.sum()),
-        "edges_in_graph": int(_among(held, edges).sum()),
-        "n_heldout": len(held),
-        "n_checkable": int((compared & is_checkable).sum()),
-        "n_known_texts": int(is_known_text.sum()),
+        "n_known_names": int(is_by_name.sum()),
+        "edges_in_graph": int(_among(pairs, edges).sum()),
+        "n_heldout": len(pairs),
+        "n_checkable": int((is_compared & is_checkable).sum()),
+        "n_known_texts": int(is_by_text.sum()),
         "kinds": {
-            kind: {f"{name}_mentions": int(found.sum()) for name, found in of.items()}
+            kind: {f"{name}_mentions": int(is_named.sum()) for name, is_named in of.items()}
             for kind, of in mentions.items()
         },
-        "not_checked": {
-            "no_match": int((is_open & ~compared).sum()),
-            "item_names": int((~marks["item"].has_sure_name[items]).sum()),
-            "item_ids": int((~marks["item"].has_sure_id[items]).sum()),
-            "user_names": int((~marks["user"].has_sure_name[users]).sum()),
-            "user_ids": int((~marks["user"].has_sure_id[users]).sum()),
-            "user_texts": int((~has_text["user"][users]).sum()),
-            "item_texts": int((~has_text["item"][items]).sum()),
-        },
+        "not_checked": {what: int(is_missing.sum()) for what, is_missing in missing.items()},
     }
 
 
@@ -148,73 +151,30 @@ def verdict(audit: Mapping[str, Any]) -> Literal["suspicious", "unseen", "clean"
     p_value = audit["p_value"]
     if audit["edges_in_graph"] or (p_value is not None and p_value < _ALPHA):
         return "suspicious"
-    # A record without these counts only the pairs that were compared.
+    # Some committed runs count only the pairs that were compared.
     n_checkable = audit.get("n_checkable", audit["n_pairs"])
     n_heldout = audit.get("n_heldout", audit["n_pairs"])
     return "clean" if n_checkable and n_checkable >= _MIN_SHARE * n_heldout else "unseen"
 
 
-def blind_spots(audit: Mapping[str, Any]) -> dict[str, str]:
-    """What an audit's record says was not checked, in words; nothing for older versions."""
-    if "not_checked" not in audit:
-        return {}
-    words = {
-        "user_texts": "The user has no text that could know too much",
-        "item_texts": "The item has no text that could know too much",
-        "item_names": "The item has no name, or one found only in quotes or with a capital",
-        "item_ids": 'The item\'s id is found only as "item 5"',
-        "user_names": "The user has no name, or one found only in quotes or with a capital",
-        "user_ids": 'The user\'s id is found only as "user 5"',
-        "no_match": "Not compared: no item is left to match",
-    }
-    n_heldout = audit["n_heldout"]
-    shares = {
-        "Held-out pairs that a name or an id can tell": audit["n_checkable"],
-        "Not compared: a neighbour's text of layer 0 has the name": audit["n_known_texts"],
-        **{words[key]: count for key, count in audit["not_checked"].items() if count},
-    }
-    return {what: f"{count:,} of {n_heldout:,}" for what, count in shares.items()}
-
-
-def _layer_0(inputs: Path, graph: TrainGraph) -> Layer:
-    """Layer 0 in the graph's order; empty texts if it is not kept."""
-    tokens: dict[Side, list[str]] = {side: graph.tokens(side).tolist() for side in SIDES}
-    layer = Layer.raw(tokens, {side: [""] * len(tokens[side]) for side in SIDES})
-    file = inputs / "layer_0.parquet"
-    if file.is_file():
-        found = Layer.read(file)
-        for side in SIDES:
-            row_of = {token: row for row, token in enumerate(found.tokens[side])}
-            rows = [row_of[token] for token in tokens[side]]
-            layer.texts[side] = [found.texts[side][row] for row in rows]
-            layer.statuses[side] = [found.statuses[side][row] for row in rows]
-    return layer
-
-
-def _texts(layer_0: Layer, descriptions: Path | None) -> dict[Side, list[list[str]]]:
-    """The texts of each node that may know too much: all but its features."""
-    texts: dict[Side, list[list[str]]] = {
-        side: [
-            [text] if status == "imported" else []
-            for text, status in zip(layer_0.texts[side], layer_0.statuses[side], strict=True)
-        ]
-        for side in SIDES
-    }
-    for file in layer_files(descriptions) if descriptions else []:
+def _texts(
+    tokens: Mapping[Side, list[str]], inputs: Path, descriptions: Path | None
+) -> tuple[_Texts, _Texts, _Texts]:
+    """Of each node its text of layer 0, its features, and its texts that may know too much."""
+    raw: _Texts = {side: [[] for _ in tokens[side]] for side in SIDES}
+    features, texts = copy.deepcopy(raw), copy.deepcopy(raw)
+    files = [inputs / "layer_0.parquet", *(layer_files(descriptions) if descriptions else [])]
+    for number, file in enumerate(files):
         layer = Layer.read(file)
         for side in SIDES:
-            of = dict(zip(layer.tokens[side], layer.texts[side], strict=True))
-            for token, some in zip(layer_0.tokens[side], texts[side], strict=True):
-                some.append(of[token])
-    return texts
-
-
-def _features(layer_0: Layer, side: Side) -> list[list[str]]:
-    """The text of each node's features; none where the text is imported."""
-    return [
-        [text] if status == "raw" else []
-        for text, status in zip(layer_0.texts[side], layer_0.statuses[side], strict=True)
-    ]
+            row_of = {token: row for row, token in enumerate(layer.tokens[side])}
+            for node, token in enumerate(tokens[side]):
+                text, status = (of[side][row_of[token]] for of in (layer.texts, layer.statuses))
+                if number == 0:
+                    raw[side][node].append(text)
+                is_feature = number == 0 and status == "raw"
+                (features if is_feature else texts)[side][node].append(text)
+    return raw, features, texts
 
 
 def _shown(graph: TrainGraph, side: Side, descriptions: Path | None) -> sparse.csr_array:
@@ -235,8 +195,8 @@ def _shown(graph: TrainGraph, side: Side, descriptions: Path | None) -> sparse.c
     return sparse.csr_array((ones, (graph.ends(side), graph.ends(other))), shape=shape)
 
 
-def _known_pairs(around: sparse.csr_array, named_there: Any) -> _Pairs:
-    """User and item, where what is around the user names the item. Shapes: [n_pairs], sorted."""
+def _pairs_named_around(around: sparse.csr_array, named_there: Any) -> _Pairs:
+    """Pairs where what is around the user names the item. Shapes: [n_pairs], sorted."""
     n_users, n_items = around.shape
     blocks = [np.empty(0, np.int64)]
     for first in range(0, n_users, _ROWS_AT_ONCE):
@@ -245,34 +205,34 @@ def _known_pairs(around: sparse.csr_array, named_there: Any) -> _Pairs:
     return np.sort(np.concatenate(blocks))
 
 
-def _unknown(
-    found: sparse.csr_array,
-    features: sparse.csr_array,
+def _new(
+    in_texts: sparse.csr_array,
+    in_features: sparse.csr_array,
     around: sparse.csr_array,
     below: sparse.csr_array,
 ) -> sparse.csr_array:
     """Marks in nodes' texts that stand neither in their features nor in what is around them.
 
     Shapes:
-        found, features, result: ``[n_nodes, n_marks]``; around: ``[n_nodes, n_neighbors]``;
+        in_texts, in_features, result: ``[n_nodes, n_marks]``; around: ``[n_nodes, n_neighbors]``;
         below: ``[n_neighbors, n_marks]``.
     """
     blocks = []
-    for first in range(0, found.shape[0], _ROWS_AT_ONCE):
+    for first in range(0, in_texts.shape[0], _ROWS_AT_ONCE):
         here = slice(first, first + _ROWS_AT_ONCE)
-        known = (around[here] @ below + features[here]) > 0
-        new = found[here] - found[here].multiply(known)
+        is_old = (around[here] @ below + in_features[here]) > 0
+        new = in_texts[here] - in_texts[here].multiply(is_old)
         new.eliminate_zeros()
         blocks.append(new)
     return sparse.vstack(blocks, format="csr")
 
 
-def _among(keys: _Pairs, keys_sorted: _Pairs) -> npt.NDArray[np.bool_]:
-    if not len(keys_sorted):
-        return np.zeros(len(keys), bool)
-    at = np.searchsorted(keys_sorted, keys)
-    found: npt.NDArray[np.bool_] = keys_sorted[np.minimum(at, len(keys_sorted) - 1)] == keys
-    return found
+def _among(pairs: _Pairs, pairs_sorted: _Pairs) -> _Bools:
+    if not len(pairs_sorted):
+        return np.zeros(len(pairs), bool)
+    at = np.minimum(np.searchsorted(pairs_sorted, pairs), len(pairs_sorted) - 1)
+    is_among: _Bools = pairs_sorted[at] == pairs
+    return is_among
 
 
 def _matched(users: _Pairs, items: _Pairs, graph: TrainGraph, banned: _Pairs, seed: int) -> _Pairs:
@@ -299,12 +259,12 @@ def _matched(users: _Pairs, items: _Pairs, graph: TrainGraph, banned: _Pairs, se
     return match
 
 
-def _p_value(mentions: Mapping[str, Mapping[str, npt.NDArray[np.bool_]]]) -> float | None:
+def _p_value(mentions: Mapping[str, Mapping[str, _Bools]]) -> float | None:
     """The smallest of one-sided sign tests, a kind each, times their number (Bonferroni)."""
     values = []
-    for found in mentions.values():
-        heldout_only = int((found["heldout"] & ~found["matched"]).sum())
-        differing = heldout_only + int((found["matched"] & ~found["heldout"]).sum())
+    for is_named in mentions.values():
+        heldout_only = int((is_named["heldout"] & ~is_named["matched"]).sum())
+        differing = heldout_only + int((is_named["matched"] & ~is_named["heldout"]).sum())
         if differing:
             values.append(binomtest(heldout_only, differing, alternative="greater").pvalue)
     return min(1.0, float(min(values)) * len(values)) if values else None

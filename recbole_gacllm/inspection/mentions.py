@@ -1,7 +1,8 @@
 """Which nodes a text names: by full name, by a distinctive part of it, or by id.
 
 One rule for texts and names: accents folded, lower case, punctuation and ``(1995)`` dropped. Of
-scripts without blanks every character is a word, so that a name is found inside a sentence.
+scripts without blanks every character is a word, and so is every Korean syllable, whose particles
+stick to a name: so a name is found inside a sentence.
 """
 
 from __future__ import annotations
@@ -15,34 +16,42 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import regex  # `re` takes vowel signs of Hindi for punctuation
+import regex  # `re` knows no scripts
 from scipy import sparse
 
 from recbole_gacllm.convolution.layers import Side
+from recbole_gacllm.convolution.words import UNSPACED, matches
 
 Kind = Literal["name", "part", "id"]
 KINDS: tuple[Kind, ...] = ("name", "part", "id")
 
 # Shorter names ("Go", "M") stand in any text; of scripts without blanks, those of one character.
-_MIN_NAME_CHARS = 4
+MIN_NAME_CHARS = 4
 _MIN_UNSPACED_CHARS = 2
 _MIN_PART_CHARS = 5
 _MIN_PHRASE_CHARS = 8
 _MIN_ID_DIGITS = 5
 
-# Han, kana and hangul (whose particles stick to a name): few characters tell much. Then Thai, Lao,
-# Tibetan, Burmese and Khmer, whose characters are letters.
-_DENSE = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\U00020000-\U0003ffff"
-_LETTERS = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"
-_LETTER = rf"[\w--[_{_DENSE}{_LETTERS}]]"
-_WORD = regex.compile(rf"[{_DENSE}{_LETTERS}]|{_LETTER}[{_LETTER}\p{{M}}]*", regex.V1)
-_IS_DENSE = re.compile(f"[{_DENSE}]")
-_IS_UNSPACED = re.compile(f"[{_DENSE}{_LETTERS}]")
+_HANGUL = regex.compile(r"\p{Hangul}")
+_IS_UNSPACED = regex.compile(rf"[{UNSPACED}\p{{Hangul}}]", regex.V1)
+# Few characters of these tell much.
+_IS_DENSE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Hangul}]")
 _WINDOW = {True: 4, False: 8}  # characters of a distinctive part, by whether the script is dense
 
 # Letters that Unicode does not take apart into a letter and an accent.
 _PLAIN = str.maketrans(
-    {"ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "Đ": "D", "ð": "d", "ı": "i", "&": " and "}
+    {
+        "_": "*",
+        "ø": "o",
+        "Ø": "O",
+        "ł": "l",
+        "Ł": "L",
+        "đ": "d",
+        "Đ": "D",
+        "ð": "d",
+        "ı": "i",
+        "&": " and ",
+    }
     | {"æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "þ": "th", "Þ": "Th"}
 )
 _UMLAUTS = str.maketrans(
@@ -64,7 +73,7 @@ _SMALL_WORDS = _ARTICLES | _set(
     "and are for from her his how its not our out over she that their they this was what when "
     "where who why with you your all into one more than"
 )
-_OPENING = frozenset("\"'“‘«‹「『《〈„‚*_`")
+_OPENING = _set("\" ' “ ‘ « ‹ 「 『 《 〈 „ ‚ * _ `")
 _SENTENCE_ENDS = frozenset(".!?:;…。！？\n")
 _NOUNS: dict[Side, frozenset[str]] = {
     "user": _set("user users person customer customers reader readers viewer viewers id"),
@@ -78,12 +87,12 @@ _ANYHOW, _CAPITAL, _STANDS_OUT = range(3)
 
 
 def fold(text: str) -> str:
-    """Text without accents and ligatures; case stays."""
+    """Text without accents, ligatures and underscores, Korean syllables apart; case stays."""
     if not text.isascii():
         # Vowel signs of Thai, Hindi or kana are letters, not accents: their classes lie between.
         parted = unicodedata.normalize("NFKD", text)
         text = "".join(char for char in parted if not _is_accent(unicodedata.combining(char)))
-        text = unicodedata.normalize("NFC", text)
+        text = _HANGUL.sub("\\g<0>\u200b", unicodedata.normalize("NFC", text))
     return text.translate(_PLAIN)
 
 
@@ -95,26 +104,26 @@ def _read(text: str) -> tuple[list[str], list[int], list[str]]:
     """The folded words of a text, how each is written, and what stands before each."""
     text = fold(text)
     words: list[str] = []
-    written: list[int] = []
+    styles: list[int] = []
     gaps: list[str] = []
     end = 0
-    for match in _WORD.finditer(text):
+    for match in matches(text):
         word, gap = match.group(), text[end : match.start()]
-        how = _ANYHOW
+        style = _ANYHOW
         # An apostrophe inside a word opens nothing.
         if gap and gap[-1] in _OPENING and (len(gap) > 1 or not words):
-            how = _STANDS_OUT
+            style = _STANDS_OUT
         elif word[0].isupper():
-            how = _STANDS_OUT if words and _SENTENCE_ENDS.isdisjoint(gap) else _CAPITAL
+            style = _STANDS_OUT if words and _SENTENCE_ENDS.isdisjoint(gap) else _CAPITAL
         words.append(word.casefold())
-        written.append(how)
+        styles.append(style)
         gaps.append(gap)
         end = match.end()
-    return words, written, gaps
+    return words, styles, gaps
 
 
 def _plain_words(text: str) -> list[str]:
-    return [match.group().casefold() for match in _WORD.finditer(fold(text))]
+    return [match.group().casefold() for match in matches(fold(text))]
 
 
 @dataclass(frozen=True)
@@ -153,16 +162,18 @@ class Marks:
         """
         rows: dict[tuple[str, int, Kind], list[int]] = defaultdict(list)
         has_name, has_id = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
-        wanted = [None if name == id_ else name for id_, name in zip(ids, names, strict=True)]
-        parts = _distinctive_parts({name for name in wanted if name is not None})
-        for node, (id_, name) in enumerate(zip(ids, wanted, strict=True)):
+        real_names = [
+            "" if name in (id_, None) else name for id_, name in zip(ids, names, strict=True)
+        ]
+        parts = _distinctive_parts({name for name in real_names if name})
+        for node, (id_, name) in enumerate(zip(ids, real_names, strict=True)):
             for key, must_be in _id_marks(id_):
                 rows[key, must_be, "id"].append(node)
                 has_id[node] = not key.startswith("#") and must_be == _ANYHOW
-            for key, must_be, kind in sorted(_marks_of_name(name or "")):
+            for key, must_be, kind in sorted(_marks_of_name(name)):
                 rows[key, must_be, kind].append(node)
                 has_name[node] |= kind == "name"
-            for key, must_be in parts.get(name or "", ()):
+            for key, must_be in parts.get(name, ()):
                 rows[key, must_be, "part"].append(node)
         marks: dict[str, list[tuple[int, int]]] = defaultdict(list)
         lengths: dict[str, set[int]] = defaultdict(set)
@@ -172,35 +183,33 @@ class Marks:
             lengths[words[0]].add(len(words))
         owners = _matrix(rows.values(), len(rows), len(ids))
         kinds = np.array([KINDS.index(kind) for _, _, kind in rows], np.int8)
-        return cls(
-            *(side, kinds, owners, has_name, has_id),
-            *(dict(marks), {word: sorted(found) for word, found in lengths.items()}),
-        )
+        in_order = {word: sorted(of_word) for word, of_word in lengths.items()}
+        return cls(side, kinds, owners, has_name, has_id, dict(marks), in_order)
 
-    def found(self, texts: Sequence[Iterable[str]], any_case: bool = False) -> sparse.csr_array:
+    def in_texts(self, texts: Sequence[Iterable[str]], any_case: bool = False) -> sparse.csr_array:
         """Which marks stand in the texts of each node.
 
         Args:
-            texts: Of each node, some texts.
+            texts: Of each node, any number of texts.
             any_case: Whether to find marks however they are written.
 
         Shapes:
             result: ``[len(texts), n_marks]``, ones.
         """
         rows = (
-            {mark for text in some if text for mark in self._found(text, any_case)}
-            for some in texts
+            {mark for text in of_node for mark in self._in_text(text, any_case)}
+            for of_node in texts
         )
         return _matrix(rows, len(texts), len(self.kinds))
 
-    def _found(self, text: str, any_case: bool) -> Iterator[int]:
-        words, written, gaps = _read(text)
+    def _in_text(self, text: str, any_case: bool) -> Iterator[int]:
+        words, styles, gaps = _read(text)
         is_listing = False
         for at, word in enumerate(words):
             for length in self._lengths.get(word, ()):
-                key = word if length == 1 else " ".join(words[at : at + length])
+                key = " ".join(words[at : at + length])
                 for mark, must_be in self._marks.get(key, ()):
-                    if any_case or written[at] >= must_be:
+                    if any_case or styles[at] >= must_be:
                         yield mark
             # "user 5", "users 5, 7 and 9", "#5"
             if word.isdigit():
@@ -211,6 +220,11 @@ class Marks:
                 is_listing = True
             elif word not in _BETWEEN_NUMBERS:
                 is_listing = False
+
+    def owned(self, marks_of: sparse.csr_array, kind: Kind) -> Any:
+        """From marks in texts to nodes named by marks of a kind. Shapes: [n_texts, n_nodes]."""
+        of_kind = np.flatnonzero(self.kinds == KINDS.index(kind))
+        return marks_of[:, of_kind] @ self.owners[of_kind]
 
 
 def _matrix(rows: Iterable[Iterable[int]], n_rows: int, n_columns: int) -> sparse.csr_array:
@@ -239,40 +253,38 @@ def _id_marks(id_: str) -> list[tuple[str, int]]:
 def _marks_of_name(name: str) -> set[tuple[str, int, Kind]]:
     """Of a name, of "Spiderman" for "Spider-Man", and of "Mueller" for "Müller"."""
     spellings = {name, _IN_WORD.sub("", name), name.translate(_UMLAUTS)}
-    return {mark for spelling in spellings for mark in _name_marks(spelling)}
+    return {mark for spelling in spellings for mark in _marks_of_spelling(spelling)}
 
 
-def _name_marks(name: str) -> list[tuple[str, int, Kind]]:
+def _marks_of_spelling(name: str) -> Iterator[tuple[str, int, Kind]]:
     """A name's words without year, its article in front; short ones must stand out."""
     bare = _YEAR.sub("", name)
     behind = _BEHIND_COMMA.match(bare)
     if behind and behind[2].casefold() in _ARTICLES:
         bare = f"{behind[2]} {behind[1]}"
     words = _plain_words(bare) or _plain_words(name)
-    if not words:
-        return []
-    core = words[1:] if words[0] in _ARTICLES else []
-    marks: list[tuple[str, int, Kind]] = []
-    for some, is_plain in ((words, _is_long(words)), (core, len(core) > 1 and _is_long(core))):
-        if some and is_plain:
-            marks.append((" ".join(some), _ANYHOW, "name"))
-        elif some:  # "Go"; "Game" of "The Game"
-            marks.append((" ".join(some), _STANDS_OUT, "part"))
-    return marks
+    if words and _is_long(words):
+        yield " ".join(words), _ANYHOW, "name"
+    elif words:  # "Go"
+        yield " ".join(words), _STANDS_OUT, "part"
+    core = words[1:] if words and words[0] in _ARTICLES else []
+    if len(core) > 1 and _is_long(core):
+        yield " ".join(core), _ANYHOW, "name"
+    elif core:  # "Game" of "The Game"
+        yield " ".join(core), _STANDS_OUT, "part"
 
 
 def _is_long(words: Sequence[str]) -> bool:
-    joined = " ".join(words)
-    if _IS_UNSPACED.search(joined):
+    if any(map(_IS_UNSPACED.search, words)):
         return len("".join(words)) >= _MIN_UNSPACED_CHARS
-    return len(joined) >= _MIN_NAME_CHARS
+    return len(" ".join(words)) >= MIN_NAME_CHARS
 
 
 def _distinctive_parts(names: set[str]) -> dict[str, list[tuple[str, int]]]:
     """Name -> what stands in no other name: words with a capital, phrases, runs of characters."""
-    found = {name: set(_parts(_plain_words(_YEAR.sub("", name)))) for name in names}
-    times = Counter(part for parts in found.values() for part in parts)
-    return {name: [p for p in sorted(parts) if times[p] == 1] for name, parts in found.items()}
+    parts_of = {name: set(_parts(_plain_words(_YEAR.sub("", name)))) for name in names}
+    times = Counter(part for parts in parts_of.values() for part in parts)
+    return {name: [p for p in sorted(parts) if times[p] == 1] for name, parts in parts_of.items()}
 
 
 def _parts(words: Sequence[str]) -> Iterator[tuple[str, int]]:
@@ -280,7 +292,7 @@ def _parts(words: Sequence[str]) -> Iterator[tuple[str, int]]:
         if _IS_UNSPACED.match(word):
             size = _WINDOW[_IS_DENSE.match(word) is not None]
             window = words[at : at + size]
-            if size < len(words) and len("".join(window)) == size:
+            if len(window) == size < len(words) and all(map(_IS_UNSPACED.match, window)):
                 yield " ".join(window), _ANYHOW
             continue
         if len(word) >= _MIN_PART_CHARS and not word.isdigit() and len(words) > 1:
@@ -292,9 +304,3 @@ def _parts(words: Sequence[str]) -> Iterator[tuple[str, int]]:
                 joined = " ".join(phrase)
                 if len(joined) >= _MIN_PHRASE_CHARS and not any(map(_IS_UNSPACED.search, phrase)):
                     yield joined, _ANYHOW
-
-
-def named(found: sparse.csr_array, marks: Marks, kind: Kind) -> Any:
-    """From marks in texts to nodes named by marks of a kind. Shapes: [n_texts, n_nodes]."""
-    some = np.flatnonzero(marks.kinds == KINDS.index(kind))
-    return found[:, some] @ marks.owners[some]

@@ -1,4 +1,4 @@
-"""What a layer of descriptions is like: figures and samples, for the command ``audit``."""
+"""What a layer of descriptions is like: figures and samples, and both as lines of text."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import numpy as np
 import py3langid
 
 from recbole_gacllm.convolution.layers import SIDES, Side
-from recbole_gacllm.convolution.words import words as _words
+from recbole_gacllm.convolution.words import words as words_of
+from recbole_gacllm.inspection.mentions import MIN_NAME_CHARS
 from recbole_gacllm.inspection.reading import RunDescriptions
 
-# Shorter names ("Go", "M") stand in any text.
-_MIN_NAME_CHARS = 4
 _SHARE_OF_OPENING = 0.95  # of a side's texts begin with its words
 _MAX_TEXTS_OF_A_LANGUAGE = 20_000  # two seconds
 _QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "max": 1.0}
+_MAX_PRINTED_CHARS = 600  # of a sample
+_MAX_SHARES = 5
 
 
 @dataclass(frozen=True)
@@ -81,53 +82,48 @@ class SideQuality:
 
 @dataclass(frozen=True)
 class LayerQuality:
-    """A layer.
-
-    Attributes:
-        number: Of the layer, from 1.
-        report: What the stage's manifest says: retries, truncated answers, tokens, seconds, …
-        sides: Figures of users and items.
-    """
+    """Layer ``number``, from 1: what the stage's manifest says of it, and figures of both sides."""
 
     number: int
     report: dict[str, Any]
     sides: dict[Side, SideQuality]
 
 
-def layer_qualities(found: RunDescriptions, n_samples: int, seed: int) -> Iterator[LayerQuality]:
+def layer_qualities(run: RunDescriptions, n_samples: int, seed: int) -> Iterator[LayerQuality]:
     """Figures of every layer above 0.
 
     Args:
-        found: Finished descriptions.
+        run: Its descriptions.
         n_samples: Descriptions to show of each layer, of both sides together.
         seed: Of their draw.
     """
-    reports = found.manifest.get("layers", [])
+    reports = run.manifest.get("layers", [])
     rng = random.Random(seed)
-    for number in range(1, len(found.layers)):
-        shown = {"user": n_samples // 2, "item": n_samples - n_samples // 2}
+    for number in range(1, len(run.layers)):
+        n_of_side = {"user": n_samples // 2, "item": n_samples - n_samples // 2}
         yield LayerQuality(
             number,
             reports[number - 1] if number <= len(reports) else {},
-            {side: _side_quality(found, number, side, shown[side], rng) for side in SIDES},
+            {side: _side_quality(run, number, side, n_of_side[side], rng) for side in SIDES},
         )
 
 
 def _side_quality(
-    found: RunDescriptions, number: int, side: Side, n_samples: int, rng: random.Random
+    run: RunDescriptions, number: int, side: Side, n_samples: int, rng: random.Random
 ) -> SideQuality:
     other: Side = "item" if side == "user" else "user"
-    layer, below = found.layers[number], found.layers[number - 1]
-    statuses, n_nodes = layer.statuses[side], len(layer.tokens[side])
-    words = [_words(text) for text in layer.texts[side]]
-    plain = [" ".join(text) for text in words]
+    layer, below = run.layers[number], run.layers[number - 1]
+    texts, statuses, n_nodes = layer.texts[side], layer.statuses[side], len(layer.tokens[side])
+    words = [words_of(text) for text in texts]
+    plain = [" ".join(of_text) for of_text in words]
     new = _without_opening(words)
     own, around = (
-        list(zip(map(" ".join, texts), _without_opening(texts), strict=True))
-        for texts in ([_words(text) for text in below.texts[s]] for s in (side, other))
+        list(zip(map(" ".join, of_side), _without_opening(of_side), strict=True))
+        for of_side in ([words_of(text) for text in below.texts[s]] for s in (side, other))
     )
-    names = [_padded(" ".join(_words(found.names[token]))) for token in layer.tokens["item"]]
-    neighbors = found.neighbor_lists(side)
+    # Between blanks, so that a name is a sequence of whole words.
+    names = [f" {' '.join(words_of(run.names[token]))} " for token in layer.tokens["item"]]
+    neighbors = run.neighbor_lists(side)
     times = Counter(plain)
     made = [node for node in range(n_nodes) if statuses[node] in ("generated", "imported")]
 
@@ -135,45 +131,36 @@ def _side_quality(
         return count / of if of else 0.0
 
     def names_one(node: int, items: Sequence[int]) -> bool:
-        text = _padded(plain[node])
-        return any(
-            len(names[item]) >= _MIN_NAME_CHARS + 2 and names[item] in text for item in items
-        )
+        long_names = (names[item] for item in items if len(names[item]) >= MIN_NAME_CHARS + 2)
+        return any(name in f" {plain[node]} " for name in long_names)
 
     drawn = sorted(rng.sample(made, min(n_samples, len(made))))
+    lengths = [len(of_text) for of_text in words]
+    scripts = Counter(map(_script, texts)).most_common()
+    n_copies = sum(any(new[node] in around[n] for n in neighbors.of(node)) for node in made)
+    naming = [names_one(n, [n] if side == "item" else neighbors.of(n).tolist()) for n in made]
+    share_of_names = share(sum(naming), len(made))
     return SideQuality(
         n_nodes=n_nodes,
         statuses=dict(Counter(statuses)),
         failures=dict(Counter(reason for reason in layer.reasons[side] if reason)),
         n_words={
-            name: int(np.quantile([len(text) for text in words], q, method="nearest"))
-            for name, q in _QUANTILES.items()
+            name: int(np.quantile(lengths, q, method="nearest")) for name, q in _QUANTILES.items()
         },
         own_copies=share(sum(new[node] in own[node] for node in made)),
-        neighbor_copies=share(
-            sum(any(new[node] in around[n] for n in neighbors.of(node)) for node in made)
-        ),
+        neighbor_copies=share(n_copies),
         repeated=share(sum(times[text] > 1 for text in plain)),
         distinct=(_distinct(words, 1), _distinct(words, 2)),
-        scripts={
-            name: share(count)
-            for name, count in Counter(map(_script, layer.texts[side])).most_common()
-        },
-        languages=_languages(layer.texts[side], rng),
-        own_names=share(sum(names_one(node, [node]) for node in made), len(made))
-        if side == "item"
-        else None,
-        neighbor_names=share(
-            sum(names_one(node, neighbors.of(node).tolist()) for node in made), len(made)
-        )
-        if side == "user"
-        else None,
+        scripts={name: share(count) for name, count in scripts},
+        languages=_languages(texts, rng),
+        own_names=share_of_names if side == "item" else None,
+        neighbor_names=share_of_names if side == "user" else None,
         samples=[
             Sample(
                 node=f"{side} {layer.tokens[side][node]}",
                 below=below.texts[side][node],
                 n_neighbors=len(neighbors.of(node)),
-                text=layer.texts[side][node],
+                text=texts[node],
             )
             for node in drawn
         ],
@@ -196,16 +183,10 @@ def _without_opening(texts: Sequence[Sequence[str]]) -> list[str]:
         shared.append(word)
 
 
-def _padded(text: str) -> str:
-    """Between blanks, so that a part of it is a sequence of whole words."""
-    return f" {text} "
-
-
 def _distinct(texts: Sequence[Sequence[str]], n: int) -> float:
     """Different n-grams over all n-grams; n-grams do not cross texts (Li et al., 2016)."""
-    grams = Counter(tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1))
-    total = sum(grams.values())
-    return len(grams) / total if total else 0.0
+    grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _script(text: str) -> str:
@@ -218,20 +199,16 @@ def _languages(texts: Sequence[str], rng: random.Random) -> dict[str, float]:
     """Shares by py3langid, a naive Bayes over byte n-grams; texts of few words may mislead it."""
     if len(texts) > _MAX_TEXTS_OF_A_LANGUAGE:
         texts = rng.sample(texts, _MAX_TEXTS_OF_A_LANGUAGE)
-    found = Counter(
+    languages = Counter(
         py3langid.classify(text)[0] if any(map(str.isalpha, text)) else "none" for text in texts
     )
-    return {name: count / len(texts) for name, count in found.most_common()}
-
-
-_MAX_PRINTED_CHARS = 600  # of a sample
-_MAX_SHARES = 5
+    return {name: count / len(texts) for name, count in languages.most_common()}
 
 
 def quality_lines(layer: LayerQuality) -> Iterator[str]:
     """What a layer is like, line by line."""
-    yield f"layer {layer.number}"
     report = layer.report
+    yield f"layer {layer.number}"
     if report.get("imported"):
         yield (
             f"  imported        {report['n_imported']} nodes, {report['n_missing']} missing, "
@@ -250,15 +227,14 @@ def quality_lines(layer: LayerQuality) -> Iterator[str]:
         yield f"  tokens          {token_line(report)}"
     for side, quality in layer.sides.items():
         yield from ("", f"  {side}s")
-        yield from _side_lines(quality)
+        yield from (f"    {name:<12}  {value}" for name, value in _side_lines(quality))
     yield from ("", "  samples")
     for sample in (sample for quality in layer.sides.values() for sample in quality.samples):
         head = f"{sample.node}, {sample.n_neighbors} neighbours: {sample.below}"
         for words, sign in ((head, "  - "), (sample.text, "    → ")):
             short = textwrap.shorten(words, _MAX_PRINTED_CHARS, placeholder=" …")
-            yield from textwrap.wrap(
-                short, 96, initial_indent=sign, subsequent_indent=" " * len(sign)
-            )
+            indent = " " * len(sign)
+            yield from textwrap.wrap(short, 96, initial_indent=sign, subsequent_indent=indent)
 
 
 def token_line(report: Mapping[str, Any]) -> str:
@@ -269,33 +245,30 @@ def token_line(report: Mapping[str, Any]) -> str:
     )
 
 
-def _side_lines(quality: SideQuality) -> Iterator[str]:
-    lines = {
-        "nodes": str(quality.n_nodes),
-        "statuses": _counts(quality.statuses),
-        "failures": _counts(quality.failures) or "none",
-        "words": ", ".join(f"{name} {value}" for name, value in quality.n_words.items()),
-        "copies": f"{quality.own_copies:.1%} of the own text below, "
-        f"{quality.neighbor_copies:.1%} of a neighbour's",
-        "repeated": f"{quality.repeated:.1%} share their text with another node",
-        "distinct": f"{quality.distinct[0]:.3f} of words, {quality.distinct[1]:.3f} of word pairs",
-        "scripts": _shares(quality.scripts),
-        "languages": _shares(quality.languages),
-    }
+def _side_lines(quality: SideQuality) -> Iterator[tuple[str, str]]:
+    yield "nodes", str(quality.n_nodes)
+    yield "statuses", _counts(quality.statuses)
+    yield "failures", _counts(quality.failures) or "none"
+    yield "words", _counts(quality.n_words)
+    own, neighbor = quality.own_copies, quality.neighbor_copies
+    yield "copies", f"{own:.1%} of the own text below, {neighbor:.1%} of a neighbour's"
+    yield "repeated", f"{quality.repeated:.1%} share their text with another node"
+    words, pairs = quality.distinct
+    yield "distinct", f"{words:.3f} of words, {pairs:.3f} of word pairs"
+    yield "scripts", _shares(quality.scripts)
+    yield "languages", _shares(quality.languages)
     if quality.own_names is not None:
-        lines["own name"] = f"in {quality.own_names:.1%}"
+        yield "own name", f"in {quality.own_names:.1%}"
     if quality.neighbor_names is not None:
-        lines["item names"] = f"of a neighbour in {quality.neighbor_names:.1%}"
-    for name, value in lines.items():
-        yield f"    {name:<12}  {value}"
+        yield "item names", f"of a neighbour in {quality.neighbor_names:.1%}"
 
 
 def _shares(shares: dict[str, float]) -> str:
     """The largest ones; small texts in many languages are noise."""
-    shown = list(shares.items())[:_MAX_SHARES]
-    rest = sum(shares.values()) - sum(share for _, share in shown)
-    parts = [f"{name} {share:.1%}" for name, share in shown]
-    return ", ".join([*parts, f"others {rest:.1%}"] if len(shares) > len(shown) else parts)
+    largest = dict(list(shares.items())[:_MAX_SHARES])
+    if len(shares) > len(largest):
+        largest["others"] = sum(shares.values()) - sum(largest.values())
+    return ", ".join(f"{name} {share:.1%}" for name, share in largest.items())
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ from typing import Any
 import pandas as pd
 
 from recbole_gacllm.artifacts import locate, manifests
-from recbole_gacllm.convolution import costs
-from recbole_gacllm.convolution.costs import Cost, stage_name
 from recbole_gacllm.convolution.graph import NeighborLists, TrainGraph, select_neighbors
 from recbole_gacllm.convolution.layers import SIDES, Layer, Side, layer_files
 from recbole_gacllm.convolution.names import names_file_of, read_names
@@ -49,13 +47,11 @@ class Unfinished:
         number: The layer that is not finished.
         n_layers: Of the run.
         n_nodes: Descriptions of a layer; prompts are fewer where some are equal or in the store.
-        cost: What this layer has cost until its last durable write.
     """
 
     number: int
     n_layers: int
     n_nodes: int
-    cost: Cost
 
 
 class RunDescriptions:
@@ -69,7 +65,7 @@ class RunDescriptions:
 
     Attributes:
         layers: Those that are finished, the raw one first.
-        manifest: Of an unfinished stage, what its finished layers have cost.
+        graph: Training edges.
         unfinished: None if the stage is finished.
 
     Raises:
@@ -87,14 +83,12 @@ class RunDescriptions:
             )
         locate.require_no_links(folder)
         manifest = manifests.read_manifest(folder)
-        if manifest is None and unfinished and folder.name.startswith("descriptions-"):
-            started = (folder / manifests.JOB_FILE).is_file()
-            manifest = {"stage": "descriptions"} if started else None
-        else:
-            unfinished = False
+        is_started = (folder / manifests.JOB_FILE).is_file()
+        is_unfinished = manifest is None and is_started and folder.name.startswith("descriptions-")
+        if is_unfinished and unfinished:
+            manifest = {"stage": "descriptions"}
         if manifest is None:
-            started = (folder / manifests.JOB_FILE).is_file()
-            state = "are not finished yet" if started else "are not there"
+            state = "are not finished yet" if is_started else "are not there"
             raise ValueError(
                 f"the descriptions of {folder} {state}: start the run, or start it again, and it "
                 "goes on with what is missing."
@@ -107,21 +101,25 @@ class RunDescriptions:
         self.folder = folder
         self.manifest = manifest
         self._job: dict[str, Any] = {}
-        self._inputs = folder
+        inputs, files = folder, []
         if manifest["stage"] == "descriptions":
             self._job = read_job(folder, "inputs", "options", "seed")
             if not {"neighbor_rule", "n_neighbors"} <= set(self._job["options"]):
                 file = folder / manifests.JOB_FILE
                 raise ValueError(f"{file} is not what a run wrote: no options.")
-            self._inputs = locate.beside(folder, self._job["inputs"])
-            locate.require_no_links(self._inputs)
-        files = layer_files(folder) if self._job else []
-        if unfinished:  # a layer below may have been lost and is made again
+            inputs, files = locate.beside(folder, self._job["inputs"]), layer_files(folder)
+        if is_unfinished:  # a layer below may have been lost and is made again
             wanted = [folder / f"layer_{number}.parquet" for number in range(1, len(files) + 1)]
             files = list(takewhile(Path.is_file, wanted))
-        self.layers = [Layer.read(file) for file in (self._inputs / "layer_0.parquet", *files)]
-        self.unfinished = self._progress() if unfinished else None
-        self.names = read_names(self._inputs, names_file)
+        self.layers = [Layer.read(file) for file in (inputs / "layer_0.parquet", *files)]
+        self.graph = TrainGraph.load(inputs / "graph.npz")
+        self.names = read_names(inputs, names_file)
+        self.unfinished = self._progress() if is_unfinished else None
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether texts were made from those of neighbours."""
+        return bool(self._job)
 
     @classmethod
     def newest(cls, artifact_dir: Path, dataset: str) -> RunDescriptions:
@@ -130,20 +128,15 @@ class RunDescriptions:
         Raises:
             ValueError: If there is neither.
         """
-
-        def last(stage: str) -> Path | None:
-            manifests = (artifact_dir / dataset).glob(f"{stage}-*/manifest.json")
-            return max(manifests, key=lambda file: file.stat().st_mtime, default=None)
-
-        newest = last("descriptions")
-        if newest is None and not any((artifact_dir / dataset).glob("descriptions-*")):
-            newest = last("inputs")
-        if newest is None:
+        root = artifact_dir / dataset
+        stage = "descriptions" if any(root.glob("descriptions-*")) else "inputs"
+        files = list(root.glob(f"{stage}-*/{manifests.MANIFEST_FILE}"))
+        if not files:
             raise ValueError(
                 f"no finished descriptions of {dataset!r} under {artifact_dir}. Run GaCLLM on it "
                 "first, or give the artifact_dir of the run."
             )
-        return cls(newest.parent)
+        return cls(max(files, key=lambda file: file.stat().st_mtime).parent)
 
     @classmethod
     def of_run(
@@ -167,13 +160,9 @@ class RunDescriptions:
         return cls(folder, unfinished, names_file_of(folders))
 
     def _progress(self) -> Unfinished:
-        """How far the stage is; fills the manifest with what finished layers have cost."""
-        number, store = len(self.layers), locate.store_of(self.folder)
-        spent = costs.read_only(store, stage_name(self.folder), range(1, number + 1))
-        # Nothing was counted where an earlier release made the layer.
-        self.manifest["layers"] = [asdict(c) if c != Cost() else {} for c in spent[:-1]]
+        """How far the stage is."""
         n_nodes = sum(map(len, self.layers[0].tokens.values()))
-        return Unfinished(number, self._job["options"]["llm_n_layers"], n_nodes, spent[-1])
+        return Unfinished(len(self.layers), self._job["options"]["llm_n_layers"], n_nodes)
 
     def page(self, side: Side, token: str) -> NodePage:
         """Everything about one node.
@@ -188,51 +177,42 @@ class RunDescriptions:
             raise ValueError(f"--{side}={token}: no such {side} in the training graph.{hint}")
         node = tokens[side].index(token)
         other: Side = "item" if side == "user" else "user"
-        around: Iterable[int] = self.neighbor_lists(side).of(node) if self._job else ()
-        raw = self.layers[0].texts[other]
+        names = self.names if other == "item" else dict.fromkeys(tokens["user"], "")
+        neighbors: Iterable[int] = self.neighbor_lists(side).of(node) if self.has_prompts else ()
         return NodePage(
             name=self.names[token] if side == "item" else "",
-            degree=int(self._graph().degrees(side)[node]),
+            degree=int(self.graph.degrees(side)[node]),
             texts=[(layer.statuses[side][node], layer.texts[side][node]) for layer in self.layers],
             neighbors=[
-                (tokens[other][n], self.names[tokens[other][n]] if other == "item" else "", raw[n])
-                for n in around
+                (tokens[other][n], names[tokens[other][n]], self.layers[0].texts[other][n])
+                for n in neighbors
             ],
         )
 
     def neighbor_lists(self, side: Side) -> NeighborLists:
         """The neighbours chosen for the prompts of a side."""
-        options = self._job["options"]
-        return select_neighbors(
-            self._graph(),
-            side,
-            options["neighbor_rule"],
-            options["n_neighbors"],
-            self._job["seed"],
-        )
-
-    def _graph(self) -> TrainGraph:
-        return TrainGraph.load(self._inputs / "graph.npz")
+        rule, n_neighbors = (self._job["options"][key] for key in ("neighbor_rule", "n_neighbors"))
+        return select_neighbors(self.graph, side, rule, n_neighbors, self._job["seed"])
 
     def frame(self) -> pd.DataFrame:
         """All layers, one row for each node and layer."""
-        return pd.DataFrame(
-            [
+        tables = (
+            pd.DataFrame(
                 {
                     "side": side,
-                    "token": token,
+                    "token": layer.tokens[side],
                     "layer": number,
-                    "text": layer.texts[side][node],
-                    "status": layer.statuses[side][node],
-                    "reason": layer.reasons[side][node],
-                    "n_prompt_tokens": int(layer.n_prompt_tokens[side][node]),
-                    "n_output_tokens": int(layer.n_output_tokens[side][node]),
+                    "text": layer.texts[side],
+                    "status": layer.statuses[side],
+                    "reason": layer.reasons[side],
+                    "n_prompt_tokens": layer.n_prompt_tokens[side],
+                    "n_output_tokens": layer.n_output_tokens[side],
                 }
-                for number, layer in enumerate(self.layers)
-                for side in SIDES
-                for node, token in enumerate(layer.tokens[side])
-            ]
+            )
+            for number, layer in enumerate(self.layers)
+            for side in SIDES
         )
+        return pd.concat(tables, ignore_index=True)
 
 
 def read_job(folder: Path, *names: str) -> dict[str, Any]:
@@ -265,18 +245,7 @@ def folders_of_run(
     Raises:
         ValueError: If there is no such file, it is no run's, or the run had none of the stages.
     """
-    file = run / "run.json" if run.is_dir() else run
-    if not file.is_file():
-        raise ValueError(f"{file} is not a file; a run's last line of output names it.")
-    try:
-        record = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{file} is not what a run wrote; a run's last line of output names its run.json."
-        )
-    folders = locate.artifacts_of(record, file.parent, artifact_dir)
+    folders = locate.RunFiles.read(run, artifact_dir).artifacts()
     if not set(stages) & set(folders):
-        raise ValueError(f"the run of {file} had no {what}.")
+        raise ValueError(f"the run of {run} had no {what}.")
     return folders

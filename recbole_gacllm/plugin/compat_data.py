@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import builtins
-import functools
 import io
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from recbole_gacllm.plugin.import_hooks import Overlay
+from recbole_gacllm.plugin.import_hooks import Overlay, replaces
 
 
 def atomic_files(module: Any) -> None:
     """Let RecBole's ``Dataset`` read its files through :mod:`recbole_gacllm.data.atomic`.
 
     Cause: pandas' quoting swallows the lines after a lone quote; a byte order mark becomes part of
-    a column's name; a header without types, another separator, another encoding or a word in a
-    column of numbers end in a traceback that names neither line nor key; ``timestamp:token`` is
-    numbered in order of appearance, so that dates give a wrong order of time. Files that RecBole
-    reads right give the same frames.
-    Upstream: issues 1387, 1152. End: a RecBole release that reads these files.
+    a column's name; a file of another kind ends in a traceback that names neither line nor key;
+    dates in ``timestamp:token`` are numbered as they appear. Files that RecBole reads right give
+    the same frames.
     """
-    dataset_class = module.Dataset
-    load_feat = dataset_class._load_feat
     # The file that is being read, its data set, and its times or why they cannot be read.
     reading: list[tuple[Any, Any, Any]] = []
 
-    @functools.wraps(load_feat)
-    def _load_feat(self: Any, filepath: Any, source: Any) -> Any:
+    @replaces(module.Dataset, "_load_feat")
+    def _load_feat(original: Any, self: Any, filepath: Any, source: Any) -> Any:
         from recbole_gacllm.data.atomic import read_atomic
         from recbole_gacllm.data.checks import note_columns
 
         if self._get_load_and_unload_col(source)[0] == set():
-            return load_feat(self, filepath, source)
+            return original(self, filepath, source)
         name = getattr(source, "value", source)
         id_field = {"user": self.uid_field, "item": self.iid_field}.get(name)
         inter = getattr(self, "inter_feat", None)
@@ -49,7 +44,7 @@ def atomic_files(module: Any) -> None:
                 file.types[file.names.index(self.time_field)] = "float"
         reading.append((file, self, moments))
         try:
-            return load_feat(self, filepath, source)
+            return original(self, filepath, source)
         finally:
             reading.pop()
 
@@ -81,7 +76,6 @@ def atomic_files(module: Any) -> None:
                 columns[column] = numbers(file, name) if kind == "float" else file.cells[name]
         return pd.DataFrame(columns)
 
-    dataset_class._load_feat = _load_feat
     module.open = open_header
     module.pd = Overlay(module.pd, read_csv=read_csv)
 
@@ -89,18 +83,14 @@ def atomic_files(module: Any) -> None:
 def exact_times(module: ModuleType) -> None:
     """Order interactions by the times in the file, not by their float32.
 
-    Cause: RecBole turns times into float32 tensors before it sorts them, where seconds since 1970
-    lie 128 apart; rows closer than that keep the order of the file, so a random one is the last.
-    The rows are ordered in float64 before; RecBole's own stable sort keeps that. Our own models,
-    whose ``recent`` and ``linear_recency`` read the times themselves, have them in float64.
-    Upstream: issue 2204. End: a RecBole release that sorts before it converts.
+    Cause: RecBole turns times into float32 before it sorts them, where seconds since 1970 lie 128
+    apart. Rows are ordered in float64 before, and its stable sort keeps that. Our own models, whose
+    ``recent`` and ``linear_recency`` read the times themselves, have them in float64.
     """
-    dataset_class = module.Dataset
-    change = dataset_class._change_feat_format
 
-    @functools.wraps(change)
-    def _change_feat_format(self: Any) -> None:
-        from recbole_gacllm.plugin.registration import MODELS
+    @replaces(module.Dataset, "_change_feat_format")
+    def _change_feat_format(original: Any, self: Any) -> None:
+        from recbole_gacllm.config import MODELS
 
         inter, time = self.inter_feat, self.time_field
         is_frame = hasattr(inter, "sort_values") and time is not None and time in inter
@@ -110,10 +100,8 @@ def exact_times(module: ModuleType) -> None:
             inter = inter.sort_values(time, kind="stable", ignore_index=True)
             self.inter_feat = inter
         exact = inter[time].to_numpy("float64") if plain else None
-        change(self)
+        original(self)
         if exact is not None and self.config["model"] in MODELS:
             import torch
 
             self.inter_feat.interaction[time] = torch.from_numpy(exact.copy())
-
-    dataset_class._change_feat_format = _change_feat_format

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from recbole_gacllm.compare.degrees import edges
+from recbole_gacllm.artifacts.locate import RunFiles
 from recbole_gacllm.compare.markdown import metric_name
 from recbole_gacllm.compare.results import Board, FinishedRun, summarize
 from recbole_gacllm.report import charts
 from recbole_gacllm.report.charts import Series
-from recbole_gacllm.report.degrees import degree_chart, heldout_found, metric_by_degree
+from recbole_gacllm.report.degrees import item_chart, user_chart
 from recbole_gacllm.report.scoring import Scored
 from recbole_gacllm.report.source import main_metric, scored_again
 
@@ -23,40 +24,33 @@ class BoardData:
     """One data set of a leaderboard.
 
     Attributes:
-        summary: Of :func:`.benchmark.results.summarize`.
+        dataset: Its name.
+        table: Means, deviations, intervals and tests, of :func:`.compare.results.summarize`.
+        failures: Of its runs.
+        n_missing: Runs of the leaderboard that have not finished.
         first: The first seed's run of each model.
+        record: The ``run.json`` of the first of these.
+        metric: The metric that chose the epochs.
+        of_metric: Each model's figures of this metric.
+        colours: Each model's colour in all charts of the page.
+        variants: GaCLLM and such as ``GaCLLM:use_text=False``; an ablation if several.
+        artifact_dir: Where to look for artefacts that were moved away from the runs.
     """
 
-    summary: dict[str, Any]
     dataset: str
+    table: dict[str, Any]
+    failures: list[dict[str, Any]]
+    n_missing: int
     first: dict[str, FinishedRun]
-
-    @property
-    def table(self) -> dict[str, Any]:
-        """Means, deviations, intervals and tests of this data set."""
-        return dict(self.summary["datasets"][self.dataset])
-
-    @property
-    def colours(self) -> dict[str, int]:
-        """Each model's colour in all charts of the page."""
-        return {model: place % charts.N_COLOURS for place, model in enumerate(self.table["models"])}
-
-    @property
-    def metric(self) -> str:
-        """The metric that chose the epochs."""
-        return main_metric(next(iter(self.first.values())).record)
-
-    @property
-    def best(self) -> tuple[str, float]:
-        """The model with the highest mean, and this mean."""
-        means = {
-            model: float(row["metrics"][self.metric]["mean"])
-            for model, row in self.table["models"].items()
-        }
-        return max(means.items(), key=lambda pair: pair[1])
+    record: dict[str, Any]
+    metric: str
+    of_metric: dict[str, dict[str, Any]]
+    colours: dict[str, int]
+    variants: list[str]
+    artifact_dir: Path | None
 
 
-def read_board(board: Board) -> list[BoardData]:
+def read_board(board: Board, artifact_dir: Path | None) -> list[BoardData]:
     """Every data set of a leaderboard that has a finished run.
 
     Raises:
@@ -65,41 +59,49 @@ def read_board(board: Board) -> list[BoardData]:
     summary = summarize(board)
     if not summary["datasets"]:
         raise ValueError(f"{board.folder}: no run has finished yet.")
-    return [
-        BoardData(
-            summary,
-            dataset,
-            {
-                model: board.of(dataset, model)[0]
-                for model in summary["datasets"][dataset]["models"]
-            },
+    of_datasets = []
+    for dataset, table in summary["datasets"].items():
+        models = table["models"]
+        first = {model: board.of(dataset, model)[0] for model in models}
+        record = next(iter(first.values())).record
+        metric = main_metric(record)
+        one = BoardData(
+            dataset=dataset,
+            table=table,
+            failures=[failed for failed in summary["failures"] if failed["dataset"] == dataset],
+            n_missing=summary["n_missing"],
+            first=first,
+            record=record,
+            metric=metric,
+            of_metric={model: row["metrics"][metric] for model, row in models.items()},
+            colours={model: place % charts.N_COLOURS for place, model in enumerate(models)},
+            variants=[model for model in models if model.partition(":")[0] == "GaCLLM"],
+            artifact_dir=artifact_dir,
         )
-        for dataset in summary["datasets"]
-    ]
+        of_datasets.append(one)
+    return of_datasets
 
 
 def results(data: BoardData) -> dict[str, Any]:
     """Means with deviations and intervals, best bold, second underlined; then the tests."""
-    shown, metric = data.table, data.metric
-    numbers = [len(row["seeds"]) for row in shown["models"].values()]
+    models = data.table["models"]
+    numbers = [len(row["seeds"]) for row in models.values()]
     seeds = " to ".join(map(str, sorted({min(numbers), max(numbers)})))
-    of_metric = {model: row["metrics"][metric] for model, row in shown["models"].items()}
+    averaged = f", each averaged over {seeds} seeds; ± deviation over seeds"
     rows = [
         (model, value["mean"], *value["interval"])
-        for model, value in of_metric.items()
+        for model, value in data.of_metric.items()
         if value["interval"]
     ]
-    label = f"{metric_name(metric)}, 95 % intervals"
+    label = f"{metric_name(data.metric)}, 95 % intervals"
     return {
-        **{"metrics": shown["metrics"], "models": shown["models"], "metric": metric},
-        "averaged": f", each averaged over {seeds} seeds; ± deviation over seeds"
-        if max(numbers) > 1
-        else "",
+        **{"metrics": data.table["metrics"], "models": models, "metric": data.metric},
+        "averaged": averaged if max(numbers) > 1 else "",
         "chart": charts.interval_chart(rows, label) if rows else None,
-        "tests": {model: value["test"] for model, value in of_metric.items() if value["test"]},
-        "baseline": shown["baseline"],
-        "failures": [one for one in data.summary["failures"] if one["dataset"] == data.dataset],
-        "n_missing": data.summary["n_missing"],
+        "tests": {model: value["test"] for model, value in data.of_metric.items() if value["test"]},
+        "baseline": data.table["baseline"],
+        "failures": data.failures,
+        "n_missing": data.n_missing,
     }
 
 
@@ -107,7 +109,7 @@ def curves(data: BoardData) -> dict[str, Any]:
     """Validation scores of all models by epoch."""
     lines = []
     for model, run in data.first.items():
-        history = [entry for entry in run.record.get("history") or [] if entry["valid"]]
+        history = [entry for entry in run.record["history"] if entry["valid"]]
         if len(history) > 1:
             scores = [entry["valid"].get(data.metric) for entry in history]
             epochs = [entry["epoch"] for entry in history]
@@ -117,10 +119,9 @@ def curves(data: BoardData) -> dict[str, Any]:
     shown = lines[:_MAX_MODELS]
     label = f"Validation {metric_name(data.metric)}"
     label += f", {shown[0].name}" if len(shown) == 1 else ""
-    seed = next(iter(data.first.values())).record["seed"]
-    without = [model for model in data.first if model not in {line.name for line in shown}]
-    note = f"Seed {seed}. "
-    note += f"Not drawn, for want of a curve: {', '.join(without)}." if without else ""
+    without = ", ".join(model for model in data.first if model not in {line.name for line in shown})
+    note = f"Seed {data.record['seed']}. "
+    note += f"Not drawn, for want of a curve: {without}." if without else ""
     return {"figures": [(label, charts.line_chart(shown, label, "epoch"))], "note": note}
 
 
@@ -129,30 +130,21 @@ def by_degree(data: BoardData) -> dict[str, Any]:
     scored: dict[str, Scored] = {}
     reasons = []
     for model, run in list(data.first.items())[:_MAX_MODELS]:
-        again = scored_again(run.record, run.folder)
+        again = scored_again(RunFiles(run.record, run.folder, data.artifact_dir))
         if isinstance(again, str):
             reasons.append(f"{model}: {again}.")
         else:
             scored[model] = again
     if not scored:
         raise LookupError(" ".join(reasons))
-    any_scored = next(iter(scored.values()))
-    users, degrees = next(iter(any_scored.test.values())).index, any_scored.degrees["user"]
-    ranges = edges(users.map(lambda user: degrees.get(user, 0)).to_numpy())
-    bars = {
-        model: metric_by_degree(one.test[data.metric], degrees, ranges)
-        for model, one in scored.items()
-        if data.metric in one.test
-    }
-    found = {model: heldout_found(one) for model, one in scored.items() if one.top}
-    figures = [
-        (label, degree_chart(of_models, data.colours, label, side))
-        for label, of_models, side in (
-            (f"Test {metric_name(data.metric)} by user degree", bars, "user"),
-            ("Share of held-out items in the top 10, by item degree", found, "item"),
-        )
-        if of_models
-    ]
+    figures = []
+    if values := {m: one.test[data.metric] for m, one in scored.items() if data.metric in one.test}:
+        label = f"Test {metric_name(data.metric)} by user degree"
+        degrees = next(iter(scored.values())).degrees["user"]
+        figures.append((label, user_chart(values, degrees, data.colours, label)))
+    if ranked := {model: one for model, one in scored.items() if one.top}:
+        label = "Share of held-out items in the top 10, by item degree"
+        figures.append((label, item_chart(ranked, data.colours, label)))
     note = (
         "First seed. Five groups of users or items, equal in number where degrees allow; n: users, "
         "held-out interactions. Whiskers: 95 % intervals."
@@ -160,22 +152,17 @@ def by_degree(data: BoardData) -> dict[str, Any]:
     return {"figures": figures, "note": " ".join([note, *reasons])}
 
 
-def variants(data: BoardData) -> list[str]:
-    """GaCLLM and its variants, such as ``GaCLLM:use_text=False``; an ablation if several."""
-    return [model for model in data.table["models"] if model.partition(":")[0] == "GaCLLM"]
-
-
 def side_by_side(data: BoardData) -> dict[str, Any]:
     """All metrics as bars: of GaCLLM's variants if there are several, else of all models."""
-    shown = data.table
-    models = variants(data) if len(variants(data)) > 1 else list(shown["models"])[:_MAX_MODELS]
+    rows, metrics = data.table["models"], data.table["metrics"]
+    models = data.variants if len(data.variants) > 1 else list(rows)[:_MAX_MODELS]
     if len(models) < 2:
         raise LookupError("the leaderboard has one model only")
     series = []
     for model in models:
-        values = [shown["models"][model]["metrics"][metric] for metric in shown["metrics"]]
+        values = [rows[model]["metrics"][metric] for metric in metrics]
         means, intervals = zip(*((v["mean"], v["interval"]) for v in values), strict=True)
         series.append(Series(model, means, (), intervals, data.colours[model]))
-    categories = [(metric_name(metric), "") for metric in shown["metrics"]]
+    categories = [(metric_name(metric), "") for metric in metrics]
     chart = charts.bar_chart(categories, series, "Test metrics of all models", "")
     return {"figures": [("Test metrics, 95 % intervals", chart)], "note": ""}

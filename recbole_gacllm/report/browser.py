@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from recbole_gacllm.convolution.layers import SIDES, Side
+from recbole_gacllm.convolution.layers import SIDES, Layer, Side
 from recbole_gacllm.report.charts import N_COLOURS, scaled
-from recbole_gacllm.report.source import Source, Texts
+from recbole_gacllm.report.scoring import Scored
+from recbole_gacllm.report.source import Texts
 
 # A data set with more users or items is shown by a sample, so that the page stays a page.
 MAX_NODES = {"user": 10_000, "item": 12_000}
@@ -24,7 +25,7 @@ def packed(data: Any) -> str:
     return base64.b64encode(gzip.compress(raw, 9, mtime=0)).decode()
 
 
-def browser_data(source: Source) -> dict[str, Any]:
+def browser_data(texts: Texts, scored: Scored | str) -> dict[str, Any]:
     """Texts, neighbours and recommendations of every node.
 
     Returns:
@@ -33,40 +34,40 @@ def browser_data(source: Source) -> dict[str, Any]:
         ``g``; for users recommended items ``r`` and held-out items ``h``. Nodes are named by their
         place in these lists. ``s`` holds the statuses that are not the usual ones.
     """
-    texts, scored = source.texts, source.scored
-    assert isinstance(texts, Texts)
-    kept = {side: _sample(texts, side) for side in SIDES}
-    tokens = {side: texts.layers[0].tokens[side] for side in kept}
+    layers = texts.run.layers
+    nodes_of = {side: _sample(texts, side) for side in SIDES}
+    tokens = {side: texts.tokens(side) for side in SIDES}
     place = {
         side: {tokens[side][node]: number for number, node in enumerate(nodes)}
-        for side, nodes in kept.items()
+        for side, nodes in nodes_of.items()
     }
     data: dict[str, Any] = {
-        "layers": len(texts.layers),
-        "total": {side: len(tokens[side]) for side in kept},
+        "layers": len(layers),
+        "total": {side: len(tokens[side]) for side in SIDES},
     }
-    for side, nodes in kept.items():
-        other: Side = "item" if side == "user" else "user"
+    for side, nodes in nodes_of.items():
         data[side] = {
             "t": [tokens[side][node] for node in nodes],
-            "d": [int(texts.degrees[side][node]) for node in nodes],
-            "x": [[layer.texts[side][node] for node in nodes] for layer in texts.layers],
-            "s": [_statuses(layer, side, nodes) for layer in texts.layers],
+            "d": texts.run.graph.degrees(side)[nodes].tolist(),
+            "x": [[layer.texts[side][node] for node in nodes] for layer in layers],
+            "s": [_statuses(layer, side, nodes) for layer in layers],
         }
-        if texts.neighbors:
-            lists = texts.neighbors[side]
-            around = [[tokens[other][n] for n in lists.of(node)] for node in nodes]
-            data[side]["n"] = [_places(one, place[other]) for one in around]
-    data["item"]["c"] = [texts.names.get(token, token) for token in data["item"]["t"]]
+        if texts.run.has_prompts:
+            other: Side = "item" if side == "user" else "user"
+            lists = texts.run.neighbor_lists(side)
+            data[side]["n"] = [
+                _places([tokens[other][n] for n in lists.of(node)], place[other]) for node in nodes
+            ]
+    users, items = data["user"], data["item"]
+    items["c"] = [texts.run.names.get(token, token) for token in items["t"]]
     if texts.category is not None:
         values = texts.category[1]
-        data["item"]["g"] = [", ".join(values.get(token, ())) for token in data["item"]["t"]]
+        items["g"] = [", ".join(values.get(token, ())) for token in items["t"]]
     if not isinstance(scored, str):
-        users = data["user"]
         if scored.top:
             users["r"] = [_places(scored.top.get(token, []), place["item"]) for token in users["t"]]
         users["h"] = [_places(scored.heldout.get(token, []), place["item"]) for token in users["t"]]
-    data["start"] = _start(data["user"])
+    data["start"] = _start(users)
     return data
 
 
@@ -78,26 +79,22 @@ def map_data(texts: Texts) -> dict[str, Any] | None:
         colours, the last for all others; ``group``: colour of each item; ``items``: their tokens;
         ``share``: part of the variance that the two axes hold. None without embeddings.
     """
-    if len(texts.embeddings) < len(texts.layers):
+    if len(texts.embeddings) < len(texts.run.layers):
         return None
-    n_users = len(texts.layers[0].tokens["user"])
-    tokens = texts.layers[0].tokens["item"]
-    rng = np.random.default_rng(0)
-    nodes = np.arange(len(tokens))
-    if len(nodes) > MAX_NODES["item"]:
-        nodes = np.sort(rng.choice(nodes, MAX_NODES["item"], replace=False))
+    n_users = len(texts.tokens("user"))
+    nodes = np.array(_sample(texts, "item"))
+    tokens = [texts.tokens("item")[node] for node in nodes]
     tables = [np.asarray(table[n_users + nodes], np.float64) for table in texts.embeddings]
     # The step from raw to generated prose is the largest of all, and says nothing about items.
     stacked = np.concatenate([table - table.mean(axis=0) for table in tables])
     values, vectors = np.linalg.eigh(stacked.T @ stacked)  # ascending
     points = scaled(stacked @ vectors[:, :-3:-1])  # [n_layers * n_items, 2]
-    chosen = [tokens[node] for node in nodes]
-    names, group = _groups(texts, chosen)
+    names, group = _groups(texts, tokens)
     return {
         "layers": [points[at * len(nodes) : (at + 1) * len(nodes)] for at in range(len(tables))],
         "groups": names,
         "group": group,
-        "items": chosen,
+        "items": tokens,
         "share": float(values[-2:].sum() / max(values.sum(), 1e-12)),
     }
 
@@ -113,11 +110,11 @@ def _groups(texts: Texts, tokens: list[str]) -> tuple[list[str], list[int]]:
 
 
 def _sample(texts: Texts, side: Side) -> list[int]:
-    n = len(texts.layers[0].tokens[side])
+    n = len(texts.tokens(side))
     if n <= MAX_NODES[side]:
         return list(range(n))
     drawn = np.random.default_rng(0).choice(n, MAX_NODES[side], replace=False)
-    return [int(node) for node in np.sort(drawn)]
+    return sorted(drawn.tolist())
 
 
 def _places(tokens: list[str], place: dict[str, int]) -> list[int | str]:
@@ -125,14 +122,14 @@ def _places(tokens: list[str], place: dict[str, int]) -> list[int | str]:
     return [place.get(token, token) for token in tokens]
 
 
-def _statuses(layer: Any, side: Side, nodes: list[int]) -> dict[int, str]:
+def _statuses(layer: Layer, side: Side, nodes: list[int]) -> dict[int, str]:
     """Statuses and reasons of the nodes whose text is not simply raw or generated."""
-    found = {}
+    words = {}
     for number, node in enumerate(nodes):
         status, reason = layer.statuses[side][node], layer.reasons[side][node]
         if status not in ("raw", "generated"):
-            found[number] = f"{status.replace('_', ' ')}{': ' if reason else ''}{reason}"
-    return found
+            words[number] = f"{status.replace('_', ' ')}{': ' if reason else ''}{reason}"
+    return words
 
 
 def _start(users: dict[str, Any]) -> int:
@@ -140,5 +137,5 @@ def _start(users: dict[str, Any]) -> int:
     if "r" not in users:
         return 0
     hits = [len(set(top) & set(held)) for top, held in zip(users["r"], users["h"], strict=True)]
-    good = [number for number, count in enumerate(hits) if 2 <= count <= 4]
-    return good[0] if good else int(np.argmax(hits))
+    several = [number for number, count in enumerate(hits) if 2 <= count <= 4]
+    return several[0] if several else int(np.argmax(hits))

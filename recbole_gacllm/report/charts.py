@@ -7,7 +7,7 @@ to ``c7`` of ``style.css``; ``other`` is grey.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,8 @@ class Series:
 
     Attributes:
         name: In the legend.
-        x: Where the values stand; empty for bars, which stand on categories.
         y: Values; None where there is none.
+        x: Where they stand; empty for bars, which stand on categories.
         intervals: (low, high) of each value, for bars.
         colour: Number of the colour, so that a model keeps its own in all charts.
     """
@@ -48,14 +48,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Chart:
-    """What a template draws.
-
-    Attributes:
-        label: What is shown, for screen readers.
-        box: The ``viewBox``.
-        legend: Names and the classes of their colours.
-        kind: Class of the element.
-    """
+    """A drawing: its label for screen readers, viewBox, legend (names, classes) and class."""
 
     label: str
     box: str
@@ -78,8 +71,7 @@ def ticks(low: float, high: float, n: int = 5) -> list[float]:
 def number(value: float) -> str:
     """A value of an axis: short, without the zero before the point."""
     if value and abs(value) < 1:
-        text = f"{value:.4f}".rstrip("0")
-        return text.replace("0.", ".", 1)
+        return f"{value:.4f}".rstrip("0").replace("0.", ".", 1)
     return f"{value:,.2f}".rstrip("0").rstrip(".")
 
 
@@ -89,40 +81,29 @@ def line_chart(
     x_label: str,
     marked: tuple[float, float, str] | None = None,
 ) -> Chart:
-    """Lines over epochs or steps.
-
-    Args:
-        series: At least one, each with a value or more.
-        label: What is shown, for screen readers.
-        x_label: Under the axis.
-        marked: A point (x, y) with words, such as the best epoch.
-    """
+    """Lines over epochs or steps, each with a value or more; ``marked`` is a point with words."""
     xs = [x for line in series for x in line.x]
     ys = [y for line in series for y in line.y if y is not None]
-    y_ticks = ticks(min(ys), max(ys))
-    span = max(max(xs) - min(xs), 1e-9)
+    low, high = min(xs), max(xs)
+    at_y, shapes = _y_axis(min(ys), max(ys))
 
     def at_x(x: float) -> float:
-        return _LEFT + (x - min(xs)) / span * (WIDTH - _LEFT - _RIGHT)
+        return _LEFT + (x - low) / max(high - low, 1e-9) * (WIDTH - _LEFT - _RIGHT)
 
-    shapes = _y_axis(y_ticks)
-    for tick in ticks(min(xs), max(xs), 6):
-        if min(xs) <= tick <= max(xs) and float(tick).is_integer():
+    for tick in ticks(low, high, 6):
+        if low <= tick <= high and float(tick).is_integer():
             shapes.append(_text(number(tick), at_x(tick), HEIGHT - _BOTTOM + 18))
-    shapes.append(_x_label(x_label))
+    shapes.append(_x_label(x_label, HEIGHT))
     for line in series:
-        points = [
-            (at_x(x), _at_y(y, y_ticks))
-            for x, y in zip(line.x, line.y, strict=True)
-            if y is not None
-        ]
+        pairs = zip(line.x, line.y, strict=True)
+        points = [(at_x(x), at_y(y)) for x, y in pairs if y is not None]
         if len(points) == 1:
             shapes.append(_circle(f"fill c{line.colour}", *points[0], 3.5))
         else:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
             shapes.append(Shape("polyline", {"class": f"line c{line.colour}", "points": path}))
     if marked is not None:
-        x, y = at_x(marked[0]), _at_y(marked[1], y_ticks)
+        x, y = at_x(marked[0]), at_y(marked[1])
         anchor, shift = ("end", -8) if x > WIDTH * 0.6 else ("start", 8)
         below = y + (18 if y < _TOP + 16 else -8)
         shapes += [_circle("mark", x, y, 4), _text(marked[2], x + shift, below, "note", anchor)]
@@ -132,25 +113,17 @@ def line_chart(
 def bar_chart(
     categories: Sequence[tuple[str, str]], series: Sequence[Series], label: str, x_label: str
 ) -> Chart:
-    """Bars from zero, in groups, with whiskers for intervals.
-
-    Args:
-        categories: Two lines under each group.
-        series: One bar of each group.
-        label: What is shown, for screen readers.
-        x_label: Under the axis.
-    """
+    """Bars from zero with whiskers: a group for each category, which are two lines of text."""
     highs = [
         interval[1] if interval else value
         for one in series
         for value, interval in zip(one.y, one.intervals or [None] * len(one.y), strict=True)
         if value is not None
     ]
-    y_ticks = ticks(0.0, max([*highs, 1e-6]))
+    at_y, shapes = _y_axis(0.0, max([*highs, 1e-6]))
     height = HEIGHT + 16 if x_label else HEIGHT - 18
     slot = (WIDTH - _LEFT - _RIGHT) / len(categories)
     width = min(slot * 0.78 / len(series), 46)
-    shapes = _y_axis(y_ticks)
     for place, (first, second) in enumerate(categories):
         middle = _LEFT + slot * (place + 0.5)
         shapes.append(_text(first, middle, HEIGHT - _BOTTOM + 18))
@@ -159,19 +132,14 @@ def bar_chart(
             value = one.y[place]
             if value is None:
                 continue
-            left, top = middle + (offset - len(series) / 2) * width, _at_y(value, y_ticks)
-            bar = {
-                "class": f"fill c{one.colour}",
-                "x": f"{left + 1:.1f}",
-                "y": f"{top:.1f}",
-                "width": f"{width - 2:.1f}",
-                "height": f"{max(_at_y(0, y_ticks) - top, 0):.1f}",
-                "rx": "2",
-            }
-            shapes.append(Shape("rect", bar, tooltip=f"{one.name}, {first}: {value:.4f}"))
+            left, top = middle + (offset - len(series) / 2) * width, at_y(value)
+            bar = {"class": f"fill c{one.colour}", "x": f"{left + 1:.1f}", "y": f"{top:.1f}"}
+            bar |= {"width": f"{width - 2:.1f}", "height": f"{max(at_y(0) - top, 0):.1f}"}
+            tooltip = f"{one.name}, {first}: {value:.4f}"
+            shapes.append(Shape("rect", bar | {"rx": "2"}, tooltip=tooltip))
             interval = one.intervals[place] if one.intervals else None
             if interval:
-                low, high = (_at_y(max(end, 0.0), y_ticks) for end in interval)
+                low, high = (at_y(max(end, 0.0)) for end in interval)
                 shapes.append(_path("whisker", f"M{left + width / 2:.1f} {low:.1f}V{high:.1f}"))
     shapes.append(_x_label(x_label, height))
     return Chart(label, f"0 0 {WIDTH} {height}", shapes, _legend(series))
@@ -215,32 +183,29 @@ def point_map(groups: Sequence[Sequence[tuple[int, int]]], label: str) -> Chart:
 
 
 def scaled(points: np.ndarray) -> list[tuple[int, int]]:
-    """Coordinates as whole numbers of a 1000 x 800 field, outliers drawn to its edge.
-
-    Shapes:
-        points: ``[n, 2]``.
-    """
+    """Points ``[n, 2]`` as whole numbers of a 1000 x 800 field, outliers drawn to its edge."""
     low, high = np.quantile(points, 0.003, axis=0), np.quantile(points, 0.997, axis=0)
     unit = (points - low) / np.maximum(high - low, 1e-9)
     field = np.clip(unit, 0, 1) * [1000, 800]
     return [(int(x), int(y)) for x, y in np.rint(field)]
 
 
-def _at_y(value: float, marks: Sequence[float]) -> float:
-    share = (value - marks[0]) / (marks[-1] - marks[0])
-    return HEIGHT - _BOTTOM - share * (HEIGHT - _BOTTOM - _TOP)
+def _y_axis(low: float, high: float) -> tuple[Callable[[float], float], list[Shape]]:
+    """Where a value stands, and the lines of the axis."""
+    marks = ticks(low, high)
 
+    def at_y(value: float) -> float:
+        share = (value - marks[0]) / (marks[-1] - marks[0])
+        return HEIGHT - _BOTTOM - share * (HEIGHT - _BOTTOM - _TOP)
 
-def _y_axis(marks: Sequence[float]) -> list[Shape]:
     shapes = []
     for mark in marks:
-        y = _at_y(mark, marks)
-        shapes.append(_path("grid", f"M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"))
-        shapes.append(_text(number(mark), _LEFT - 8, y + 4.5, anchor="end"))
-    return shapes
+        shapes.append(_path("grid", f"M{_LEFT} {at_y(mark):.1f}H{WIDTH - _RIGHT}"))
+        shapes.append(_text(number(mark), _LEFT - 8, at_y(mark) + 4.5, anchor="end"))
+    return at_y, shapes
 
 
-def _x_label(words: str, height: int = HEIGHT) -> Shape:
+def _x_label(words: str, height: int) -> Shape:
     return _text(words, (_LEFT + WIDTH - _RIGHT) / 2, height - 5, "tick faint")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,7 @@ from recbole_gacllm.report.charts import Chart, Series, bar_chart
 from recbole_gacllm.report.scoring import Scored
 
 
-@dataclass(frozen=True)
-class Bucket:
+class Bucket(NamedTuple):
     """One group: its degrees in words, how many it holds, its value with a 95 % interval."""
 
     label: str
@@ -25,61 +24,68 @@ class Bucket:
     interval: tuple[float, float] | None
 
 
-def metric_by_degree(
-    values: pd.Series[float],
+def user_chart(
+    values: Mapping[str, pd.Series[float]],
     degrees: Mapping[str, int],
-    ranges: list[tuple[int, int]] | None = None,
+    colours: Mapping[str, int],
+    title: str,
+) -> Chart:
+    """Bars of a metric by the user's degree: name -> value of each user, the same users."""
+    users = next(iter(values.values())).index
+    ranges = edges(np.array([degrees.get(user, 0) for user in users]))
+    groups = {name: metric_by_degree(of_name, degrees, ranges) for name, of_name in values.items()}
+    return _chart(groups, colours, title, "user")
+
+
+def item_chart(scored: Mapping[str, Scored], colours: Mapping[str, int], title: str) -> Chart:
+    """Bars of the share of held-out items that were found, by the item's degree."""
+    groups = {name: _found_by_degree(one) for name, one in scored.items()}
+    return _chart(groups, colours, title, "item")
+
+
+def metric_by_degree(
+    values: pd.Series[float], degrees: Mapping[str, int], ranges: list[tuple[int, int]]
 ) -> list[Bucket]:
     """Mean of a per-user metric by the user's degree, with t intervals over users."""
     degree = np.array([degrees.get(user, 0) for user in values.index])
     buckets = []
-    for low, high in ranges or edges(degree):
+    for low, high in ranges:
         inside = values[(degree >= low) & (degree <= high)]
-        if len(inside):
-            interval = mean_interval({0: inside}) if len(inside) > 1 else None
-            buckets.append(Bucket(label(low, high), len(inside), float(inside.mean()), interval))
-        else:
-            buckets.append(Bucket(label(low, high), 0, None, None))
+        mean = float(inside.mean()) if len(inside) else None
+        interval = mean_interval({0: inside}) if len(inside) > 1 else None
+        buckets.append(Bucket(label(low, high), len(inside), mean, interval))
     return buckets
 
 
-def heldout_found(scored: Scored) -> list[Bucket]:
+def _found_by_degree(scored: Scored) -> list[Bucket]:
     """Share of held-out interactions among the recommendations, by the item's degree.
 
     The groups are equal in number of items, so popular groups hold most interactions. Intervals
     are Wilson's, over interactions.
     """
     degrees = scored.degrees["item"]
-    items = set(degrees) | {item for held in scored.heldout.values() for item in held}
-    ranges = edges(np.array([degrees.get(item, 0) for item in items]))
-    counts = [[0, 0] for _ in ranges]
-    for user, held in scored.heldout.items():
-        top = set(scored.top.get(user, ()))
-        for item in held:
-            degree = degrees.get(item, 0)
-            place = next(at for at, (_, high) in enumerate(ranges) if degree <= high)
-            counts[place][0] += item in top
-            counts[place][1] += 1
-    return [
-        Bucket(label(low, high), n, found / n if n else None, _wilson(found, n))
-        for (low, high), (found, n) in zip(ranges, counts, strict=True)
-    ]
+    pairs = [(user, item) for user, items in scored.heldout.items() for item in items]
+    ranges = edges(np.array([degrees.get(item, 0) for item in {*degrees, *(i for _, i in pairs)}]))
+    degree = np.array([degrees.get(item, 0) for _, item in pairs])
+    is_found = np.array([item in scored.top.get(user, ()) for user, item in pairs])
+    buckets = []
+    for low, high in ranges:
+        hits = is_found[(degree >= low) & (degree <= high)]
+        share = interval = None
+        if n := len(hits):
+            share = float(hits.mean())
+            wilson = stats.binomtest(int(hits.sum()), n).proportion_ci(method="wilson")
+            interval = float(wilson.low), float(wilson.high)
+        buckets.append(Bucket(label(low, high), n, share, interval))
+    return buckets
 
 
-def degree_chart(
-    bars: Mapping[str, list[Bucket]], colours: Mapping[str, int], label: str, side: str
+def _chart(
+    groups: Mapping[str, list[Bucket]], colours: Mapping[str, int], title: str, side: str
 ) -> Chart:
-    """Bars of each name's groups of users, or of items."""
     series = [
-        Series(name, [b.value for b in groups], (), [b.interval for b in groups], colours[name])
-        for name, groups in bars.items()
+        Series(name, [b.value for b in buckets], (), [b.interval for b in buckets], colours[name])
+        for name, buckets in groups.items()
     ]
-    groups = [(b.label, f"n = {b.n:,}") for b in next(iter(bars.values()))]
-    return bar_chart(groups, series, label, f"training interactions of the {side}")
-
-
-def _wilson(found: int, n: int) -> tuple[float, float] | None:
-    if n == 0:
-        return None
-    interval = stats.binomtest(found, n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+    categories = [(b.label, f"n = {b.n:,}") for b in next(iter(groups.values()))]
+    return bar_chart(categories, series, title, f"training interactions of the {side}")

@@ -7,7 +7,7 @@ folders, by the template engine (:func:`_environment`); only what is a ``Markup`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
@@ -19,14 +19,18 @@ from markupsafe import Markup
 
 from recbole_gacllm import __version__
 from recbole_gacllm.artifacts import disk
+from recbole_gacllm.artifacts.locate import RUN_FILE
 from recbole_gacllm.compare.leaderboard import PLAN_FILE
 from recbole_gacllm.compare.markdown import metric_name
 from recbole_gacllm.compare.results import Board
-from recbole_gacllm.report import board as board_sections
+from recbole_gacllm.report import board as boards
 from recbole_gacllm.report import sections
 from recbole_gacllm.report.browser import browser_data, map_data, packed
 from recbole_gacllm.report.folders import paths_with_blanks, without_folders
-from recbole_gacllm.report.source import Source, Texts
+from recbole_gacllm.report.source import Source
+
+# Anchor, title, template, and what makes its data.
+_Plan = Iterable[tuple[str, str, str, Callable[[], dict[str, Any]]]]
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,12 @@ class Page:
     kind: str
     subtitle: str
     tiles: list[tuple[str, str]]
-    hero: dict[str, str]
     parts: list[Section]
     data: dict[str, Any]
     records: list[dict[str, Any]]
+    counts: dict[str, int]
+    seeds: list[int]
+    protocol: str = ""
 
 
 def write_report(path: Path, output: Path | None = None, artifact_dir: Path | None = None) -> Path:
@@ -68,12 +74,15 @@ def write_report(path: Path, output: Path | None = None, artifact_dir: Path | No
         ValueError: If there is neither a run nor a leaderboard, or a record of other make.
         GaCLLMError: If the file cannot be written, or splits of a leaderboard differ.
     """
+    is_board = (path / PLAN_FILE).is_file()
+    if not (is_board or path.is_file() or (path / RUN_FILE).is_file()):
+        raise ValueError(
+            f"{path} is neither a run (a folder with {RUN_FILE}) nor the folder of a leaderboard; "
+            "a run's last line of output names it."
+        )
     try:
-        if (path / PLAN_FILE).is_file():
-            page = _leaderboard_page(path, artifact_dir)
-        else:
-            page = _run_page(Source.read(path, artifact_dir))
-        text = render(page)
+        page = (_leaderboard_page if is_board else _run_page)(path, artifact_dir)
+        text = _render(page)
     except (AttributeError, LookupError, StopIteration, TypeError, UndefinedError) as error:
         raise ValueError(
             f"a record in {path} has a part of another form than this version writes ({error!r}). "
@@ -84,8 +93,7 @@ def write_report(path: Path, output: Path | None = None, artifact_dir: Path | No
     return target
 
 
-def render(page: Page) -> str:
-    """The page as HTML."""
+def _render(page: Page) -> str:
     assets = files("recbole_gacllm.report")
     environment = _environment(paths_with_blanks(page.records))
     return environment.get_template("page.html").render(
@@ -107,7 +115,8 @@ def _environment(with_blanks: list[str]) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"form": _form, "duration": _duration, "metric_name": metric_name}
+    filters = {"form": _form, "duration": _duration, "words": _words, "metric_name": metric_name}
+    environment.filters |= filters
     return environment
 
 
@@ -124,131 +133,119 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _run_page(source: Source) -> Page:
+def _words(value: Any) -> str:
+    """A setting; a dictionary without its quotes."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_words(inner)}" for key, inner in value.items())
+    return str(value)
+
+
+def _run_page(path: Path, artifact_dir: Path | None) -> Page:
+    source = Source.read(path, artifact_dir)
     record = source.record
-    parts = [
-        _section("results", "Results", lambda: sections.results(source)),
-        _section("curves", "Learning curves", lambda: sections.curves(source), "figures"),
-        _section(
-            "degrees", "Who and what it serves", lambda: sections.by_degree(source), "figures"
-        ),
-    ]
-    data = _add_text_sections(parts, source)
-    command = sections.command(record)
-    parts.append(_section("setup", "Setup", lambda: sections.setup(record, command)))
+    parts = _sections(
+        [
+            ("results", "Results", "results", lambda: sections.results(source)),
+            ("curves", "Learning curves", "figures", lambda: sections.curves(source)),
+            ("degrees", "Who and what it serves", "figures", lambda: sections.by_degree(source)),
+        ]
+    )
+    text_parts, data = _text_sections(source)
+    parts += [*text_parts, _setup(record, sections.command(record))]
     tiles = [
         (f"Test {metric_name(name)}", f"{value:.4f}") for name, value in record["test"].items()
     ]
-    facts = _facts(record, sections.interactions(source))
     subtitle = f"{record['model']} on {record['dataset']}"
-    return Page("Run", subtitle, tiles[:5], facts, parts, data, [record])
+    counts = sections.interactions(source)
+    return Page("Run", subtitle, tiles[:5], parts, data, [record], counts, [record["seed"]])
 
 
-def _leaderboard_page(folder: Path, artifact_dir: Path | None) -> Page:
-    found = Board.read(folder)
-    parts: list[Section] = []
-    boards = board_sections.read_board(found)
-    for number, one in enumerate(boards):
-        on = f" on {one.dataset}" if len(boards) > 1 else ""
+def _leaderboard_page(path: Path, artifact_dir: Path | None) -> Page:
+    board = Board.read(path)
+    of_datasets = boards.read_board(board, artifact_dir)
+    parts = []
+    for number, one in enumerate(of_datasets):
+        on = f" on {one.dataset}" if len(of_datasets) > 1 else ""
         end = f"-{number}" if number else ""
-        bars = "Ablation" if len(board_sections.variants(one)) > 1 else "Side by side"
-        for anchor, title, make, template in (
-            ("results", "Results", board_sections.results, "board_results"),
-            ("bars", bars, board_sections.side_by_side, "figures"),
-            ("curves", "Learning curves", board_sections.curves, "figures"),
-            ("degrees", "Who and what they serve", board_sections.by_degree, "figures"),
-        ):
-            parts.append(_section(anchor + end, title + on, functools.partial(make, one), template))
+        bars = "Ablation" if len(one.variants) > 1 else "Side by side"
+        plan: _Plan = (
+            (f"{anchor}{end}", f"{title}{on}", template, functools.partial(make, one))
+            for anchor, title, template, make in (
+                ("results", "Results", "board_results", boards.results),
+                ("bars", bars, "figures", boards.side_by_side),
+                ("curves", "Learning curves", "figures", boards.curves),
+                ("degrees", "Who and what they serve", "figures", boards.by_degree),
+            )
+        )
+        parts += _sections(plan)
     data: dict[str, Any] = {}
-    if run := next((run for run in found.runs if run.record.get("artifacts")), None):
+    if run := next((run for run in board.runs if run.record.get("artifacts")), None):
         about = {key: run.record[key] for key in ("dataset", "seed")} | {"run": run.name}
-        parts.append(Section("texts", "GaCLLM’s texts", "texts.html", about))
-        data = _add_text_sections(parts, Source.read(run.folder, artifact_dir))
+        text_parts, data = _text_sections(Source.read(run.folder, artifact_dir))
+        parts += [Section("texts", "GaCLLM’s texts", "texts.html", about), *text_parts]
     else:
         why = "no finished run of this leaderboard used texts"
         parts.append(Section("texts", "Texts", "", {}, why))
-    plan, first = found.plan, boards[0]
-    record = next(iter(first.first.values())).record
-    command = _leaderboard_command(plan)
-    parts.append(_section("setup", "Setup", lambda: sections.setup(record, command)))
-    best, score = first.best
+    made, first = board.plan, of_datasets[0]
+    parts.append(_setup(first.record, _leaderboard_command(made)))
+    best = max(first.of_metric.items(), key=lambda row: float(row[1]["mean"]))
     tiles = [
-        ("Best model", best),
-        (f"Its {metric_name(first.metric)}", f"{score:.4f}"),
-        ("Models", str(len(plan["models"]))),
-        ("Data sets", str(len(plan["datasets"]))),
-        ("Seeds", str(len(plan["seeds"]))),
+        ("Best model", best[0]),
+        (f"Its {metric_name(first.metric)}", f"{best[1]['mean']:.4f}"),
+        ("Models", str(len(made["models"]))),
+        ("Data sets", str(len(made["datasets"]))),
+        ("Seeds", str(len(made["seeds"]))),
     ]
-    facts = {"Protocol": plan["protocol"], **_facts(record, first.table["statistics"])}
-    facts["Seed"] = ", ".join(map(str, plan["seeds"]))
-    models = (
-        ", ".join(plan["models"]) if len(plan["models"]) < 6 else f"{len(plan['models'])} models"
-    )
-    subtitle = f"{models} on {', '.join(plan['datasets'])}"
-    return Page(
-        "Leaderboard", subtitle, tiles, facts, parts, data, [run.record for run in found.runs]
-    )
+    names = made["models"]
+    models = ", ".join(names) if len(names) < 6 else f"{len(names)} models"
+    subtitle = f"{models} on {', '.join(made['datasets'])}"
+    records = [first.record, *(run.record for run in board.runs)]
+    counts, seeds = first.table["statistics"], made["seeds"]
+    protocol = made["protocol"]
+    return Page("Leaderboard", subtitle, tiles, parts, data, records, counts, seeds, protocol)
 
 
 def _leaderboard_command(plan: dict[str, Any]) -> str:
     """Without the keys that name folders."""
-    given = {
-        key: value for key, value in plan["given"].items() if not key.endswith(("_dir", "_path"))
-    }
     flags = {
         "models": ",".join(plan["models"]),
         "datasets": ",".join(plan["datasets"]),
         "seeds": len(plan["seeds"]),
         "protocol": plan["protocol"],
-        **given,
+        **{k: v for k, v in plan["given"].items() if not k.endswith(("_dir", "_path"))},
     }
     return " ".join(["leaderboard", *(f"--{key}={value}" for key, value in flags.items())])
 
 
-def _add_text_sections(parts: list[Section], source: Source) -> dict[str, Any]:
-    """Sections about texts; returns the data of the map and the browser."""
+def _text_sections(source: Source) -> tuple[list[Section], dict[str, Any]]:
+    """Sections about texts, and the data of the map and the browser."""
     data: dict[str, Any] = {}
-    if isinstance(source.texts, Texts):
-        data = {"browser": browser_data(source), "map": map_data(source.texts)}
-
-    def browser() -> dict[str, Any]:
-        if not data:
-            raise LookupError(source.texts)
-        items = data["browser"]["item"]
-        return {"example": items["c"][max(range(len(items["d"])), key=items["d"].__getitem__)]}
-
-    parts += [
-        _section("browser", "Description browser", browser),
-        _section("map", "Map of item texts", lambda: sections.text_map(source, data.get("map"))),
-        _section("cost", "Cost of the texts", lambda: sections.cost(source)),
-        _section("quality", "Quality of the texts", lambda: sections.quality(source)),
-        _section("sft", "Fine-tuning", lambda: sections.finetuning(source)),
-        _section("leakage", "Leakage audit", lambda: sections.leakage(source)),
-    ]
-    return data
+    if not isinstance(source.texts, str):
+        browser = browser_data(source.texts, source.scored)
+        data = {"browser": browser, "map": map_data(source.texts)}
+    plan: _Plan = (
+        ("browser", "Description browser", "browser", lambda: sections.browser(source, data)),
+        ("map", "Map of item texts", "map", lambda: sections.text_map(source, data)),
+        ("cost", "Cost of the texts", "cost", lambda: sections.cost(source)),
+        ("quality", "Quality of the texts", "quality", lambda: sections.quality(source)),
+        ("sft", "Fine-tuning", "sft", lambda: sections.finetuning(source)),
+        ("leakage", "Leakage audit", "leakage", lambda: sections.leakage(source)),
+    )
+    return _sections(plan), data
 
 
-def _section(
-    anchor: str, title: str, make: Callable[[], dict[str, Any]], template: str = ""
-) -> Section:
-    """A section, or one line that says why it is left out."""
-    try:
-        return Section(anchor, title, f"{template or anchor}.html", make())
-    except LookupError as missing:
-        return Section(anchor, title, "", {}, str(missing.args[0]).rstrip("."))
+def _setup(record: dict[str, Any], command: str) -> Section:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    data = {"command": command, "config": record["config"], "versions": versions}
+    return Section("setup", "Setup", "setup.html", data)
 
 
-def _facts(record: dict[str, Any], counts: dict[str, int]) -> dict[str, str]:
-    names = {
-        "n_users": "Users",
-        "n_items": "Items",
-        "n_interactions": "Interactions",
-        "n_training_interactions": "Training interactions",
-    }
-    return {
-        **{name: f"{counts[key]:,}" for key, name in names.items() if key in counts},
-        "Seed": str(record["seed"]),
-        "Device": record["device"],
-        "RecBole": record["versions"].get("recbole", "?"),
-        "recbole_gacllm": record["versions"].get("recbole_gacllm", "?"),
-    }
+def _sections(plan: _Plan) -> list[Section]:
+    """Each section, or one line that says why it is left out."""
+    parts = []
+    for anchor, title, template, make in plan:
+        try:
+            parts.append(Section(anchor, title, f"{template}.html", make()))
+        except LookupError as missing:
+            parts.append(Section(anchor, title, "", {}, str(missing.args[0]).rstrip(".")))
+    return parts

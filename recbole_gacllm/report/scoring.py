@@ -1,45 +1,23 @@
-"""A finished run's model, loaded again: every user's metrics and recommendations.
-
-The counterpart of RecBole's ``load_data_and_model``, which would unpickle the checkpoint, run
-GaCLLM's text stages and write log folders where the report is made. A run may be somebody else's:
-its configuration comes from ``run.json``, its weights are read as tensors, its text embeddings come
-from its artefacts, no pickle is read, and nothing is written or downloaded.
-"""
+"""Every user's metrics and recommendations, from a finished run's model."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pandas as pd
 import torch
-from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
 from recbole.data.dataloader import FullSortEvalDataLoader
-from recbole.utils import (
-    EvaluatorType,
-    InputType,
-    ModelType,
-    get_model,
-    get_trainer,
-    init_seed,
-)
+from recbole.utils import get_trainer
 from torch import Tensor
 
-import recbole_gacllm.model
-import recbole_gacllm.text_knn
-from recbole_gacllm.artifacts.checkpoint import no_pickles, read_weights
-from recbole_gacllm.compare.degrees import count_degrees
+from recbole_gacllm.artifacts.checkpoint import no_pickles
+from recbole_gacllm.compare.degrees import Degrees, count_degrees
 from recbole_gacllm.compare.job import Recorder, histories, targets
-from recbole_gacllm.config import GaCLLMConfig, model_defaults
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.inputs import TextLayers, TrainingData
-from recbole_gacllm.plugin.registration import MODELS
+from recbole_gacllm.inspection.opened import OpenRun
 
 N_RECOMMENDED = 10
 # Other machines and PyTorch versions move a rank here and there, no more.
@@ -64,127 +42,46 @@ class Scored:
     test: Scores
     top: dict[str, list[str]]
     heldout: dict[str, list[str]]
-    degrees: dict[str, dict[str, int]]
+    degrees: Degrees
 
 
-def score(
-    record: dict[str, Any], checkpoint: Path, folders: Mapping[str, Path], data_path: Path
-) -> Scored:
-    """Load a run's data and best weights, and rank all items for its test users.
-
-    Args:
-        record: The run's ``run.json``.
-        checkpoint: Its checkpoint.
-        folders: Stage -> folder of its artefacts.
-        data_path: Folder of its data set.
+def score(run: OpenRun) -> Scored:
+    """Rank all items for a run's validation and test users.
 
     Raises:
-        GaCLLMError: If data or weights are gone, or the model no longer gives the run's metrics.
+        GaCLLMError: If the model no longer gives the run's metrics.
     """
-    if not data_path.is_dir():
-        raise GaCLLMError(f"the data is gone: there is no {data_path}")
-    with tempfile.TemporaryDirectory() as empty, no_pickles():
-        config = _config_of(record, data_path, Path(empty))
-        return _score(config, record, checkpoint, folders)
-
-
-def _config_of(record: dict[str, Any], data_path: Path, empty: Path) -> Config:
-    """The run's configuration as RecBole's class, which does not read it again.
-
-    Its constructor would read the command line and other files, and might join a process group.
-
-    Args:
-        record: The run's ``run.json``.
-        data_path: Folder of its data set.
-        empty: Where RecBole looks for saved data sets and writes.
-    """
-    config = Config.__new__(Config)
-    config._init_parameters_category()
-    config.yaml_loader = config._build_yaml_loader()
-    keys = dict(record["config"])
-    if keys["model"] in MODELS:  # keys that are newer than the run
-        keys = {**model_defaults(), **keys}
-    kinds = {"MODEL_TYPE": ModelType, "MODEL_INPUT_TYPE": InputType, "eval_type": EvaluatorType}
-    for key, kind in kinds.items():  # run.json has their text, such as ModelType.GENERAL
-        if keys.get(key) is not None:
-            keys[key] = kind[str(keys[key]).rpartition(".")[2]]
-    keys |= {"show_progress": False, "log_wandb": False, "single_spec": True, "local_rank": 0}
-    keys |= dict.fromkeys(("save_dataset", "save_dataloaders"), False)
-    keys |= dict.fromkeys(("dataset_save_path", "dataloaders_save_path"))
-    keys |= {"data_path": str(data_path), "checkpoint_dir": str(empty)}
-    keys["device"] = torch.device("cuda" if _was_on_gpu(record) else "cpu")
-    config.final_config_dict = keys
-    config.model, config.dataset = keys["model"], keys["dataset"]
-    return config
-
-
-def _was_on_gpu(record: dict[str, Any]) -> bool:
-    return str(record.get("device", "")).startswith("cuda") and torch.cuda.is_available()
-
-
-def _score(
-    config: Config, record: dict[str, Any], checkpoint: Path, folders: Mapping[str, Path]
-) -> Scored:
-    state, others = read_weights(checkpoint)
-    init_seed(config["seed"], config["reproducibility"])
-    train, valid, test = data_preparation(config, create_dataset(config))
-    with _texts_of(folders):
-        model = get_model(config["model"])(config, train._dataset).to(config["device"])
-    model.load_state_dict(state)
-    model.load_other_parameter(_on(config["device"], others))
-    with contextlib.chdir(config["checkpoint_dir"]):
-        # RecBole's trainer makes folders for logs and checkpoints.
-        trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    trainer_class = get_trainer(run.config["MODEL_TYPE"], run.config["model"])
+    # RecBole's trainer makes folders for logs and checkpoints.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), no_pickles():
+        run.config["checkpoint_dir"] = folder
+        trainer = trainer_class(run.config, run.model)
         trainer.tensorboard.close()
-    trainer.eval_collector.data_collect(train)  # what some metrics count; RecBole does so in fit
-    valid_scores, _ = _evaluate(trainer, train, valid, valid)
-    collected = _collect_top(trainer)
-    test_scores, result = _evaluate(trainer, train, valid, test)
-    _require_same(record["test"], result)
-    tokens = test._dataset.field2id_token[test._dataset.iid_field]
-    top = {}
-    if isinstance(test, FullSortEvalDataLoader):
-        rows = torch.cat(collected).numpy()
-        users = _users(train, valid, test)
-        top = {user: tokens[row].tolist() for user, row in zip(users, rows, strict=True)}
+        trainer.eval_collector.data_collect(run.train)  # what some metrics count; in fit otherwise
+        valid, _, _ = _evaluate(trainer, run, run.valid)
+        rows = _collect_top(trainer)
+        test, users, result = _evaluate(trainer, run, run.test)
+    for name, value in run.files.record["test"].items():
+        if abs(result[name] - value) > _TOLERANCE:
+            raise GaCLLMError(
+                f"the checkpoint gives {name} {result[name]}, the run had {value}: data, code or "
+                "packages have changed since"
+            )
+    dataset, top = run.test._dataset, {}
+    if isinstance(run.test, FullSortEvalDataLoader):
+        items = dataset.field2id_token[dataset.iid_field][torch.cat(rows).numpy()]
+        top = dict(zip(users, items.tolist(), strict=True))
     heldout: dict[str, list[str]] = {}
-    for user, item in sorted(targets(test._dataset)):
+    for user, item in sorted(targets(dataset)):
         heldout.setdefault(user, []).append(item)
-    return Scored(
-        valid_scores,
-        test_scores,
-        top,
-        heldout,
-        count_degrees(targets(train._dataset) | histories(train._dataset)),
-    )
+    degrees = count_degrees(targets(run.train._dataset) | histories(run.train._dataset))
+    return Scored(valid, test, top, heldout, degrees)
 
 
-@contextlib.contextmanager
-def _texts_of(folders: Mapping[str, Path]) -> Iterator[None]:
-    """Give GaCLLM's constructor the run's own embeddings; no stage is ever started."""
-
-    def load(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
-        n_layers = len(list(folders["embeddings"].glob("layer_*.npy")))
-        return TextLayers.load(dict(folders), n_layers, options, data)
-
-    with contextlib.ExitStack() as patches:
-        for module in (recbole_gacllm.model, recbole_gacllm.text_knn):
-            patches.enter_context(mock.patch.object(module, "prepare", load))
-        yield
-
-
-def _on(device: torch.device, value: Any) -> Any:
-    """Another parameter on the model's device."""
-    if isinstance(value, dict):
-        return {key: _on(device, item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on(device, item) for item in value)
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _evaluate(trainer: Any, train: Any, valid: Any, part: Any) -> tuple[Scores, dict[str, float]]:
+def _evaluate(trainer: Any, run: OpenRun, part: Any) -> tuple[Scores, list[str], dict[str, float]]:
+    """Each metric by user, the user of each evaluated row, and RecBole's means."""
     recorder = Recorder()
-    recorder.on_split(train, valid, part)
+    recorder.on_split(run.train, run.valid, part)
     recorder.on_trainer(trainer)
     result = trainer.evaluate(part, load_best_model=False, show_progress=False)
     users = recorder.users()
@@ -193,13 +90,7 @@ def _evaluate(trainer: Any, train: Any, valid: Any, part: Any) -> tuple[Scores, 
         name: pd.Series(values, index=users).groupby(level=0, sort=True).mean()
         for name, values in recorder.values.items()
     }
-    return scores, dict(result)
-
-
-def _users(train: Any, valid: Any, test: Any) -> list[str]:
-    recorder = Recorder()
-    recorder.on_split(train, valid, test)
-    return recorder.users()
+    return scores, users, dict(result)
 
 
 def _collect_top(trainer: Any) -> list[Tensor]:
@@ -213,12 +104,3 @@ def _collect_top(trainer: Any) -> list[Tensor]:
 
     trainer.eval_collector.eval_batch_collect = collecting
     return collected
-
-
-def _require_same(expected: dict[str, float], found: dict[str, float]) -> None:
-    for name, value in expected.items():
-        if abs(found[name] - value) > _TOLERANCE:
-            raise GaCLLMError(
-                f"the checkpoint gives {name} {found[name]}, the run had {value}: data, code or "
-                "packages have changed since"
-            )

@@ -28,6 +28,7 @@ class Data:
         self.inputs.mkdir()
         self.descriptions.mkdir()
         self.graph.save(self.inputs / "graph.npz")
+        self.layer().write(self.inputs / "layer_0.parquet")
         self.names = {id_: f"Great Film {chr(65 + i % 26)}{i}" for i, id_ in enumerate(self.items)}
         self.train = set(zip(users.tolist(), items.tolist(), strict=True))
         self.pairs = [
@@ -264,7 +265,7 @@ def test_short_names_are_found_where_they_stand_out(data, written):
 def test_short_names_are_no_words_of_a_sentence(data):
     data.names |= {"i1": "It", "i2": "Up", "i3": "Her", "i4": "M", "i5": "The Game"}
     marks = Marks.of("item", data.items, [data.names[item] for item in data.items])
-    found = marks.found([["It is up to her. Up, and I'm in a game. Her taste: it's a game."]])
+    found = marks.in_texts([["It is up to her. Up, and I'm in a game. Her taste: it's a game."]])
     assert found.nnz == 0
 
 
