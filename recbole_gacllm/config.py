@@ -43,8 +43,7 @@ def shipped_path(*parts: str) -> Path:
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
-    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return dict(loaded or {})
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
 
 
 def preset_names() -> list[str]:
@@ -86,12 +85,12 @@ def check_keys(external: Mapping[str, Any], others: Collection[str] = ()) -> Non
     Raises:
         ValueError: Names the key and the nearest known ones.
     """
-    known = [f.name for f in dataclasses.fields(GaCLLMConfig)]
+    ours = [f.name for f in dataclasses.fields(GaCLLMConfig)]
     for key in external:
-        if key in known or key in others:
+        if key in ours or key in others:
             continue
-        if key.startswith(OUR_PREFIXES) or difflib.get_close_matches(key, known, cutoff=0.9):
-            near = difflib.get_close_matches(key, known, n=3)
+        if key.startswith(OUR_PREFIXES) or difflib.get_close_matches(key, ours, cutoff=0.9):
+            near = difflib.get_close_matches(key, ours, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "it has no near match."
             raise ValueError(
                 f"unknown key {key!r}: {hint} All keys stand in docs/config.md and in "
@@ -218,16 +217,17 @@ class GaCLLMConfig:
     artifact_dir: _Text
 
     def __post_init__(self) -> None:
-        if self.llm_backend == "server":
+        on_servers = self.llm_backend == "server"
+        if on_servers:
             api_key(self.llm_api_key_variable)  # a broken one is told before any stage
-        if (self.llm_backend == "server") != (self.llm_endpoints is not None):
+        if on_servers != (self.llm_endpoints is not None):
             raise ValueError(
                 f"llm_endpoints: {self.llm_endpoints!r} does not go with llm_backend: "
                 f"{self.llm_backend!r}. The addresses of servers and llm_backend: server are given "
                 "together, such as --llm_backend=server --llm_endpoints=http://host:8000/v1."
             )
-        named = self.llm_served_model or self.llm_merge_adapter
-        if self.llm_backend == "server" and (self.sft or self.llm_adapter) and not named:
+        has_adapter = (self.sft or self.llm_adapter) and not self.llm_merge_adapter
+        if on_servers and has_adapter and not self.llm_served_model:
             raise ValueError(
                 "llm_served_model: null does not go with llm_backend: server and "
                 "llm_merge_adapter: False. Name the adapter as the servers do "

@@ -98,12 +98,12 @@ class TextEncoder:
                 "without code of its own."
             ) from error
         self._model[0].register_forward_hook(_to_float32)
-        named = {name: text for name, text in self._model.prompts.items() if text}
-        if prompt is None and named and not self._model.default_prompt_name:
+        prompts = {name: text for name, text in self._model.prompts.items() if text}
+        if prompt is None and prompts and not self._model.default_prompt_name:
             logger.info(
-                "encoder_prompt: none is set; %s has the prompts %s", model_dir, ", ".join(named)
+                "encoder_prompt: none is set; %s has the prompts %s", model_dir, ", ".join(prompts)
             )
-        self._prompt = None if prompt is None else named.get(prompt, prompt)
+        self._prompt = None if prompt is None else prompts.get(prompt, prompt)
         self.dim = self._encode(["dim"]).shape[1]
         logger.info("encoder %s: %s on %s, %d wide", model_dir, self.dtype, device, self.dim)
 

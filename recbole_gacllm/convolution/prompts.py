@@ -15,12 +15,12 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from string import Template
 from typing import Literal
 
-from recbole_gacllm.convolution.layers import Side
+from recbole_gacllm.convolution.layers import SIDES, Side
 from recbole_gacllm.llm.generator import Message
 
 Direction = Literal["user_to_item", "item_to_user"]
@@ -79,9 +79,6 @@ class PromptTemplates:
         """Hash of the wordings that a description of this many layers may go back to.
 
         Those of fine-tuning are among them: stored descriptions are addressed so.
-
-        Args:
-            n_layers: Layers of the description convolution.
         """
         return self._hash(
             name for name in self.texts if n_layers > 1 or not name.endswith("_deeper")
@@ -89,9 +86,7 @@ class PromptTemplates:
 
     def sft_version(self) -> str:
         """Hash of the wordings that fine-tuning uses: other words, other hash."""
-        return self._hash(
-            name for name in self.texts if name == "system" or name.startswith("sft_")
-        )
+        return self._hash(name for name in self.texts if name.startswith(("system", "sft_")))
 
     def _hash(self, names: Iterable[str]) -> str:
         whole = "\0".join(f"{name}\0{self.texts[name]}" for name in sorted(names))
@@ -103,14 +98,8 @@ class PromptTemplates:
         """The chat that asks for a node's next description: ``PROMPT_side(text, neighbors)``.
 
         From layer 2 on a node's own text is an answer to the first wording; asked in the same
-        words again, a small model repeats it. So deeper layers have a wording of their own.
-
-        Args:
-            side: Side of the node; its neighbours are of the other one.
-            text: The node's own description.
-            neighbors: Descriptions of its neighbours, best first; empty takes the wording for a
-                node of which no neighbour is known.
-            layer: The layer that is made, from 1.
+        words again, a small model repeats it. So deeper layers have a wording of their own, and so
+        has a node without neighbours.
         """
         name = f"{side}_isolated" if not neighbors else side if layer == 1 else f"{side}_deeper"
         lines = "\n".join(_BULLET + neighbor for neighbor in neighbors)
@@ -126,12 +115,7 @@ class PromptTemplates:
         )
 
     def sft_messages(self, direction: Direction, text: str) -> tuple[Message, ...]:
-        """The chat of a fine-tuning pair; its completion is the other node's description.
-
-        Args:
-            direction: ``user_to_item`` if ``text`` describes the user.
-            text: Raw description of the node that is given.
-        """
+        """The chat of a fine-tuning pair; its completion is the other node's description."""
         return self._chat(f"sft_{direction}", {"text": text})
 
     def _chat(self, name: str, values: Mapping[str, str]) -> tuple[Message, ...]:
@@ -174,10 +158,9 @@ class PromptRenderer:
         max_prompt_tokens: int,
     ) -> None:
         self._templates = templates
-        sides: tuple[Side, ...] = ("user", "item")
         self._line_tokens = count_tokens([f"\n{_BULLET}"])[0]
         self._fixed: dict[tuple[Side, bool], int] = {}  # of a side, in deeper layers or the first
-        for side, layer in product(sides, (1, 2)):
+        for side, layer in product(SIDES, (1, 2)):
             # The instruction of a node may be either wording: the longer one counts for both.
             chats = [templates.messages(side, "", neighbors, layer) for neighbors in ([], [""])]
             self._fixed[side, layer > 1] = chat_tokens + max(
@@ -206,21 +189,11 @@ class PromptRenderer:
     ) -> tuple[Message, ...]:
         """Render a node's prompt with as many of its neighbours, in order, as fit.
 
-        Args:
-            side: Side of the node.
-            text: Its own description, at most ``own_text_limit`` tokens; kept whole.
-            text_tokens: Token count of ``text``.
-            neighbors: Descriptions of its neighbours, best first.
-            neighbor_tokens: Their token counts.
-            layer: The layer that is made, from 1.
+        Its own text has at most :meth:`own_text_limit` tokens and is kept whole.
         """
-        left = self.own_text_limit(side, layer) - text_tokens
-        n_fit = 0
-        for count in neighbor_tokens:
-            left -= count + self._line_tokens
-            if left < 0:
-                break
-            n_fit += 1
+        budget = self.own_text_limit(side, layer) - text_tokens
+        lengths = accumulate(count + self._line_tokens for count in neighbor_tokens)
+        n_fit = sum(length <= budget for length in lengths)
         return self._templates.messages(side, text, neighbors[:n_fit], layer)
 
 
@@ -243,17 +216,16 @@ def _read_template(path: Path, wanted: frozenset[str]) -> str:
         if names.count(name) != 1:
             raise ValueError(f"{path} holds ${name} {names.count(name)} times; write it once")
     _, *beginnings = _ANSWER.split(text)
+    problem = None
     if beginnings and path.stem.startswith(("sft_", "system")):
-        raise ValueError(
-            f"{path} has a line ---; only files that ask for descriptions begin answers"
+        problem = "has a line ---; only files that ask for descriptions begin answers"
+    elif len(beginnings) > 1 or not all(map(str.strip, beginnings)):
+        problem = "must have one line --- at most, and the beginning of the answer after it"
+    elif beginnings and wanted & set(Template(beginnings[0]).get_identifiers()):
+        problem = (
+            "has a node's text after the line ---; what stands there begins the answer: write "
+            "words and nouns only"
         )
-    if len(beginnings) > 1 or any(not beginning.strip() for beginning in beginnings):
-        raise ValueError(
-            f"{path} must have one line --- at most, and the beginning of the answer after it"
-        )
-    if beginnings and wanted & set(Template(beginnings[0]).get_identifiers()):
-        raise ValueError(
-            f"{path} has a node's text after the line ---; what stands there begins the answer: "
-            "write words and nouns only"
-        )
+    if problem is not None:
+        raise ValueError(f"{path} {problem}")
     return text

@@ -252,8 +252,8 @@ def _warn_of_labels(report: DataReport, config: Any, dataset: Any) -> None:
         )
         return
     columns = set(getattr(dataset, "label_columns", ()))
-    loaded = (config["load_col"] or {}).get("inter", ())
-    if loaded != "*" and config["LABEL_FIELD"] in loaded:
+    load_col = (config["load_col"] or {}).get("inter", ())
+    if load_col != "*" and config["LABEL_FIELD"] in load_col:
         columns.add(config["LABEL_FIELD"])
     for name in sorted(columns - set(config["val_interval"] or {})):
         report.warnings.append(

@@ -27,7 +27,7 @@ def read_and_inspect(
         RecBole's configuration, the training part, and what was seen.
 
     Raises:
-        ValueError: As :func:`.run_config.build_config` and :func:`.data_checks.inspect`.
+        ValueError: As :func:`.run_config.build_config` and :func:`.data.checks.inspect`.
     """
     config = build_config(model, dataset, config_files, config_dict)
     init_seed(config["seed"], config["reproducibility"])
@@ -42,7 +42,7 @@ def sample_texts(
     """Side -> texts of layer 0 of some of its nodes, drawn by the seed.
 
     Raises:
-        ValueError: As :func:`.data.raw_descriptions`.
+        ValueError: As :func:`.inputs.raw_descriptions`.
     """
     if config["model"] not in MODELS:  # the words are GaCLLM's all the same
         config = build_config("GaCLLM", dataset, config_files, config_dict)
@@ -63,19 +63,19 @@ def check_plan(jobs: Iterable[tuple[str, str, Sequence[str], Mapping[str, Any]]]
     Raises:
         ValueError: As :func:`read_and_inspect` and :func:`sample_texts`.
     """
-    chosen: dict[tuple[str, bool], tuple[bool, Any]] = {}
+    job_of_kind: dict[tuple[str, bool], tuple[bool, Any]] = {}
     for model, dataset, files, keys in jobs:
         config = build_config(model, dataset, files, dict(keys))
         with_text = model in MODELS and bool(config["use_text"])
         kind = dataset, config["train_neg_sample_args"]["distribution"] != "none"
-        if kind not in chosen or with_text > chosen[kind][0]:
-            chosen[kind] = with_text, (model, dataset, files, dict(keys))
-    told: set[str] = set()
-    for with_text, job in chosen.values():
+        if kind not in job_of_kind or with_text > job_of_kind[kind][0]:
+            job_of_kind[kind] = with_text, (model, dataset, files, dict(keys))
+    warnings: set[str] = set()
+    for with_text, job in job_of_kind.values():
         config, train, report = read_and_inspect(*job)
-        for warning in report.warnings:
-            if warning not in told:
+        for warning in dict.fromkeys(report.warnings):
+            if warning not in warnings:
                 logger.warning("%s: %s", job[1], warning)
-            told.add(warning)
+        warnings.update(report.warnings)
         if with_text:
             sample_texts(config, train, *job[1:])

@@ -110,23 +110,23 @@ def known_keys() -> frozenset[str]:
     return frozenset(keys)
 
 
-def check_given(given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+def check_given(keys: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
     """Refuse keys that nobody reads, and values that RecBole would misread or fail on later.
 
     Args:
-        given: What the user gave: files, dictionary and command line, as RecBole merges them.
+        keys: What the user gave: files, dictionary and command line, as RecBole merges them.
         defaults: Of the model, beside those of RecBole for any model; none of GaCLLM's, which
             :class:`.config.GaCLLMConfig` checks.
 
     Raises:
         ValueError: Names the key, the value, what is allowed and the next step.
     """
-    for key in given:
+    for key in keys:
         _check_name(key)
-    _check_types(given, defaults or {})
+    _check_types(keys, defaults or {})
     for key, (is_read, message) in _VALUES.items():
-        if given.get(key) is not None and not is_read(given[key]):
-            raise ValueError(f"{key}: {given[key]!r} {message}")
+        if keys.get(key) is not None and not is_read(keys[key]):
+            raise ValueError(f"{key}: {keys[key]!r} {message}")
 
 
 def _check_name(key: str) -> None:
@@ -153,10 +153,10 @@ def _defaults() -> dict[str, Any]:
     return defaults
 
 
-def _check_types(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def _check_types(keys: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """A key whose default is a number or a switch takes nothing else."""
     names = {bool: "True or False", int: "a whole number", float: "a number"}
-    for key, value in given.items():
+    for key, value in keys.items():
         of_any_model = _defaults().get(key)
         kind = type(defaults.get(key) if of_any_model is None else of_any_model)
         if value is None or kind not in names:
