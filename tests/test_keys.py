@@ -21,7 +21,8 @@ from recbole_gacllm.convolution.layers import Layer
 from recbole_gacllm.sft import finetune, processes, trainer
 
 from .conftest import job_of, our_keys
-from .test_model import build, fake_texts  # noqa: F401
+from .random_texts import random_texts
+from .recommender import Recommender
 from .test_sft import make_model
 
 # No two alike, so that none can stand in another's place.
@@ -106,8 +107,9 @@ def hear(monkeypatch):
         def noting(*args: Any, **keys: Any) -> Any:
             bound = signature.bind(*args, **keys)
             bound.apply_defaults()
-            named = dict(bound.arguments)
-            arguments.update(named | named.pop("kwargs", {}))
+            for one, value in bound.arguments.items():
+                is_rest = signature.parameters[one].kind is inspect.Parameter.VAR_KEYWORD
+                arguments.update(value if is_rest else {one: value})
             if not goes_on:
                 raise HeardError
             return function(*args, **keys)
@@ -274,7 +276,8 @@ def test_texts_of_layer_0(settings, hear):
     } == keys
 
 
-def test_the_model(settings, hear, fake_texts):  # noqa: F811
+def test_the_model(settings, hear, monkeypatch):
+    monkeypatch.setattr(model_module, "prepare", random_texts)
     names = (
         *("embedding_size", "text_hidden_size", "text_dropout", "text_weight", "n_layers"),
         *("align_weight", "align_n_nodes", "align_temperature", "reg_weight", "require_pow"),
@@ -288,9 +291,9 @@ def test_the_model(settings, hear, fake_texts):  # noqa: F811
     norms = hear(model_module.losses, "embedding_l2")
     eval_args = {"order": "TO", "split": {"LS": "valid_and_test"}, "group_by": "user"}
     keys = {**odd(*names), "loss_type": "SSM", "eval_args": eval_args}
-    model, train, _, _ = build("GaCLLM", settings, **keys)
-    batch = next(iter(train))
-    model.calculate_loss(batch)
+    made = Recommender("GaCLLM", settings, **keys)
+    model = made.model
+    model.calculate_loss(made.batch)
     unweighted = {}
     for name in ("align_weight", "reg_weight", "linear_weight"):
         assert getattr(model.options, name) == ODD[name]
