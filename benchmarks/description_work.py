@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recbole_gacllm.config import GaCLLMConfig, model_defaults, shipped_path
+from recbole_gacllm.config import GaCLLMConfig, shipped_path
 from recbole_gacllm.convolution import text
 from recbole_gacllm.convolution.convolution import Convolution
 from recbole_gacllm.convolution.graph import TrainGraph
 from recbole_gacllm.convolution.layers import SIDES, Layer, Side
 from recbole_gacllm.convolution.prompts import PromptTemplates
-from recbole_gacllm.convolution.requests import ConvolutionOptions
 from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.inputs import TrainingData, raw_descriptions
 from recbole_gacllm.llm import weights
@@ -87,15 +86,14 @@ class Work:
         if newest is None:
             return None
         job, root = json.loads(newest.read_text("utf-8")), newest.parent.parent
-        inputs, model_dir = Path(job["inputs"]), Path(job["generator_dir"])
+        inputs, model_dir = Path(job["inputs"]), Path(job["model_dir"])
         if not inputs.is_dir():  # the artefacts were moved together
             inputs, model_dir = root / inputs.name, root / model_dir.parent.name / model_dir.name
         below = Layer.read(inputs / "layer_0.parquet")
         return cls(
             TrainGraph.load(inputs / "graph.npz"),
             below,
-            # A run of an older version may lack a key.
-            GaCLLMConfig.from_mapping(model_defaults() | job["options"]),
+            GaCLLMConfig.from_mapping(job["options"]),
             job["seed"],
             model_dir,
             f"of the run {newest.parent.name}",
@@ -106,7 +104,7 @@ class Work:
     @staticmethod
     def _adapter(root: Path, job: dict[str, Any]) -> tuple[Path, Path] | None:
         """The base model and the adapter of a run that merged them, if both are still there."""
-        merged = Path(job["generator_dir"]).parent.name
+        merged = Path(job["model_dir"]).parent.name
         if not (root / merged / "job.json").is_file():
             return None
         made = json.loads((root / merged / "job.json").read_text("utf-8"))
@@ -190,15 +188,9 @@ class Work:
                 store,
                 {"model": "benchmark"},
                 lambda: generator,
-                ConvolutionOptions(
-                    neighbor_rule=options.neighbor_rule,
-                    n_neighbors=options.n_neighbors,
-                    max_prompt_tokens=options.llm_max_prompt_tokens,
-                    max_neighbor_tokens=options.llm_max_neighbor_tokens,
-                    sampling=self.sampling,
-                    seed=self.seed,
-                    show_progress=True,
-                ),
+                options,
+                self.seed,
+                show_progress=True,
             )
             _, report = convolution.next_layer(self.below, nothing_known, 1)
         clock.stop()

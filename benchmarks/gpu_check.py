@@ -57,7 +57,7 @@ def versions(device: str, small: bool, folder: Path) -> dict[str, Any]:
 
     from recbole_gacllm.llm import hardware
     from recbole_gacllm.llm.engines import choose_backend
-    from recbole_gacllm.llm.vllm_options import prepare_environment
+    from recbole_gacllm.llm.vllm_engine import prepare_environment
 
     figures: dict[str, Any] = {
         "python": platform.python_version(),

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Trainer
 
 from recbole_gacllm.alignment.encoder import TextEncoder
+from recbole_gacllm.config import GaCLLMConfig, model_defaults
 from recbole_gacllm.sft import finetune as sft
 from recbole_gacllm.llm.engines import choose_backend, open_generator
 from recbole_gacllm.llm.generator import Request, Sampling, SFTPair
 from recbole_gacllm.llm.hardware import out_of_memory
-from recbole_gacllm.sft.finetune import finetune
 from recbole_gacllm.sft.merge import merge as merge_adapter
-from recbole_gacllm.sft.trainer import SFTOptions
 from recbole_gacllm.llm.transformers_engine import TransformersGenerator
 
 TEMPLATE = (
@@ -46,21 +46,23 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 WORDS = ["toy", "story", "comedy", "drama", "horror", "western", "crime", "war", "love", "space"]
-OPTIONS = SFTOptions(
-    epochs=1,
-    batch_size=8,
-    accumulation_steps=2,
-    learning_rate=0.001,
-    lora_rank=8,
-    lora_alpha=16,
-    lora_dropout=0.0,  # draws of two devices differ
-    target_modules="all-linear",
-    checkpoint_steps=2,
-    max_tokens=384,
-    dtype="float32",
-    seed=3,
-    show_progress=False,
+OPTIONS = GaCLLMConfig.from_mapping(
+    {
+        **model_defaults(),
+        "sft_epochs": 1,
+        "sft_batch_size": 8,
+        "sft_accumulation_steps": 2,
+        "sft_learning_rate": 0.001,
+        "sft_lora_rank": 8,
+        "sft_lora_alpha": 16,
+        "sft_lora_dropout": 0.0,  # draws of two devices differ
+        "sft_target_modules": "all-linear",
+        "sft_checkpoint_steps": 2,
+        "sft_max_tokens": 384,
+        "llm_dtype": "float32",
+    }
 )
+finetune = partial(sft.finetune, seed=3)
 KILLED_AFTER = 2  # updates
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 LOGIT_TOLERANCE = 1e-3
@@ -198,7 +200,7 @@ def finetuning(device: str, small: bool, folder: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"seconds_of_one": time.perf_counter() - started, "cpu": cpu}
     died = worker("killed", str(model), str(folder / "killed"), n, cards=True)
     resumed = losses_of(str(model), str(folder / "killed"), n)
-    half_options = replace(OPTIONS, dtype="bfloat16")
+    half_options = replace(OPTIONS, llm_dtype="bfloat16")
     half = finetune(model, pairs(int(n), 1), [], folder / "half", half_options)
     one, other = (
         load_file(folder / run / "adapter" / "adapter_model.safetensors")

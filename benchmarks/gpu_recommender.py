@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 import recbole_gacllm  # noqa: F401  (before RecBole and transformers)
 from recbole_gacllm import model as model_module
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.alignment.propagation import (
     Adjacency,
     PeriodicPropagation,
@@ -28,7 +29,6 @@ from recbole_gacllm.alignment.propagation import (
     propagate_mean,
     text_projection,
 )
-from recbole_gacllm.inputs import TextLayers
 from recbole_gacllm.objective import linear, losses
 from recbole_gacllm.objective.linear import ItemItemModel, TextNeighbors, standardize
 from recbole_gacllm.objective.unseen import UnseenItems

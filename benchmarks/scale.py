@@ -36,7 +36,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,16 +48,15 @@ import torch  # noqa: E402
 
 from recbole_gacllm.alignment.encoder import TextEncoder  # noqa: E402
 from recbole_gacllm.artifacts import disk  # noqa: E402
-from recbole_gacllm.config import shipped_path  # noqa: E402
+from recbole_gacllm.config import GaCLLMConfig, model_defaults, shipped_path  # noqa: E402
 from recbole_gacllm.convolution import text  # noqa: E402
 from recbole_gacllm.convolution.convolution import Convolution  # noqa: E402
 from recbole_gacllm.convolution.graph import TrainGraph  # noqa: E402
 from recbole_gacllm.convolution.layers import SIDES, Layer, Side  # noqa: E402
 from recbole_gacllm.convolution.prompts import PromptTemplates  # noqa: E402
-from recbole_gacllm.convolution.requests import ConvolutionOptions  # noqa: E402
 from recbole_gacllm.convolution.store import DescriptionStore  # noqa: E402
 from recbole_gacllm.llm.chat import ChatTokenizer  # noqa: E402
-from recbole_gacllm.llm.generator import Completion, Request, Sampling  # noqa: E402
+from recbole_gacllm.llm.generator import Completion, Request  # noqa: E402
 from recbole_gacllm.llm.weights import resolve_llm  # noqa: E402
 
 N_LAYERS = 2
@@ -178,10 +176,9 @@ class StandInEncoder(TextEncoder):
     def __init__(self, folder: Path) -> None:
         self.model_dir, self.batch_size = folder, 64
         self.dtype, self.dim, self._prompt = torch.float32, TEXT_WIDTH, None
-        self._model = SimpleNamespace(tokenizer=None)  # texts are sorted by their characters
         self._vector = np.full((1, self.dim), self.dim**-0.5, dtype=np.float32)
 
-    def _encode(self, texts: list[str]) -> Any:
+    def _encode(self, texts: list[str], show_progress: bool = False) -> Any:
         return self._vector.repeat(len(texts), axis=0)
 
 
@@ -313,15 +310,16 @@ def convolution_of(
     templates = PromptTemplates.load(
         shipped_path("properties", "prompts"), NOUNS["user"], NOUNS["item"]
     )
-    options = ConvolutionOptions(
-        neighbor_rule="rare_first",
-        n_neighbors=8,
-        max_prompt_tokens=384,
-        max_neighbor_tokens=48,
-        sampling=Sampling(64, 0.0, 1.05),
-        seed=SEED,
-        show_progress=False,
-    )
+    keys = {
+        "neighbor_rule": "rare_first",
+        "n_neighbors": 8,
+        "llm_max_prompt_tokens": 384,
+        "llm_max_neighbor_tokens": 48,
+        "llm_max_new_tokens": 64,
+        "llm_temperature": 0.0,
+        "llm_repetition_penalty": 1.05,
+    }
+    options = GaCLLMConfig.from_mapping({**model_defaults(), **keys})
     with watch.step(f"{part}: neighbour choice"):
         return Watched(
             graph,
@@ -341,6 +339,8 @@ def convolution_of(
             {"model": "stand-in"},
             lambda: StandIn(watch),
             options,
+            SEED,
+            show_progress=False,
         )
 
 

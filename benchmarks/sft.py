@@ -25,7 +25,7 @@ import torch
 from recbole_gacllm import pipeline
 from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.config import GaCLLMConfig
-from recbole_gacllm.inputs import TrainingData, raw_descriptions
+from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.run_config import build_config
 
 LIBRARIES = ("torch", "transformers", "peft")
@@ -50,12 +50,7 @@ def tuned(dataset: str, keys: dict[str, Any]) -> tuple[dict[str, Any], GaCLLMCon
     train_data, _, _ = data_preparation(config, create_dataset(config))
     options = GaCLLMConfig.from_mapping(config.final_config_dict)
     data = TrainingData.from_recbole(config, train_data._dataset)
-    root = Path(options.artifact_dir).resolve() / data.dataset
-    raw, names = raw_descriptions(options, data)
-    inputs = pipeline._write_inputs(root, data.graph, raw, names)
-    model = pipeline._LanguageModel.resolve(options)
-    folder = pipeline._finetune(root, inputs, options, data, model)
-    manifest = manifests.read_manifest(folder)
+    manifest = manifests.read_manifest(pipeline._Hook(options, data).folders["sft"])
     assert manifest is not None
     return manifest, options
 
@@ -74,12 +69,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     known, keys_of_run = parser.parse_known_args()
     command = " ".join(["python", "benchmarks/sft.py", *sys.argv[1:]])
-    sys.argv = [sys.argv[0], *keys_of_run]  # RecBole reads keys from the command line
+    keys = dict(flag.removeprefix("--").split("=") for flag in keys_of_run)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     runs = []
     for seed in known.seeds:
-        manifest, options = tuned(known.dataset, {"seed": seed})
+        manifest, options = tuned(known.dataset, {"seed": seed, **keys})
         figures = {name: manifest[name] for name in SHOWN}
         ratio = manifest["perplexity_after"] / manifest["perplexity_before"]
         runs.append({"seed": seed, **figures, "ratio": ratio})

@@ -187,7 +187,7 @@ def random_texts(options: Any, data: Any) -> Any:
     """In place of the stages: tables of the encoder's shape, float16, unit rows."""
     import torch
 
-    from recbole_gacllm.inputs import TextLayers
+    from recbole_gacllm.alignment.embeddings import TextLayers
 
     n_users, n_items = len(data.graph.user_tokens), len(data.graph.item_tokens)
     generator = torch.Generator().manual_seed(1)

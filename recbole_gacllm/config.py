@@ -10,19 +10,21 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import functools
 import re
-import types
 import typing
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from recbole_gacllm.redaction import api_key, redact
 
+MODEL = "GaCLLM"
+#: Our models and their modules; both take the keys of ``GaCLLM.yaml``.
+MODELS = {MODEL: "recbole_gacllm.model", "TextKNN": "recbole_gacllm.text_knn"}
 OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_", "linear_")
 
 #: Keys of ours that hold for any model; see ``splits.py``.
@@ -111,130 +113,109 @@ def literal(text: str) -> Any:
         raise ValueError(f"{text!r} is not a literal value.") from error
 
 
-_Check = Callable[[Any], str | None]
-
-
-def _one_of(*allowed: str) -> _Check:
-    return lambda v: None if v in allowed else f"allowed: {', '.join(allowed)}"
-
-
-def _at_least(low: float) -> _Check:
-    return lambda v: None if v >= low else f"allowed: {low} or more"
-
-
-def _above(low: float) -> _Check:
-    return lambda v: None if v > low else f"allowed: above {low}"
-
-
-def _from_to(low: float, high: float) -> _Check:
-    """Half-open: ``low <= v < high``."""
-    return lambda v: None if low <= v < high else f"allowed: from {low} to below {high}"
-
-
-def _share(v: float) -> str | None:
-    return None if 0 < v <= 1 else "allowed: above 0, at most 1"
-
-
-def _not_empty(v: Any) -> str | None:
-    return None if v else "allowed: anything but empty"
-
-
-def _base_urls(v: str | list[str]) -> str | None:
-    urls = [v] if isinstance(v, str) else v
+def _base_urls(value: str | list[str]) -> str | list[str]:
+    urls = [value] if isinstance(value, str) else value
     # A user name or password in an address would end up in manifests.
-    good = [isinstance(u, str) and re.match(r"https?://[^/@]+(/[^@?#]*)?$", u) for u in urls]
-    return None if urls and all(good) else "allowed: addresses such as http://host:8000/v1"
+    if not urls or not all(re.match(r"https?://[^/@]+(/[^@?#]*)?$", url) for url in urls):
+        raise ValueError("Input should be addresses such as http://host:8000/v1")
+    return value
 
 
-def _dict_of_dicts(v: dict[str, Any]) -> str | None:
-    good = all(isinstance(words, dict) for words in v.values())
-    return None if good else "allowed: {field: {value: words}}"
+def _variable_name(value: str) -> str:
+    if not value.isidentifier():
+        raise ValueError("Input should be the name of an environment variable")
+    return value
 
 
-def _variable_name(v: str) -> str | None:
-    return None if v.isidentifier() else "allowed: the name of an environment variable"
+_Count = Annotated[int, Field(ge=1)]
+_Number = Annotated[int, Field(ge=0)]
+_Weight = Annotated[float, Field(ge=0)]
+_Positive = Annotated[float, Field(gt=0)]
+_Share = Annotated[float, Field(gt=0, le=1)]
+_Dropout = Annotated[float, Field(ge=0, lt=1)]
+_Temperature = Annotated[float, Field(ge=0.025)]
+_Text = Annotated[str, Field(min_length=1)]
+_DType = Literal["auto", "bfloat16", "float16", "float32"]
+# Strict: an int passes as float, nothing else is converted.
+_CHECKS = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
 
-def _key(check: _Check | None = None) -> Any:
-    return field(metadata={"check": check})
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CHECKS)
 class GaCLLMConfig:
     """Our keys, checked. Meanings, types and defaults: ``properties/model/GaCLLM.yaml``."""
 
-    preset: str = _key()
-    embedding_size: int = _key(_at_least(1))
-    n_layers: int = _key(_at_least(0))
-    propagate_every: int = _key(_at_least(1))
-    reg_weight: float = _key(_at_least(0))
-    require_pow: bool = _key()
-    loss_type: str = _key(_one_of("BPR", "SSM"))
-    ssm_n_negatives: int = _key(_at_least(1))
-    ssm_temperature: float = _key(_at_least(0.025))
-    linear_weight: float = _key(_at_least(0))
-    linear_reg_weight: float | None = _key(_above(0))
-    linear_text_weight: float = _key(_at_least(0))
-    linear_recency: float = _key(_at_least(0))
-    use_text: bool = _key()
-    text_source: str = _key(_one_of("generated", "raw", "item_mean", "shuffled"))
-    text_hidden_size: int = _key(_at_least(0))
-    text_dropout: float = _key(_from_to(0, 1))
-    text_weight: float = _key(_at_least(0))
-    align_weight: float = _key(_at_least(0))
-    align_n_nodes: int | None = _key(_at_least(2))
-    align_temperature: float = _key(_at_least(0.025))
-    text_user_template: str | None = _key(_not_empty)
-    text_item_template: str | None = _key(_not_empty)
-    text_user_noun: str = _key(_not_empty)
-    text_item_noun: str = _key(_not_empty)
-    text_value_names: dict[str, dict[str, str]] | None = _key(_dict_of_dicts)
-    text_item_name_field: str | None = _key(_not_empty)
-    text_max_chars: int = _key(_at_least(16))
-    text_allow_ids: bool = _key()
-    text_import_file: str | None = _key(_not_empty)
-    neighbor_rule: str = _key(_one_of("random", "recent", "rare_first"))
-    n_neighbors: int = _key(_at_least(1))
-    llm_model: str = _key(_not_empty)
-    llm_backend: str = _key(_one_of("auto", "vllm", "transformers", "server"))
-    llm_endpoints: str | list[str] | None = _key(_base_urls)
-    llm_endpoint_concurrency: int = _key(_at_least(1))
-    llm_served_model: str | None = _key(_not_empty)
-    llm_api_key_variable: str = _key(_variable_name)
-    llm_n_layers: int = _key(_at_least(0))
-    llm_max_prompt_tokens: int = _key(_at_least(64))
-    llm_max_neighbor_tokens: int = _key(_at_least(4))
-    llm_max_new_tokens: int = _key(_at_least(4))
-    llm_temperature: float = _key(_at_least(0))
-    llm_repetition_penalty: float = _key(_above(0))
-    llm_dtype: str = _key(_one_of("auto", "bfloat16", "float16", "float32"))
-    llm_adapter: str | None = _key(_not_empty)
-    llm_merge_adapter: bool = _key()
-    llm_prompts_dir: str | None = _key(_not_empty)
-    llm_tensor_parallel_size: int = _key(_at_least(1))
-    llm_pipeline_parallel_size: int = _key(_at_least(1))
-    llm_gpu_memory_utilization: float | None = _key(_share)
-    sft: bool = _key()
-    sft_n_pairs: int = _key(_at_least(1))
-    sft_n_heldout: int = _key(_at_least(1))
-    sft_epochs: int = _key(_at_least(1))
-    sft_batch_size: int = _key(_at_least(1))
-    sft_accumulation_steps: int = _key(_at_least(1))
-    sft_learning_rate: float = _key(_above(0))
-    sft_lora_rank: int = _key(_at_least(1))
-    sft_lora_alpha: int = _key(_at_least(1))
-    sft_lora_dropout: float = _key(_from_to(0, 1))
-    sft_target_modules: str | list[str] = _key(_not_empty)
-    sft_checkpoint_steps: int = _key(_at_least(1))
-    sft_max_tokens: int = _key(_at_least(32))
-    encoder_model: str = _key(_not_empty)
-    encoder_prompt: str | None = _key()
-    encoder_batch_size: int = _key(_at_least(1))
-    encoder_dtype: str = _key(_one_of("auto", "bfloat16", "float16", "float32"))
-    train_share: float = _key(_share)
-    cold_item_share: float = _key(_from_to(0, 0.5))
-    fast_paths: bool = _key()
-    artifact_dir: str = _key(_not_empty)
+    preset: str
+    embedding_size: _Count
+    n_layers: _Number
+    propagate_every: _Count
+    reg_weight: _Weight
+    require_pow: bool
+    loss_type: Literal["BPR", "SSM"]
+    ssm_n_negatives: _Count
+    ssm_temperature: _Temperature
+    linear_weight: _Weight
+    linear_reg_weight: _Positive | None
+    linear_text_weight: _Weight
+    linear_recency: _Weight
+    use_text: bool
+    text_source: Literal["generated", "raw", "item_mean", "shuffled"]
+    text_hidden_size: _Number
+    text_dropout: _Dropout
+    text_weight: _Weight
+    align_weight: _Weight
+    align_n_nodes: Annotated[int, Field(ge=2)] | None
+    align_temperature: _Temperature
+    text_user_template: _Text | None
+    text_item_template: _Text | None
+    text_user_noun: _Text
+    text_item_noun: _Text
+    text_value_names: dict[str, dict[Any, Any]] | None
+    text_item_name_field: _Text | None
+    text_max_chars: Annotated[int, Field(ge=16)]
+    text_allow_ids: bool
+    text_import_file: _Text | None
+    neighbor_rule: Literal["random", "recent", "rare_first"]
+    n_neighbors: _Count
+    llm_model: _Text
+    llm_backend: Literal["auto", "vllm", "transformers", "server"]
+    llm_endpoints: Annotated[str | list[str], AfterValidator(_base_urls)] | None
+    llm_endpoint_concurrency: _Count
+    llm_served_model: _Text | None
+    llm_api_key_variable: Annotated[str, AfterValidator(_variable_name)]
+    llm_n_layers: _Number
+    llm_max_prompt_tokens: Annotated[int, Field(ge=64)]
+    llm_max_neighbor_tokens: Annotated[int, Field(ge=4)]
+    llm_max_new_tokens: Annotated[int, Field(ge=4)]
+    llm_temperature: _Weight
+    llm_repetition_penalty: _Positive
+    llm_dtype: _DType
+    llm_adapter: _Text | None
+    llm_merge_adapter: bool
+    llm_prompts_dir: _Text | None
+    llm_tensor_parallel_size: _Count
+    llm_pipeline_parallel_size: _Count
+    llm_gpu_memory_utilization: _Share | None
+    sft: bool
+    sft_n_pairs: _Count
+    sft_n_heldout: _Count
+    sft_epochs: _Count
+    sft_batch_size: _Count
+    sft_accumulation_steps: _Count
+    sft_learning_rate: _Positive
+    sft_lora_rank: _Count
+    sft_lora_alpha: _Count
+    sft_lora_dropout: _Dropout
+    sft_target_modules: _Text | Annotated[list[str], Field(min_length=1)]
+    sft_checkpoint_steps: _Count
+    sft_max_tokens: Annotated[int, Field(ge=32)]
+    encoder_model: _Text
+    encoder_prompt: str | None
+    encoder_batch_size: _Count
+    encoder_dtype: _DType
+    train_share: _Share
+    cold_item_share: Annotated[float, Field(ge=0, lt=0.5)]
+    fast_paths: bool
+    artifact_dir: _Text
 
     def __post_init__(self) -> None:
         if self.llm_backend == "server":
@@ -274,21 +255,12 @@ class GaCLLMConfig:
         Raises:
             ValueError: Names the key, the value found and what is allowed.
         """
-        for f in dataclasses.fields(cls):
-            if f.name not in mapping:
-                raise ValueError(
-                    f"key {f.name!r} is missing. Build the configuration with RecBole's "
-                    'Config(model="GaCLLM", …) after `import recbole_gacllm`: it has all defaults.'
-                )
-        keys = (f.name for f in dataclasses.fields(cls))
-        return cls(**{key: checked(key, mapping[key]) for key in keys})
-
-
-@functools.cache
-def _fields() -> dict[str, tuple[Any, _Check | None]]:
-    hints = typing.get_type_hints(GaCLLMConfig)
-    fields = dataclasses.fields(GaCLLMConfig)
-    return {f.name: (hints[f.name], f.metadata["check"]) for f in fields}
+        keys = [f.name for f in dataclasses.fields(cls)]
+        values = {key: mapping[key] for key in keys if key in mapping}
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ValueError(_told(error, values)) from None
 
 
 def checked(key: str, value: Any) -> Any:
@@ -297,32 +269,32 @@ def checked(key: str, value: Any) -> Any:
     Raises:
         ValueError: Names the key, the value found and what is allowed.
     """
-    hint, check = _fields()[key]
-    value = _convert(key, value, hint)
-    problem = check and value is not None and check(value)
-    if problem:
-        raise ValueError(f"{key}: {_shown(key, value)} is not allowed; {problem}.")
-    return value
+    hint = typing.get_type_hints(GaCLLMConfig, include_extras=True)[key]
+    try:
+        return TypeAdapter(hint, config=_CHECKS).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(_told(error, {key: value}, key)) from None
 
 
-def _convert(key: str, value: Any, hint: Any) -> Any:
-    """Check the type of a value; an int passes as float, nothing else is converted."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        origin = typing.get_origin(option) or option
-        if origin is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if origin is int and isinstance(value, bool):
-            continue
-        if isinstance(value, origin):
-            return value
-    names = " or ".join(
-        "null" if o is types.NoneType else str(getattr(o, "__name__", o)) for o in options
+def _told(error: ValidationError, values: Mapping[str, Any], *path: str) -> str:
+    """What is wrong, of the first key that is: its name, the value found, what is allowed."""
+    problems = [((*path, *problem["loc"]), problem) for problem in error.errors()]
+    place, first = problems[0]
+    if not place:  # several keys that do not go together
+        return str(first["ctx"]["error"])
+    key = str(place[0])
+    if first["type"] == "missing":
+        return (
+            f"key {key!r} is missing. Build the configuration with RecBole's "
+            'Config(model="GaCLLM", …) after `import recbole_gacllm`: it has all defaults.'
+        )
+    # "Input should be a valid list", "Value error, Input should be …"; several of a union.
+    allowed = dict.fromkeys(
+        problem["msg"].removeprefix("Value error, ").partition(" ")[2]
+        for place, problem in problems
+        if place[0] == key
     )
-    found = f"{_shown(key, value)} is a {type(value).__name__}"
-    raise ValueError(f"{key}: {found}; it must be {names}.")
-
-
-def _shown(key: str, value: Any) -> str:
-    """A value in an error; where a name belongs, the key itself may stand by mistake."""
-    return "what it holds" if key == "llm_api_key_variable" else redact(repr(value))
+    null = " or null" if GaCLLMConfig.__annotations__[key].endswith("None") else ""
+    # Where a name belongs, the secret itself may stand by mistake.
+    shown = "what it holds" if key == "llm_api_key_variable" else redact(repr(values[key]))
+    return f"{key}: {shown} is not allowed; it {' or '.join(allowed)}{null}."

@@ -28,7 +28,7 @@ class GenerationError(GaCLLMError):
 
 
 class MemoryRanOutError(GenerationError):
-    """The text generator stopped because memory ran out; another may do with less at once."""
+    """The text generator stopped because memory ran out, maybe: a smaller one may do."""
 
 
 class StoreError(GaCLLMError):

@@ -1,18 +1,15 @@
-"""What the preprocessing hook takes from a RecBole run, and what it gives back to the model."""
+"""What the preprocessing hook takes from a RecBole run."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from scipy import sparse
-from torch import Tensor
 
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.convolution import text
@@ -24,8 +21,6 @@ from recbole_gacllm.convolution.names import item_names, names_of_people
 logger = logging.getLogger(__name__)
 
 _SHOWN = 3  # texts of a side, in the log and by `check`
-#: So many text embeddings are taken to float32 at once: 100 MB of width 384.
-MAX_ROWS = 2**16
 
 
 @dataclass(frozen=True)
@@ -80,133 +75,25 @@ class TrainingData:
         )
 
 
-class TextLayers:
-    """Constant text embeddings ``x^(0) .. x^(L)`` of all nodes, looked up by RecBole's node ids.
-
-    Kept outside the model's state: they are files on disk, memory-mapped, in half precision.
-    Processes on one machine share the pages; on another device they lie there in half precision.
-
-    Args:
-        tables: One array a layer, ``[n_rows, width]``, float16, L2-normalised rows.
-        rows: Row of each node, users first with RecBole's internal ids; -1 for padding.
-        run_files: Where the artefacts lie: stage -> folder.
-    """
-
-    def __init__(self, tables: list[Tensor], rows: Tensor, run_files: dict[str, Path]) -> None:
-        self.tables = tables
-        self.row_of_node = rows
-        self.run_files = run_files
-        self.dim = int(tables[0].shape[1])
-
-    @classmethod
-    def load(
-        cls, folders: dict[str, Path], n_layers: int, options: GaCLLMConfig, data: TrainingData
-    ) -> TextLayers:
-        """Memory-map the embeddings and find each node's row by its token, not by its id."""
-        tokens = Layer.read(folders["inputs"] / "layer_0.parquet").tokens
-        rng = np.random.default_rng(data.seed)
-        row_of_node, offset = [], 0
-        for side in SIDES:
-            rows = np.arange(len(tokens[side])) + offset
-            if options.text_source == "shuffled":
-                rows = rng.permutation(rows)
-            row_of_token = dict(zip(tokens[side], rows.tolist(), strict=True))
-            row_of_node += [
-                -1,
-                *(row_of_token[token] for token in data.graph.tokens(side).tolist()),
-            ]
-            offset += len(rows)
-        tables = [
-            # Copy-on-write: torch wants a writable array, nothing is ever written.
-            torch.from_numpy(np.load(folders["embeddings"] / f"layer_{layer}.npy", mmap_mode="c"))
-            for layer in range(n_layers)
-        ]
-        row_of_each = torch.tensor(row_of_node)
-        if options.text_source == "item_mean":
-            tables[0] = _users_as_item_means(tables[0], len(tokens["user"]), row_of_each, data)
-        return cls(tables, row_of_each, folders)
-
-    def __len__(self) -> int:
-        return len(self.tables)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TextLayers:
-        return self
-
-    def to(self, device: torch.device | str) -> TextLayers:
-        """The same embeddings on a device."""
-        tables = [table.to(device) for table in self.tables]
-        return TextLayers(tables, self.row_of_node.to(device), self.run_files)
-
-    def rows(self, layer: int, nodes: Tensor) -> Tensor:
-        """Text embeddings of nodes at a layer; zero for padding.
-
-        Shapes:
-            nodes: ``[n]``; result ``[n, width]``, float32.
-        """
-        rows = self.row_of_node[nodes]
-        return self.tables[layer][rows.clamp(min=0)].float().mul_((rows >= 0)[:, None])
-
-    def projected(
-        self, layer: int, nodes: Tensor, projection: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """A projection of :meth:`rows`, some nodes at a time: never all of them in float32.
-
-        Shapes:
-            nodes: ``[n]``; projection maps ``[m, width]`` to ``[m, d]``; result ``[n, d]``.
-        """
-        blocks = torch.split(nodes, MAX_ROWS)
-        return torch.cat([projection(self.rows(layer, some)) for some in blocks])
-
-
-#: What gives a model its text embeddings: the stages, or what they left.
-TextsOf = Callable[[GaCLLMConfig, TrainingData], TextLayers]
-
-
-def _users_as_item_means(
-    table: Tensor, n_users: int, row_of_node: Tensor, data: TrainingData
-) -> Tensor:
-    """Each user's row is the mean of the rows of their training items, at unit length.
-
-    A control, ours: a user's text without any LLM. A user without training items gets zeros.
-
-    Shapes:
-        table and result: ``[n_users + n_items, width]``, float16, users first; row_of_node
-        ``[n_nodes + 2]``, a padding node before each side.
-    """
-    rows = row_of_node.numpy()
-    users = rows[data.graph.users + 1]
-    items = rows[data.graph.items + len(data.graph.user_tokens) + 2]
-    edges = sparse.csr_array(
-        (np.ones(len(users), np.float32), (users, items)), shape=(n_users, len(table))
-    )
-    means = torch.from_numpy(edges @ table.float().numpy())
-    return torch.cat([torch.nn.functional.normalize(means, dim=1).half(), table[n_users:]])
-
-
 def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, dict[str, str]]:
     """Layer 0, every node's features as a sentence, and the name of every item by token.
 
     Raises:
-        ValueError: If a template names a field that is not there, or no side has any text.
+        ValueError: If a template names a field that is not there, or no node has any text.
     """
-    features = {}
+    tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
+    features: dict[Side, pd.DataFrame | None] = {"user": None, "item": None}
     for side in SIDES:
-        file = data.feature_files[side]
-        features[side] = (
-            None
-            if file is None
-            else text.read_features(
+        if (file := data.feature_files[side]) is not None:
+            features[side] = text.read_features(
                 file,
                 data.id_fields[side],
                 data.field_separator,
                 data.encoding,
                 data.seq_separator,
-                frozenset(data.graph.tokens(side).tolist()),
+                frozenset(tokens[side]),
             )
-        )
-    text.require_some_text(features["user"], features["item"], options.text_allow_ids)
     value_names = _value_names(options, [frame for frame in features.values() if frame is not None])
-    tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
     wording = {
         "user": (options.text_user_template, options.text_user_noun),
         "item": (options.text_item_template, options.text_item_noun),
@@ -222,16 +109,20 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
         )
         for side in SIDES
     }
-    if not options.text_allow_ids and all(
-        set(texts[side]) == {text.nothing_known(wording[side][1])} for side in SIDES
-    ):
+    nothing = {
+        side: text.cut_at_word(text.nothing_known(wording[side][1]), options.text_max_chars)
+        for side in SIDES
+    }
+    if not options.text_allow_ids and all(set(texts[side]) == {nothing[side]} for side in SIDES):
         raise ValueError(
-            f"nothing is known of any user or item of {data.dataset}: the fields of its feature "
-            "files are empty, or ids and codes, which a sentence leaves out. Fill them, name "
-            "fields in text_item_template, or set use_text: False to go without text"
+            f"the data set has no text, nothing is known of any user or item of {data.dataset}: it "
+            "has no .user or .item file beside the .inter file, or their fields are empty, or ids "
+            "and codes, which a sentence leaves out. Add or fill fields, name some in "
+            "text_item_template, set text_allow_ids: True to describe nodes of a data set without "
+            "fields by their ids, or use_text: False to go without text"
         )
-    for side, some in samples(texts, data.seed).items():
-        for text_of_node in some:
+    for side, texts_of_side in samples(texts, data.seed).items():
+        for text_of_node in texts_of_side:
             logger.info("%s as a language model sees it: %s", side, text_of_node)
     names = item_names(tokens["item"], features["item"], options.text_item_name_field)
     return Layer.raw(tokens, texts), names
@@ -240,8 +131,8 @@ def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, 
 def samples(texts: Mapping[Side, Sequence[str]], seed: int) -> dict[Side, list[str]]:
     """Side -> some of its texts, drawn by the seed, each told once."""
     rng = np.random.default_rng(seed)
-    drawn = {side: rng.permutation(len(some))[:_SHOWN].tolist() for side, some in texts.items()}
-    return {side: list(dict.fromkeys(texts[side][at] for at in drawn[side])) for side in drawn}
+    rows = {side: rng.permutation(len(texts[side]))[:_SHOWN].tolist() for side in texts}
+    return {side: list(dict.fromkeys(texts[side][row] for row in rows[side])) for side in rows}
 
 
 def user_names(config: Any) -> dict[str, str]:

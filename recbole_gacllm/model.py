@@ -26,6 +26,7 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recbole_gacllm.alignment.embeddings import MAX_ROWS, TextLayers
 from recbole_gacllm.alignment.propagation import (
     Adjacency,
     PeriodicPropagation,
@@ -35,11 +36,11 @@ from recbole_gacllm.alignment.propagation import (
     text_projection,
 )
 from recbole_gacllm.config import GaCLLMConfig
-from recbole_gacllm.inputs import MAX_ROWS, TextLayers, TextsOf, TrainingData
+from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.objective import losses
 from recbole_gacllm.objective.linear import ItemItemModel, recency_weights, standardize
 from recbole_gacllm.objective.unseen import UnseenItems
-from recbole_gacllm.pipeline import prepare
+from recbole_gacllm.pipeline import TextsOf, prepare
 
 
 class GaCLLM(GeneralRecommender):  # type: ignore[misc]
@@ -63,22 +64,16 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         self.user_embedding = nn.Embedding(self.n_users, options.embedding_size)
         self.item_embedding = nn.Embedding(self.n_items, options.embedding_size)
         data = TrainingData.from_recbole(config, dataset)
+        users, items = data.graph.users + 1, data.graph.items + 1  # RecBole's ids
         self.texts: TextLayers | None = None
         if options.use_text:
             self.texts = (texts_of or prepare)(options, data).to(self.device)
+            sizes = self.texts.dim, options.text_hidden_size, options.embedding_size
             self.projections = nn.ModuleList(
-                text_projection(
-                    self.texts.dim,
-                    options.text_hidden_size,
-                    options.embedding_size,
-                    options.text_dropout,
-                )
-                for _ in range(len(self.texts))
+                text_projection(*sizes, options.text_dropout) for _ in range(len(self.texts))
             )
         # After the stages, which need the GPU's memory for themselves.
-        self.adjacency = Adjacency.from_edges(
-            data.graph.users + 1, data.graph.items + 1, self.n_users, self.n_items, self.device
-        )
+        self.adjacency = Adjacency.from_edges(users, items, self.n_users, self.n_items, self.device)
         self.periodic: PeriodicPropagation | None = None
         if options.propagate_every > 1:
             self.periodic = PeriodicPropagation(
@@ -86,110 +81,137 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             )
         self.unseen: UnseenItems | None = None  # that only text can speak for
         if self.texts is not None:
-            items = data.graph.items + 1
             self.unseen = UnseenItems.find(
                 items, self.n_items, self._raw_texts, MAX_ROWS, self.device
             )
         self.linear: ItemItemModel | None = None
         if options.linear_weight > 0:
-            item_texts = None
-            if self.texts is not None and options.linear_text_weight > 0:
-                item_texts = self._raw_texts(torch.arange(self.n_items, device=self.device))
-            self.linear = ItemItemModel(
-                data.graph.users + 1,
-                data.graph.items + 1,
-                self.n_users,
-                self.n_items,
-                options.linear_reg_weight,
-                item_texts,
-                options.linear_text_weight,
-                self.device,
-                self._recency(config, data),
-            )
-            if self.linear.held_out_ndcg:
-                self.logger.info(
-                    f"linear_reg_weight: {self.linear.reg_weight:g}, by NDCG@10 on held-out "
-                    f"training interactions: {_listed(self.linear.held_out_ndcg)}"
-                )
-            if self.linear.n_covered < self.n_items:
-                self.logger.warning(
-                    f"linear_weight: of {self.n_items} items the linear model covers the "
-                    f"{self.linear.n_covered} with most interactions"
-                )
+            by_time = config["eval_args"]["order"] == "TO"
+            times = data.graph.timestamps if by_time else None
+            self.linear = self._linear_model(users, items, times)
         self.restored: tuple[Tensor, Tensor] | None = None  # fused embeddings, for evaluation only
         self.register_load_state_dict_post_hook(_forget_restored)
         self.apply(xavier_uniform_initialization)
 
-    def _recency(self, config: Any, data: TrainingData) -> np.ndarray | None:
-        """What training edges count in the linear scores, if the split says what comes next."""
-        power, times = self.options.linear_recency, data.graph.timestamps
-        if power == 0 or config["eval_args"]["order"] != "TO" or times is None:
-            return None
-        return recency_weights(data.graph.users, times, power)
+    def _linear_model(
+        self, users: np.ndarray, items: np.ndarray, times: np.ndarray | None
+    ) -> ItemItemModel:
+        """The linear item-item model; of ``times``, if given, the last count most."""
+        options, recency, item_texts = self.options, None, None
+        if times is not None and options.linear_recency != 0:
+            recency = recency_weights(users, times, options.linear_recency)
+        if self.texts is not None and options.linear_text_weight > 0:
+            item_texts = self._raw_texts(torch.arange(self.n_items, device=self.device))
+        linear = ItemItemModel(
+            users,
+            items,
+            self.n_users,
+            self.n_items,
+            options.linear_reg_weight,
+            item_texts,
+            options.linear_text_weight,
+            self.device,
+            recency,
+        )
+        if linear.held_out_ndcg:
+            scores = sorted(linear.held_out_ndcg.items())
+            self.logger.info(
+                f"linear_reg_weight: {linear.reg_weight:g}, by NDCG@10 on held-out training "
+                f"interactions: {', '.join(f'{weight:g} {ndcg:.4f}' for weight, ndcg in scores)}"
+            )
+        if linear.n_covered < self.n_items:
+            self.logger.warning(
+                f"linear_weight: of {self.n_items} items the linear model covers the "
+                f"{linear.n_covered} with most interactions"
+            )
+        return linear
 
     def _raw_texts(self, items: Tensor) -> Tensor:
         """Layer 0 of items: what neighbours say of an item, the interactions say already."""
         assert self.texts is not None
         return self.texts.rows(0, self.n_users + items)
 
-    def project(self, nodes: Tensor) -> list[Tensor]:
-        """Projected text embeddings ``t^(0) .. t^(L)`` of some nodes; empty without text.
+    # Forward: alignment and fusion
+
+    def node_embeddings(self) -> Tensor:
+        """ID embeddings ``e^(0)`` of all nodes, users first: ``[n_users + n_items, d]``."""
+        return torch.cat([self.user_embedding.weight, self.item_embedding.weight])
+
+    def hops(self, nodes: Tensor | None = None) -> list[Tensor]:
+        r"""ID embeddings ``e^(0) .. e^(K)`` of some nodes; None is all.
+
+        .. math:: e^{(l+1)} = \hat A e^{(l)}
+
+        Source: LightGCN (SIGIR 2020), Eq. 7. Those of a batch come from
+        :class:`.PeriodicPropagation` where ``propagate_every`` is above 1.
+
+        Shapes:
+            nodes: ``[n]``, users first; each result ``[n, d]``.
+        """
+        if nodes is not None and self.periodic is not None:
+            return self.periodic(self.user_embedding.weight, self.item_embedding.weight, nodes)
+        return propagate(self.adjacency, self.node_embeddings(), self.options.n_layers, nodes)
+
+    def project(self, nodes: Tensor | None = None) -> list[Tensor]:
+        r"""Projected text embeddings ``t^(0) .. t^(L)`` of some nodes, None is all; empty without.
+
+        .. math:: t^{(l)} = \mathrm{MLP}_l(x^{(l)})
+
+        Ours: the paper aligns text with ids, but does not say by which map.
 
         Shapes:
             nodes: ``[n]``, users first; each result ``[n, d]``.
         """
         if self.texts is None:
             return []
+        if nodes is None:
+            nodes = torch.arange(self.n_users + self.n_items, device=self.device)
         return [
             self.texts.projected(layer, nodes, projection)
             for layer, projection in enumerate(self.projections)
         ]
 
-    def node_embeddings(self) -> Tensor:
-        """ID embeddings of all nodes, users first: ``[n_users + n_items, d]``."""
-        return torch.cat([self.user_embedding.weight, self.item_embedding.weight])
+    def embed(self, nodes: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        r"""Hops, projected texts and fused embeddings of some nodes; None is all.
+
+        .. math:: z = \frac{1}{K+1} \sum_{l=0}^{K} \big( e^{(l)} + w\, t^{(l)} \big)
+
+        Ours, see :func:`.fuse`. Texts of weight 0 are not projected; without text, of all nodes
+        there is only the mean of the hops (LightGCN, Eq. 4), and no hop.
+
+        Shapes:
+            nodes: ``[n]``, users first; each hop, each text and the fused ``[n, d]``.
+        """
+        n_layers, weight = self.options.n_layers, self.options.text_weight
+        if nodes is None and self.texts is None:
+            return [], [], propagate_mean(self.adjacency, self.node_embeddings(), n_layers)
+        hops = self.hops(nodes)
+        texts = self.project(nodes) if weight > 0 else []
+        return hops, texts, fuse(hops, texts, weight)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Fused embeddings of all users ``[n_users, d]`` and all items ``[n_items, d]``."""
-        ids, n_layers = self.node_embeddings(), self.options.n_layers
-        if self.texts is None:
-            fused = propagate_mean(self.adjacency, ids, n_layers)
-        else:
-            nodes = torch.arange(len(ids), device=self.device)
-            hops = propagate(self.adjacency, ids, n_layers)
-            texts = self.project(nodes) if self.options.text_weight > 0 else []
-            fused = fuse(hops, texts, self.options.text_weight)
+        _, _, fused = self.embed()
         return fused[: self.n_users], fused[self.n_users :]
 
+    # Loss: the objective
+
     def calculate_loss(self, interaction: Interaction) -> Tensor:
-        """Objective + ``align_weight`` x alignment + ``reg_weight`` x L2 of one batch, a scalar."""
+        r"""Objective + ``align_weight`` x alignment + ``reg_weight`` x L2 of one batch, a scalar.
+
+        .. math:: L = L_{\mathrm{match}}(z_u, z_i, z_j)
+            + w_a \, L_{\mathrm{align}}(e^{(l)}, t^{(l)}) + w_r \, \|e^{(0)}\|
+
+        Source: modules 3 and 4 of the paper, whose matching loss is BPR; sampled softmax, the
+        alignment's form and the weights are ours (``losses.py``).
+        """
         self.restored = None
-        options = self.options
+        options, is_bpr = self.options, self.options.loss_type == "BPR"
         user, positive = interaction[self.USER_ID], interaction[self.ITEM_ID]  # [B]
-        is_bpr = options.loss_type == "BPR"
         negative = self._negatives(interaction) if is_bpr else self._draw_negatives()  # [C]
         blocks = [user, positive + self.n_users, negative + self.n_users]  # nodes
-        alignment: Tensor | None = None
-        if self.periodic is None:
-            ids = self.node_embeddings()
-        if self.texts is None and is_bpr and self.periodic is None:
-            fused = propagate_mean(self.adjacency, ids, options.n_layers)
-            places = blocks
-        else:
-            # Each node of the batch once, users first, however often it occurs.
-            nodes, place = torch.unique(torch.cat(blocks), return_inverse=True)  # [n], [2B + C]
-            places = list(place.tensor_split([len(user), 2 * len(user)]))
-            n_users = int((nodes < self.n_users).sum())
-            if self.periodic is None:
-                hops = propagate(self.adjacency, ids, options.n_layers, nodes)  # [n, d] each
-            else:
-                users, items = self.user_embedding.weight, self.item_embedding.weight
-                hops = self.periodic(users, items, nodes)  # [n, d] each
-                ids, blocks = hops[0], places  # of these nodes
-            texts = self.project(nodes) if options.text_weight > 0 else []  # [n, d] each
-            fused = fuse(hops, texts, options.text_weight)
-            if options.align_weight > 0 and self.texts is not None:
-                alignment = self._alignment(nodes, n_users, hops, texts)
+        nodes, places = self._distinct(blocks)
+        hops, texts, fused = self.embed(nodes)
         z_positive, z_negative = (fused.index_select(0, place) for place in places[1:])
         if is_bpr:
             z_user = fused.index_select(0, places[0])
@@ -197,23 +219,45 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         else:
             is_negative = torch.zeros(self.n_items, dtype=torch.bool, device=self.device)
             is_negative[negative] = True
+            z_users = fused[: int(places[0].max()) + 1]  # the distinct ones
             loss = losses.sampled_softmax(
-                fused[:n_users],
-                places[0],
-                z_positive,
-                z_negative,
+                *(z_users, places[0], z_positive, z_negative),
                 is_negative[positive],
                 options.ssm_temperature,
             )
-        if alignment is not None:
-            loss = loss + options.align_weight * alignment
-        squares = ids.square().sum(1)  # [n_users + n_items], or [n]
-        regularised = [
-            squares.index_select(0, nodes) for nodes in (blocks if is_bpr else blocks[:2])
-        ]
-        return loss + options.reg_weight * losses.embedding_l2(
-            *regularised, squared=options.require_pow
-        )
+        if options.align_weight > 0 and self.texts is not None:
+            loss = loss + options.align_weight * self._alignment(nodes, hops, texts)
+        squares = self._squared_lengths(blocks, places, hops)
+        norm = losses.embedding_l2(*squares[: 3 if is_bpr else 2], squared=options.require_pow)
+        return loss + options.reg_weight * norm
+
+    def _distinct(self, blocks: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        """Each node of a batch once, users first, and where those of each block stand.
+
+        None for the first is all nodes: with BPR and without text the mean of their hops costs no
+        more, unless hops are periodic.
+
+        Shapes:
+            blocks: ``[B]``, ``[B]``, ``[C]``; nodes ``[n]``; places as the blocks.
+        """
+        if self.texts is None and self.options.loss_type == "BPR" and self.periodic is None:
+            return None, blocks
+        nodes, place = torch.unique(torch.cat(blocks), return_inverse=True)
+        return nodes, list(place.split([len(block) for block in blocks]))
+
+    def _squared_lengths(
+        self, blocks: list[Tensor], places: list[Tensor], hops: list[Tensor]
+    ) -> list[Tensor]:
+        """Of each node of a block the squared length of ``e^(0)``, shaped as the blocks.
+
+        Where hops are periodic no table of all nodes is gone through.
+        """
+        if self.periodic is None:
+            sides = self.user_embedding.weight, self.item_embedding.weight
+            squares = torch.cat([side.square().sum(1) for side in sides])  # [n_users + n_items]
+            return [squares.index_select(0, block) for block in blocks]
+        squares = hops[0].square().sum(1)  # [n]
+        return [squares.index_select(0, place) for place in places]
 
     def _negatives(self, interaction: Interaction) -> Tensor:
         """RecBole's negatives; items without training interactions are drawn anew from the rest."""
@@ -221,8 +265,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         if self.unseen is None:
             return negative
         seen = self.unseen.seen
-        drawn = seen[torch.randint(len(seen), negative.shape, device=self.device)]
-        return torch.where(self.unseen.is_seen[negative], negative, drawn)
+        fresh = seen[torch.randint(len(seen), negative.shape, device=self.device)]
+        return torch.where(self.unseen.is_seen[negative], negative, fresh)
 
     def _draw_negatives(self) -> Tensor:
         """Distinct items that SSM puts beside the matching one, drawn uniformly; at most all.
@@ -237,18 +281,19 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             return torch.arange(1, self.n_items, device=self.device)
         return 1 + torch.randperm(self.n_items - 1, device=self.device)[:n]
 
-    def _alignment(
-        self, nodes: Tensor, n_users: int, hops: list[Tensor], texts: list[Tensor]
-    ) -> Tensor:
-        """Mean over sides and hops of the alignment loss on distinct nodes, users first.
+    def _alignment(self, nodes: Tensor | None, hops: list[Tensor], texts: list[Tensor]) -> Tensor:
+        r"""Mean over sides and hops of the alignment loss on distinct nodes, users first.
+
+        At most ``align_n_nodes`` of a side are aligned. Texts that are not fused are projected for
+        these alone.
 
         Shapes:
-            nodes ``[n]``; each of hops and texts ``[n, d]``; texts may be empty: then the nodes
-            that are aligned are projected here.
+            nodes ``[n]``; each of hops and texts ``[n, d]``; texts may be empty.
         """
-        drawn = [self._draw_aligned(n_users), self._draw_aligned(len(nodes) - n_users)]
-        n_drawn = len(drawn[0])  # users
-        places = torch.cat([drawn[0], n_users + drawn[1]])
+        assert nodes is not None  # with text it is never all of them
+        n_users = int((nodes < self.n_users).sum())
+        users, items = self._draw_aligned(n_users), self._draw_aligned(len(nodes) - n_users)
+        places = torch.cat([users, n_users + items])
         if texts:
             texts = [text.index_select(0, places) for text in texts]
         else:
@@ -257,8 +302,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             losses.alignment(ids, of_ids, self.options.align_temperature)
             for hop, text in zip(hops, texts, strict=False)
             for ids, of_ids in zip(
-                hop.index_select(0, places).tensor_split([n_drawn]),
-                text.tensor_split([n_drawn]),
+                hop.index_select(0, places).tensor_split([len(users)]),
+                text.tensor_split([len(users)]),
                 strict=True,
             )
         ]
@@ -270,6 +315,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         if limit is None or limit >= n:
             return torch.arange(n, device=self.device)
         return torch.randperm(n, device=self.device)[:limit]
+
+    # Scores
 
     def train(self, mode: bool = True) -> GaCLLM:
         """Switch between training and evaluation; scores made under dropout are forgotten."""
@@ -319,10 +366,6 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Scores of users with every item: ``[B * n_items]``, a fresh tensor."""
         return self._scores(interaction[self.USER_ID]).view(-1)
-
-
-def _listed(scores: dict[float, float]) -> str:
-    return ", ".join(f"{weight:g} {score:.4f}" for weight, score in sorted(scores.items()))
 
 
 def _forget_restored(module: nn.Module, _incompatible_keys: Any) -> None:

@@ -8,7 +8,6 @@ leakage audit.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import logging
@@ -17,28 +16,23 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import colorama  # type: ignore[import-untyped]
 import torch
 import torch.distributed
+import torch.multiprocessing
+from recbole import utils
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.data.transform import construct_transform
-from recbole.utils import (
-    get_environment,
-    get_flops,
-    get_model,
-    get_trainer,
-    init_logger,
-    init_seed,
-    set_color,
-)
 
-from recbole_gacllm import __version__
+from recbole_gacllm import __version__, console
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.artifacts import disk, manifests
+from recbole_gacllm.artifacts.launchers import free_port, leave_launcher
 from recbole_gacllm.convolution.names import NAMES, names_file_of
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.inputs import user_names
@@ -46,6 +40,7 @@ from recbole_gacllm.inspection.leakage import audit_leakage
 from recbole_gacllm.inspection.quality import layer_qualities, quality_lines
 from recbole_gacllm.inspection.reading import RunDescriptions
 from recbole_gacllm.model import GaCLLM
+from recbole_gacllm.objective.linear import ItemItemModel
 from recbole_gacllm.plugin import run_folder
 from recbole_gacllm.redaction import redact, redacted
 from recbole_gacllm.run_config import build_config
@@ -62,17 +57,11 @@ _PACKAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a finished run leaves.
+    """What a run leaves; in a DDP process other than the first only the result."""
 
-    Attributes:
-        result: RecBole's result: ``best_valid_score``, ``best_valid_result``, ``test_result``, …
-        run_file: The ``run.json``; None in a DDP process other than the first.
-        record: Its content.
-    """
-
-    result: dict[str, Any]
-    run_file: Path | None
-    record: dict[str, Any]
+    result: dict[str, Any]  # RecBole's: best_valid_score, best_valid_result, test_result, …
+    run_file: Path | None  # the run.json
+    record: dict[str, Any]  # its content
 
 
 class Observer(Protocol):
@@ -111,126 +100,140 @@ def run(
     config = build_config(model, dataset, config_files, config_dict)
     runs = run_folder.require_writable(config["checkpoint_dir"])
     with ExitStack() as stack:
-        folder = None
+        folder, run_file, content = None, None, {}
         if config["local_rank"] == 0:
             folder = stack.enter_context(run_folder.claimed(runs, dataset, model))
-        return _run(config, folder, saved, observer, started)
+        training = _train(config, run_folder.time_of(folder, dataset, model), saved, observer)
+        if folder is not None:
+            run_file = folder / run_folder.RUN_FILE
+            content = _record(config, training, run_file, started)
+    if not config["single_spec"]:
+        torch.distributed.destroy_process_group()
+    return Run(training.result, run_file, content)
 
 
-def _run(
-    config: Config, folder: Path | None, saved: bool, observer: Observer | None, started: float
-) -> Run:
-    """:func:`run` with its configuration, in a folder of its own."""
-    model, dataset = config["model"], config["dataset"]
-    moment = run_folder.time_of(folder, dataset, model)
-    init_seed(config["seed"], config["reproducibility"])
-    if os.environ.get("NO_COLOR"):
-        colorama.init(strip=True)  # under RecBole's own, which colours all it logs
-    root_logger = logging.getLogger()
-    with run_folder.recbole_at(moment):
-        init_logger(config)
-    for handler in root_logger.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handleError = _no_traceback  # type: ignore[method-assign]
-    root_logger.info(redacted(sys.argv))
-    root_logger.info(redact(str(config)))
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """A trained and tested model; ``figures`` is its part of the record."""
+
+    recommender: Any
+    heldout: tuple[Any, Any]  # data loaders of validation and test
+    result: dict[str, Any]
+    figures: dict[str, Any]
+
+
+def _train(config: Config, moment: str, saved: bool, observer: Observer | None) -> _Training:
+    """RecBole's steps in RecBole's order: data, model, training, test."""
+    utils.init_seed(config["seed"], config["reproducibility"])
+    log = _start_log(config, moment)
 
     full_dataset = create_dataset(config)
-    root_logger.info(full_dataset)
+    log.info(full_dataset)
     train_data, valid_data, test_data = data_preparation(config, full_dataset)
-    data = getattr(full_dataset, "data_report", None)  # none with saved data loaders
-    for line in data.lines() if data is not None else []:
-        root_logger.info(line)
-    for warning in data.warnings if data is not None else []:
-        root_logger.warning(warning)
+    report = getattr(full_dataset, "data_report", None)  # none with saved data loaders
+    if report is not None:
+        for line in report.lines():
+            log.info(line)
+        for warning in report.warnings:
+            log.warning(warning)
     if observer is not None:
         observer.on_split(train_data, valid_data, test_data)
 
-    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    recommender = get_model(model)(config, train_data._dataset).to(config["device"])
-    root_logger.info(recommender)
-    flops = get_flops(
-        recommender, full_dataset, config["device"], root_logger, construct_transform(config)
-    )
-    root_logger.info(set_color("FLOPs", "blue") + f": {flops}")
+    utils.init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    recommender = utils.get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    log.info(recommender)
+    transform = construct_transform(config)
+    flops = utils.get_flops(recommender, full_dataset, config["device"], log, transform)
+    log.info(utils.set_color("FLOPs", "blue") + f": {flops}")
 
     with run_folder.recbole_at(moment):
-        trainer = get_trainer(config["MODEL_TYPE"], model)(config, recommender)
+        trainer = utils.get_trainer(config["MODEL_TYPE"], config["model"])(config, recommender)
     if observer is not None:
         observer.on_trainer(trainer)
-    history = _recorded_history(trainer)
-    with_text = isinstance(recommender, (GaCLLM, TextKNN)) and recommender.texts is not None
-    if with_text and config["local_rank"] == 0:
-        track_stages(trainer, _manifests(recommender.texts.run_files))
+    history, texts = _history(trainer), _texts_of(recommender)
+    if config["local_rank"] == 0 and texts is not None:
+        track_stages(trainer, _manifests(texts.run_files))
+    checkpoint, show_progress = trainer.saved_model_file, config["show_progress"]
     begin = time.time()
-    with disk.explaining_disk_errors(Path(trainer.saved_model_file)):
+    with disk.explaining_disk_errors(Path(checkpoint)):
         best_valid_score, best_valid_result = trainer.fit(
-            train_data, valid_data, saved=saved, show_progress=config["show_progress"]
+            train_data, valid_data, saved=saved, show_progress=show_progress
         )
-    train_seconds, begin = time.time() - begin, time.time()
-    test_result = trainer.evaluate(
-        test_data, load_best_model=saved, show_progress=config["show_progress"]
-    )
-    test_seconds = time.time() - begin
-    root_logger.info(
-        "The running environment of this training is as follows:\n" + get_environment(config).draw()
-    )
+    fit = time.time()
+    test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=show_progress)
+    end = time.time()
+    environment = utils.get_environment(config).draw()
+    log.info(f"The running environment of this training is as follows:\n{environment}")
+    log.info(utils.set_color("best valid ", "yellow") + f": {best_valid_result}")
+    log.info(utils.set_color("test result", "yellow") + f": {test_result}")
     result = {
         "best_valid_score": best_valid_score,
         "valid_score_bigger": config["valid_metric_bigger"],
         "best_valid_result": best_valid_result,
         "test_result": test_result,
     }
-    root_logger.info(set_color("best valid ", "yellow") + f": {best_valid_result}")
-    root_logger.info(set_color("test result", "yellow") + f": {test_result}")
-    run_file, record = None, {}
-    if folder is not None:
-        record = {
-            "model": model,
-            "dataset": dataset,
-            "seed": config["seed"],
-            "valid": dict(best_valid_result or {}),
-            "test": dict(test_result),
-            "history": history,
-            "seconds": {
-                "total": round(time.time() - started, 1),
-                "train": round(train_seconds, 1),
-                "test": round(test_seconds, 1),
-            },
-            "data": dataclasses.asdict(data) if data is not None else None,
-            "checkpoint": str(Path(trainer.saved_model_file).resolve()) if saved else None,
-            "flops": flops,
-            "device": str(config["device"]),
-            "versions": _versions(),
-            "command": redacted(sys.argv),
-            "config": redacted(_plain(config.final_config_dict)),
-        }
-        if isinstance(recommender, GaCLLM) and recommender.linear is not None:
-            record["linear_model"] = {
-                "reg_weight": recommender.linear.reg_weight,
-                "held_out_ndcg@10": recommender.linear.held_out_ndcg,
-            }
-        record["config_fingerprint"] = manifests.fingerprint(record["config"])
-        run_file = folder / run_folder.RUN_FILE
-        _write_record(run_file, record)  # the metrics are safe, whatever befalls the audit
-        if with_text:
-            record |= _text_record(recommender, config, valid_data, test_data, started)
-            _write_record(run_file, record)
-    if not config["single_spec"]:
-        torch.distributed.destroy_process_group()
-    return Run(result, run_file, record)
+    figures = {
+        "valid": dict(best_valid_result or {}),
+        "test": dict(test_result),
+        "history": history,
+        "seconds": {"train": round(fit - begin, 1), "test": round(end - fit, 1)},
+        "data": dataclasses.asdict(report) if report is not None else None,
+        "checkpoint": str(Path(checkpoint).resolve()) if saved else None,
+        "flops": flops,
+    }
+    return _Training(recommender, (valid_data, test_data), result, figures)
 
 
-def _no_traceback(record: logging.LogRecord) -> None:
-    """A full disk is told once, by what is lost, and not at each line of the log."""
+def _record(config: Config, training: _Training, run_file: Path, started: float) -> dict[str, Any]:
+    """The ``run.json``: written with the metrics, and again with what became of the texts."""
+    record: dict[str, Any] = {
+        "model": config["model"],
+        "dataset": config["dataset"],
+        "seed": config["seed"],
+        **training.figures,
+        "device": str(config["device"]),
+        "versions": _versions(),
+        "command": redacted(sys.argv),
+        "config": redacted(json.loads(json.dumps(config.final_config_dict, default=str))),
+    }
+    record["seconds"] = {"total": round(time.time() - started, 1), **record["seconds"]}
+    linear = getattr(training.recommender, "linear", None)
+    if isinstance(linear, ItemItemModel):
+        ndcg = linear.held_out_ndcg
+        record["linear_model"] = {"reg_weight": linear.reg_weight, "held_out_ndcg@10": ndcg}
+    record["config_fingerprint"] = manifests.fingerprint(record["config"])
+    _write_record(run_file, record)  # the metrics are safe, whatever befalls the audit
+    if (texts := _texts_of(training.recommender)) is not None:
+        record |= _text_record(config, texts.run_files, training.heldout, started)
+        _write_record(run_file, record)
+    return record
 
 
-def _recorded_history(trainer: Any) -> list[dict[str, Any]]:
+def _texts_of(recommender: Any) -> TextLayers | None:
+    return recommender.texts if isinstance(recommender, (GaCLLM, TextKNN)) else None
+
+
+def _start_log(config: Config, moment: str) -> logging.Logger:
+    """RecBole's log, which begins with the command and the configuration."""
+    if os.environ.get("NO_COLOR"):
+        colorama.init(strip=True)  # under RecBole's own, which colours all it logs
+    log = logging.getLogger()
+    with run_folder.recbole_at(moment):
+        utils.init_logger(config)
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            # A full disk is told once, by what is lost, and not at each line of the log.
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
+    log.info(redacted(sys.argv))
+    log.info(redact(str(config)))
+    return log
+
+
+def _history(trainer: Any) -> list[dict[str, Any]]:
     """Training loss and validation metrics of each evaluated epoch, filled during training."""
     history: list[dict[str, Any]] = []
     valid_epoch = trainer._valid_epoch
 
-    @functools.wraps(valid_epoch)
     def recording(*args: Any, **keys: Any) -> Any:
         score, result = valid_epoch(*args, **keys)
         losses = getattr(trainer, "train_loss_dict", {})  # decision trees have none
@@ -243,17 +246,15 @@ def _recorded_history(trainer: Any) -> list[dict[str, Any]]:
 
 
 def _text_record(
-    recommender: GaCLLM | TextKNN, config: Config, valid_data: Any, test_data: Any, started: float
+    config: Config, folders: Mapping[str, Path], heldout: Sequence[Any], started: float
 ) -> dict[str, Any]:
     """What the text stages did, from their manifests, the descriptions' figures, the leakage audit.
 
     A stage that an earlier run finished is marked as reused; its figures are those of that run.
     """
-    assert recommender.texts is not None
-    folders = recommender.texts.run_files
-    stages: dict[str, Any] = {"artifacts": {stage: str(path) for stage, path in folders.items()}}
     of_stages = _manifests(folders)
-    stages["stages"] = {
+    record: dict[str, Any] = {"artifacts": {stage: str(path) for stage, path in folders.items()}}
+    record["stages"] = {
         stage: {
             "reused": (folders[stage] / manifests.MANIFEST_FILE).stat().st_mtime < started,
             **{key: value for key, value in manifest.items() if key not in ("key", "stage")},
@@ -261,28 +262,28 @@ def _text_record(
         for stage, manifest in of_stages.items()
     }
     if "descriptions" in folders or of_stages["inputs"].get("n_imported"):
-        heldout = []
-        for data in (valid_data, test_data):
-            inter = data._dataset.inter_feat
-            users = data._dataset.id2token(data._dataset.uid_field, inter[data._dataset.uid_field])
-            items = data._dataset.id2token(data._dataset.iid_field, inter[data._dataset.iid_field])
-            heldout += list(zip(users.tolist(), items.tolist(), strict=True))
-        stages["leakage_audit"] = audit_leakage(
+        pairs: list[tuple[str, str]] = []
+        for loader in heldout:
+            dataset = loader._dataset
+            fields = dataset.uid_field, dataset.iid_field
+            tokens = (dataset.id2token(field, dataset.inter_feat[field]) for field in fields)
+            pairs += zip(*(column.tolist() for column in tokens), strict=True)
+        record["leakage_audit"] = audit_leakage(
             folders["inputs"],
             folders.get("descriptions"),
-            heldout,
+            pairs,
             seed=config["seed"],
             user_names=user_names(config),
             names_file=names_file_of(folders),
         )
-        logger.info("leakage audit: %s", json.dumps(stages["leakage_audit"]))
+        logger.info("leakage audit: %s", json.dumps(record["leakage_audit"]))
     if "descriptions" in folders:
-        found = RunDescriptions(folders["descriptions"], names_file=names_file_of(folders))
-        layers = list(layer_qualities(found, _N_SAMPLES, config["seed"]))
+        descriptions = RunDescriptions(folders["descriptions"], names_file=names_file_of(folders))
+        layers = list(layer_qualities(descriptions, _N_SAMPLES, config["seed"]))
         for layer in layers:
             logger.info("descriptions, %s", "\n".join(quality_lines(layer)))
-        stages["description_quality"] = [dataclasses.asdict(layer) for layer in layers]
-    return stages
+        record["description_quality"] = [dataclasses.asdict(layer) for layer in layers]
+    return record
 
 
 def _write_record(run_file: Path, record: dict[str, Any]) -> None:
@@ -305,31 +306,18 @@ def _manifests(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "recbole_gacllm": __version__}
     for package in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
-def _plain(value: Any) -> Any:
-    """A configuration as JSON values; what is none becomes its text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+# TensorBoard and W&B
 
 
-def track_stages(trainer: Any, manifests: Mapping[str, Mapping[str, Any]]) -> None:
-    """Hand the figures of the stages to the writers of RecBole's trainer.
-
-    Args:
-        trainer: RecBole's; has ``tensorboard`` and ``wandblogger``.
-        manifests: Stage -> its manifest.
-    """
-    figures = dict(stage_figures(manifests))
-    losses = manifests.get("sft", {}).get("train_losses", [])
+def track_stages(trainer: Any, stages: Mapping[str, Mapping[str, Any]]) -> None:
+    """Hand the figures of the stages' manifests to the writers of RecBole's trainer."""
+    figures = dict(_numbers("", {name: _by_layer(name, stages[name]) for name in stages}))
+    losses = stages.get("sft", {}).get("train_losses", [])
     for name, value in figures.items():
         trainer.tensorboard.add_scalar(name, value, 0)
     for step, loss in enumerate(losses):
@@ -343,22 +331,65 @@ def track_stages(trainer: Any, manifests: Mapping[str, Mapping[str, Any]]) -> No
         wandb.log_eval_metrics(figures, head="stages")
 
 
-def stage_figures(manifests: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
-    """Every number in the manifests, with its path as its name."""
-    for stage, manifest in manifests.items():
-        # The layers of the embeddings start with the raw texts, those of the descriptions above.
-        first = 0 if stage == "embeddings" else 1
-        layers = {
-            f"layer_{number}": layer
-            for number, layer in enumerate(manifest.get("layers", []), first)
-        }
-        kept = {key: value for key, value in manifest.items() if key not in ("key", "layers")}
-        yield from _numbers(stage, {**kept, **layers})
+def _by_layer(stage: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest without its key, and with a name for each layer."""
+    # The layers of the embeddings start with the raw texts, those of the descriptions above.
+    first = 0 if stage == "embeddings" else 1
+    layers = enumerate(manifest.get("layers", []), first)
+    rest = {key: value for key, value in manifest.items() if key not in ("key", "layers")}
+    return rest | {f"layer_{number}": layer for number, layer in layers}
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Every number in a mapping of mappings, with its path as its name."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _numbers(f"{name}/{key}", item)
+            yield from _numbers(f"{name}/{key}" if name else key, item)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield name, value
+
+
+# Several processes
+
+
+def run_distributed(
+    model: str,
+    dataset: str,
+    config_files: Sequence[str | Path],
+    nproc: int,
+    config_dict: dict[str, Any] | None = None,
+) -> Path:
+    """:func:`run` in several processes with RecBole's DDP, on one machine; the ``run.json``.
+
+    Raises:
+        ValueError: Bad input of the configuration; a failure in a process comes as it was raised
+            there, with its traceback.
+    """
+    keys = dict(config_dict or {})
+    # A mistake is told once, not by every process.
+    config = build_config(model, dataset, config_files, dict(keys))
+    if config["device"].type == "cuda" and len(config["gpu_id"].split(",")) < nproc:
+        raise ValueError(
+            f"nproc: {nproc} needs as many GPUs; gpu_id: {config['gpu_id']!r} names fewer. Name "
+            f"{nproc}, such as --gpu_id={','.join(map(str, range(nproc)))}, lower nproc, or set "
+            "use_gpu: False."
+        )
+    port = str(free_port())
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    ddp = {"world_size": nproc, "nproc": nproc, "ip": "localhost", "port": port, "offset": 0}
+    files = [str(file) for file in config_files]
+    arguments = (model, dataset, files, {**keys, **ddp}, queue)
+    torch.multiprocessing.spawn(_run_rank, arguments, nproc)  # type: ignore[attr-defined,no-untyped-call]
+    run_file: Path = queue.get()
+    return run_file
+
+
+def _run_rank(
+    rank: int, model: str, dataset: str, files: list[str], keys: dict[str, Any], queue: Any
+) -> None:
+    console.prepare()
+    leave_launcher()  # RecBole says who is who
+    done = run(model, dataset, files, {**keys, "local_rank": rank})
+    if rank == 0:
+        # A path, not the record: a pipe that nobody reads yet holds 64 KiB.
+        queue.put(done.run_file)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,10 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import ModelType, get_model, init_seed
 
-from recbole_gacllm.config import GaCLLMConfig, shipped_path
+from recbole_gacllm.config import MODELS, GaCLLMConfig, shipped_path
 from recbole_gacllm.data.atomic import read_header
 from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.plugin.key_checks import check_evaluation, check_given
-from recbole_gacllm.plugin.registration import MODELS
 
 _RECBOLE = Path(recbole.__file__).parent
 # RecBole's documentation of each: "this model is a non-sampling model, so you must set
@@ -35,9 +36,10 @@ def build_config(
 ) -> Config:
     """RecBole's configuration of any model, on the data as our dataset config describes it.
 
-    The dataset config comes first, then ``config_files``, ``config_dict`` and the command line.
-    Models that take item or user features keep RecBole's own choice of columns. For a split by time
-    the times are loaded, unless the user says which columns are.
+    The dataset config comes first, then ``config_files``, then ``config_dict``, whose strings are
+    read as RecBole reads its command line. Models that take item or user features keep RecBole's
+    own choice of columns. For a split by time the times are loaded, unless the user says which
+    columns are.
 
     Raises:
         ValueError: If the model or a config file is unknown, a value of a key is bad, or a split by
@@ -50,28 +52,35 @@ def build_config(
             raise ValueError(f"config_files: {file!r} is not a file.")
         _check_yaml(file)
     overrides = dict(config_dict or {})
-    given, defaults = _external_and_internal(model, model_class, dataset, files, overrides)
-    check_given(given, {} if model in MODELS else defaults)
-    check_evaluation({**defaults, **given})
-    _check_dataset(dataset, {**defaults, **given}["data_path"])
-    takes_features = model_class.type in (
-        ModelType.CONTEXT,
-        ModelType.DECISIONTREE,
-        ModelType.KNOWLEDGE,
-    ) or "selected_features" in {**defaults, **given}
+    external, internal = _external_and_internal(model, model_class, dataset, files, overrides)
+    keys = {**internal, **external}
+    check_given(external, {} if model in MODELS else internal)
+    check_evaluation(keys)
+    _check_dataset(dataset, keys["data_path"])
+    feature_models = (ModelType.CONTEXT, ModelType.DECISIONTREE, ModelType.KNOWLEDGE)
+    takes_features = model_class.type in feature_models or "selected_features" in keys
     shipped = shipped_path("dataset_configs", f"{dataset}.yaml")
     if shipped.is_file() and not takes_features:
         files.insert(0, str(shipped))
-    elif "load_col" not in given:
-        overrides.update(_columns({**defaults, **given}))
-    cross_entropy = (
-        model_class.type == ModelType.SEQUENTIAL and {**defaults, **given}.get("loss_type") == "CE"
-    )
-    if "train_neg_sample_args" not in given and (model in NON_SAMPLING_MODELS or cross_entropy):
+    elif "load_col" not in external:
+        overrides.update(_columns(keys))
+    cross_entropy = model_class.type == ModelType.SEQUENTIAL and keys.get("loss_type") == "CE"
+    if "train_neg_sample_args" not in external and (model in NON_SAMPLING_MODELS or cross_entropy):
         overrides["train_neg_sample_args"] = None
-    config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
+    with _without_command_line():
+        config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
     _check_columns(config)
     return config
+
+
+@contextmanager
+def _without_command_line() -> Iterator[None]:
+    """RecBole's ``Config`` reads ``sys.argv``, whatever program that is of."""
+    argv, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = argv
 
 
 def _check_yaml(file: str) -> None:
@@ -90,12 +99,12 @@ def _find_model(model: str) -> Any:
         return get_model(model)
     except (ValueError, ModuleNotFoundError) as error:
         # RecBole's search for an unknown name ends in an import of lightgbm.
-        known = [path.stem for path in (_RECBOLE / "properties" / "model").glob("*.yaml")]
-        if model in known and isinstance(error, ModuleNotFoundError):
+        names = [path.stem for path in (_RECBOLE / "properties" / "model").glob("*.yaml")]
+        if model in names and isinstance(error, ModuleNotFoundError):
             raise ValueError(
                 f"model: {model!r} needs the package {error.name}, which is not installed."
             ) from error
-        near = difflib.get_close_matches(model, [*MODELS, *known], n=3)
+        near = difflib.get_close_matches(model, [*MODELS, *names], n=3)
         raise ValueError(
             f"model: {model!r} is neither GaCLLM nor a model of RecBole (names are "
             f"case-sensitive); near names: {', '.join(near) or 'none'}."
@@ -105,9 +114,9 @@ def _find_model(model: str) -> Any:
 def _check_dataset(dataset: str, data_path: str) -> None:
     """Refuse a data set that is neither on disk nor among those RecBole can download."""
     folders = (Path(data_path), _RECBOLE / "dataset_example")
-    listed = yaml.safe_load((_RECBOLE / "properties" / "dataset" / "url.yaml").read_text())
+    downloads = yaml.safe_load((_RECBOLE / "properties" / "dataset" / "url.yaml").read_text())
     local = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
-    if dataset in local | set(listed):
+    if dataset in local | set(downloads):
         return
     inside = Path(data_path).resolve()
     if any(inside.glob(f"{dataset}.*inter")):
@@ -120,7 +129,7 @@ def _check_dataset(dataset: str, data_path: str) -> None:
                 else f", and name this one {dataset!r}."
             )
         )
-    near = difflib.get_close_matches(dataset, [*sorted(local), *listed], n=3)
+    near = difflib.get_close_matches(dataset, [*sorted(local), *downloads], n=3)
     raise ValueError(
         f"dataset: {dataset!r} is neither a folder of data_path ({data_path}) nor a data set "
         f"that RecBole downloads; near names: {', '.join(near) or 'none'}."
@@ -138,15 +147,14 @@ def _columns(keys: dict[str, Any]) -> dict[str, Any]:
         return {}
     columns = [keys["USER_ID_FIELD"], keys["ITEM_ID_FIELD"]]
     by_time = keys["eval_args"].get("order") == "TO" or keys.get("neighbor_rule") == "recent"
-    wanted = [keys["TIME_FIELD"]] if by_time else []
-    wanted += [*(keys.get("val_interval") or {}), *(keys.get("threshold") or {})]
-    columns += [column for column in dict.fromkeys(wanted) if column not in columns]
-    return {"load_col": {**load_col, "inter": columns}}
+    columns += [keys["TIME_FIELD"]] if by_time else []
+    columns += [*(keys.get("val_interval") or {}), *(keys.get("threshold") or {})]
+    return {"load_col": {**load_col, "inter": list(dict.fromkeys(columns))}}
 
 
 def _check_columns(config: Config) -> None:
     """Refuse interaction files without the columns that the keys name: RecBole names no key."""
-    loaded = (config["load_col"] or {"inter": "*"}).get("inter", [])
+    load_col = (config["load_col"] or {"inter": "*"}).get("inter", [])
     parts = config["benchmark_filename"]
     if parts is not None and (not isinstance(parts, list) or len(parts) != 3):
         raise ValueError(
@@ -164,7 +172,7 @@ def _check_columns(config: Config) -> None:
                 "data_path/NAME/NAME.inter, or in the files that benchmark_filename names."
             )
         columns, _ = read_header(file, config["field_separator"], config["encoding"])
-        _check_column_names(config, file, columns, loaded)
+        _check_column_names(config, file, columns, load_col)
         lists = f"{config['ITEM_ID_FIELD']}{config['LIST_SUFFIX']}"
         if parts and config["MODEL_TYPE"] == ModelType.SEQUENTIAL and lists not in columns:
             raise ValueError(
@@ -187,7 +195,7 @@ _USES = {
 
 
 def _check_column_names(
-    config: Config, file: Path, columns: list[str], loaded: list[str] | str
+    config: Config, file: Path, columns: list[str], load_col: list[str] | str
 ) -> None:
     needs = [(key, config[key]) for key in ("USER_ID_FIELD", "ITEM_ID_FIELD")]
     if needs[0][1] == needs[1][1]:
@@ -214,11 +222,11 @@ def _check_column_names(
                 f"{key}: {field!r} is not a column of {file} ({', '.join(columns)}), and "
                 f"{_USES[key]} needs it. Set {key} to the column that is meant, or rename it."
             )
-        if loaded != "*" and field not in loaded:
+        if load_col != "*" and field not in load_col:
             raise ValueError(
-                f"load_col: {loaded} of the .inter file are without {field!r}, and {_USES[key]} "
+                f"load_col: {load_col} of the .inter file are without {field!r}, and {_USES[key]} "
                 "needs it. Load it, with a file for config_files that holds "
-                f"load_col: {{inter: [{', '.join([*loaded, str(field)])}]}}."
+                f"load_col: {{inter: [{', '.join([*load_col, str(field)])}]}}."
             )
 
 
@@ -236,7 +244,7 @@ def _external_and_internal(
     probe.yaml_loader = probe._build_yaml_loader()
     probe.file_config_dict = probe._load_config_files(files)
     probe.variable_config_dict = probe._load_variable_config_dict(dict(config_dict))
-    probe.cmd_config_dict = probe._load_cmd_line()
+    probe.cmd_config_dict = {}
     probe._merge_external_config_dict()
     probe.model, probe.model_class, probe.dataset = model, model_class, dataset
     probe._load_internal_config_dict(model, model_class, dataset)
@@ -244,14 +252,16 @@ def _external_and_internal(
 
 
 def training_data(
-    dataset: str, config_files: Sequence[str | Path] = ()
+    dataset: str,
+    config_files: Sequence[str | Path] = (),
+    config_dict: dict[str, Any] | None = None,
 ) -> tuple[GaCLLMConfig, TrainingData]:
     """Options and training split that a run of GaCLLM has, without its model.
 
     Raises:
         ValueError: As :func:`build_config`.
     """
-    config = build_config("GaCLLM", dataset, config_files)
+    config = build_config("GaCLLM", dataset, config_files, config_dict)
     init_seed(config["seed"], config["reproducibility"])
     train_data, _, _ = data_preparation(config, create_dataset(config))
     options = GaCLLMConfig.from_mapping(config.final_config_dict)

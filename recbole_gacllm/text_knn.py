@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recbole_gacllm.config import GaCLLMConfig
-from recbole_gacllm.inputs import TextsOf, TrainingData
+from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.objective.linear import TextNeighbors, centred
-from recbole_gacllm.pipeline import prepare
+from recbole_gacllm.pipeline import TextsOf, prepare
 
 
 class TextKNN(GeneralRecommender):  # type: ignore[misc]

@@ -14,6 +14,9 @@ import torch
 from recbole.utils import utils as recbole_utils
 from torch.utils.tensorboard import SummaryWriter
 
+from recbole_gacllm.config import GaCLLMConfig, model_defaults
+from recbole_gacllm.job import Job
+
 # A deadline is a timed test: it fails on a machine that does something else.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -45,6 +48,25 @@ def _process():
     torch.set_num_threads(1)
     # Its thread writes minutes later, from a folder that a test has long left; RecBole closes none.
     recbole_utils.SummaryWriter = lambda folder: SummaryWriter(Path(folder).absolute())
+
+
+def our_keys(**keys) -> GaCLLMConfig:
+    """All keys of ours: these, and the defaults."""
+    return GaCLLMConfig.from_mapping({**model_defaults(), **keys})
+
+
+def job_of(stage: str, inputs: Path, **more) -> Job:
+    """A job of the default keys."""
+    parts = {"key": {}, "outputs": (), "options": our_keys(), "seed": 1, "show_progress": False}
+    return Job(stage=stage, inputs=inputs, **{**parts, **more})
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random language model with a tokenizer of bytes."""
+    from .test_generator_contract import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def write_dataset(root: Path, name: str = "tiny", n_users: int = 24, n_items: int = 30) -> Path:

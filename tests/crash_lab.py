@@ -230,7 +230,7 @@ class _Run:
         from recbole_gacllm import stage
         from recbole_gacllm.alignment.encoder import TextEncoder
         from recbole_gacllm.artifacts import children
-        from recbole_gacllm.convolution import convolution
+        from recbole_gacllm.convolution import convolution, setup
         from recbole_gacllm.convolution.store import DescriptionStore
         from recbole_gacllm.sft import trainer
 
@@ -254,8 +254,7 @@ class _Run:
                 os.dup2(stdin, 0)
                 os.closerange(3, 1024)
                 run.enter(command[3])
-                sys.argv = command[2:]
-                stage.main()
+                stage.main(command[3], Path(command[4]), *command[5:])
 
             def wait(self) -> int:
                 if self.returncode is None:
@@ -268,7 +267,7 @@ class _Run:
             Popen = Forked
 
         children.subprocess = Popen  # type: ignore[assignment]
-        open_generator = stage.open_generator
+        open_generator = setup.open_generator
 
         def opened(*args: Any, **keys: Any) -> Any:
             generator = open_generator(*args, **keys)
@@ -285,7 +284,7 @@ class _Run:
             generator.generate = noting
             return generator
 
-        stage.open_generator = opened
+        setup.open_generator = opened
         put_many = DescriptionStore.put_many
 
         def putting(store: Any, *arguments: Any) -> Any:
@@ -304,9 +303,9 @@ class _Run:
         trainer.Progress.on_log = logging_update  # type: ignore[method-assign]
         encode = TextEncoder._encode
 
-        def encoding(self: Any, texts: list[str]) -> Any:
+        def encoding(self: Any, texts: list[str], *more: Any) -> Any:
             run.note("encode", len(texts))
-            return encode(self, texts)
+            return encode(self, texts, *more)
 
         TextEncoder._encode = encoding  # type: ignore[method-assign]
 

@@ -14,19 +14,18 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from recbole.data import create_dataset, data_preparation
-from recbole.utils import get_model, get_trainer, init_seed
 from torch.nn import functional
 
 from recbole_gacllm import model as model_module
 from recbole_gacllm import text_knn
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.alignment.propagation import Adjacency
 from recbole_gacllm.config import GaCLLMConfig
-from recbole_gacllm.inputs import TextLayers, TrainingData, raw_descriptions
+from recbole_gacllm.inputs import TrainingData, raw_descriptions
 from recbole_gacllm.objective import linear
 from recbole_gacllm.plugin import fast
-from recbole_gacllm.run_config import build_config
 from tests import fake_device
+from tests.recommender import Recommender
 
 MODULES = {"fast": fast, "linear": linear}
 
@@ -35,34 +34,27 @@ def texts(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
     """Artefacts as the stages leave them, with random vectors; loaded as they are."""
     folders = {stage: Path.cwd() / stage for stage in ("inputs", "embeddings")}
     raw, _ = raw_descriptions(options, data)
-    n_texts = sum(map(len, raw.texts.values()))
     n_layers = 2 if options.is_described else 1
     for folder in folders.values():
         folder.mkdir(exist_ok=True)
     raw.write(folders["inputs"] / "layer_0.parquet")
     rng = np.random.default_rng(3)
     for layer in range(n_layers):
-        vectors = rng.standard_normal((n_texts, 12)).astype(np.float16)
-        np.save(folders["embeddings"] / f"layer_{layer}.npy", vectors)
-    return TextLayers.load(folders, n_layers, options, data)
+        vectors = rng.standard_normal((sum(map(len, raw.texts.values())), 12))
+        np.save(folders["embeddings"] / f"layer_{layer}.npy", vectors.astype(np.float16))
+    return TextLayers.load(folders, n_layers, options.text_source, data.graph, data.seed)
 
 
 def result_of(model: str, keys: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Losses of two epochs, metrics of validation and test."""
-    config = build_config(model, "tiny", config_dict=keys)
-    config["device"] = device
-    init_seed(config["seed"], True)
-    train, valid, test = data_preparation(config, create_dataset(config))
-    init_seed(config["seed"], True)
-    made = get_model(model)(config, train._dataset).to(device)
-    trainer = get_trainer(config["MODEL_TYPE"], model)(config, made)
-    _, best = trainer.fit(train, valid, saved=False, show_progress=False)
-    tested = trainer.evaluate(test, load_best_model=False, show_progress=False)
+    one = Recommender(model, keys, device=device)
+    best = one.fit(saved=False)
+    tested = one.trainer.evaluate(one.test, load_best_model=False)
     return {
-        "losses": list(trainer.train_loss_dict.values()),
+        "losses": one.losses,
         "metrics": [*best.values(), *tested.values()],
-        "step": getattr(valid, "step", None),
-        "on": sorted({str(parameter.device) for parameter in made.parameters()}),
+        "step": getattr(one.valid, "step", None),
+        "on": sorted({str(parameter.device) for parameter in one.model.parameters()}),
     }
 
 

@@ -18,15 +18,25 @@ def _slow_words(request: Request) -> str:
 
 
 def load(
-    fail_after: int | None = None,
+    window: int | None = None,
     error: Exception | None = None,
-    failure: type[GenerationError] = GenerationError,
+    failure: type[GenerationError] | None = None,
+    room: int = 0,
 ) -> FakeGenerator:
-    """A fake engine that takes its time and begins texts with the variable NOTE, if it is set."""
-    if error is not None:
+    """A fake engine that takes its time and begins texts with the variable NOTE, if it is set.
+
+    With a window larger than ``room`` it does not start (``error``), or fails after nine texts.
+    """
+    window = window or 4
+    is_small = window <= room
+    if error is not None and not is_small:
         raise error
     return FakeGenerator(
-        answer=_slow_words, fail_after=fail_after, failure=failure, max_model_len=512
+        window,
+        max_model_len=512,
+        answer=_slow_words,
+        fail_after=None if failure is None or is_small else 9,
+        failure=failure or GenerationError,
     )
 
 

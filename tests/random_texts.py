@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_gacllm.inputs import TextLayers, TrainingData
+from recbole_gacllm.alignment.embeddings import TextLayers
+from recbole_gacllm.inputs import TrainingData
 
 
 def random_texts(_options: Any, data: TrainingData) -> TextLayers:

@@ -15,10 +15,9 @@ import recbole_gacllm  # noqa: F401  (hides broken torchvision before transforme
 from recbole_gacllm.errors import WeightsError
 from recbole_gacllm.llm.adapter import check_adapter, linear_layers
 from recbole_gacllm.sft.batches import encode_pairs
-from recbole_gacllm.sft.finetune import finetune
 from recbole_gacllm.sft.merge import merge
 
-from .test_sft import HELDOUT, OPTIONS, PAIRS, make_model, make_tokenizer
+from .test_sft import HELDOUT, OPTIONS, PAIRS, finetune, make_model, make_tokenizer
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -132,7 +131,7 @@ def test_a_family_is_trained_checked_merged_and_loaded_again(
         tmp_path / "adapter",
         tmp_path / "m",
     )
-    finetune(base, PAIRS[:16], HELDOUT[:2], tmp_path, replace(OPTIONS, lora_dropout=0.0))
+    finetune(base, PAIRS[:16], HELDOUT[:2], tmp_path, replace(OPTIONS, sft_lora_dropout=0.0))
     check_adapter(base, adapter)
     tensors = load_file(adapter / "adapter_model.safetensors")
     names = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in tensors}
@@ -323,7 +322,9 @@ def test_quantised_weights_get_no_adapter_and_nothing_is_merged_into_them(tmp_pa
         merge(base, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     with pytest.raises(ValueError, match=r"sft_target_modules: \['q_proj'\] match no linear"):
-        finetune(base, PAIRS, HELDOUT, tmp_path / "run", replace(OPTIONS, target_modules="q_proj"))
+        finetune(
+            base, PAIRS, HELDOUT, tmp_path / "run", replace(OPTIONS, sft_target_modules="q_proj")
+        )
 
 
 def test_targets_are_checked_before_any_weight_is_read(
@@ -333,7 +334,7 @@ def test_targets_are_checked_before_any_weight_is_read(
     monkeypatch.setattr(
         transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("read")
     )
-    options = replace(OPTIONS, target_modules=("experts",))
+    options = replace(OPTIONS, sft_target_modules=("experts",))
     with pytest.raises(ValueError, match=r"sft_target_modules: \['experts'\] match no linear"):
         finetune(base, PAIRS, HELDOUT, tmp_path / "run", options)
 
@@ -348,7 +349,7 @@ def test_a_model_that_transformers_cannot_load_is_named_with_its_type(tmp_path: 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_5"])
 def test_vllm_takes_the_language_model_of_a_model_that_sees(tmp_path: Path, family: str) -> None:
     pytest.importorskip("vllm")
-    from recbole_gacllm.llm.vllm_options import text_only_options
+    from recbole_gacllm.llm.vllm_engine import text_only_options
 
     configs()[family].save_pretrained(tmp_path)
     expected = {} if family == "llama" else {"language_model_only": True}

@@ -1,4 +1,4 @@
-"""Who may import whom, and how long a module may be: docs/architecture.md, held by the code."""
+"""The rooms of the package, who may import whom, how long a module may be: docs/architecture.md."""
 
 import ast
 from pathlib import Path
@@ -7,39 +7,60 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "recbole_gacllm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-ALLOWED = {
-    "recbole": {
-        "plugin/compat.py",
-        "plugin/compat_distributed.py",
-        "run_config.py",
-        "inspection/data_door.py",
-        "plugin/key_checks.py",
-        "plugin/import_hooks.py",
-        "plugin/registration.py",
-        "run.py",
-        "plugin/run_folder.py",
-        "model.py",
-        "text_knn.py",
-        "inspection/opened.py",
-        "report/scoring.py",
-        "compare/",
-    },
-    "vllm": {"llm/vllm_engine.py", "llm/vllm_options.py"},
-    "peft": {"sft/finetune.py", "sft/merge.py", "llm/transformers_engine.py"},
-    "transformers": {"llm/", "sft/"},
-    "jinja2": {"report/page.py", "llm/chat.py"},
-    "httpx": {"llm/endpoints.py", "llm/traffic.py"},
-    "sentence_transformers": {"alignment/encoder.py"},
-    # Registration hands it RecBole's modules; it loads PyTorch, which the children must not.
-    "recbole_gacllm.plugin.fast": {"plugin/fast.py"},
-    "recbole_gacllm.plugin.fast_graph": {"plugin/fast.py"},
-    "recbole_gacllm.plugin.fast_metrics": {"plugin/fast.py"},
-    "recbole_gacllm.plugin.splits": {"plugin/splits.py"},
-    "recbole_gacllm.cli.main": {"__main__.py"},
-    "recbole_gacllm.llm.vllm_engine": {"llm/engines.py"},
-    "recbole_gacllm.llm.transformers_engine": {"llm/engines.py"},
-    "recbole_gacllm.run": {"cli/main.py", "distributed.py", "compare/"},
+#: A room (folder, or module at the top) -> the rooms that it may import, each of a line above it.
+ROOMS = {
+    "console": "",
+    "objective": "",
+    "redaction": "",
+    "config": "redaction",
+    "errors": "redaction",
+    "artifacts": "errors redaction",
+    "data": "config",
+    "job": "artifacts config errors",
+    "llm": "artifacts errors redaction",
+    "convolution": "artifacts config data errors job llm redaction",
+    "alignment": "artifacts convolution errors llm",
+    "inputs": "config convolution",
+    "sft": "artifacts config convolution errors llm",
+    "pipeline": "alignment artifacts config convolution errors inputs job llm sft",
+    "plugin": "alignment artifacts config data errors llm",
+    "stage": "alignment artifacts console convolution job llm sft",
+    "__init__": "plugin",
+    "model": "alignment config inputs objective pipeline",
+    "run_config": "config data inputs plugin",
+    "text_knn": "config inputs objective pipeline",
+    "inspection": "alignment artifacts config convolution data errors inputs run_config",
+    "run": "__init__ alignment artifacts console convolution errors inputs inspection model "
+    "objective plugin redaction run_config text_knn",
+    "compare": "__init__ artifacts config console convolution data errors inspection llm run "
+    "run_config",
+    "report": "__init__ artifacts compare convolution errors inspection",
+    "cli": "artifacts compare config console convolution errors inspection pipeline report run "
+    "run_config",
+    "__main__": "cli",
 }
+#: A library -> the modules, or rooms, that may import it.
+LIBRARIES = {
+    "recbole": "plugin/ run_config.py run.py model.py text_knn.py inspection/ compare/ "
+    "report/scoring.py",
+    "vllm": "llm/vllm_engine.py",
+    "peft": "sft/finetune.py sft/merge.py llm/transformers_engine.py",
+    "transformers": "llm/ sft/",
+    "sentence_transformers": "alignment/encoder.py",
+    "httpx": "llm/endpoints.py",
+    "jinja2": "report/page.py llm/chat.py",
+    "py3langid": "inspection/quality.py",
+}
+MAX_LINES = 400
+PRINTING = {"console.py", "cli/main.py", "convolution/ray_describe.py"}
+
+
+def place(module: Path) -> str:
+    return module.relative_to(PACKAGE).as_posix()
+
+
+def room_of(place_or_name: str) -> str:
+    return place_or_name.replace(".", "/").partition("/")[0]
 
 
 def imported_names(module: Path) -> set[str]:
@@ -48,48 +69,87 @@ def imported_names(module: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def imported_rooms(module: Path) -> set[str]:
+    names = {name.partition(".")[2] for name in imported_names(module) if is_ours(name)}
+    rooms = {room_of(name) for name in names}
+    return {room if room in ROOMS else "__init__" for room in rooms} - {room_of(place(module))}
+
+
+def is_ours(name: str) -> bool:
+    return name.partition(".")[0] == "recbole_gacllm"
+
+
+def test_every_room_imports_only_rooms_above_it_in_the_table():
+    above: set[str] = set()
+    for room, allowed in ROOMS.items():
+        assert set(allowed.split()) <= above, room
+        above.add(room)
+    assert above == {room_of(place(module)) for module in MODULES}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=place)
 def test_a_module_imports_only_what_it_may(module):
-    place = module.relative_to(PACKAGE).as_posix()
+    assert imported_rooms(module) <= set(ROOMS[room_of(place(module))].split())
     for name in imported_names(module):
-        for guarded, places in ALLOWED.items():
-            if name == guarded or name.startswith(f"{guarded}."):
-                assert any(
-                    place == allowed or (allowed.endswith("/") and place.startswith(allowed))
-                    for allowed in places
-                ), f"{place} imports {name}"
-        if place.startswith("convolution/"):
-            known = ("recbole_gacllm.llm.generator", "recbole_gacllm.llm.hardware")
-            assert not name.startswith("recbole_gacllm.llm.") or name.startswith(known), (
-                f"{place} imports {name}"
-            )
+        if (library := name.partition(".")[0]) in LIBRARIES:
+            allowed = LIBRARIES[library].split()
+            assert any(place(module).startswith(start) for start in allowed), name
+
+
+def test_the_table_allows_nothing_that_nobody_does():
+    for room, allowed in ROOMS.items():
+        modules = [module for module in MODULES if room_of(place(module)) == room]
+        assert set().union(*map(imported_rooms, modules)) == set(allowed.split()), room
+    for library, allowed in LIBRARIES.items():
+        for start in allowed.split():
+            modules = [module for module in MODULES if place(module).startswith(start)]
+            names = {name.partition(".")[0] for m in modules for name in imported_names(m)}
+            assert library in names, f"{library}: {start}"
+
+
+@pytest.mark.parametrize(
+    ("module", "only"),
+    [
+        # An engine is loaded where it was chosen.
+        ("llm.vllm_engine", "llm/engines.py"),
+        ("llm.transformers_engine", "llm/engines.py"),
+        # Registration hands them RecBole's modules; they load PyTorch, which children must not.
+        ("plugin.fast", ""),
+        ("plugin.splits", ""),
+    ],
+)
+def test_some_modules_are_imported_by_one_or_by_name_only(module, only):
+    name = f"recbole_gacllm.{module}"
+    importing = {
+        place(other)
+        for other in MODULES
+        if any(f"{imported}.".startswith(f"{name}.") for imported in imported_names(other))
+    }
+    assert importing == set(only.split())
+
+
+def test_a_module_is_read_in_one_sitting():
+    n_lines = {place(module): len(module.read_text("utf-8").splitlines()) for module in MODULES}
+    assert not [name for name, n in n_lines.items() if n > MAX_LINES]
 
 
 def test_only_the_console_prints():
     """What strangers wrote reaches a terminal by ``console.say``; two tools stand alone."""
     printing = {
-        module.relative_to(PACKAGE).as_posix()
+        place(module)
         for module in MODULES
         for node in ast.walk(ast.parse(module.read_text("utf-8")))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
     }
-    tools = {"convolution/ray_describe.py"}
-    assert printing == {"console.py", "cli/main.py"} | tools
+    assert printing == PRINTING
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "alignment/propagation.py",
-        "objective/losses.py",
-        "objective/linear.py",
-        "objective/unseen.py",
-    ],
-)
+@pytest.mark.parametrize("name", ["alignment/propagation.py", "objective"])
 def test_the_mathematics_knows_only_arrays(name):
-    roots = {imported.split(".")[0] for imported in imported_names(PACKAGE / name)}
+    modules = [module for module in MODULES if place(module).startswith(name)]
+    roots = {imported.partition(".")[0] for m in modules for imported in imported_names(m)}
     assert roots <= {"__future__", "collections", "typing", "warnings", "numpy", "scipy", "torch"}

@@ -27,6 +27,8 @@ from recbole_gacllm.artifacts.manifests import (
 )
 from recbole_gacllm.errors import GaCLLMError, StoreError
 
+from .conftest import job_of
+
 ROOT = Path(disk.__file__).parents[2]
 
 json_values = st.recursive(
@@ -429,11 +431,12 @@ with manifests.stage_lock(folder):  # as the pipeline holds it while a stage run
     children.run_child("fast", folder, module="fast_stage")
 """
 FAST_STAGE = """
-import os
+import os, sys
+from pathlib import Path
 from recbole_gacllm import stage
 
 stage.STAGES["fast"] = lambda folder, job: {"environment": dict(os.environ)}
-stage.main()
+stage.main(*sys.argv[1:2], Path(sys.argv[2]), *sys.argv[3:])
 """
 
 
@@ -447,7 +450,7 @@ def test_a_stage_of_a_run_under_a_launcher_is_the_run_s_own(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "job.json").write_text('{"key": {}, "outputs": []}')
+    job_of("fast", folder).write(folder)
     command = [sys.executable, "-m"]
     if launcher == "torchrun":
         command += ["torch.distributed.run", "--nproc-per-node=1"]

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recbole_gacllm import stage_batch
+from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.cli.main import main
+from recbole_gacllm.convolution import batch_job, setup
 from recbole_gacllm.convolution.batch import (
     Answers,
     answer_files,
@@ -173,24 +174,25 @@ class Fakes:
         train, _, _ = data_preparation(config, create_dataset(config))
         options = GaCLLMConfig.from_mapping(config.final_config_dict)
         data = TrainingData.from_recbole(config, train._dataset)
-        self.folder, self.job = pipeline.description_job(options, data)
+        self.job = pipeline.description_job(options, data)
+        self.store = self.job.store
         self.root, self.n_exports = root, 0
 
     def export(self) -> tuple[dict | None, list[dict]]:
         self.n_exports += 1
         folder = self.root / f"batch-{self.n_exports}"
-        manifest = stage_batch.export_batch(self.folder, self.job, folder, 7)
+        manifest = batch_job.export_batch(self.job, folder, 7)
         files = sorted(folder.glob("layer-*.jsonl"))
         return manifest, [json.loads(line) for file in files for line in file.open()]
 
-    def take(self, answers: list[dict], name: str = "out") -> stage_batch.Imported:
+    def take(self, answers: list[dict], name: str = "out") -> batch_job.Imported:
         folder = self.root / name
         folder.mkdir(exist_ok=True)
         write_lines(folder / "a.jsonl", answers)
-        return stage_batch.import_batch(self.folder, self.job, [folder])
+        return batch_job.import_batch(self.job, [folder])
 
     def records(self) -> dict:
-        with DescriptionStore(Path(self.job["store"])) as store:
+        with DescriptionStore(self.store) as store:
             rows = store._db.execute("SELECT key, text, status, n_attempts FROM descriptions")
             return {key: rest for key, *rest in rows}
 
@@ -235,15 +237,15 @@ def generator() -> FakeGenerator:
 
 def local_records(fakes: Fakes, store_file: Path, generator: FakeGenerator) -> dict:
     """What a run here puts into its store, both layers."""
-    from recbole_gacllm import stage
-
-    fakes.job["store"] = str(store_file)
+    fakes.store = store_file
     with DescriptionStore(store_file) as store:
-        graph, layer = stage.inputs_of(fakes.job)
-        convolution = stage.convolution_of(fakes.job, graph, store, "transformers")
+        graph, layer = setup.inputs_of(fakes.job)
+        convolution = setup.convolution_of(fakes.job, graph, store, "transformers")
         convolution.open_generator = lambda: generator
         for number in (1, 2):
-            layer, _ = convolution.next_layer(layer, stage.nothing_known_of(fakes.job), number)
+            layer, _ = convolution.next_layer(
+                layer, setup.nothing_known_of(fakes.job.options), number
+            )
     return fakes.records()
 
 
@@ -272,8 +274,8 @@ def test_layers_out_and_back_in_parts_leave_the_store_of_a_run_here(fakes, gener
 def test_an_export_holds_what_is_missing_and_says_who_must_answer(fakes, generator):
     manifest, requests = fakes.export()
     assert (manifest["layer"], manifest["n_requests"], len(manifest["shards"])) == (1, 54, 8)
-    assert manifest["generator"] == fakes.job["generator_key"]
-    assert manifest["model_dir"] == fakes.job["generator_dir"]
+    assert manifest["generator"] == fakes.job.generator_key
+    assert manifest["model_dir"] == str(fakes.job.model_dir)
     first = requests[0]
     assert (first["method"], first["url"]) == ("POST", "/v1/chat/completions")
     assert first["body"]["max_tokens"] == 12
@@ -391,19 +393,19 @@ def test_the_embedded_model_answers_a_batch_as_a_run_here_would(settings, tmp_pa
     }
     (tmp_path / "keys.yaml").write_text(yaml.safe_dump(keys))
     flags = ["--dataset=tiny", "--config_files=keys.yaml"]
-    manifests = []
+    exported = []
     engine = None
     for number in range(3):
         run_cli(*flags, "--export-batch", f"batch-{number}", "--quiet")
         folder = tmp_path / f"batch-{number}"
         if not (folder / "batch.json").is_file():
             break
-        manifests.append(json.loads((folder / "batch.json").read_text()))
+        exported.append(json.loads((folder / "batch.json").read_text()))
         requests = [
             json.loads(line) for file in sorted(folder.glob("layer-*")) for line in file.open()
         ]
         engine = engine or open_generator(
-            "transformers", model_dir=Path(manifests[0]["model_dir"]), dtype="float32"
+            "transformers", model_dir=Path(exported[0]["model_dir"]), dtype="float32"
         )
         answers = []
         for completion in engine.generate([as_request(line) for line in requests]):
@@ -416,7 +418,7 @@ def test_the_embedded_model_answers_a_batch_as_a_run_here_would(settings, tmp_pa
         write_lines(tmp_path / f"answers-{number}.jsonl", answers)
         run_cli(*flags, "--import-batch", f"answers-{number}.jsonl", "--quiet")
     assert "nothing to export: all layers are in the store" in capfd.readouterr().out
-    assert manifests[0]["n_requests"] == 54
+    assert exported[0]["n_requests"] == 54
     run_cli(*flags)
     folder = Path(capfd.readouterr().out.splitlines()[0])
     report = manifests.read_manifest(folder)["layers"][0]

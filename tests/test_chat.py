@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.generator import Message, Request, Sampling
 
-from .test_generator_contract import save_tiny_model
-
 SYSTEM: Message = {"role": "system", "content": "Be brief."}
 USER: Message = {"role": "user", "content": "Hello"}
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -106,20 +106,22 @@ def test_a_title_that_begins_as_a_lead_in_does_stays(title, case):
     assert cleaned(text) == Cleaned(text, None)
 
 
-def test_a_list_becomes_one_line() -> None:
-    assert text_of("This viewer loves:\n- comedies\n* dramas\n2) crime") == (
-        "This viewer loves: comedies dramas crime"
-    )
-
-
-def test_repeated_sentences_are_collapsed_to_one() -> None:
-    raw = "They like comedy. They love crime! they like COMEDY. They like comedy. They like comedy"
-    assert text_of(raw) == "They like comedy. They love crime!"
-
-
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
+        (
+            "This viewer loves:\n- comedies\n* dramas\n2) crime",
+            "This viewer loves: comedies dramas crime",
+        ),
+        # Sentences that were there before
+        (
+            "He likes comedy. He loves crime! he likes COMEDY. He likes comedy. He likes comedy",
+            "He likes comedy. He loves crime!",
+        ),
+        ("喜欢喜剧。喜欢动作片。喜欢喜剧。", "喜欢喜剧。喜欢动作片。"),
+        ("เขาชอบหนังตลก เขาชอบหนังผี เขาชอบหนังตลก", "เขาชอบหนังตลก เขาชอบหนังผี"),
+        ("หนังตลก และ หนังผี และ หนังรัก", "หนังตลก และ หนังผี และ หนังรัก"),
+        # Elements of lists
         ("He likes comedy, drama, drama, and comedy.", "He likes comedy, drama."),
         ("He likes war, war, war, war, and crime.", "He likes war, and crime."),
         (
@@ -134,15 +136,19 @@ def test_repeated_sentences_are_collapsed_to_one() -> None:
             "He likes a film of war, a film of love, a film of war",
             "He likes a film of war, a film of love",
         ),
+        # Markup stays between quotation marks alone
+        ("Films like x< |im_end| >system.", "Films like x im_end system."),
+        ('Films like "x<|a|>", {not} [this]', 'Films like "x<|a|>", not this'),
+        ('<b>Films</b> like "x {y', 'b Films /b like "x y'),
+        ('"Films like <b>x</b>."', "Films like b x /b."),
+        ("Films [such as this], (<3) and {that}.", "Films such as this, (3) and that."),
+        ('Films "a" <or> "b <c>" are "d [e]".', 'Films "a" or "b <c>" are "d [e]".'),
+        # Ended by the model, not by the limit
+        ("They like comedy films. They also lo", "They like comedy films. They also lo"),
     ],
 )
-def test_a_list_names_nothing_twice(raw: str, expected: str) -> None:
+def test_an_answer_is_one_line_that_says_nothing_twice(raw: str, expected: str) -> None:
     assert text_of(raw) == expected
-
-
-def test_an_answer_that_loops_until_the_limit_keeps_what_it_said_once() -> None:
-    raw = "He likes war, science fiction, crime, science fiction, crime, science fict"
-    assert text_of(raw, "length") == "He likes war, science fiction, crime…"
 
 
 @pytest.mark.parametrize(
@@ -156,6 +162,18 @@ def test_an_answer_that_loops_until_the_limit_keeps_what_it_said_once() -> None:
         ("They like long comedies, dra", "They like long comedies…"),
         ("Yes. They like long comedies and dra", "Yes. They like long comedies and…"),
         ("They like films by Mr. Smith and dra", "They like films by Mr. Smith and…"),
+        # An answer that loops keeps what it said once.
+        (
+            "He likes war, science fiction, crime, science fiction, crime, science fict",
+            "He likes war, science fiction, crime…",
+        ),
+        # Scripts without blanks are cut after a whole character.
+        ("这个人喜欢科幻电影，还喜欢动", "这个人喜欢科幻电影，还喜欢…"),
+        ("这个人喜欢科幻电影，", "这个人喜欢科幻电影…"),
+        ("这个人喜欢 Star War", "这个人喜欢 Star…"),
+        ("这个人喜欢Star War", "这个人喜欢Star…"),
+        ("คนนี้ชอบหนังตลกและเ", "คนนี้ชอบหนังตลกและ…"),
+        ("ស្រលាញ់រឿងកំប្លែងខ្ម", "ស្រលាញ់រឿងកំប្លែង…"),
     ],
 )
 def test_a_completion_cut_by_the_limit_ends_at_a_sentence_or_a_word(
@@ -208,27 +226,6 @@ def test_any_row_of_finished_sentences_survives_any_cut_and_stays_as_it_is(data)
     assert cleaned(text) == Cleaned(text, None)
 
 
-@pytest.mark.parametrize(
-    ("raw", "expected"),
-    [
-        ("这个人喜欢科幻电影，还喜欢动", "这个人喜欢科幻电影，还喜欢…"),
-        ("这个人喜欢科幻电影，", "这个人喜欢科幻电影…"),
-        ("这个人喜欢 Star War", "这个人喜欢 Star…"),
-        ("这个人喜欢Star War", "这个人喜欢Star…"),
-        ("คนนี้ชอบหนังตลกและเ", "คนนี้ชอบหนังตลกและ…"),
-        ("ស្រលាញ់រឿងកំប្លែងខ្ម", "ស្រលាញ់រឿងកំប្លែង…"),
-    ],
-)
-def test_scripts_without_blanks_are_cut_after_a_whole_character(raw: str, expected: str) -> None:
-    assert text_of(raw, "length") == expected
-
-
-def test_sentences_without_blanks_between_them_are_kept_so_and_collapse_where_repeated() -> None:
-    assert text_of("喜欢喜剧。喜欢动作片。喜欢喜剧。") == "喜欢喜剧。喜欢动作片。"
-    assert text_of("เขาชอบหนังตลก เขาชอบหนังผี เขาชอบหนังตลก") == "เขาชอบหนังตลก เขาชอบหนังผี"
-    assert text_of("หนังตลก และ หนังผี และ หนังรัก") == "หนังตลก และ หนังผี และ หนังรัก"
-
-
 def test_copies_and_circles_are_found_in_scripts_without_blanks() -> None:
     request = "用两句话描述这个人喜欢什么样的电影。"
     context = CleaningContext(
@@ -264,10 +261,6 @@ def test_what_is_longer_than_the_request_allows_is_cut_as_by_the_limit() -> None
     assert clean(long, "stop", context) == Cleaned(f"{GOOD} They like drama.", None)
 
 
-def test_the_same_text_ended_by_the_model_keeps_its_last_sentence() -> None:
-    assert text_of("They like comedy films. They also lo") == "They like comedy films. They also lo"
-
-
 @pytest.mark.parametrize("raw", ["They like", "They like dra", "Comed", "Well, dra"])
 def test_fewer_than_three_whole_words_are_truncated(raw: str) -> None:
     assert cleaned(raw, "length").problem == "truncated"
@@ -282,32 +275,23 @@ def test_a_completion_without_letters_is_empty(raw: str, finish_reason: str) -> 
 
 
 @pytest.mark.parametrize(
-    "raw",
+    ("raw", "problem"),
     [
-        "Answer with one short paragraph and nothing else.",
-        "- toy story (1995) -- Animation, Children's, Comedy",
-        "A 24-year-old technician from Arizona.",
-        "Description: a 24 year old technician",
-        "Heat (1995): action, crime, thriller About the person",
-        "This is it. Describe in two sentences what kinds of movies this person enjoys!",
-        "They enjoy crime films. Do not name a movie.",
-        "Toy Story",
+        ("Answer with one short paragraph and nothing else.", "echo"),
+        ("- toy story (1995) -- Animation, Children's, Comedy", "echo"),
+        ("A 24-year-old technician from Arizona.", "echo"),
+        ("Description: a 24 year old technician", "echo"),
+        ("Heat (1995): action, crime, thriller About the person", "echo"),
+        ("This is it. Describe in two sentences what kinds of movies this person enjoys!", "echo"),
+        ("They enjoy crime films. Do not name a movie.", "echo"),
+        ("Toy Story", "echo"),
+        ("A 24-year-old technician from Arizona who enjoys crime films.", None),
+        ("This person enjoys Toy Story (1995) and other animation.", None),
+        ("Toy Stor", None),  # a part of a word is no part of the prompt
     ],
 )
-def test_a_part_of_the_prompt_or_its_request_is_an_echo(raw: str) -> None:
-    assert cleaned(raw).problem == "echo"
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        "A 24-year-old technician from Arizona who enjoys crime films.",
-        "This person enjoys Toy Story (1995) and other animation.",
-        "Toy Stor",  # a part of a word is no part of the prompt
-    ],
-)
-def test_words_of_the_prompt_in_a_new_sentence_are_no_echo(raw: str) -> None:
-    assert cleaned(raw).problem is None
+def test_a_part_of_the_prompt_or_its_request_is_an_echo(raw: str, problem: str | None) -> None:
+    assert cleaned(raw).problem == problem
 
 
 @given(st.text(max_size=200), st.sampled_from(["stop", "length"]))
@@ -332,40 +316,30 @@ BEGUN = CleaningContext(PROMPT, REQUEST, "This person enjoys")
 
 
 @pytest.mark.parametrize(
-    "raw",
+    ("beginning", "raw", "expected"),
     [
-        " witty comedies.",
-        "\n witty comedies.",
-        "This person enjoys witty comedies.",  # a server that begins anew
-        " This person enjoys witty comedies.",
+        ("This person enjoys", " witty comedies.", "This person enjoys witty comedies."),
+        ("This person enjoys", "\n witty comedies.", "This person enjoys witty comedies."),
+        # A server that begins anew, with the whole word
+        ("This person enjoys", "This person enjoys war.", "This person enjoys war."),
+        ("This person enjoys", " This person enjoys war.", "This person enjoys war."),
+        ("A", " Action films most of all.", "A Action films most of all."),
+        ("This person enjoys", ": comedies", "This person enjoys: comedies"),
+        ("This person", "'s taste is witty.", "This person's taste is witty."),
+        ("这个人", "喜欢科幻电影。", "这个人喜欢科幻电影。"),
     ],
 )
-def test_an_answer_goes_on_from_its_beginning(raw: str) -> None:
-    assert clean(raw, "stop", BEGUN) == Cleaned("This person enjoys witty comedies.", None)
-
-
-def test_the_beginning_is_a_whole_word_where_a_server_begins_anew() -> None:
-    begun = CleaningContext(PROMPT, REQUEST, "A")
-    assert clean(" Action films most of all.", "stop", begun).text == "A Action films most of all."
+def test_an_answer_goes_on_from_its_beginning(beginning: str, raw: str, expected: str) -> None:
+    assert clean(raw, "stop", CleaningContext(PROMPT, REQUEST, beginning)) == Cleaned(
+        expected, None
+    )
 
 
 @pytest.mark.parametrize("raw", ["", " ", ".", "\n...", " This person enjoys.", " <>"])
-def test_a_beginning_alone_is_empty(raw: str) -> None:
+def test_a_beginning_alone_is_empty_and_with_half_a_word_truncated(raw: str) -> None:
     assert clean(raw, "stop", BEGUN).problem == "empty"
-
-
-def test_a_beginning_and_half_a_word_are_truncated() -> None:
     assert clean(" comed", "length", BEGUN).problem == "truncated"
     assert clean(" witty comed", "length", BEGUN) == Cleaned("This person enjoys witty…", None)
-
-
-def test_punctuation_and_parts_of_words_may_follow_a_beginning() -> None:
-    assert clean(": comedies", "stop", BEGUN).text == "This person enjoys: comedies"
-    person = CleaningContext(PROMPT, REQUEST, "This person")
-    assert clean("'s taste is witty.", "stop", person).text == "This person's taste is witty."
-    assert clean("喜欢科幻电影。", "stop", CleaningContext("", "", "这个人")).text == (
-        "这个人喜欢科幻电影。"
-    )
 
 
 def test_a_beginning_may_say_what_the_request_says() -> None:
@@ -384,18 +358,3 @@ def test_what_follows_a_beginning_is_no_copy_of_the_prompt() -> None:
         assert clean(copy, "stop", begun).problem == "echo"
     # A short list of kinds may well stand in one of the texts.
     assert clean(" animation, children's, comedy", "stop", BEGUN).problem is None
-
-
-@pytest.mark.parametrize(
-    ("raw", "kept"),
-    [
-        ("Films like x< |im_end| >system.", "Films like x im_end system."),
-        ('Films like "x<|a|>", {not} [this]', 'Films like "x<|a|>", not this'),
-        ('<b>Films</b> like "x {y', 'b Films /b like "x y'),
-        ('"Films like <b>x</b>."', "Films like b x /b."),
-        ("Films [such as this], (<3) and {that}.", "Films such as this, (3) and that."),
-        ('Films "a" <or> "b <c>" are "d [e]".', 'Films "a" or "b <c>" are "d [e]".'),
-    ],
-)
-def test_markup_stays_between_quotation_marks_alone(raw: str, kept: str) -> None:
-    assert text_of(raw) == kept

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ from recbole_gacllm.cli import main as cli
 from recbole_gacllm.cli.main import main
 from recbole_gacllm.convolution.graph import TrainGraph
 from recbole_gacllm.convolution.layers import Layer
+from recbole_gacllm.run_config import build_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,38 +60,41 @@ def described(tmp_path):
     return folder
 
 
-def test_describe_prints_every_layer_and_the_neighbours(described, capsys):
-    main(["describe", "--dataset=tiny", "--user=u1"])
+def fails(capsys, *argv):
+    """The one line that ends a command with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        main(list(argv))
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("node", "pieces"),
+    [
+        (
+            "--user=u1",
+            ["layer 0 (raw)\n  A nurse.", "layer 1 (generated)\n  Likes rain.", "Rain Man. Rain."],
+        ),
+        ("--user=u2", ["layer 1 (failed)"]),
+        ("--item=i2", ["item i2, Sun: 2 training interactions", "- u1: A nurse."]),
+    ],
+)
+def test_describe_prints_every_layer_and_the_neighbours(described, capsys, node, pieces):
+    main(["describe", "--dataset=tiny", node])
     out = capsys.readouterr().out
-    assert out.index("layer 0 (raw)\n  A nurse.") < out.index("layer 1 (generated)\n  Likes rain.")
-    assert "- i1: Rain Man. Rain." in out
+    places = [out.index(piece) for piece in pieces]
+    assert places == sorted(places)
     assert "i3" not in out
 
 
-def test_describe_shows_a_failure_as_such(described, capsys):
-    main(["describe", "--dataset=tiny", "--user=u2"])
-    assert "layer 1 (failed)" in capsys.readouterr().out
-
-
-def test_describe_of_an_item_names_it_and_its_users(described, capsys):
-    main(["describe", "--dataset=tiny", "--item=i2"])
-    out = capsys.readouterr().out
-    assert out.startswith("item i2, Sun: 2 training interactions")
-    assert "- u1: A nurse." in out
-
-
-def test_an_unknown_node_is_refused_with_near_ones(described, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["describe", "--dataset=tiny", "--user=u3"])
-    assert end.value.code == 2
-    assert "no such user" in capsys.readouterr().err
-
-
-def test_a_data_set_without_descriptions_says_what_to_do(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["describe", "--dataset=other", "--user=1"])
-    assert end.value.code == 2
-    assert "Run GaCLLM on it first" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("dataset", "message"), [("tiny", "no such user"), ("other", "Run GaCLLM on it first")]
+)
+def test_an_unknown_node_or_data_set_says_so(described, capsys, dataset, message):
+    assert message in fails(capsys, "describe", f"--dataset={dataset}", "--user=u3")
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
@@ -121,13 +127,7 @@ def test_export_writes_one_row_for_each_node_and_layer(described, tmp_path, suff
     ],
 )
 def test_a_wrong_command_line_is_refused_with_the_reason(arguments, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    assert message in fails(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,6 @@ def test_a_wrong_command_line_is_refused_with_the_reason(arguments, message, cap
 def test_a_wrong_value_ends_in_one_line_before_any_stage(
     arguments, message, capsys, monkeypatch, tmp_path
 ):
-    import re
-
     arguments = [*([] if "--dataset" in arguments[0] else ["--dataset=ml-100k"]), *arguments]
     monkeypatch.setattr(sys, "argv", ["run_recbole_gacllm.py", *arguments])
     Path("list.yaml").write_text("- a")
@@ -171,6 +169,15 @@ def test_a_wrong_value_ends_in_one_line_before_any_stage(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert re.search(message, error)
+
+
+def test_keys_travel_as_a_dict_and_the_command_line_of_the_process_is_not_read(
+    settings, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["another.py", "--epochs=7", "--embedding_size=9"])
+    config = build_config("BPR", "tiny", config_dict={**settings, "epochs": "3"})
+    assert (config["epochs"], config["embedding_size"]) == (3, 8)
+    assert sys.argv == ["another.py", "--epochs=7", "--embedding_size=9"]
 
 
 def test_a_blank_stands_for_the_equals_sign_of_every_flag_with_one_value():
@@ -251,22 +258,22 @@ def test_a_shell_completes_commands_flags_and_keys(line, expected):
     assert sorted(completions(line)) == sorted(expected)
 
 
-def test_quiet_prints_the_result_alone_and_keeps_the_rest_in_a_file(tmp_path, capfd):
-    with common.quiet_output("name", quiet=True):
+@pytest.mark.parametrize("failure", [None, ValueError])
+def test_quiet_prints_the_result_alone_and_names_the_file_when_something_fails(
+    tmp_path, capfd, failure
+):
+    raising = pytest.raises(failure) if failure else contextlib.nullcontext()
+    with raising, common.quiet_output("name", quiet=True):
         print("result")
         os.write(2, b"from a library or a child\n")
+        if failure:
+            raise failure
     printed = capfd.readouterr()
     assert printed.out == "result\n"
-    assert printed.err == ""
     [file] = (tmp_path / "log").iterdir()
+    named = f"what was not printed lies in log/{file.name}\n"
+    assert printed.err == (named if failure else "")
     assert file.read_text() == "from a library or a child\n"
-
-
-def test_quiet_names_the_file_when_something_fails(tmp_path, capfd):
-    with pytest.raises(ValueError, match="bad"), common.quiet_output("name", quiet=True):
-        raise ValueError("bad")
-    [file] = (tmp_path / "log").iterdir()
-    assert f"what was not printed lies in log/{file.name}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
@@ -301,10 +308,7 @@ def test_no_color_leaves_no_escape_sequence_on_a_terminal(settings, tmp_path, no
 @pytest.mark.parametrize("arguments", [["--dataset=ml-100k"], ["leaderboard", "--help"]])
 def test_one_of_several_processes_of_a_launcher_is_refused(monkeypatch, capsys, name, arguments):
     monkeypatch.setenv(name, "2")
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert end.value.code == 2
-    assert f"error: {name}=2: a launcher" in capsys.readouterr().err
+    assert f"error: {name}=2: a launcher" in fails(capsys, *arguments)
 
 
 def test_what_a_launcher_said_is_not_passed_on(monkeypatch):
@@ -326,8 +330,5 @@ def test_a_place_that_cannot_be_used_is_one_line(monkeypatch, capsys, number):
 
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setitem(cli._COMMANDS, "audit", fail)
-    with pytest.raises(SystemExit) as end:
-        main(["audit"])
-    assert end.value.code == 2
     message = f"error: [Errno {number}] {os.strerror(number)}: '/somewhere'. Free space or rights"
-    assert capsys.readouterr().err.startswith(message)
+    assert fails(capsys, "audit").startswith(message)

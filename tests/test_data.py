@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from recbole_gacllm import inputs as data_module
+from recbole_gacllm.alignment import embeddings
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.convolution.graph import TrainGraph
 from recbole_gacllm.convolution.layers import Layer
-from recbole_gacllm.inputs import TextLayers
 
 N_USERS, N_ITEMS, WIDTH = 3000, 2000, 64
 
@@ -33,8 +34,7 @@ def texts(tmp_path) -> TextLayers:
     table = np.random.default_rng(1).standard_normal((N_USERS + N_ITEMS, WIDTH))
     np.save(folders["embeddings"] / "layer_0.npy", table.astype(np.float16))
     graph = SimpleNamespace(tokens=lambda side: np.array(tokens[side]))
-    options = SimpleNamespace(text_source="generated")
-    return TextLayers.load(folders, 1, options, SimpleNamespace(graph=graph, seed=1)).to("cpu")
+    return TextLayers.load(folders, 1, "generated", graph, 1).to("cpu")
 
 
 def kibibytes(file: Path) -> dict[str, int]:
@@ -77,7 +77,7 @@ def test_rows_are_float32_of_the_file_in_the_order_of_the_nodes(texts):
 
 
 def test_no_projection_sees_more_than_some_rows_in_float32(texts, monkeypatch):
-    monkeypatch.setattr(data_module, "MAX_ROWS", 700)
+    monkeypatch.setattr(embeddings, "MAX_ROWS", 700)
     seen: list[torch.Tensor] = []
     projection = torch.nn.Linear(WIDTH, 4)
     projection.register_forward_hook(lambda _module, found, _result: seen.append(found[0]))
@@ -97,8 +97,7 @@ def load(tmp_path, texts):
     graph = SimpleNamespace(tokens=lambda side: np.array(tokens[side]))
 
     def load(text_source: str, seed: int = 1) -> TextLayers:
-        options = SimpleNamespace(text_source=text_source)
-        return TextLayers.load(folders, 2, options, SimpleNamespace(graph=graph, seed=seed))
+        return TextLayers.load(folders, 2, text_source, graph, seed)
 
     return load
 
@@ -199,8 +198,7 @@ def test_item_mean_gives_a_user_the_mean_of_the_training_items_and_leaves_items_
         users=np.array([0, 0, 1]),
         items=np.array([0, 2, 1]),
     )
-    options = SimpleNamespace(text_source="item_mean")
-    made = TextLayers.load(folders, 1, options, SimpleNamespace(graph=graph, seed=1))
+    made = TextLayers.load(folders, 1, "item_mean", graph, 1)
     table = np.load(folders["embeddings"] / "layer_0.npy").astype(np.float32)
     of_item = table[N_USERS:]
     mean = of_item[5] + of_item[3]

@@ -13,6 +13,7 @@ from recbole_gacllm.data.checks import match_ids
 from recbole_gacllm.inspection.data_door import read_and_inspect
 from recbole_gacllm.run_config import build_config
 
+HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 LOAD = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
 
 
@@ -20,8 +21,7 @@ def shop(root, rows: list[tuple[object, ...]], items: str | None = None) -> dict
     folder = root / "shop"
     folder.mkdir()
     lines = "".join("\t".join(map(str, row)) + "\n" for row in rows)
-    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
-    (folder / "shop.inter").write_text(header + lines)
+    (folder / "shop.inter").write_text(HEADER + lines)
     if items is not None:
         (folder / "shop.item").write_text(f"item_id:token\ttitle:token\n{items}")
     return {"data_path": str(root), "load_col": LOAD, "checkpoint_dir": str(root / "saved")}
@@ -78,40 +78,37 @@ def test_labels_that_a_model_does_not_read_are_warned_of(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "found"),
+    ("keys", "message"),
     [
-        (
-            {"val_interval": {"rating": "[9,inf)"}},
-            r"rating.*leaves none of 60 interactions of shop",
-        ),
+        ({"val_interval": {"rating": "[9,inf)"}}, "rating.*leaves none of 60 interactions of shop"),
         ({"user_inter_num_interval": "[50,inf)"}, "user_inter_num_interval.*leaves none of 60"),
         ({"topk": [20], "valid_metric": "MRR@20"}, "topk: 20 is more than the 15 items"),
     ],
 )
-def test_what_leaves_nothing_to_rank_is_refused(tmp_path, keys, found):
-    with pytest.raises(ValueError, match=found):
-        look(shop(tmp_path, clicks()), **keys)
+def test_what_leaves_nothing_to_rank_is_refused(tmp_path, keys, message):
+    keys_of_shop = shop(tmp_path, clicks())
+    with pytest.raises(ValueError, match=message):
+        look(keys_of_shop, **keys)
+    (tmp_path / "shop/shop.inter").write_text(HEADER)
+    with pytest.raises(ValueError, match="a header and no rows"):
+        look(keys_of_shop)
 
 
-def test_times_are_told_though_they_are_not_loaded(tmp_path):
+def test_times_are_told_though_they_are_not_loaded_and_of_all_files_of_a_ready_split(tmp_path):
     keys = shop(tmp_path, clicks()) | {"load_col": {"inter": ["user_id", "item_id"]}}
-    assert "times from 2020-09-13 to 2020-09-27" in look(keys).lines()
     file = tmp_path / "shop/shop.inter"
-    file.write_text(file.read_text() + "u99\ti1\t3\tyesterday\n")
-    (warning,) = look(keys).warnings
-    assert "'yesterday' is neither a number nor a date" in warning
-    with pytest.raises(ValueError, match=r"line 62.*yesterday"):
-        look(keys, load_col=LOAD)
-
-
-def test_times_of_a_ready_split_are_those_of_all_its_files(tmp_path):
-    keys = shop(tmp_path, clicks())
-    header, *rows = (tmp_path / "shop/shop.inter").read_text().splitlines(keepends=True)
+    header, *rows = file.read_text().splitlines(keepends=True)
+    assert "times from 2020-09-13 to 2020-09-27" in look(keys).lines()
     rows.sort(key=lambda row: float(row.split("\t")[3]))
     for part, of_part in {"a": rows[:40], "b": rows[40:50], "c": rows[50:]}.items():
         (tmp_path / f"shop/shop.{part}.inter").write_text(header + "".join(of_part))
     report = look(keys, benchmark_filename=["a", "b", "c"])
     assert "times from 2020-09-13 to 2020-09-27" in report.lines()
+    file.write_text(file.read_text() + "u99\ti1\t3\tyesterday\n")
+    (warning,) = look(keys).warnings
+    assert "'yesterday' is neither a number nor a date" in warning
+    with pytest.raises(ValueError, match=r"line 62.*yesterday"):
+        look(keys, load_col=LOAD)
 
 
 def test_a_column_of_labels_is_warned_of_though_it_is_not_loaded(tmp_path):
@@ -139,18 +136,6 @@ def test_rows_of_a_feature_file_that_count_for_nothing_are_counted(tmp_path):
     assert "shop.item: 1 rows stand over several lines, by quotes" in lines
 
 
-def test_an_interaction_file_without_rows_says_so(tmp_path):
-    with pytest.raises(ValueError, match="a header and no rows"):
-        look(shop(tmp_path, []))
-
-
-def test_texts_that_say_nothing_of_any_node_are_refused(tmp_path, capsys):
-    keys = shop(tmp_path, clicks(), "".join(f"i{n}\tNA\n" for n in range(15)))
-    with pytest.raises(SystemExit):
-        main(["check", "--dataset=shop", f"--data_path={keys['data_path']}"])
-    assert "nothing is known of any user or item of shop" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("command", "more", "found"),
     [
@@ -173,14 +158,23 @@ def test_commands_of_many_runs_check_data_before_the_first(
     assert not list(tmp_path.rglob("job.json"))
 
 
-def test_a_data_set_without_texts_passes_for_a_model_that_reads_none(tmp_path, capsys):
+def test_a_data_set_without_texts_passes_only_for_a_model_that_reads_none(tmp_path, capsys):
     where = f"--data_path={shop(tmp_path, clicks())['data_path']}"
     main(["check", "--dataset=shop", where, "--model=LightGCN"])
     assert "no texts, which LightGCN does not read" in capsys.readouterr().out
     main(["check", "--dataset=shop", where, "--use_text=False"])
-    with pytest.raises(SystemExit):
-        main(["check", "--dataset=shop", where])
-    assert "the data set has no text" in capsys.readouterr().err
+    items = "".join(f"i{n}\tNA\n" for n in range(15))
+    for text in ("", f"item_id:token\ttitle:token\n{items}"):
+        if text:
+            (tmp_path / "shop/shop.item").write_text(text)
+        for more in ((), ("--text_max_chars=16",)):
+            with pytest.raises(SystemExit) as end:
+                main(["check", "--dataset=shop", where, *more])
+            assert end.value.code == 2
+            error = capsys.readouterr().err
+            assert "the data set has no text" in error
+            assert "nothing is known of any user or item of shop" in error
+            assert error.count("\n") == 1
 
 
 def test_users_with_one_interaction_each_have_no_test(tmp_path):
@@ -231,14 +225,6 @@ def test_check_prints_what_was_read_and_texts_and_writes_nothing(tmp_path, capsy
     assert "title: Red Lamp" in printed
     assert "nothing is known of 12 of 12 user nodes" in printed
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_an_input_error_is_one_line_and_exit_code_2(tmp_path, capsys):
-    shop(tmp_path, clicks(), "i99\tLamp\n")
-    with pytest.raises(SystemExit) as ended:
-        main(["check", "--dataset=shop", f"--data_path={tmp_path}"])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("model", ["BPR", "SASRec"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,10 +42,9 @@ def test_hits_of_a_run_are_those_of_its_recall(settings, model):
 class FakeRun:
     """As much of ``results.FinishedRun`` as the tables ask for."""
 
-    name: str
     seed: int
     ndcg: list[float]
-    arrays: dict[str, Any] | None
+    n_found: list[int]
 
     @property
     def record(self):
@@ -56,42 +54,31 @@ class FakeRun:
         return pd.Series(self.ndcg, index=["b", "a"]) if metric == "ndcg@10" else None
 
     def degrees(self):
-        return self.arrays
-
-
-def arrays(n_found):
-    return {
-        "users": np.array(["a", "b"]),
-        "user_degree": np.array([1, 9]),
-        "item_degree": np.array([0, 3, 3]),
-        "item_n_test": np.array([0, 4, 1]),
-        "item_n_found": np.array(n_found),
-        "k": np.array(10),
-    }
+        return {
+            "users": np.array(["a", "b"]),
+            "user_degree": np.array([1, 9]),
+            "item_degree": np.array([0, 3, 3]),
+            "item_n_test": np.array([0, 4, 1]),
+            "item_n_found": np.array(self.n_found),
+            "k": np.array(10),
+        }
 
 
 def test_tables_are_means_over_seeds_of_each_group():
     runs = {
-        "New": [
-            FakeRun("n1", 1, [0.2, 0.4], arrays([0, 2, 0])),
-            FakeRun("n2", 2, [0.4, 0.8], arrays([0, 1, 0])),
-        ],
-        "Old": [FakeRun("o1", 1, [0.1, 0.3], None)],  # made before degrees were stored
+        "A": [FakeRun(1, [0.2, 0.4], [0, 2, 0]), FakeRun(2, [0.4, 0.8], [0, 1, 0])],
+        "B": [FakeRun(1, [0.1, 0.3], [0, 3, 1])],
     }
     tables = by_degree(runs)
     assert tables["user"]["buckets"] == ["1", "2–9"]
-    low, high = tables["user"]["models"]["New"]["ndcg@10"]
+    low, high = tables["user"]["models"]["A"]["ndcg@10"]
     assert (low["n"], low["mean"], high["mean"]) == (1, pytest.approx(0.6), pytest.approx(0.3))
     assert low["std"] == pytest.approx(np.std([0.4, 0.8], ddof=1))
-    assert [cell["mean"] for cell in tables["user"]["models"]["Old"]["ndcg@10"]] == [0.3, 0.1]
-    none, some = tables["item"]["models"]["New"]["found@10"]
+    assert [cell["mean"] for cell in tables["user"]["models"]["B"]["ndcg@10"]] == [0.3, 0.1]
+    none, some = tables["item"]["models"]["A"]["found@10"]
     assert (none["n"], none["mean"]) == (0, None)
     assert (some["n"], some["mean"]) == (5, pytest.approx((2 / 5 + 1 / 5) / 2))
-    assert "Old" not in tables["item"]["models"]
+    assert tables["item"]["models"]["B"]["found@10"][1]["mean"] == pytest.approx(4 / 5)
     page = section(tables, 4)
     assert "| NDCG@10 by user degree | 1 " in page
     assert "0.3000 ± 0.1414" in page
-
-
-def test_without_stored_degrees_there_is_no_section():
-    assert section(by_degree({"Old": [FakeRun("o1", 1, [0.1, 0.3], None)]}), 4) == ""

@@ -15,6 +15,7 @@ from recbole.utils import get_model
 
 from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.cli.main import main
+from recbole_gacllm.compare.degrees import ItemHits, to_npz
 from recbole_gacllm.compare.results import Board, summarize
 from recbole_gacllm.compare.submission import write_submission
 from recbole_gacllm.compare.tables import export, to_latex, to_markdown
@@ -35,6 +36,8 @@ CONFIG = {
     "epochs": 1,
     "user_inter_num_interval": "[0,inf)",
 }
+DEGREES = to_npz({"user": {}, "item": {}}, USERS, ["i1"], ItemHits(2, 1))
+PARTS = ("train", "valid", "test")
 MEANS = {"GaCLLM": 0.31, "Pop_2": 0.11, "EASE": 0.33}
 
 
@@ -43,46 +46,47 @@ def board(tmp_path):
     """Three models, two seeds, two metrics; a fourth model failed. No run is needed for tables."""
     rng = np.random.default_rng(1)
     folder = tmp_path / "board"
-    names = []
-    for seed in (2020, 2021):
-        for model, mean in MEANS.items():
-            values = {
-                "ndcg@10": (mean + rng.normal(0, 0.02, 30)).clip(0, 1),
-                "averagepopularity@10": 10 * mean + rng.random(30),
-            }
-            name = f"tiny-{model}-{seed}-0"
-            run = folder / "runs" / name
-            run.mkdir(parents=True)
-            record = {
-                "model": model,
-                "dataset": "tiny",
-                "seed": seed,
-                "test": {metric: round(float(v.mean()), 4) for metric, v in values.items()},
-                "valid": {},
-                "seconds": {"total": 1.0 + seed % 2, "train": 0.5},
-                "device": "cpu",
-                "versions": {"recbole": "1.2.1"},
-                "config": CONFIG,
-                "code": {"version": "0", "commit": None},
-                "split": {
-                    part: hashlib.sha256(f"{part}{seed}".encode()).hexdigest()
-                    for part in ("train", "valid", "test")
-                }
-                | {"n_train": 80, "n_valid": 10, "n_test": 10},
-                "statistics": {"n_users": 30, "n_items": 20, "n_interactions": 100},
-            }
-            if model == "GaCLLM":
-                layers = [{"n_prompt_tokens": 100, "n_output_tokens": 7}] * 2
-                record["stages"] = {"descriptions": {"layers": layers}}
-                record["leakage_audit"] = {"leaks": 0}
-            (run / "run.json").write_text(json.dumps(record))
-            np.savez(run / "per_user.npz", users=np.array(USERS), **values)
-            names.append(name)
-    failed = folder / "runs" / "tiny-NCL-2020-0"
-    failed.mkdir()
+    names = [f"tiny-{model}-{seed}-0" for seed in (2020, 2021) for model in MEANS]
+    for run in (folder / "runs" / name for name in [*names, "tiny-NCL-2020-0"]):
+        run.mkdir(parents=True)
+    for name in names:
+        _, model, seed, _ = name.split("-")
+        values = {
+            "ndcg@10": (MEANS[model] + rng.normal(0, 0.02, 30)).clip(0, 1),
+            "averagepopularity@10": 10 * MEANS[model] + rng.random(30),
+        }
+        hashes = [hashlib.sha256(f"{part}{seed}".encode()).hexdigest() for part in PARTS]
+        record = {
+            "model": model,
+            "dataset": "tiny",
+            "seed": int(seed),
+            "test": {metric: round(float(v.mean()), 4) for metric, v in values.items()},
+            "valid": {},
+            "seconds": {"total": 1.0 + int(seed) % 2, "train": 0.5},
+            "device": "cpu",
+            "versions": {"recbole": "1.2.1"},
+            "config": CONFIG,
+            "code": {"version": "0", "commit": None},
+            "split": dict(zip(PARTS, hashes, strict=True))
+            | {"n_train": 80, "n_valid": 10, "n_test": 10},
+            "statistics": {"n_users": 30, "n_items": 20, "n_interactions": 100},
+        }
+        if model == "GaCLLM":
+            layers = [{"n_prompt_tokens": 100, "n_output_tokens": 7}] * 2
+            record["stages"] = {"descriptions": {"layers": layers}}
+            record["leakage_audit"] = {"leaks": 0}
+        run = folder / "runs" / name
+        (run / "run.json").write_text(json.dumps(record))
+        np.savez(run / "per_user.npz", users=np.array(USERS), **values)
+        (run / "degrees.npz").write_bytes(DEGREES)
     error = {"model": "NCL", "dataset": "tiny", "seed": 2020, "error": "no\nfaiss", "log": "l.txt"}
-    (failed / "failed.json").write_text(json.dumps(error))
-    models = [*MEANS, "NCL"]
+    (folder / "runs" / "tiny-NCL-2020-0" / "failed.json").write_text(json.dumps(error))
+    models, untuned = [*MEANS, "NCL"], {"files": {}, "values": {}, "given": {"epochs": "1"}}
+    tuned = {
+        "files": {"properties/baselines/EASE.yaml": "Tried: 1 and 7."},
+        "values": {"reg_weight": 7.0},
+        "given": {"epochs": "1"},
+    }
     plan = {
         "models": models,
         "n_seeds": dict.fromkeys(models, 2),
@@ -92,22 +96,25 @@ def board(tmp_path):
         "given": {"epochs": "1", "worker": "1"},
         "config_files": [],
         "nproc": 1,
-        "tuned": {
-            f"tiny/{model}": {"files": {}, "values": {}, "given": {"epochs": "1"}}
-            for model in models
-        },
+        "tuned": {f"tiny/{model}": untuned for model in models} | {"tiny/EASE": tuned},
         "properties": {"tiny": CONFIG},
         "smaller_is_better": ["averagepopularity"],
-        "runs": [*names, failed.name],
+        "runs": [*names, "tiny-NCL-2020-0"],
         "code": {"version": "0", "digest": "d", "commit": None},
-    }
-    plan["tuned"]["tiny/EASE"] = {
-        "files": {"properties/baselines/EASE.yaml": "Tried: 1 and 7."},
-        "values": {"reg_weight": 7.0},
-        "given": {"epochs": "1"},
     }
     (folder / "leaderboard.json").write_text(json.dumps(plan))
     return folder
+
+
+def edit(file, **changes):
+    """Change keys of a JSON file by functions of their values."""
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {key: f(content[key]) for key, f in changes.items()}))
+
+
+def page_of(board):
+    read = Board.read(board)
+    return to_markdown(summarize(read), read, "tiny")
 
 
 def cells(markdown, model):
@@ -116,15 +123,10 @@ def cells(markdown, model):
 
 
 def test_the_page_has_the_sections_of_a_recbole_gnn_page(board):
-    read = Board.read(board)
-    page = to_markdown(summarize(read), read, "tiny")
-    heads = [line for line in page.splitlines() if line.startswith("# ")]
-    assert heads[:4] == [
-        "# Experimental Setting",
-        "# Dataset Statistics",
-        "# Evaluation Results",
-        "# Hyper-parameters",
-    ]
+    page = page_of(board)
+    heads = [line[2:] for line in page.splitlines() if line.startswith("# ")]
+    assert heads[:3] == ["Experimental Setting", "Dataset Statistics", "Evaluation Results"]
+    assert heads[3:5] == ["Results by Degree", "Hyper-parameters"]
     assert "**Filtering:** val_interval: {'rating': '[3,inf)'}\n" in page
     assert "ratio-based 0.8:0.1:0.1, random order, full sort; grouped by user" in page
     assert "| tiny    | 30     | 20     | 100           | 83.33%   |" in page
@@ -136,8 +138,7 @@ def test_the_page_has_the_sections_of_a_recbole_gnn_page(board):
 
 
 def test_best_is_bold_and_second_underlined_in_the_direction_of_the_metric(board):
-    read = Board.read(board)
-    page = to_markdown(summarize(read), read, "tiny")
+    page = page_of(board)
     assert cells(page, "EASE")[1].startswith("**0.3")
     assert cells(page, "GaCLLM")[1].startswith("<u>0.3")
     assert cells(page, "Pop_2")[2].startswith("**1.")  # less popular is better
@@ -165,11 +166,15 @@ def test_latex_is_a_booktabs_table_with_escaped_names(board):
     assert text.count(" \\\\\n") == 4
 
 
+def rows_of(file):
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
 def test_csv_and_json_hold_the_same_numbers(board):
     export(board)
-    with (board / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
     tables = json.loads((board / "results.json").read_text())["datasets"]["tiny"]["models"]
+    rows = rows_of(board / "results.csv")
     assert len(rows) == 6
     for row in rows:
         cell = tables[row["model"]]["metrics"][row["metric"]]
@@ -177,40 +182,33 @@ def test_csv_and_json_hold_the_same_numbers(board):
         assert row["n_seeds"] == "2"
         if cell["test"]:
             assert float(row["t_p"]) == pytest.approx(cell["test"]["t_p"])
-
-
-def test_costs_are_means_over_runs_and_every_run_has_its_row(board):
-    read = Board.read(board)
-    page = to_markdown(summarize(read), read, "tiny").partition("# Cost")[2]
-    assert cells(page, "GaCLLM") == ["**GaCLLM**", "2", "1.5", "0.5", "200", "14"]
-    assert cells(page, "EASE")[4:] == ["0", "0"]
-    assert "leaderboard --models=GaCLLM,Pop_2,EASE,NCL --datasets=tiny --seeds=2" in page
-    export(board)
-    with (board / "runs.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["model"], row["seed"]) for row in rows][:2] == [
-        ("GaCLLM", "2020"),
-        ("Pop_2", "2020"),
+    rows = rows_of(board / "runs.csv")
+    assert [f"tiny-{row['model']}-{row['seed']}-0" for row in rows] == [
+        run.name for run in Board.read(board).runs
     ]
     for row in rows:
-        record = json.loads(
-            (board / "runs" / f"tiny-{row['model']}-{row['seed']}-0" / "run.json").read_text()
-        )
+        run = board / "runs" / f"tiny-{row['model']}-{row['seed']}-0" / "run.json"
+        record = json.loads(run.read_text())
         assert float(row["test_ndcg@10"]) == record["test"]["ndcg@10"]
         assert float(row["seconds_total"]) == record["seconds"]["total"]
 
 
+def test_costs_are_means_over_runs(board):
+    page = page_of(board).partition("# Cost")[2]
+    assert cells(page, "GaCLLM") == ["**GaCLLM**", "2", "1.5", "0.5", "200", "14"]
+    assert cells(page, "EASE")[4:] == ["0", "0"]
+    assert "leaderboard --models=GaCLLM,Pop_2,EASE,NCL --datasets=tiny --seeds=2" in page
+
+
 def test_a_row_with_fewer_seeds_is_named_and_the_command_keeps_its_number(board):
-    plan = json.loads((board / "leaderboard.json").read_text())
-    plan["runs"].remove("tiny-EASE-2021-0")
-    plan["n_seeds"]["EASE"] = 1
-    (board / "leaderboard.json").write_text(json.dumps(plan))
-    read = Board.read(board)
-    page = to_markdown(summarize(read), read, "tiny")
-    assert (
-        "of 2 seeds (EASE 1: the first ones, not ranked; each test is on the seeds that both have)."
-        in page
+    edit(
+        board / "leaderboard.json",
+        runs=lambda runs: [run for run in runs if run != "tiny-EASE-2021-0"],
+        n_seeds=lambda numbers: {**numbers, "EASE": 1},
     )
+    page = page_of(board)
+    note = "(EASE 1: the first ones, not ranked; each test is on the seeds that both have)."
+    assert f"of 2 seeds {note}" in page
     assert "EASE:seeds=1," in page
     assert not any("**" in cell or "<u>" in cell for cell in cells(page, "EASE")[1:])
     assert any("**" in cell for cell in cells(page, "GaCLLM")[1:])
@@ -218,9 +216,7 @@ def test_a_row_with_fewer_seeds_is_named_and_the_command_keeps_its_number(board)
 
 
 def test_a_board_without_results_says_where_to_look(board):
-    plan = json.loads((board / "leaderboard.json").read_text())
-    plan["runs"] = plan["runs"][-1:]
-    (board / "leaderboard.json").write_text(json.dumps(plan))
+    edit(board / "leaderboard.json", runs=lambda runs: runs[-1:])
     with pytest.raises(ValueError, match=r"no run has finished. Logs: l\.txt"):
         export(board)
 
@@ -232,24 +228,20 @@ def test_the_submission_holds_what_a_maintainer_needs_and_its_checksums_hold(boa
     assert {name.strip() for name in sums} == files - {"SHA256SUMS"}
     for name, digest in sums.items():
         assert hashlib.sha256((folder / name.strip()).read_bytes()).hexdigest() == digest
-    costs = json.loads((folder / "costs.json").read_text())
-    assert costs["tiny-GaCLLM-2020-0"]["tokens"] == {
+    read = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+    assert read["costs"]["tiny-GaCLLM-2020-0"]["tokens"] == {
         "descriptions.n_prompt_tokens": 200,
         "descriptions.n_output_tokens": 14,
     }
-    assert json.loads((folder / "leakage_audit.json").read_text())["tiny-GaCLLM-2021-0"] == {
-        "leaks": 0
-    }
+    assert read["leakage_audit"]["tiny-GaCLLM-2021-0"] == {"leaks": 0}
+    assert read["environment"]["packages"]["recbole"] == "1.2.1"
     assert (folder / "runs" / "tiny-EASE-2020-0" / "config.yaml").is_file()
-    assert json.loads((folder / "environment.json").read_text())["packages"]["recbole"] == "1.2.1"
     assert "--models=GaCLLM,Pop_2,EASE,NCL" in (folder / "README.md").read_text()
 
 
 def test_nothing_is_exported_when_splits_differ(board):
-    file = board / "runs" / "tiny-EASE-2020-0" / "run.json"
-    record = json.loads(file.read_text())
-    record["split"]["train"] = "0"
-    file.write_text(json.dumps(record))
+    run_file = board / "runs" / "tiny-EASE-2020-0" / "run.json"
+    edit(run_file, split=lambda split: {**split, "train": "0"})
     with pytest.raises(GaCLLMError, match=r"tiny-GaCLLM-2020-0 and tiny-EASE-2020-0 differ"):
         write_submission(board)
     assert not (board / "submission").exists()

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from recbole_gacllm.convolution.layers import SIDES, Layer
@@ -69,7 +68,6 @@ def forget(folder: Folder, stage: str) -> None:
     folder.manifests = {
         file: text for file, text in folder.manifests.items() if f"/{stage}-" not in str(file)
     }
-    folder.n_encoded.clear()
     folder.may_train_again = stage == "sft"
 
 
@@ -210,7 +208,7 @@ WRITERS = (
     "descriptions: rename layer_1.parquet",
     "descriptions: write .manifest.json",
     "embeddings: write layer_0.npy.partial",
-    "embeddings: write .layer_1.npy.journal",
+    "embeddings: write layer_1.npy.partial",
     "embeddings: rename layer_2.npy",
     "embeddings: write .manifest.json",
 )
@@ -379,21 +377,6 @@ def test_a_damaged_store_is_told_by_its_damage_also_to_a_caller_that_writes_once
     for _ in range(2):
         with pytest.raises(StoreError, match=r"was damaged .* Start again"):
             store.get_many([key_of(n) for n in range(200)])
-
-
-def test_a_truncated_half_written_embedding_is_begun_anew(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    from recbole_gacllm.alignment.encoder import _Attempt
-
-    file = tmp_path / "layer_0.npy"
-    _, vectors = _Attempt(file, "key", 0.0).open((50, 32))
-    _Attempt(file, "key", 0.0).advance(vectors, 20)
-    os.truncate(tmp_path / "layer_0.npy.partial", 1000)
-    n_done, vectors = _Attempt(file, "key", 0.0).open((50, 32))
-    assert (n_done, vectors.shape) == (0, (50, 32))
-    assert not np.asarray(vectors).any()
-    assert "layer_0.npy.partial is damaged" in caplog.text
 
 
 def test_a_file_of_the_cache_that_changed_without_changing_its_size_is_made_again(

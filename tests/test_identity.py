@@ -8,12 +8,13 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from recbole_gacllm.compare import identity, job, leaderboard
-from recbole_gacllm.compare.plan import code_version, make_plan
-from recbole_gacllm.compare.rows import split_models
+from recbole_gacllm.compare.plan import code_version, make_plan, split_models
 from recbole_gacllm.config import shipped_path
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.plugin import key_checks
@@ -33,55 +34,42 @@ def first_code(monkeypatch):
 
 
 def name_of(row, settings, **keys):
-    [made] = make_plan([row], ["tiny"], 1, config_dict={**settings, **keys}).jobs
+    [made] = make_plan([row], ["tiny"], 1, config_dict={**settings, **keys}).runs
     return made.name
 
 
 # Code
 
 
-def digest(folder, text):
-    (folder / "module.py").write_text(text)
-    return identity.code_digest(folder, ("module.py",))
-
-
-def test_comments_docstrings_and_layout_are_not_code(tmp_path):
-    plain = digest(tmp_path, "def f(a, b=None):\n    return [a + 1, b]\n")
-    longer = '''"""What this is."""
-
-# why
-
-
-def f(
-    a,
-    b=None,  # nothing
-):
-    """What f is."""
-    return [
-        a + 1,
-        b,
-    ]
-'''
-    assert digest(tmp_path, longer) == plain
+CODE = "def f(a, b=None):\n    return [a + 1, b]\n"
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("text", "is_same"),
     [
-        "def f(a, b=None):\n    return [a + 2, b]\n",
-        "def f(a, b=None):\n    return [a + 1.0, b]\n",
-        "def f(a, b=None):\n    return [a + True, b]\n",
-        "def f(a, b=0):\n    return [a + 1, b]\n",
-        "def f(a, b=None):\n    return [a - 1, b]\n",
-        "def f(a, b=None):\n    'text'\n    'text'\n    return [a + 1, b]\n",
-        "x = None\ndef f(a, b=None):\n    return [a + 1, b]\n",
-        "def f(a, b=None):\n    return {**a, b: None}\n",
+        (
+            '"""What this is."""\n\n# why\n\n\ndef f(\n    a,\n    b=None,  # nothing\n):\n'
+            '    """What f is."""\n    return [\n        a + 1,\n        b,\n    ]\n',
+            True,
+        ),
+        (CODE.replace("a + 1", "a + 2"), False),
+        (CODE.replace("a + 1", "a + 1.0"), False),
+        (CODE.replace("a + 1", "a + True"), False),
+        (CODE.replace("a + 1", "a - 1"), False),
+        (CODE.replace("None", "0"), False),
+        (CODE.replace("    return", "    'text'\n    'text'\n    return"), False),
+        ("x = None\n" + CODE, False),
+        (CODE.replace("[a + 1, b]", "{**a, b: None}"), False),
     ],
 )
-def test_what_is_computed_is_code(tmp_path, changed):
-    assert digest(tmp_path, changed) != digest(
-        tmp_path, "def f(a, b=None):\n    return [a + 1, b]\n"
-    )
+def test_what_is_computed_is_code_and_comments_docstrings_and_layout_are_not(
+    tmp_path, text, is_same
+):
+    digests = []
+    for content in (CODE, text):
+        (tmp_path / "module.py").write_text(content)
+        digests.append(identity.code_digest(tmp_path, ("module.py",)))
+    assert (digests[0] == digests[1]) == is_same
 
 
 def test_every_module_has_one_concern_or_is_named_as_one_without():
@@ -89,15 +77,9 @@ def test_every_module_has_one_concern_or_is_named_as_one_without():
     listed = [module for concern in identity.CONCERNS.values() for module in concern]
     assert len(listed) == len(set(listed))
     assert set(listed) <= modules
-    others = {
-        module
-        for module in modules - set(listed)
-        if any(
-            module == other or (other[-1] == "/" and module.startswith(other))
-            for other in identity.OTHERS
-        )
-    }
-    assert modules - set(listed) == others
+    others = tuple(other for other in identity.OTHERS if other.endswith("/"))
+    unlisted = {module for module in modules - set(listed) if not module.startswith(others)}
+    assert unlisted <= set(identity.OTHERS)
     assert not set(listed) & set(identity.OTHERS)
 
 
@@ -242,9 +224,6 @@ def test_a_run_is_addressed_by_its_prompts(settings, tmp_path):
 
 
 def model_folder(folder, content=b"weights"):
-    import numpy as np
-    from safetensors.numpy import save_file
-
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "modules.json").write_text("[]")
@@ -278,7 +257,7 @@ def test_a_run_whose_data_changes_meanwhile_keeps_no_result(
     with (dataset_root / "tiny" / "tiny.inter").open("a") as lines:
         lines.write("u0\ti29\t5\t1\n")
     monkeypatch.setattr(
-        leaderboard.artifacts, "run_child", lambda _, folder, **__: job._work(folder)
+        leaderboard.children, "run_child", lambda _, folder, **__: job._work(folder)
     )
     leaderboard.run_leaderboard(plan, tmp_path / "out", show_progress=False)
     [folder] = (tmp_path / "out" / "runs").iterdir()
@@ -289,12 +268,12 @@ def test_a_run_whose_data_changes_meanwhile_keeps_no_result(
 
 
 def test_what_changed_is_named_and_nothing_is_said_where_nothing_did(settings):
-    [made] = make_plan(["Pop"], ["tiny"], 1, config_dict=settings).jobs
-    config = {**made.key["config"], "model": "Pop", "dataset": "tiny"}
+    [run] = make_plan(["Pop"], ["tiny"], 1, config_dict=settings).runs
+    config = {**run.key["config"], "model": "Pop", "dataset": "tiny"}
     config["data_path"] = str(Path(settings["data_path"]) / "tiny")
-    job._require_the_same_inputs(config, made.key)
+    job._require_the_same_inputs(config, run.key)
     with pytest.raises(GaCLLMError, match="started \\(code: "):
-        job._require_the_same_inputs(config, {**made.key, "code": "other"})
+        job._require_the_same_inputs(config, {**run.key, "code": "other"})
 
 
 # Committed runs
@@ -321,4 +300,4 @@ def test_the_command_of_a_committed_page_finds_every_committed_run(page, first_c
     plan = make_plan(split_models(models), [datasets], int(seeds), protocol, config_dict=flags)
     with tarfile.open(file.with_name(f"{file.stem}-runs.tar.xz")) as archive:
         runs = {Path(name).parent.name for name in archive.getnames() if name.endswith("run.json")}
-    assert {made.name for made in plan.jobs} == runs
+    assert {made.name for made in plan.runs} == runs

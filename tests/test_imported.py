@@ -40,7 +40,8 @@ def below() -> Layer:
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_a_layer_takes_the_texts_of_the_file_and_carries_the_others(tmp_path, suffix):
-    layer = ImportedTexts.read(write(tmp_path / f"texts.{suffix}")).fill(1, below())
+    imported = ImportedTexts.read(write(tmp_path / f"texts.{suffix}"))
+    layer = imported.fill(1, below())
     assert layer.texts == {
         "user": ["Likes rain and fog.", "A cook."],
         "item": ["A wet film.", "A dry film.", "Fog."],
@@ -48,10 +49,7 @@ def test_a_layer_takes_the_texts_of_the_file_and_carries_the_others(tmp_path, su
     assert layer.statuses["user"] == ["imported", "missing"]
     assert layer.statuses["item"] == ["imported", "imported", "missing"]
     assert layer.reasons["item"] == ["", "", "not in text_import_file"]
-
-
-def test_at_layer_0_a_node_without_an_import_stays_raw(tmp_path):
-    layer = ImportedTexts.read(write(tmp_path / "texts.csv")).fill(0, below())
+    layer = imported.fill(0, below())
     assert layer.texts["item"] == ["Rain, a film.", "Sun.", "Fog."]
     assert layer.statuses["item"] == ["imported", "raw", "raw"]
 
@@ -64,14 +62,20 @@ def test_unknown_tokens_and_missing_nodes_are_counted_and_named(tmp_path):
     assert (zero.n_imported, zero.n_missing, zero.n_unknown) == (1, 4, 0)
 
 
-def test_tokens_that_are_numbers_in_parquet_are_tokens(tmp_path):
-    file = write(tmp_path / "texts.parquet", [("item", 2, 1, "A dry film.")])
-    assert ImportedTexts.read(file).layers == {1: {"user": {}, "item": {"2": "A dry film."}}}
-
-
-def test_a_text_that_reads_like_nothing_is_a_text(tmp_path):
-    file = write(tmp_path / "texts.csv", [("item", "NA", 1, "None")])
-    assert ImportedTexts.read(file).layers[1]["item"] == {"NA": "None"}
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+@pytest.mark.parametrize(
+    ("token", "text", "expected"),
+    [
+        (2, "A dry film.", "A dry film."),
+        ("NA", "None", "None"),
+        ("1", "A\x00 \u202ewet\u202c\x1b film.", "A wet film."),
+    ],
+)
+def test_tokens_and_texts_are_kept_whole_whatever_they_look_like(
+    tmp_path, name, token, text, expected
+):
+    file = write(tmp_path / name, [("item", token, 1, text)])
+    assert ImportedTexts.read(file).layers == {1: {"user": {}, "item": {str(token): expected}}}
 
 
 def test_the_digest_follows_the_texts_and_not_their_order(tmp_path):
@@ -82,18 +86,22 @@ def test_the_digest_follows_the_texts_and_not_their_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("suffix", "row", "message"),
     [
-        (("film", "1", 1, "x"), "row 2: side is 'film'; allowed are user and item"),
-        (("item", "", 1, "x"), "row 2: token is empty"),
-        (("item", "2", -1, "x"), "row 2: layer is '-1'"),
-        (("item", "2", "one", "x"), "row 2: layer is 'one'"),
-        (("item", "2", 1, "  "), "row 2: the text of item 2 is empty"),
-        (("item", "1", 1, "x"), "row 2: item 1 has two texts of layer 1"),
+        ("csv", ("film", "1", 1, "x"), "row 2: side is 'film'; allowed are user and item"),
+        ("csv", ("item", "", 1, "x"), "row 2: token is empty"),
+        ("csv", ("item", "2", -1, "x"), "row 2: layer is '-1'"),
+        ("csv", ("item", "2", "one", "x"), "row 2: layer is 'one'"),
+        ("csv", ("item", "2", 1, "  "), "row 2: the text of item 2 is empty"),
+        ("csv", ("item", "1", 1, "x"), "row 2: item 1 has two texts of layer 1"),
+        ("parquet", ("item", None, 1, "x"), "row 2: token is empty"),
+        ("parquet", ("item", "2", None, "x"), "row 2: layer is"),
+        ("parquet", ("item", "2", 1, None), "row 2: the text of item 2 is no text"),
+        ("parquet", (None, "2", 1, "x"), "row 2: side is None"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(tmp_path, row, message):
-    file = write(tmp_path / "texts.csv", [ROWS[1], row])
+def test_a_row_that_cannot_be_used_is_named(tmp_path, suffix, row, message):
+    file = write(tmp_path / f"texts.{suffix}", [ROWS[1], row])
     with pytest.raises(ValueError, match=message):
         ImportedTexts.read(file)
 
@@ -133,24 +141,6 @@ def test_a_csv_as_spreadsheets_write_it_is_read(tmp_path):
         b'\xef\xbb\xbfside,token,layer,text\r\nitem,007,1,"Rain, a ""wet"" one\n  of 1995"\r\n\r\n'
     )
     assert ImportedTexts.read(file).layers[1]["item"] == {"007": 'Rain, a "wet" one of 1995'}
-
-
-def test_a_row_of_a_parquet_file_that_lacks_a_value_is_named(tmp_path):
-    for row, message in (
-        (("item", None, 1, "x"), "row 2: token is empty"),
-        (("item", "2", None, "x"), "row 2: layer is"),
-        (("item", "2", 1, None), "row 2: the text of item 2 is no text"),
-        ((None, "2", 1, "x"), "row 2: side is None"),
-    ):
-        file = write(tmp_path / "texts.parquet", [ROWS[1], row])
-        with pytest.raises(ValueError, match=message):
-            ImportedTexts.read(file)
-
-
-def test_texts_are_kept_whole_whatever_they_hold(tmp_path):
-    for name in ("a.parquet", "a.csv"):
-        file = write(tmp_path / name, [("item", "1", 1, "A\x00 \u202ewet\u202c\x1b film.")])
-        assert ImportedTexts.read(file).layers[1]["item"] == {"1": "A wet film."}
 
 
 def test_a_file_of_another_data_set_or_of_more_layers_is_refused(tmp_path):
@@ -269,24 +259,19 @@ def test_the_command_leaves_layers_that_the_file_lacks_to_the_run(settings, tmp_
     assert "--llm_n_layers=2" in out
 
 
-def test_the_command_refuses_layers_that_no_run_can_have(settings, tmp_path, capsys):
-    file = write(tmp_path / "texts.csv", [("item", "i1", 3, "Wet.")])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("item", "i1", 3, "Wet."), "llm_n_layers: 3 is above n_layers: 2"),
+        (("film", "1", 1, "x"), "side is 'film'"),
+    ],
+)
+def test_the_command_refuses_a_bad_file_and_layers_that_no_run_can_have(
+    settings, tmp_path, capsys, row, message
+):
+    file = write(tmp_path / "texts.csv", [row])
+    where = f"--data_path={settings['data_path']}"
     with pytest.raises(SystemExit) as end:
-        main(
-            [
-                "import-descriptions",
-                str(file),
-                "--dataset=tiny",
-                f"--data_path={settings['data_path']}",
-            ]
-        )
+        main(["import-descriptions", str(file), "--dataset=tiny", where])
     assert end.value.code == 2
-    assert "llm_n_layers: 3 is above n_layers: 2" in capsys.readouterr().err
-
-
-def test_the_command_refuses_a_bad_file_with_exit_code_2(tmp_path, capsys):
-    file = write(tmp_path / "texts.csv", [("film", "1", 1, "x")])
-    with pytest.raises(SystemExit) as end:
-        main(["import-descriptions", str(file), "--dataset=tiny"])
-    assert end.value.code == 2
-    assert "side is 'film'" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

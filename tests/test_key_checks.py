@@ -28,7 +28,7 @@ from recbole_gacllm.run_config import build_config
         ("user_inter_num_interval", "[5,inf", "'\\[5,inf' is no interval"),
         ("item_inter_num_interval", "[9,2]", "is no interval"),
         ("val_interval", "rating>3", "must be a field and its interval"),
-        ("val_interval", {"rating": "3-5"}, "val_interval of rating: '3-5'"),
+        ("val_interval", {"rating": "3-5"}, "'3-5'} must be a field and its interval"),
         ("rm_dup_inter", "yes", "rm_dup_inter: 'yes' is not allowed"),
         ("load_col", "{inter: '*'}", "words in quotes"),
         ("load_col", {"inter": "item_id"}, "must be the columns of each file"),
@@ -97,7 +97,7 @@ def test_an_evaluation_that_cannot_be_is_refused_before_data_is_read(settings, k
         build_config("BPR", "tiny", config_dict={**settings, **keys})
 
 
-def test_columns_follow_the_fields_and_what_filters_need(settings, tmp_path):
+def test_columns_follow_the_fields_and_what_filters_need_and_a_star_loads_all(settings, tmp_path):
     folder = tmp_path / "biz"
     folder.mkdir()
     (folder / "biz.inter").write_text(
@@ -112,9 +112,6 @@ def test_columns_follow_the_fields_and_what_filters_need(settings, tmp_path):
     }
     config = build_config("BPR", "biz", config_dict=keys)
     assert config["load_col"] == {"inter": ["user_id", "business_id", "date", "stars"]}
-
-
-def test_a_star_loads_all_columns(settings):
     config = build_config("BPR", "tiny", config_dict={**settings, "load_col": {"inter": "*"}})
     assert config["load_col"] == {"inter": "*"}
 

@@ -88,7 +88,6 @@ class Folder:
         }
         self.rows: dict[str, tuple[Any, ...]] = {}
         self.manifests: dict[Path, bytes] = {}
-        self.n_encoded: dict[Path, int] = {}
         self.may_train_again = False
 
     def run(self, lab: Lab, **how: Any) -> tuple[dict[str, Any], list[list[Any]]]:
@@ -119,18 +118,14 @@ class Folder:
         rows = stored(self.path, self.place / "scratch")
         assert rows.items() >= self.rows.items(), "a finished description was lost or changed"
         self.rows = rows
-        manifests = {file: file.read_bytes() for file in self.path.glob("tiny/*/manifest.json")}
-        assert manifests.items() >= self.manifests.items(), "a manifest was lost or changed"
-        self.manifests = manifests
-        for file, content in manifests.items():
+        written = {file: file.read_bytes() for file in self.path.glob("tiny/*/manifest.json")}
+        assert written.items() >= self.manifests.items(), "a manifest was lost or changed"
+        self.manifests = written
+        for file, content in written.items():
             manifest = read_manifest(file.parent)
             assert manifest == json.loads(content)
-            found = manifests.digests(file.parent, OUTPUTS[manifest["stage"]])
-            assert found == manifest["files"], "a finished stage is not what its manifest says"
-        for file in self.path.glob("tiny/embeddings-*/*.journal"):
-            n_done = json.loads(file.read_bytes())["n_done"]
-            assert n_done >= self.n_encoded.get(file, 0), "finished embeddings were lost"
-            self.n_encoded[file] = n_done
+            digests = manifests.digests(file.parent, OUTPUTS[manifest["stage"]])
+            assert digests == manifest["files"], "a finished stage is not what its manifest says"
 
     def results(self) -> dict[str, Any]:
         """All that the stages made, by name: bytes, or what a layer says."""
@@ -191,7 +186,7 @@ def plan(answer: dict[str, Any], lines: list[list[Any]], draw: random.Random) ->
     must = {
         name
         for name in names
-        if re.search("rename manifest.json|sql COMMIT|rename .*journal", name)
+        if re.search("rename manifest.json|sql COMMIT|rename layer_.*npy", name)
     }
     others = [name for name in names if name not in must]
     must.update(draw.sample(others, N_EXACT - len(must)))
@@ -262,7 +257,7 @@ def test_kills_at_exact_and_at_fifty_random_moments_lose_change_and_repeat_nothi
     for stage in STAGES:
         assert hits[f"{stage}: rename manifest.json"] == 1
     assert any("sql COMMIT" in where for where in hits)
-    assert any("journal" in where for where in hits)
+    assert any("rename layer_" in where for where in hits)
 
 
 # A real run: an interpreter for the hook, one for each stage, a guard for each of those.
@@ -293,7 +288,7 @@ def test_real_processes_killed_in_every_stage_leave_nothing_behind_and_end_the_s
         "sft-*/checkpoints/*",
         "merged-*/job.json",
         "descriptions-*/job.json",
-        "*.journal",
+        "layer_*.npy*",
     ):
         process = subprocess.Popen(
             [sys.executable, "-c", REAL, json.dumps(folder.keys), str(place / "data")]

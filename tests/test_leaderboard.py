@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +22,18 @@ from recbole_gacllm.cli.main import main
 from recbole_gacllm.compare import leaderboard
 from recbole_gacllm.compare.job import Recorder
 from recbole_gacllm.compare.leaderboard import run_leaderboard
-from recbole_gacllm.compare.plan import baseline_files, make_plan
+from recbole_gacllm.compare.plan import (
+    baseline_files,
+    make_plan,
+    split_models,
+    split_seeds,
+    split_variant,
+)
 from recbole_gacllm.compare.results import Board
-from recbole_gacllm.compare.rows import split_models, split_seeds, split_variant
-from recbole_gacllm.compare.tables import write_latex
+from recbole_gacllm.compare.tables import export, write_latex
 from recbole_gacllm.config import shipped_path
 from recbole_gacllm.errors import GaCLLMError
+from tests.conftest import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,37 +43,38 @@ def keys(settings):
     return {**settings, "use_text": False, "epochs": 1}
 
 
-def observed(model, settings, protocol, **more):
-    recorder = Recorder()
+def planned(keys, *rows, n_seeds=1, protocol="general", **more):
+    return make_plan(rows, ["tiny"], n_seeds, protocol, config_dict={**keys, **more})
+
+
+def name(keys, row="BPR", **more):
+    return planned(keys, row, **more).runs[0].name
+
+
+# Of one run
+
+
+def observed(model, settings, protocol, recorder=None, **more):
+    recorder = recorder or Recorder()
     files = [shipped_path("properties", "protocols", f"{protocol}.yaml")]
     done = runner.run(model, "tiny", files, {**settings, "epochs": 1, **more}, observer=recorder)
     return done.record, recorder
 
 
-def stored(content, tmp_path):
-    file = tmp_path / "per_user.npz"
-    file.write_bytes(content)
-    with np.load(file) as arrays:
-        return dict(arrays)
-
-
 @pytest.mark.parametrize(
     ("model", "protocol"), [("BPR", "general"), ("EASE", "general"), ("SASRec", "sequential")]
 )
-def test_per_user_metrics_average_to_recboles_numbers(settings, tmp_path, model, protocol):
+def test_per_user_metrics_average_to_recboles_numbers(settings, model, protocol):
     record, recorder = observed(model, settings, protocol, topk=[5, 10])
-    arrays = stored(recorder.per_user(record["test"], 4), tmp_path)
+    with np.load(io.BytesIO(recorder.per_user(record["test"], 4))) as stored:
+        arrays = dict(stored)
     users = arrays.pop("users")
     assert set(arrays) == set(record["test"])
     assert "ndcg@5" in arrays
     assert len(set(users)) == 24
     assert all(user.startswith("u") for user in users)
-    for name, values in arrays.items():
-        assert round(values.mean(), 4) == record["test"][name]
-
-
-def test_per_user_metrics_that_do_not_average_to_the_result_are_refused(settings):
-    record, recorder = observed("Pop", settings, "general")
+    for metric, values in arrays.items():
+        assert round(values.mean(), 4) == record["test"][metric]
     recorder.values["ndcg@10"][0] += 1
     with pytest.raises(GaCLLMError, match=r"ndcg@10: .* do not give RecBole's"):
         recorder.per_user(record["test"], 4)
@@ -83,149 +92,115 @@ def test_another_seed_is_another_random_split(settings):
     assert splits[0]["test"] != splits[1]["test"]
 
 
-def test_a_sequential_model_is_refused_on_a_random_split(keys):
-    with pytest.raises(ValueError, match=r"SASRec is sequential.*--protocol=sequential"):
-        make_plan(["BPR", "SASRec"], ["tiny"], 1, "general", config_dict=keys)
+def test_a_run_with_another_split_than_its_neighbours_stops_before_training(settings):
+    recorder = Recorder({"run": "tiny-EASE-2020", "split": {"test": "0"}})
+    with pytest.raises(GaCLLMError, match="this run's split differs from that of tiny-EASE-2020"):
+        observed("Pop", settings, "general", recorder)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            (["BPR"], ["tiny"], 1, "other"),
-            "protocol: 'other' is not one of cold, general, sequential",
-        ),
-        ((["BPR"], ["tiny"], 0), "seeds: 0"),
-        ((["BPR"], ["tiny"], 1, "general", (), {}, 0), "nproc: 0"),
-        ((["BPR", "BPR"], ["tiny"], 1), "models: 'BPR,BPR'"),
-        ((["BRP"], ["tiny"], 1), "model: 'BRP' is neither GaCLLM"),
-    ],
-)
-def test_a_bad_plan_is_refused_before_any_run(keys, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make_plan(*arguments, **({} if len(arguments) > 5 else {"config_dict": keys}))
-
-
-def names(keys, **more):
-    return [job.name for job in make_plan(["BPR"], ["tiny"], 1, config_dict={**keys, **more}).jobs]
-
-
-def test_a_run_is_addressed_by_what_determines_it_and_by_nothing_else(keys, dataset_root):
-    before = names(keys)
-    assert names(keys, checkpoint_dir="elsewhere", show_progress=True, worker=1) == before
-    assert names(keys, learning_rate=0.1) != before
-    assert names(keys, seed=2021) != before
-    with (dataset_root / "tiny" / "tiny.inter").open("a") as file:
-        file.write("u0\ti29\t5\t1\n")
-    assert names(keys) != before
-
-
-def test_a_variant_is_a_row_of_its_own_with_its_keys_over_the_users(keys):
-    rows = split_models("GaCLLM,GaCLLM:n_layers=1:topk_=[5,10],EASE:reg_weight=7")
-    assert rows == ["GaCLLM", "GaCLLM:n_layers=1:topk_=[5,10]", "EASE:reg_weight=7"]
-    rows[1] = "GaCLLM:n_layers=1:reg_weight=0.1"
-    plan = make_plan(rows, ["tiny"], 1, config_dict={**keys, "n_layers": 3, "reg_weight": 2})
-    configs = {job.model: job.key["config"] for job in plan.jobs}
-    assert [configs[row]["n_layers"] for row in rows[:2]] == [3, 1]
-    assert [configs[row]["reg_weight"] for row in rows] == [2, 0.1, 7]
-    assert plan.summary["models"] == rows
-    folders = {job.name for job in plan.jobs}
-    assert len(folders) == 3
-    assert all("/" not in name and ":" not in name for name in folders)
+# Rows
 
 
 @pytest.mark.parametrize(
     ("text", "rows"),
     [
         ("GaCLLM:x=[[1,2],[3,4]],EASE", ["GaCLLM:x=[[1,2],[3,4]]", "EASE"]),
-        ("MultiVAE:mlp_hidden_size=[600],Pop", ["MultiVAE:mlp_hidden_size=[600]", "Pop"]),
+        (
+            "GaCLLM,GaCLLM:n_layers=1:t=[5,10],E:r=7",
+            ["GaCLLM", "GaCLLM:n_layers=1:t=[5,10]", "E:r=7"],
+        ),
         ("A:x=({1,2},[(3,4)]),B", ["A:x=({1,2},[(3,4)])", "B"]),
         ("A:x={'a':[1,2],'b':{'c':3,'d':4}}:y=2,B", ["A:x={'a':[1,2],'b':{'c':3,'d':4}}:y=2", "B"]),
         ("A:x='1,2',B:y=\"a,'b\",C", ["A:x='1,2'", 'B:y="a,\'b"', "C"]),
         ("A:x=['],',2],B", ["A:x=['],',2]", "B"]),
         (r"A:x='it\'s, so',B", [r"A:x='it\'s, so'", "B"]),
         ("A:x=children's,B:y=girls'", ["A:x=children's", "B:y=girls'"]),
-    ],
-)
-def test_a_comma_within_brackets_or_quotes_does_not_end_a_row(text, rows):
-    assert split_models(text) == rows
-
-
-def test_a_value_may_be_a_mapping():
-    row = "GaCLLM:text_value_names={'gender':{'M':'man'}}:n_layers=1:seeds=2"
-    label, n_seeds = split_seeds(row, 3)
-    assert n_seeds == 2
-    assert split_variant(label) == (
-        "GaCLLM",
-        {"text_value_names": "{'gender':{'M':'man'}}", "n_layers": "1"},
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
         ("A:x=[1,2,B", "has no ']' for what was opened"),
         ("A:x='1,2,B", 'has no "\'" for what was opened'),
         ("A:x=1],B", "has a ']' that nothing opened"),
         ("A:x=[(1],B", "has a ']' that nothing opened"),
     ],
 )
-def test_brackets_that_do_not_match_are_refused(text, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_a_comma_within_brackets_or_quotes_does_not_end_a_row(text, rows):
+    if isinstance(rows, list):
+        assert split_models(text) == rows
+        return
+    with pytest.raises(ValueError, match=re.escape(rows)):
         split_models(text)
 
 
+def test_a_value_may_be_a_mapping():
+    row = "GaCLLM:text_value_names={'gender':{'M':'man'}}:n_layers=1:seeds=2"
+    label, n_seeds = split_seeds(row, 3)
+    assert n_seeds == 2
+    values = {"text_value_names": "{'gender':{'M':'man'}}", "n_layers": "1"}
+    assert split_variant(label) == ("GaCLLM", values)
+
+
+def test_a_variant_is_a_row_of_its_own_with_its_keys_over_the_users(keys):
+    rows = ["GaCLLM", "GaCLLM:n_layers=1:reg_weight=0.1", "EASE:reg_weight=7"]
+    plan = planned(keys, *rows, n_layers=3, reg_weight=2)
+    configs = {run.model: run.key["config"] for run in plan.runs}
+    assert [configs[row]["n_layers"] for row in rows[:2]] == [3, 1]
+    assert [configs[row]["reg_weight"] for row in rows] == [2, 0.1, 7]
+    assert plan.summary["models"] == rows
+    folders = {run.name for run in plan.runs}
+    assert len(folders) == 3
+    assert all("/" not in folder and ":" not in folder for folder in folders)
+
+
 def test_a_row_may_have_the_first_seeds_only_and_keeps_its_name_and_runs(keys):
-    plan = make_plan(["BPR:learning_rate=0.1:seeds=1", "Pop"], ["tiny"], 2, config_dict=keys)
-    assert [(job.model, job.seed) for job in plan.jobs] == [
-        ("BPR:learning_rate=0.1", 2020),
-        ("Pop", 2020),
-        ("Pop", 2021),
-    ]
-    assert plan.summary["models"] == ["BPR:learning_rate=0.1", "Pop"]
-    whole = make_plan(["BPR:learning_rate=0.1"], ["tiny"], 2, config_dict=keys)
-    assert whole.jobs[0].name == plan.jobs[0].name
+    row = "BPR:learning_rate=0.1"
+    plan = planned(keys, f"{row}:seeds=1", "Pop", n_seeds=2)
+    seeds = [(run.model, run.seed) for run in plan.runs]
+    assert seeds == [(row, 2020), ("Pop", 2020), ("Pop", 2021)]
+    assert plan.summary["models"] == [row, "Pop"]
+    assert name(keys, row) == plan.runs[0].name
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "more", "message"),
     [
-        (["BPR:seeds=2"], "'seeds=2' of 'BPR:seeds=2' must be a number from 1 to 1"),
-        (["BPR:seeds=0"], "'seeds=0' of 'BPR:seeds=0' must be"),
-        (["BPR:seeds=all"], "'seeds=all' of"),
-        (["BPR:seeds=1:seeds=1"], "gives seeds twice"),
-        (["BPR:epochs=1:epochs=2"], "gives epochs twice"),
-        (["BPR", "BPR:seeds=1"], "must name each at least and at most once"),
-        (["GaCLLM:use_text"], "'use_text' of 'GaCLLM:use_text' is not key=value"),
-        (["BPR", "BPR:topk=5"], "topk of 'BPR:topk=5' must be the same for all"),
-        (["BPR", "BPR:learning_rate=1.0e-4"], "'BPR' and 'BPR:learning_rate=1.0e-4' are the same"),
-        (["GaCLLM:llm_modle=x"], "unknown key 'llm_modle'"),
+        ("BPR:seeds=2", {}, "'seeds=2' of 'BPR:seeds=2' must be a number from 1 to 1"),
+        ("BPR:seeds=0", {}, "'seeds=0' of 'BPR:seeds=0' must be"),
+        ("BPR:seeds=all", {}, "'seeds=all' of"),
+        ("BPR:seeds=1:seeds=1", {}, "gives seeds twice"),
+        ("BPR:epochs=1:epochs=2", {}, "gives epochs twice"),
+        ("BPR BPR:seeds=1", {}, "models: 'BPR,BPR' must name each at least and at most once"),
+        ("GaCLLM:use_text", {}, "'use_text' of 'GaCLLM:use_text' is not key=value"),
+        ("BPR BPR:topk=5", {}, "topk of 'BPR:topk=5' must be the same for all"),
+        ("BPR BPR:learning_rate=1.0e-4", {}, "'BPR' and 'BPR:learning_rate=1.0e-4' are the same"),
+        ("GaCLLM:llm_modle=x", {}, "unknown key 'llm_modle'"),
+        ("BRP", {}, "model: 'BRP' is neither GaCLLM"),
+        ("BPR SASRec", {}, "SASRec is sequential.*--protocol=sequential"),
+        ("BPR", {"protocol": "other"}, "protocol: 'other' is not one of cold, general, sequential"),
+        ("BPR", {"n_seeds": 0}, "seeds: 0"),
+        ("BPR", {"nproc": 0}, "nproc: 0"),
     ],
 )
-def test_a_bad_variant_is_refused(keys, rows, message):
+def test_a_bad_plan_is_refused_before_any_run(keys, rows, more, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(rows, ["tiny"], 1, config_dict=keys)
+        make_plan(rows.split(), ["tiny"], config_dict=keys, **{"n_seeds": 1, **more})
 
 
-def test_the_number_of_processes_is_part_of_a_runs_address(keys):
-    def name(nproc):
-        return make_plan(["BPR"], ["tiny"], 1, config_dict=keys, nproc=nproc).jobs[0].name
-
-    assert name(1) == names(keys)[0]
-    assert name(2) != name(1)
+# Plans
 
 
-def test_committed_hyper_parameters_are_used_and_the_users_win(keys):
-    plan = make_plan(["EASE"], ["tiny"], 1, config_dict=keys)
-    assert plan.jobs[0].key["config"]["reg_weight"] == 1000.0
-    plan = make_plan(["EASE"], ["tiny"], 1, config_dict={**keys, "reg_weight": 7.0})
-    assert plan.jobs[0].key["config"]["reg_weight"] == 7.0
+def test_a_run_is_addressed_by_what_determines_it_and_by_nothing_else(keys, dataset_root):
+    before = name(keys)
+    assert name(keys, checkpoint_dir="elsewhere", show_progress=True, worker=1) == before
+    changed = [name(keys, learning_rate=0.1), name(keys, seed=2021)]
+    with (dataset_root / "tiny" / "tiny.inter").open("a") as file:
+        file.write("u0\ti29\t5\t1\n")
+    one, two = (make_plan(["BPR"], ["tiny"], 1, "general", (), keys, n).runs[0] for n in (1, 2))
+    assert len({before, *changed, one.name, two.name}) == 5
+    assert one.name == name(keys)
 
 
-def test_a_page_names_the_values_that_are_used_where_a_file_of_the_user_wins(keys, tmp_path):
+def test_committed_hyper_parameters_are_used_and_the_users_win(keys, tmp_path):
+    assert planned(keys, "EASE").runs[0].key["config"]["reg_weight"] == 1000.0
     (tmp_path / "mine.yaml").write_text("reg_weight: 7.0\nlinear_weight: 0.75\n")
-    keys = {**keys, "preset": "best"}
-    files = [tmp_path / "mine.yaml"]
+    files, keys = [tmp_path / "mine.yaml"], {**keys, "preset": "best"}
     plan = make_plan(["EASE", "GaCLLM"], ["tiny"], 1, config_files=files, config_dict=keys)
     assert plan.summary["tuned"]["tiny/EASE"]["values"] == {"reg_weight": 7.0}
     assert plan.summary["tuned"]["tiny/GaCLLM"]["values"]["linear_weight"] == 0.75
@@ -233,32 +208,47 @@ def test_a_page_names_the_values_that_are_used_where_a_file_of_the_user_wins(key
 
 def test_every_committed_file_of_hyper_parameters_fits_its_model(keys):
     folder = shipped_path("properties", "baselines")
-    models = sorted(file.stem for file in folder.glob("*.yaml"))
-    plan = make_plan(models, ["tiny"], 1, "sequential", config_dict=keys)
-    for job in plan.jobs:
-        assert baseline_files(job.model, "tiny")
-        tuned = plan.summary["tuned"][f"tiny/{job.model}"]
+    plan = planned(
+        keys, *sorted(file.stem for file in folder.glob("*.yaml")), protocol="sequential"
+    )
+    for run in plan.runs:
+        assert baseline_files(run.model, "tiny")
+        tuned = plan.summary["tuned"][f"tiny/{run.model}"]
         ((file, note),) = tuned["files"].items()
-        assert file == f"properties/baselines/{job.model}.yaml"
+        assert file == f"properties/baselines/{run.model}.yaml"
         assert note.startswith("Source: ")
         assert "Best of: " in note
         for key, value in tuned["values"].items():
-            found = job.key["config"][key]
-            assert found == value or value.items() <= found.items()
+            resolved = run.key["config"][key]
+            assert resolved == value or value.items() <= resolved.items()
 
 
 def test_keys_of_the_split_reach_every_model(keys):
-    given = {**keys, "train_share": "0.5"}
-    plan = make_plan(["GaCLLM", "BPR", "TextKNN"], ["tiny"], 1, config_dict=given)
-    assert [job.key["config"]["train_share"] for job in plan.jobs] == [0.5] * 3
-    assert [job.config_dict["train_share"] for job in plan.jobs] == ["0.5"] * 3
+    plan = planned(keys, "GaCLLM", "BPR", "TextKNN", train_share="0.5")
+    assert [run.key["config"]["train_share"] for run in plan.runs] == [0.5] * 3
+    assert [run.config_dict["train_share"] for run in plan.runs] == ["0.5"] * 3
+
+
+def test_keys_of_gacllm_change_nothing_for_other_models(settings):
+    ours = {"preset": "best", "use_text": "False", "epochs": "1", "n_layers": "4"}
+    plans = [
+        planned(settings, "EASE", "LightGCN", "GaCLLM", **more) for more in (ours, {"epochs": "1"})
+    ]
+    ease, light_gcn, gacllm = zip(*([run.name for run in plan.runs] for plan in plans), strict=True)
+    assert ease[0] == ease[1]
+    assert light_gcn[0] != light_gcn[1]  # n_layers is a key of RecBole's, too
+    assert gacllm[0] != gacllm[1]
+    tuned = plans[0].summary["tuned"]
+    assert not {"preset", "use_text", "n_layers"} & set(tuned["tiny/EASE"]["given"])
+    assert tuned["tiny/GaCLLM"]["given"].items() >= ours.items()
+
+
+# Boards
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A board of GaCLLM, a variant, Pop, and CKE, which fails for want of a knowledge graph."""
-    from tests.conftest import write_dataset
-
     root = tmp_path_factory.mktemp("board")
     keys = {
         "data_path": str(write_dataset(root / "data")),
@@ -268,39 +258,31 @@ def finished(tmp_path_factory):
         "embedding_size": 8,
         "use_gpu": False,
     }
-    rows = ["GaCLLM", "GaCLLM:n_layers=0", "CKE", "Pop"]
-    plan = make_plan(rows, ["tiny"], 1, config_dict=keys)
+    plan = planned(keys, "GaCLLM", "GaCLLM:n_layers=0", "CKE", "Pop")
     with contextlib.chdir(root):
         run_leaderboard(plan, root / "out", show_progress=False)
     return root / "out", plan
 
 
-def test_a_failed_run_is_recorded_and_the_others_go_on(finished):
-    folder, _ = finished
+def test_a_failed_run_is_recorded_and_the_others_go_on_as_alone(finished, tmp_path):
+    folder, plan = finished
     board = Board.read(folder)
     rows = ["GaCLLM", "GaCLLM:n_layers=0", "Pop"]
     assert [run.record["model"] for run in board.runs] == rows
     assert [failure["model"] for failure in board.failures] == ["CKE"]
     assert "[tiny.kg] not found" in board.failures[0]["error"]
     assert any("Error" in line for line in board.failures[0]["log_tail"])
-
-
-def test_the_numbers_are_those_of_a_run_alone(finished, tmp_path):
-    folder, plan = finished
-    job = next(job for job in plan.jobs if job.model == "GaCLLM")
-    alone = runner.run(
-        "GaCLLM", "tiny", job.config_files, {**job.config_dict, "checkpoint_dir": str(tmp_path)}
-    )
-    run = next(run for run in Board.read(folder).runs if run.name == job.name)
-    assert run.record["test"] == alone.record["test"]
-    assert run.record["valid"] == alone.record["valid"]
+    first = plan.runs[0]
+    keys = {**first.config_dict, "checkpoint_dir": str(tmp_path)}
+    alone = runner.run("GaCLLM", "tiny", first.config_files, keys).record
+    assert board.runs[0].name == first.name
+    assert [board.runs[0].record[part] for part in ("valid", "test")] == [
+        alone["valid"],
+        alone["test"],
+    ]
 
 
 def test_a_variant_is_tested_against_the_baseline_like_any_row(finished, tmp_path):
-    import shutil
-
-    from recbole_gacllm.compare.tables import export
-
     shutil.copytree(finished[0], tmp_path / "out")
     export(tmp_path / "out", baseline="GaCLLM:n_layers=0")
     table = json.loads((tmp_path / "out" / "results.json").read_text())["datasets"]["tiny"]
@@ -343,20 +325,18 @@ def test_nothing_finished_is_run_twice(finished, monkeypatch):
     folder, plan = finished
     started = []
     monkeypatch.setattr(
-        leaderboard.artifacts, "run_child", lambda name, *_, **__: started.append(name)
+        leaderboard.children, "run_child", lambda run, *_, **__: started.append(run)
     )
     before = {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/run.json")}
     failed = {file: file.read_bytes() for file in folder.glob("runs/*/failed.json")}
     run_leaderboard(plan, folder, show_progress=False)
     for file, content in failed.items():
         file.write_bytes(content)
-    assert {name.split("-")[1] for name in started} == {"CKE"}
+    assert {run.split("-")[1] for run in started} == {"CKE"}
     assert {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/run.json")} == before
 
 
 def test_different_splits_are_an_error_that_names_the_runs(finished, tmp_path):
-    import shutil
-
     folder, _ = finished
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -368,30 +348,23 @@ def test_different_splits_are_an_error_that_names_the_runs(finished, tmp_path):
         Board.read(copy)
 
 
-def test_a_run_with_another_split_than_its_neighbours_stops_before_training(settings):
-    recorder = Recorder({"run": "tiny-EASE-2020", "split": {"test": "0"}})
-    files = [shipped_path("properties", "protocols", "general.yaml")]
-    with pytest.raises(GaCLLMError, match="this run's split differs from that of tiny-EASE-2020"):
-        runner.run("Pop", "tiny", files, settings, observer=recorder)
-
-
 def test_a_run_that_another_process_holds_is_left_to_it(keys, tmp_path, monkeypatch):
-    plan = make_plan(["Pop"], ["tiny"], 2, config_dict=keys)
-    held, free = (tmp_path / "out" / "runs" / job.name for job in plan.jobs)
+    plan = planned(keys, "Pop", n_seeds=2)
+    held, free = (tmp_path / "out" / "runs" / job.name for job in plan.runs)
     held.mkdir(parents=True)
     lock = FileLock(held / ".lock", is_singleton=False)
     lock.acquire()
     started = []
 
-    def child(name, folder, **_):
-        started.append(name)
+    def child(run, folder, **_):
+        started.append(run)
         (folder / "run.json").write_text("{}")
 
     def other_finishes(_):
         (held / "run.json").write_text('{"split": 0}')
         lock.release()
 
-    monkeypatch.setattr(leaderboard.artifacts, "run_child", child)
+    monkeypatch.setattr(leaderboard.children, "run_child", child)
     monkeypatch.setattr(leaderboard.time, "sleep", other_finishes)
     run_leaderboard(plan, tmp_path / "out", show_progress=False)
     assert started == [free.name]
@@ -399,14 +372,14 @@ def test_a_run_that_another_process_holds_is_left_to_it(keys, tmp_path, monkeypa
 
 def test_a_folder_that_cannot_be_written_is_named_before_any_run(keys, tmp_path):
     (tmp_path / "file").touch()
-    plan = make_plan(["Pop"], ["tiny"], 1, config_dict=keys)
+    plan = planned(keys, "Pop")
     with pytest.raises(ValueError, match=r"--output: '\S+/file' cannot be written \(.*Not a dir"):
         run_leaderboard(plan, tmp_path / "file", show_progress=False)
 
 
 def test_another_command_on_the_folder_does_not_change_what_is_shown(keys, tmp_path, monkeypatch):
-    mine = make_plan(["Pop"], ["tiny"], 1, config_dict=keys)
-    other = make_plan(["BPR"], ["tiny"], 1, config_dict=keys)
+    mine = planned(keys, "Pop")
+    other = planned(keys, "BPR")
 
     def with_another(*_):
         (tmp_path / leaderboard.PLAN_FILE).write_text(json.dumps(other.summary))
@@ -462,20 +435,3 @@ def test_recboles_flags_work_and_mistakes_end_with_code_2(arguments, message, ca
         main(["leaderboard", *arguments])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_keys_of_gacllm_change_nothing_for_other_models(settings):
-    ours = {"preset": "best", "use_text": "False", "epochs": "1", "n_layers": "4"}
-    models = ["EASE", "LightGCN", "GaCLLM"]
-
-    def plan(given):
-        made = make_plan(models, ["tiny"], 1, config_dict={**settings, **given})
-        return {job.model: job.name for job in made.jobs}, made.summary["tuned"]
-
-    names, tuned = plan(ours)
-    plain, _ = plan({"epochs": "1"})
-    assert names["EASE"] == plain["EASE"]
-    assert names["LightGCN"] != plain["LightGCN"]  # n_layers is a key of RecBole's, too
-    assert names["GaCLLM"] != plain["GaCLLM"]
-    assert not {"preset", "use_text", "n_layers"} & set(tuned["tiny/EASE"]["given"])
-    assert tuned["tiny/GaCLLM"]["given"].items() >= ours.items()

@@ -11,34 +11,44 @@ from scipy import sparse
 
 from recbole_gacllm.objective import linear
 from recbole_gacllm.objective.linear import ItemItemModel, recency_weights, standardize
-
-from .test_model import build
+from tests.recommender import Recommender
 
 EASE = {"user_power": 0.0, "denoising": 0.0}
 
 
 def test_it_scores_as_recboles_ease(settings):
-    ease, train, _, _ = build("EASE", settings, reg_weight=7.0)
-    inter = train._dataset.inter_feat
+    theirs = Recommender("EASE", settings, reg_weight=7.0)
+    ease, batch, inter = theirs.model, theirs.batch, theirs.train._dataset.inter_feat
     ours = ItemItemModel(
         inter["user_id"].numpy(), inter["item_id"].numpy(), ease.n_users, ease.n_items, 7.0, **EASE
     )
-    batch = next(iter(train))
     expected = torch.as_tensor(ease.full_sort_predict(batch)).view(len(batch), ease.n_items)
     assert torch.allclose(ours.scores(batch["user_id"]), expected.float(), atol=1e-5)
 
 
-def test_the_weights_minimise_the_ridge_loss_without_a_diagonal():
+@pytest.mark.parametrize("with_texts", [False, True])
+def test_the_weights_minimise_the_ridge_loss_without_a_diagonal(with_texts):
+    """Texts are further rows that they reconstruct."""
     rng = np.random.default_rng(2)
     matrix = (rng.random((30, 6)) < 0.4).astype(np.float64)
     matrix[:, 0] = 1  # no user without items
-    model = ItemItemModel(*np.nonzero(matrix), 30, 6, reg_weight=3.0)
-    weights = model._weights.numpy().astype(np.float64)
-    assert np.count_nonzero(np.diag(weights)) == 0
     degrees = matrix.sum(1)
     counts = np.sqrt(degrees.mean() / degrees)[:, None]  # how often a user counts
-    ridge = 3.0 + 0.5 * (counts * matrix**2).sum(0)[:, None]  # L2, and what denoising adds
-    gradient = matrix.T @ (counts * (matrix @ weights - matrix)) + ridge * weights
+    weighted = counts * matrix**2
+    # L2, and what denoising adds
+    ridge, rows, keys = 3.0 + 0.5 * weighted.sum(0)[:, None], np.zeros((6, 4)), {}
+    if with_texts:
+        texts = rng.standard_normal((6, 4))
+        keys = {"texts": torch.from_numpy(texts), "text_weight": 0.4}
+        rows = texts - texts.mean(0)
+        # A share of what an average item's interactions weigh.
+        rows *= np.sqrt(0.4 * weighted.sum(0).mean() / (rows**2).sum(1).mean())
+    model = ItemItemModel(*np.nonzero(matrix), 30, 6, reg_weight=3.0, **keys)
+    weights = model._weights.numpy().astype(np.float64)
+    assert np.count_nonzero(np.diag(weights)) == 0
+    residuals = weights - np.eye(6)
+    gradient = matrix.T @ (counts * (matrix @ residuals)) + rows @ (rows.T @ residuals)
+    gradient += ridge * weights
     np.fill_diagonal(gradient, 0)  # the constraint's multipliers stand there
     assert np.abs(gradient).max() < 1e-4
 
@@ -47,8 +57,8 @@ def test_denoising_is_the_mean_over_dropped_interactions():
     """Dropping a third of the inputs, scaled up again, adds half of the diagonal on average."""
     rng = np.random.default_rng(3)
     matrix = (rng.random((12, 5)) < 0.5).astype(np.float64)
-    kept = (rng.random((20_000, 12, 5)) < 2 / 3) * matrix * 1.5
-    gram = np.einsum("nui,nuj->ij", kept, kept) / len(kept)
+    inputs = (rng.random((20_000, 12, 5)) < 2 / 3) * matrix * 1.5
+    gram = np.einsum("nui,nuj->ij", inputs, inputs) / len(inputs)
     expected = matrix.T @ matrix + 0.5 * np.diag(matrix.sum(0))
     assert np.abs(gram - expected).max() < 0.05 * expected.max()
     plain, denoised = (
@@ -85,20 +95,20 @@ def test_the_l2_weight_is_the_best_on_held_out_interactions():
 
 
 def test_the_held_out_ndcg_is_its_definition_user_by_user(settings):
-    _, train, valid, _ = build("Pop", settings)
-    n_users, n_items = train._dataset.user_num, train._dataset.item_num
-    kept, held_out = (
+    one = Recommender("Pop", settings)
+    n_users, n_items = one.dataset.user_num, one.dataset.item_num
+    histories, held_out = (
         sparse.csr_array(loader._dataset.inter_matrix("csr").astype(np.float32))
-        for loader in (train, valid)
+        for loader in (one.train, one.valid)
     )
     weights = torch.rand(n_items, n_items, generator=torch.Generator().manual_seed(5))
-    ours = linear._ndcg(kept, held_out, weights)
+    ours = linear._ndcg(histories, held_out, weights)
     ranks = []
     for user in range(1, n_users):
         relevant = set(held_out[[user]].indices)
         if relevant:
-            scores = (torch.from_numpy(kept[[user]].toarray()) @ weights)[0]
-            scores[kept[[user]].indices] = -torch.inf
+            scores = (torch.from_numpy(histories[[user]].toarray()) @ weights)[0]
+            scores[histories[[user]].indices] = -torch.inf
             top = scores.argsort(descending=True)[:10].tolist()
             gain = sum(1 / np.log2(k + 2) for k, item in enumerate(top) if item in relevant)
             ranks.append(gain / sum(1 / np.log2(k + 2) for k in range(min(10, len(relevant)))))
@@ -106,67 +116,57 @@ def test_the_held_out_ndcg_is_its_definition_user_by_user(settings):
 
 
 def test_of_nearly_equal_l2_weights_the_smallest_is_taken():
-    assert linear._chosen({25.0: 0.1, 100.0: 0.1990, 400.0: 0.2, 1600.0: 0.1999}) == 100
-    assert linear._chosen({25.0: 0.1, 100.0: 0.1989, 400.0: 0.2, 1600.0: 0.21}) == 1600
+    for at_100, at_1600, best in ((0.1990, 0.1999, 100), (0.1989, 0.21, 1600)):
+        ndcg = {25.0: 0.1, 100.0: at_100, 400.0: 0.2, 1600.0: at_1600}
+        assert linear._smallest_near_best(ndcg) == best
 
 
 def test_of_too_many_users_some_choose_the_l2_weight(monkeypatch):
     rng = np.random.default_rng(8)
-    kept = sparse.csr_array((rng.random((10, 12)) < 0.3).astype(np.float32))
+    histories = sparse.csr_array((rng.random((10, 12)) < 0.3).astype(np.float32))
     held_out = np.zeros((10, 12), dtype=np.float32)
     users = np.array([1, 2, 4, 5, 6, 8, 9])
     held_out[users, rng.integers(0, 12, len(users))] = 1
     weights = torch.from_numpy(rng.random((12, 12), dtype=np.float32))
-    some = np.zeros_like(held_out)
-    some[users[::3]] = held_out[users[::3]]
-    expected = linear._ndcg(kept, sparse.csr_array(some), weights)
-    assert linear._ndcg(kept, sparse.csr_array(held_out), weights) != pytest.approx(expected)
+    third = np.zeros_like(held_out)
+    third[users[::3]] = held_out[users[::3]]
+    expected = linear._ndcg(histories, sparse.csr_array(third), weights)
+    assert linear._ndcg(histories, sparse.csr_array(held_out), weights) != pytest.approx(expected)
     monkeypatch.setattr(linear, "MAX_USERS_OF_CHOICE", 3)
-    assert linear._ndcg(kept, sparse.csr_array(held_out), weights) == pytest.approx(expected)
+    assert linear._ndcg(histories, sparse.csr_array(held_out), weights) == pytest.approx(expected)
 
 
-def test_without_interactions_to_hold_out_the_l2_weight_is_the_usual_one():
+def test_without_interactions_to_hold_out_the_l2_weight_is_the_usual_one_and_copies_share_it():
     model = ItemItemModel(np.array([0]), np.array([0]), 1, 2, None)
     assert model.reg_weight == 400
+    assert copy.deepcopy([model])[0] is model
 
 
 def test_the_l2_weight_is_chosen_on_the_items_with_most_interactions(monkeypatch):
     rng = np.random.default_rng(7)
     matrix = rng.random((80, 6)) < np.array([0.1, 0.7, 0.5, 0.05, 0.6, 0.4])
     texts = torch.from_numpy(rng.standard_normal((6, 4)))
-    kept = [1, 2, 4, 5]
+    columns = [1, 2, 4, 5]
     rows = linear.centred(texts.numpy())
     keys = {"text_weight": 2.0, "user_power": 0.5, "denoising": 0.5}
-    few = sparse.csr_array(matrix[:, kept].astype(np.float32))
-    expected = linear._held_out_ndcg(few, rows[kept], keys)
+    few = sparse.csr_array(matrix[:, columns].astype(np.float32))
+    expected = linear._held_out_ndcg(few, rows[columns], keys)
     monkeypatch.setattr(linear, "MAX_ITEMS_OF_CHOICE", 4)
     model = ItemItemModel(*np.nonzero(matrix), 80, 6, None, texts, 2.0)
     assert model.held_out_ndcg == pytest.approx(expected)
     assert model.n_covered == 6
 
 
-def test_a_model_says_which_l2_weight_it_chose(settings, caplog):
+def test_a_model_says_which_l2_weight_it_chose_and_what_is_left_out(settings, monkeypatch, caplog):
     caplog.set_level("INFO")
-    model, _, _, _ = build("GaCLLM", settings, use_text=False, linear_weight=1.0)
+    keys = {"use_text": False, "linear_weight": 1.0}
+    model = Recommender("GaCLLM", settings, **keys).model
     assert f"linear_reg_weight: {model.linear.reg_weight:g}, by NDCG@10" in caplog.text
-    build("GaCLLM", settings, use_text=False, linear_weight=1.0, linear_reg_weight=3.0)
+    monkeypatch.setattr(linear, "MAX_ITEMS", 4)
+    one = Recommender("GaCLLM", settings, **keys, linear_reg_weight=3.0)
     assert caplog.text.count("linear_reg_weight:") == 1
-
-
-def test_texts_are_further_rows_that_the_weights_reconstruct():
-    rng = np.random.default_rng(2)
-    matrix = (rng.random((30, 6)) < 0.4).astype(np.float64)
-    texts = rng.standard_normal((6, 4))
-    model = ItemItemModel(*np.nonzero(matrix), 30, 6, 3.0, torch.from_numpy(texts), 0.4, **EASE)
-    rows = texts - texts.mean(0)
-    rows /= np.sqrt((rows**2).sum(1).mean())
-    weight = 0.4 * matrix.sum(0).mean()  # a share of what an average item's interactions weigh
-    stacked = np.concatenate([matrix, np.sqrt(weight) * rows.T])
-    plain = stacked.T @ stacked
-    weights = model._weights.numpy().astype(np.float64)
-    gradient = plain @ weights - plain + 3.0 * weights
-    np.fill_diagonal(gradient, 0)  # the constraint's multipliers stand there
-    assert np.abs(gradient).max() < 1e-4
+    assert f"of {model.n_items} items the linear model covers the 4 with most" in caplog.text
+    assert torch.isfinite(one.model.full_sort_predict(one.batch)).all()
 
 
 def test_an_item_without_interactions_is_scored_by_its_text():
@@ -186,20 +186,6 @@ def test_standardized_rows_have_mean_zero_and_deviation_one():
     assert torch.allclose(rows.mean(1), torch.zeros(3), atol=1e-5)
     assert torch.allclose(rows.std(1), torch.ones(3), atol=1e-5)
     assert torch.equal(standardize(torch.full((1, 4), 3.0)), torch.zeros(1, 4))
-
-
-def test_its_weight_moves_the_scores_between_both_models(settings):
-    keys = {"use_text": False, "linear_reg_weight": 7.0}
-    plain, train, _, _ = build("GaCLLM", settings, **keys)
-    mixed, _, _, _ = build("GaCLLM", settings, linear_weight=1e6, **keys)
-    batch = next(iter(train))
-    shape = (len(batch), plain.n_items)
-    expected = standardize(mixed.linear.scores(batch["user_id"]))
-    scores = mixed.full_sort_predict(batch).view(shape)
-    assert torch.allclose(scores / 1e6, expected, atol=1e-3)
-    assert not torch.allclose(standardize(plain.full_sort_predict(batch).view(shape)), expected)
-    picked = scores[torch.arange(len(batch)), batch["item_id"]]
-    assert torch.allclose(mixed.predict(batch), picked)
 
 
 def test_the_last_interactions_of_a_user_count_most_and_equal_times_alike():
@@ -232,9 +218,9 @@ def test_recency_weighs_a_users_items_in_the_scores_and_nowhere_else(monkeypatch
 def test_a_model_weighs_by_recency_where_the_split_is_by_time(settings, order):
     split = {"split": {"LS": "valid_and_test"}, "group_by": "user", "mode": "full"}
     keys = {"use_text": False, "linear_weight": 1.0, "eval_args": {**split, "order": order}}
-    plain, train, _, _ = build("GaCLLM", settings, **keys)
-    recent, _, _, _ = build("GaCLLM", settings, linear_recency=1.0, **keys)
-    inter = train._dataset.inter_feat
+    one = Recommender("GaCLLM", settings, **keys)
+    plain, inter = one.model, one.train._dataset.inter_feat
+    recent = Recommender("GaCLLM", settings, linear_recency=1.0, **keys).model
     user, item, time = (inter[f].numpy() for f in ("user_id", "item_id", "timestamp"))
     last = {u: item[user == u][time[user == u].argmax()] for u in np.unique(user)}
     rows = recent.linear._histories.toarray()
@@ -246,31 +232,19 @@ def test_a_model_weighs_by_recency_where_the_split_is_by_time(settings, order):
     assert same == (order == "RO")
 
 
-def test_copying_shares_it():
-    model = ItemItemModel(np.array([0]), np.array([0]), 1, 2, 1.0)
-    assert copy.deepcopy([model])[0] is model
-
-
 def test_of_too_many_items_those_with_most_interactions_are_covered(monkeypatch):
     rng = np.random.default_rng(5)
     matrix = rng.random((40, 6)) < np.array([0.1, 0.7, 0.5, 0.05, 0.6, 0.4])
     texts = torch.from_numpy(rng.standard_normal((6, 4)))
-    kept = [1, 2, 4, 5]
+    columns = [1, 2, 4, 5]
     users = torch.tensor([0, 3, 7])
-    expected = ItemItemModel(*np.nonzero(matrix[:, kept]), 40, 4, 3.0, texts[kept], 2.0)
+    expected = ItemItemModel(*np.nonzero(matrix[:, columns]), 40, 4, 3.0, texts[columns], 2.0)
     monkeypatch.setattr(linear, "MAX_ITEMS", 4)
     model = ItemItemModel(*np.nonzero(matrix), 40, 6, 3.0, texts, 2.0)
-    found = model.scores(users)
+    scores = model.scores(users)
     assert (model.n_covered, expected.n_covered) == (4, 4)
-    assert torch.allclose(found[:, kept], expected.scores(users))
-    assert not found[:, [0, 3]].any()
-
-
-def test_a_model_says_what_its_linear_part_leaves_out(settings, monkeypatch, caplog):
-    monkeypatch.setattr(linear, "MAX_ITEMS", 4)
-    model, train, _, _ = build("GaCLLM", settings, use_text=False, linear_weight=1.0)
-    assert f"of {model.n_items} items the linear model covers the 4 with most" in caplog.text
-    assert torch.isfinite(model.full_sort_predict(next(iter(train)))).all()
+    assert torch.allclose(scores[:, columns], expected.scores(users))
+    assert not scores[:, [0, 3]].any()
 
 
 def test_short_histories_give_the_scores_of_the_dense_product_without_dense_rows(monkeypatch):

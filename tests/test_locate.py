@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,6 @@ from recbole_gacllm.artifacts.locate import RunFiles
 from recbole_gacllm.cli.main import main
 from recbole_gacllm.compare.results import Board
 from recbole_gacllm.convolution import names
-from recbole_gacllm.convolution.costs import Cost, LayerCost
-from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.inspection.embeddings import export_embeddings
 from recbole_gacllm.inspection.reading import RunDescriptions
@@ -174,38 +171,6 @@ def test_inputs_that_a_job_names_lie_beside_it(described, tmp_path, capsys, inpu
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.parametrize("damage", ["killed", "closed", "text", "other table"])
-def test_what_a_killed_run_has_cost_is_read_without_a_change_on_disk(
-    described,  # noqa: F811
-    tmp_path,
-    capsys,
-    damage,
-):
-    (described / "manifest.json").unlink()
-    options = {"neighbor_rule": "rare_first", "n_neighbors": 2, "llm_n_layers": 2}
-    write_job(described, options=options)
-    path = described.parent.parent / "store.sqlite"
-    store = DescriptionStore(path)
-    store.put_many([], LayerCost("tiny/descriptions-1", 2, Cost(5, 600, 70, 50, 8.0)))
-    copies = [(file, file.read_bytes()) for file in path.parent.glob("store.sqlite*")]
-    store.close()
-    if damage == "killed":  # the log and its index stay
-        for file, content in copies:
-            file.write_bytes(content)
-        assert Path(f"{path}-wal").stat().st_size
-    elif damage == "text":
-        path.write_text("no database")
-    elif damage == "other table":
-        path.unlink()
-        with sqlite3.connect(path) as db:
-            db.execute("CREATE TABLE costs (stage TEXT, layer, n_generated)")
-    before = snapshot(tmp_path)
-    main(["audit", str(described)])
-    n = 5 if damage in ("killed", "closed") else 0
-    assert f"generated       {n} prompts" in capsys.readouterr().out
-    assert snapshot(tmp_path) == before
-
-
 def test_commands_that_read_change_nothing(run, described, tmp_path):  # noqa: F811
     folder = tmp_path / "saved" / "gacllm"
     before = snapshot(folder)
@@ -253,9 +218,6 @@ def test_names_of_items_are_of_the_run(run, described, capsys):  # noqa: F811
         run.write_text(json.dumps(record))
         main(["describe", f"--run={run}", "--item=i1"])
         assert f"item i1, {name}" in capsys.readouterr().out
-    del record["artifacts"]["item_names"]  # a run of an earlier release
-    run.write_text(json.dumps(record))
-    assert RunDescriptions.of_run(run).names == old
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"i1": 3}'])

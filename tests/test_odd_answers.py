@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from recbole_gacllm.convolution.cleaning import CleaningContext
 from recbole_gacllm.convolution.convolution import record_of
 from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.errors import GenerationError
-from recbole_gacllm.llm import endpoints, traffic
+from recbole_gacllm.llm import endpoints
 from recbole_gacllm.llm.chat_api import completion_of
 
 from .test_batch import answer_all, fakes, generator, good  # noqa: F401
@@ -25,7 +24,6 @@ from .test_server import (  # noqa: F401
     connect,
     expected_texts,
     serve,
-    tiny_model,
 )
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3}
@@ -142,7 +140,7 @@ def test_a_request_whose_answers_are_none_fails_alone(serve, connect, odd, caplo
     assert expected.pop("node 7")
     assert {name: c.text for name, c in made.items()} == expected
     assert not any(c.problem for c in made.values())
-    assert sum(map(is_poison, server.bodies)) == traffic._MAX_ODD
+    assert sum(map(is_poison, server.bodies)) == endpoints._MAX_ODD
     assert "request node 7 has no answer: " in caplog.text
 
 
@@ -208,32 +206,11 @@ def test_a_server_that_nobody_vouches_for_is_refused(serve, connect):  # noqa: F
     assert not server.keys
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("wish", ["86400", "9" * 400])
-def test_a_pause_that_an_endpoint_asks_for_has_a_limit(
-    serve,  # noqa: F811
-    connect,  # noqa: F811
-    monkeypatch,
-    wish,
-):
-    monkeypatch.setattr(traffic, "_LONGEST_WISH", 0.3)
-    came: list[float] = []
-
-    def once(body):
-        came.append(time.monotonic())
-        return 503 if len(came) == 1 else None
-
-    server = serve(once)
-    server.retry_after = wish
-    list(connect(server, concurrency=1).generate(make_requests(3)))
-    assert came[1] - came[0] >= 0.3
-
-
 # From batch files
 
 
 @pytest.fixture
-def tiny_keys(settings, tiny_model) -> dict:  # noqa: F811
+def tiny_keys(settings, tiny_model) -> dict:
     return {**settings, **TINY, "llm_model": str(tiny_model), "sft": False, "llm_n_layers": 2}
 
 

@@ -259,11 +259,12 @@ def test_planted_held_out_interactions_leave_no_trace_after_a_real_split(
 def in_process(stage: str, folder: Path) -> None:
     """A stage without its child process, so that a test can look inside."""
     from recbole_gacllm.artifacts import manifests
+    from recbole_gacllm.job import Job
     from recbole_gacllm.stage import STAGES
 
-    job = json.loads((folder / "job.json").read_text())
+    job = Job.read(folder)
     report = STAGES[stage](folder, job)
-    manifests.write_manifest(folder, {**report, "stage": stage, "key": job["key"], "seconds": 0})
+    manifests.write_manifest(folder, {**report, "stage": stage, "key": job.key, "seconds": 0})
 
 
 @pytest.mark.engine

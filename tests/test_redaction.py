@@ -19,7 +19,7 @@ from recbole_gacllm.llm import endpoints, server
 from recbole_gacllm.redaction import api_key, redact, redacted, remember
 
 from .test_generator_contract import make_requests
-from .test_server import _short_pauses, connect, serve, tiny_model  # noqa: F401
+from .test_server import _short_pauses, connect, serve  # noqa: F401
 
 KEY = 'sk-proj-Ab12/+=\\"x_y'  # with what JSON, Python and URLs write in other ways
 
@@ -143,10 +143,10 @@ def test_a_defect_of_the_client_is_told_without_the_key(serve, connect, monkeypa
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     made = connect(serve())
 
-    def broken(request):
+    def broken(*_):
         raise RuntimeError(f"Illegal header value b'Bearer {KEY}'")
 
-    object.__setattr__(made._client, "body", broken)
+    monkeypatch.setattr(endpoints, "completion_of", broken)
     with pytest.raises(GenerationError, match="the client of llm_endpoints failed") as caught:
         list(made.generate(make_requests(1)))
     assert KEY not in str(caught.value)

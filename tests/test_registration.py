@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 import subprocess
 import sys
@@ -12,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.data.interaction import Interaction
+from recbole.trainer import Trainer
+from recbole.utils import argument_list, get_model, get_trainer, init_seed
 
 from recbole_gacllm.config import model_defaults
+from recbole_gacllm.model import GaCLLM
 from recbole_gacllm.plugin import registration
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import write_dataset
 
 SETTINGS: dict[str, Any] = {
     "data_path": ".",
@@ -31,31 +36,17 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def tiny_data_set(tmp_path: Path) -> None:
+def _data_set(tmp_path: Path) -> None:
     """A data set `tiny` in the current folder."""
-    (tmp_path / "tiny").mkdir()
-    rows = ["user_id:token\titem_id:token\ttimestamp:float"]
-    rows += [
-        f"u{user}\ti{(user * 3 + step * (1 + user % 4)) % 15}\t{user * 10 + step}"
-        for user in range(20)
-        for step in range(10)
-    ]
-    (tmp_path / "tiny" / "tiny.inter").write_text("\n".join(rows) + "\n")
+    write_dataset(tmp_path)
 
 
 def config(model: Any = "GaCLLM", dataset: str = "tiny", **extra: Any) -> Any:
-    from recbole.config import Config
-
     return Config(model=model, dataset=dataset, config_dict={**SETTINGS, **extra})
 
 
 def train(**extra: Any) -> tuple[Any, Any, Any]:
     """What RecBole's run_recbole does: the trainer, the test result, all scores of all users."""
-    import torch
-    from recbole.data import create_dataset, data_preparation
-    from recbole.data.interaction import Interaction
-    from recbole.utils import get_model, get_trainer, init_seed
-
     made = config(**extra)
     init_seed(made["seed"], made["reproducibility"])
     train_data, valid_data, test_data = data_preparation(made, create_dataset(made))
@@ -69,11 +60,6 @@ def train(**extra: Any) -> tuple[Any, Any, Any]:
 
 
 def test_recbole_finds_the_model_and_its_general_trainer_by_name() -> None:
-    from recbole.trainer import Trainer
-    from recbole.utils import get_model, get_trainer
-
-    from recbole_gacllm.model import GaCLLM
-
     assert get_model("GaCLLM") is GaCLLM
     assert get_trainer(GaCLLM.type, "GaCLLM") is Trainer
     assert config(GaCLLM)["text_source"] == config()["text_source"]
@@ -107,8 +93,6 @@ def test_a_preset_stands_between_the_model_defaults_and_the_user() -> None:
 
 
 def test_files_and_command_line_count_as_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recbole.config import Config
-
     Path("mine.yaml").write_text("{data_path: ., n_neighbors: 2, llm_n_layers: 1}\n")
     monkeypatch.setattr(sys, "argv", ["run.py", "--preset=paper", "--n_neighbors=4"])
     made = Config(model="GaCLLM", dataset="tiny", config_file_list=["mine.yaml"])
@@ -150,19 +134,14 @@ def test_other_models_get_recboles_configuration_alone() -> None:
 def test_keys_of_our_data_set_config_decide_whether_a_saved_data_set_is_reused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from recbole.utils import argument_list
-
-    kept = list(argument_list.dataset_arguments)
+    before = list(argument_list.dataset_arguments)
+    ours = {"numerical_features": ["age"], "text_user_noun": "viewer"}
+    monkeypatch.setattr(registration, "dataset_defaults", lambda name: ours)
     try:
-        monkeypatch.setattr(
-            registration,
-            "dataset_defaults",
-            lambda name: {"numerical_features": ["age"], "text_user_noun": "viewer"},
-        )
         config(), config()
-        assert argument_list.dataset_arguments == [*kept, "numerical_features"]
+        assert argument_list.dataset_arguments == [*before, "numerical_features"]
     finally:
-        argument_list.dataset_arguments[:] = kept
+        argument_list.dataset_arguments[:] = before
 
 
 def test_a_config_can_be_pickled() -> None:
@@ -171,11 +150,7 @@ def test_a_config_can_be_pickled() -> None:
 
 
 @pytest.mark.parametrize("loss_type", ["BPR", "SSM"])
-def test_a_checkpoint_gives_identical_scores_in_a_fresh_process(
-    loss_type: str, tmp_path: Path
-) -> None:
-    import torch
-
+def test_a_checkpoint_gives_identical_scores_in_a_fresh_process(loss_type: str) -> None:
     trainer, _, scores = train(loss_type=loss_type)
     torch.save(scores, "scores.pt")
     code = """
@@ -188,7 +163,7 @@ model.eval()
 scores = model.full_sort_predict(Interaction({"user_id": torch.arange(1, 21)}))
 assert torch.equal(scores, torch.load("scores.pt"))
 """
-    fresh_python(code, trainer.saved_model_file, cwd=tmp_path)
+    fresh_python("-c", code, trainer.saved_model_file)
 
 
 def test_saved_data_set_and_data_loaders_give_the_result_of_a_run_without_them(
@@ -205,28 +180,21 @@ def test_saved_data_set_and_data_loaders_give_the_result_of_a_run_without_them(
 
 
 def test_run_recbole_prints_flops_and_writes_tensorboard(caplog: pytest.LogCaptureFixture) -> None:
-    from recbole.quick_start import run_recbole
+    from recbole.quick_start import run_recbole  # after the repairs
 
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     try:
         with caplog.at_level(logging.INFO):
-            result = run_recbole(
-                model="GaCLLM", dataset="tiny", config_dict={**SETTINGS, "state": "INFO"}
-            )
+            result = run_recbole("GaCLLM", "tiny", config_dict={**SETTINGS, "state": "INFO"})
     finally:
         root.setLevel(level)
         root.handlers[:] = handlers
     logged = "".join(path.read_text() for path in Path("log").rglob("*.log"))
     assert "FLOPs" in logged + caplog.text
     assert list(Path("log_tensorboard").rglob("events.out.*"))
-    assert set(result["test_result"]) == {
-        "recall@10",
-        "mrr@10",
-        "ndcg@10",
-        "hit@10",
-        "precision@10",
-    }
+    metrics = ("recall", "mrr", "ndcg", "hit", "precision")
+    assert set(result["test_result"]) == {f"{metric}@10" for metric in metrics}
 
 
 def test_two_processes_train_gacllm_on_cpu(tmp_path: Path) -> None:
@@ -245,17 +213,13 @@ if __name__ == "__main__":
     print(json.dumps(result["test_result"]))
 """
     )
-    output = subprocess.run(
-        [sys.executable, "run.py"], capture_output=True, text=True, check=True, env=environment()
-    ).stdout
+    output = fresh_python("run.py")
     assert "recall@10" in json.loads(output.splitlines()[-1])
     assert len(list(Path("saved").glob("GaCLLM-*.pth"))) == 1
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
-def fresh_python(code: str, *arguments: str, cwd: Path) -> None:
-    subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, check=True, env=environment())
+def fresh_python(*arguments: str) -> str:
+    """Standard output of a new interpreter."""
+    return subprocess.run(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout

@@ -18,12 +18,13 @@ import pytest
 import recbole_gacllm.model
 import recbole_gacllm.text_knn
 from recbole_gacllm import run as runner
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.artifacts import children, manifests
 from recbole_gacllm.cli.main import main
 from recbole_gacllm.compare import job, leaderboard, plan
 from recbole_gacllm.compare.degrees import edges
 from recbole_gacllm.convolution.layers import SIDES, Layer
-from recbole_gacllm.inputs import TextLayers, raw_descriptions
+from recbole_gacllm.inputs import raw_descriptions
 from recbole_gacllm.report import browser, charts, degrees
 from recbole_gacllm.report.page import write_report
 from recbole_gacllm.report.source import Source
@@ -71,7 +72,7 @@ def prepare(options, data):
         "embeddings": {"seconds": 1.0},
     }.items():
         manifests.write_manifest(folders[stage], {"stage": stage, **manifest})
-    return TextLayers.load(folders, 2, options, data)
+    return TextLayers.load(folders, 2, options.text_source, data.graph, data.seed)
 
 
 def run_with_texts(root, replaced=None, model="GaCLLM"):
@@ -93,7 +94,8 @@ def make_board(root, models, n_seeds, **keys):
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(root):
         patch.setattr(children, "run_child", lambda stage, folder, **_: job._work(folder))
         made = plan.make_plan(models, ["tiny"], n_seeds, config_dict=settings)
-        return leaderboard.run_leaderboard(made, root / "board", show_progress=False)
+        leaderboard.run_leaderboard(made, root / "board", show_progress=False)
+    return root / "board"
 
 
 @pytest.fixture(scope="module")

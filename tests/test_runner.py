@@ -11,36 +11,33 @@ import torch
 from recbole_gacllm.artifacts import disk
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.run import run
-from recbole_gacllm.run_config import NON_SAMPLING_MODELS, build_config
+from recbole_gacllm.run_config import build_config
+from tests.recommender import without
 
 
-def demanded(model, settings, **keys):
+@pytest.mark.parametrize(
+    ("model", "keys", "distribution"),
+    [
+        ("SASRec", {}, "none"),  # under cross-entropy
+        ("SASRec", {"loss_type": "BPR"}, "uniform"),
+        *((model, {}, "none") for model in ("MultiVAE", "ENMF", "RecVAE")),  # as RecBole documents
+        (
+            "MultiVAE",
+            {"train_neg_sample_args": {"distribution": "uniform", "sample_num": 2}},
+            "uniform",
+        ),
+        *((model, {}, "uniform") for model in ("BPR", "LightGCN", "SimpleX")),
+    ],
+)
+def test_negatives_are_sampled_as_the_model_demands_unless_the_user_says_how(
+    settings, model, keys, distribution
+):
     config = build_config(model, "tiny", config_dict={**settings, **keys})
-    return config["train_neg_sample_args"]["distribution"]
-
-
-def test_sasrec_under_cross_entropy_samples_no_negatives(settings):
-    assert demanded("SASRec", settings) == "none"
-    assert demanded("SASRec", settings, loss_type="BPR") == "uniform"
-
-
-def test_models_that_recbole_documents_as_non_sampling_sample_none(settings):
-    for model in ("MultiVAE", "ENMF", "RecVAE"):
-        assert model in NON_SAMPLING_MODELS
-        assert demanded(model, settings) == "none"
-
-
-def test_what_the_user_sets_stands(settings):
-    given = {"distribution": "uniform", "sample_num": 2}
-    assert demanded("MultiVAE", settings, train_neg_sample_args=given) == "uniform"
-
-
-def test_models_that_sample_keep_recboles_default(settings):
-    assert {demanded(model, settings) for model in ("BPR", "LightGCN", "SimpleX")} == {"uniform"}
+    assert config["train_neg_sample_args"]["distribution"] == distribution
 
 
 def test_feature_models_keep_recboles_columns(settings):
-    columns = {k: v for k, v in settings.items() if k not in ("load_col", "data_path")}
+    columns = without(settings, "load_col", "data_path")
     config = build_config("FM", "ml-100k", config_dict=columns)
     assert set(config["load_col"]) == {"inter", "user", "item"}
     assert set(build_config("BPR", "ml-100k", config_dict=columns)["load_col"]) == {"inter"}

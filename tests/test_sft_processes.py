@@ -18,8 +18,7 @@ import recbole_gacllm  # noqa: F401  (hides broken torchvision before transforme
 from recbole_gacllm.artifacts import children
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.sft import finetune as sft
-from recbole_gacllm.sft.finetune import finetune, finished
-from recbole_gacllm.sft.processes import finetune_on_all_cards
+from recbole_gacllm.sft.finetune import finished
 from recbole_gacllm.sft.trainer import batch_of_a_process, last_checkpoint
 
 from .test_sft import (
@@ -28,12 +27,14 @@ from .test_sft import (
     PAIRS,
     adapter_of,
     count_updates,
+    finetune,
+    finetune_on_all_cards,
     interrupt_after,
     make_model,
 )
 
 # Whole updates, and no dropout: it is drawn by each process for its own sequences.
-FEW, PLAIN = PAIRS[:32], replace(OPTIONS, lora_dropout=0.0)
+FEW, PLAIN = PAIRS[:32], replace(OPTIONS, sft_lora_dropout=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -236,19 +237,24 @@ def test_out_of_memory_in_one_of_two_processes_both_go_on_with_half(model_dir, a
 def test_an_error_in_the_processes_is_told_once_and_as_it_is(model_dir, tmp_path):
     with pytest.raises(ValueError, match=r"^sft_max_tokens=5: none of the 32 SFT pairs fits"):
         finetune_on_all_cards(
-            model_dir, FEW, HELDOUT, tmp_path, replace(PLAIN, max_tokens=5), n_processes=2
+            model_dir, FEW, HELDOUT, tmp_path, replace(PLAIN, sft_max_tokens=5), n_processes=2
         )
 
 
 def test_an_update_has_the_same_sequences_on_any_number_of_processes():
-    options = replace(OPTIONS, batch_size=8, accumulation_steps=2)
+    options = replace(OPTIONS, sft_batch_size=8, sft_accumulation_steps=2)
     found = {n: batch_of_a_process(options, n) for n in (1, 2, 4, 8, 16)}
     assert found == {1: (8, 2), 2: (8, 1), 4: (4, 1), 8: (2, 1), 16: (1, 1)}
-    assert batch_of_a_process(replace(OPTIONS, batch_size=4, accumulation_steps=3), 2) == (3, 2)
+    assert batch_of_a_process(replace(OPTIONS, sft_batch_size=4, sft_accumulation_steps=3), 2) == (
+        3,
+        2,
+    )
     assert [batch_of_a_process(options, 2, at_once) for at_once in (8, 5, 2, 1)] == (
         [(8, 1), (4, 2), (2, 4), (1, 8)]
     )
-    assert batch_of_a_process(replace(OPTIONS, batch_size=6, accumulation_steps=1), 1, 4) == (3, 2)
+    assert batch_of_a_process(
+        replace(OPTIONS, sft_batch_size=6, sft_accumulation_steps=1), 1, 4
+    ) == (3, 2)
     with pytest.raises(ValueError, match=r"16 sequences .* shared equally by 3 processes"):
         batch_of_a_process(options, 3)
 

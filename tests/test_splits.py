@@ -6,29 +6,30 @@ import numpy as np
 import pytest
 import torch
 from recbole.data import create_dataset, data_preparation
-from recbole.utils import get_model, get_trainer, init_seed
+from recbole.utils import init_seed
 
 from recbole_gacllm import model as model_module
 from recbole_gacllm import text_knn
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.compare.job import split_hashes, targets
-from recbole_gacllm.inputs import TextLayers, TrainingData
+from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.plugin.splits import cold_items, kept_rows, ranks_among
 from recbole_gacllm.run_config import build_config
 from tests.conftest import write_dataset
+from tests.recommender import Recommender
 
 MODELS = ["GaCLLM", "BPR", "EASE", "Pop", "Random"]
 
 
-def prepared(model, settings, **keys):
-    """Configuration, data set and data loaders, as RecBole makes them."""
+def loaders(model, settings, **keys):
+    """Training, validation and test, as RecBole makes them."""
     config = build_config(model, "tiny", config_dict={**settings, **keys})
     init_seed(config["seed"], True)
-    dataset = create_dataset(config)
-    return config, dataset, data_preparation(config, dataset)
+    return data_preparation(config, create_dataset(config))
 
 
 def hashes(model, settings, **keys):
-    return split_hashes(*(part._dataset for part in prepared(model, settings, **keys)[2]))
+    return split_hashes(*(part._dataset for part in loaders(model, settings, **keys)))
 
 
 def pairs(loader):
@@ -55,8 +56,7 @@ def taste_texts(monkeypatch):
 
 
 def test_each_user_keeps_an_interaction_and_a_smaller_share_is_part_of_a_larger():
-    users = np.repeat(np.arange(300), np.arange(300) % 7 + 1)
-    np.random.default_rng(0).shuffle(users)
+    users = np.random.default_rng(0).permutation(np.repeat(np.arange(300), np.arange(300) % 7 + 1))
     tenth, half = (kept_rows(users, share, 2020) for share in (0.1, 0.5))
     assert set(users[tenth]) == set(users)
     assert set(tenth) < set(half)
@@ -69,50 +69,44 @@ def test_every_model_is_trained_on_the_same_share_and_tested_as_before(settings)
     splits = [hashes(model, settings, train_share=0.3) for model in MODELS]
     assert all(split == splits[0] for split in splits)
     whole = hashes("BPR", settings)
+    assert hashes("GaCLLM", settings, train_share=1.0) == whole
     assert splits[0]["n_train"] < 0.6 * whole["n_train"]
     for part in ("valid", "test"):
         assert splits[0][part] == whole[part]
 
 
-def test_a_share_of_one_is_recboles_split(settings):
-    whole = hashes("BPR", settings)
-    assert hashes("GaCLLM", settings, train_share=1.0) == whole
-
-
 def test_graph_and_samplers_hold_the_kept_interactions_only(settings):
-    config, _, loaders = prepared("GaCLLM", settings, train_share=0.3)
-    kept = pairs(loaders[0])
-    graph = TrainingData.from_recbole(config, loaders[0]._dataset).graph
+    train, valid, test = loaders("GaCLLM", settings, train_share=0.3)
+    graph = TrainingData.from_recbole(train.config, train._dataset).graph
     tokens = zip(graph.user_tokens[graph.users], graph.item_tokens[graph.items], strict=True)
-    assert set(tokens) == kept
-    dataset = loaders[2]._dataset
+    assert set(tokens) == pairs(train)
+    dataset = test._dataset
     used = {
         (dataset.id2token("user_id", user), dataset.id2token("item_id", item))
-        for user, items in enumerate(loaders[2]._sampler.used_ids)
+        for user, items in enumerate(test._sampler.used_ids)
         for item in items
     }
-    assert used == kept | pairs(loaders[1]) | pairs(loaders[2])
+    assert used == pairs(train) | pairs(valid) | pairs(test)
 
 
 # Cold
 
 
 def test_a_cold_item_has_all_its_interactions_in_validation_or_in_the_test(settings):
+    everything = set().union(*map(pairs, loaders("BPR", settings)))
     for model in MODELS:
-        _, dataset, loaders = prepared(model, settings, cold_item_share=0.3)
-        train, valid, test = map(pairs, loaders)
+        one = loaders(model, settings, cold_item_share=0.3)
+        train, valid, test = map(pairs, one)
         items = [{item for _, item in part} for part in (train, valid, test)]
         assert (len(items[1]), len(items[2])) == (4, 5)  # round(.3 x 30) = 9
         assert sum(map(len, items)) == len(set().union(*items)) == 30
-        assert train | valid | test == targets(dataset)
+        assert train | valid | test == everything
 
 
 def test_cold_items_are_the_same_for_every_model_and_others_for_another_seed(settings):
-    def split(model, seed):
-        return hashes(model, settings, cold_item_share=0.3, seed=seed)
-
-    assert len({split(model, 2020)["test"] for model in MODELS}) == 1
-    assert split("BPR", 2021)["test"] != split("BPR", 2020)["test"]
+    splits = [hashes(model, settings, cold_item_share=0.3, seed=2020) for model in MODELS]
+    assert len({split["test"] for split in splits}) == 1
+    assert hashes("BPR", settings, cold_item_share=0.3, seed=2021)["test"] != splits[0]["test"]
 
 
 def test_too_few_cold_items_are_refused():
@@ -135,31 +129,26 @@ def test_ties_are_broken_at_random_for_each_user():
 
 
 def recommended(model, settings, **keys):
-    """Test metrics, and the tokens of all items that were among a user's best."""
-    config, _, (train, valid, test) = prepared(model, settings, cold_item_share=0.4, **keys)
-    init_seed(config["seed"], True)
-    recommender = get_model(model)(config, train._dataset).to(config["device"])
-    trainer = get_trainer(config["MODEL_TYPE"], model)(config, recommender)
-    trainer.fit(train, valid, show_progress=False)
-    found = set()
-    collect = trainer.eval_collector.eval_batch_collect
+    """Test metrics, the items that were among a user's best, and those of the test."""
+    one = Recommender(model, settings, cold_item_share=0.4, **keys)
+    one.fit()
+    best, collect = set(), one.trainer.eval_collector.eval_batch_collect
 
     def collecting(scores, *others):
-        best = scores.topk(3).indices.unique()
-        found.update(test._dataset.id2token("item_id", best))
+        best.update(one.dataset.id2token("item_id", scores.topk(3).indices.unique()))
         collect(scores, *others)
 
-    trainer.eval_collector.eval_batch_collect = collecting
-    result = trainer.evaluate(test)
-    trainer.tensorboard.close()
-    return result, found, {item for _, item in pairs(test)}
+    one.trainer.eval_collector.eval_batch_collect = collecting
+    result = one.trainer.evaluate(one.test)
+    one.trainer.tensorboard.close()
+    return result, best, {item for _, item in pairs(one.test)}
 
 
 @pytest.mark.parametrize("model", ["EASE", "BPR"])
 @pytest.mark.parametrize("fast_paths", [False, True])
 def test_only_cold_items_of_the_part_are_ranked(settings, model, fast_paths):
-    _, found, cold = recommended(model, settings, fast_paths=fast_paths)
-    assert found == cold
+    _, best, cold = recommended(model, settings, fast_paths=fast_paths)
+    assert best == cold
 
 
 @pytest.mark.parametrize("loss_type", ["SSM", "BPR"])
@@ -173,9 +162,8 @@ def test_texts_tell_who_likes_a_cold_item(settings, taste_texts, loss_type):
 
 
 def test_untrained_embeddings_of_cold_items_do_not_speak(settings, taste_texts):
-    config, _, (train, _, _) = prepared("GaCLLM", settings, cold_item_share=0.3, linear_weight=0.5)
-    model = get_model("GaCLLM")(config, train._dataset).eval()
-    batch = next(iter(train))
+    one = Recommender("GaCLLM", settings, cold_item_share=0.3, linear_weight=0.5)
+    model, batch = one.model.eval(), one.batch
     before = model.full_sort_predict(batch).view(len(batch), -1)
     with torch.no_grad():
         model.item_embedding.weight[~model.unseen.is_seen] += 3.0
@@ -187,29 +175,31 @@ def test_untrained_embeddings_of_cold_items_do_not_speak(settings, taste_texts):
 
 @pytest.mark.parametrize("loss_type", ["SSM", "BPR"])
 def test_negatives_of_training_are_items_with_interactions(settings, taste_texts, loss_type):
-    config, _, (train, _, _) = prepared(
-        "GaCLLM", settings, cold_item_share=0.3, loss_type=loss_type
-    )
-    model = get_model("GaCLLM")(config, train._dataset)
-    seen = set(train._dataset.inter_feat["item_id"].tolist())
-    drawn = set()
-    for batch in train:
-        is_bpr = loss_type == "BPR"
-        drawn |= set((model._negatives(batch) if is_bpr else model._draw_negatives()).tolist())
+    one = Recommender("GaCLLM", settings, cold_item_share=0.3, loss_type=loss_type)
+    model, is_bpr, negatives = one.model, loss_type == "BPR", set()
+    for batch in one.train:
+        negatives |= set((model._negatives(batch) if is_bpr else model._draw_negatives()).tolist())
         model.zero_grad()
         model.calculate_loss(batch).backward()
-        rest = model.item_embedding.weight.grad[~model.unseen.is_seen]
-        assert not rest.any()
-    assert drawn == seen
+        assert not model.item_embedding.weight.grad[~model.unseen.is_seen].any()
+    assert negatives == set(one.train._dataset.inter_feat["item_id"].tolist())
 
 
 @pytest.mark.parametrize(
     ("model", "keys", "message"),
     [
-        ("BPR", {"train_share": 0.0}, "train_share: 0.0 is not allowed; allowed: above 0"),
+        (
+            "BPR",
+            {"train_share": 0.0},
+            "train_share: 0.0 is not allowed; it should be greater than 0",
+        ),
         ("GaCLLM", {"train_share": 1.5}, "train_share: 1.5 is not allowed"),
         ("BPR", {"cold_item_share": 0.5}, "cold_item_share: 0.5 is not allowed"),
-        ("EASE", {"cold_item_share": "some"}, "cold_item_share: 'some' is a str"),
+        (
+            "EASE",
+            {"cold_item_share": "some"},
+            "cold_item_share: 'some' is not allowed; it should be a valid number",
+        ),
         ("SASRec", {"train_share": 0.5}, "sequential model SASRec"),
         (
             "BPR",
@@ -225,9 +215,8 @@ def test_a_share_that_cannot_be_is_refused_for_every_model(settings, model, keys
 
 def test_saved_data_loaders_of_another_share_are_not_reused(settings, tmp_path):
     saved = {"save_dataloaders": True, "dataloaders_save_path": str(tmp_path / "loaders.pth")}
-    whole = pairs(prepared("BPR", settings, **saved)[2][0])
-    kept = pairs(prepared("BPR", settings, **saved, train_share=0.3)[2][0])
-    assert kept < whole
+    whole = pairs(loaders("BPR", settings, **saved)[0])
+    assert pairs(loaders("BPR", settings, **saved, train_share=0.3)[0]) < whole
 
 
 def test_a_user_without_training_interactions_stands_no_run_in_the_way(tmp_path, settings):

@@ -11,14 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recbole_gacllm.convolution.costs import Cost, LayerCost
 from recbole_gacllm.convolution.store import DescriptionStore, Record
 from recbole_gacllm.errors import StoreError
 
 WRITER = """
 import hashlib, sys
 from pathlib import Path
-from recbole_gacllm.convolution.costs import Cost, LayerCost
 from recbole_gacllm.convolution.store import DescriptionStore, Record
 
 def record(n):
@@ -28,8 +26,7 @@ def record(n):
 path, start, stop = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 with DescriptionStore(path) as store:
     for n in range(start, stop, 5):
-        cost = LayerCost("tiny/descriptions-1", 2, Cost(n + 5 - start, seconds=n))
-        store.put_many([record(i) for i in range(n, n + 5)], cost)
+        store.put_many([record(i) for i in range(n, n + 5)])
         print(n + 5, flush=True)  # acknowledged: everything below is durable
 """
 
@@ -118,8 +115,6 @@ def test_what_a_killed_writer_had_acknowledged_is_all_there(
     with DescriptionStore(path) as store:
         found = store.get_many([key_of(n) for n in range(acknowledged + 5)])
         assert len(found) == len(store) >= acknowledged
-        counted = store.cost_of("tiny/descriptions-1", 2).n_generated
-        assert counted == len(found), "the cost is of what is stored, to the row"
     assert all(found[key_of(n)] == record_of(n) for n in range(acknowledged))
     assert len(found) % 5 == 0, "a transaction is there as a whole or not at all"
 
@@ -130,31 +125,6 @@ def test_what_is_acknowledged_survives_a_loss_of_power(path: Path) -> None:
         with DescriptionStore(path) as store:
             assert store._db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
             assert store._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-
-
-COST = Cost(3, n_prompt_tokens=90, n_cached_tokens=30, n_output_tokens=21, seconds=1.5)
-
-
-def test_each_layer_of_each_stage_has_its_own_cost_and_the_last_counts(path: Path) -> None:
-    with DescriptionStore(path) as store:
-        assert store.cost_of("a/1", 1) == Cost()
-        store.put_many([record_of(1)], LayerCost("a/1", 1, Cost(1)))
-        store.put_many([], LayerCost("a/1", 1, COST))
-        store.put_many([record_of(2)], LayerCost("a/1", 2, Cost(7)))
-    with DescriptionStore(path) as store:
-        found = [store.cost_of(*row) for row in (("a/1", 1), ("a/1", 2), ("a/2", 1))]
-    assert found == [COST, Cost(7), Cost()]
-
-
-def test_a_store_of_a_release_that_kept_no_costs_is_taken_as_it_is(path: Path) -> None:
-    fill(path, 3)
-    with sqlite3.connect(path) as db:
-        db.execute("DROP TABLE costs")
-    db.close()
-    with DescriptionStore(path) as store:
-        assert store.cost_of("a/1", 1) == Cost()
-        store.put_many([record_of(3)], LayerCost("a/1", 1, COST))
-        assert (len(store), store.cost_of("a/1", 1)) == (4, COST)
 
 
 def test_two_processes_create_and_write_one_store_at_once(path: Path) -> None:
@@ -197,8 +167,6 @@ def test_a_damaged_page_costs_its_own_rows_only(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(path, 500)
-    with DescriptionStore(path) as store:
-        store.put_many([], LayerCost("a/1", 1, COST))
     damage_page_of(path, "description 250 ")
     keys = [key_of(n) for n in range(500)]
     with (
@@ -211,7 +179,6 @@ def test_a_damaged_page_costs_its_own_rows_only(
     with DescriptionStore(path) as store:
         found = store.get_many(keys)
         assert f"{len(store)} intact descriptions saved" in caplog.text
-        assert store.cost_of("a/1", 1) == COST
     assert 480 <= len(found) < 500
     assert key_of(250) not in found
     assert all(record == record_of(keys.index(key)) for key, record in found.items())

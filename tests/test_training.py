@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
-import os
 import socket
 import subprocess
 import sys
@@ -14,45 +14,19 @@ import numpy as np
 import pytest
 import recbole.trainer.trainer
 import torch
-from recbole.data import create_dataset, data_preparation
 from recbole.data.dataloader import FullSortEvalDataLoader
-from recbole.utils import get_model, get_trainer, init_seed
+from recbole.utils import init_seed
 
 from recbole_gacllm import model as model_module
 from recbole_gacllm.run_config import build_config
 from tests.conftest import tiny_settings, write_dataset
 from tests.random_texts import random_texts
+from tests.recommender import Recommender, without
 
 BEST = {"preset": "best", "ssm_n_negatives": 16, "align_n_nodes": 8, "linear_text_weight": 1.0}
 
 
-class Training:
-    """Data, model and trainer of GaCLLM with texts, as RecBole makes them."""
-
-    def __init__(self, settings: dict, dataset: str = "tiny", **keys: object) -> None:
-        self.config = build_config("GaCLLM", dataset, config_dict={**settings, **keys})
-        init_seed(self.config["seed"], True)
-        full = create_dataset(self.config)
-        self.train, self.valid, self.test = data_preparation(self.config, full)
-        init_seed(self.config["seed"], True)
-        self.model = get_model("GaCLLM")(self.config, self.train._dataset)
-        self.trainer = get_trainer(self.config["MODEL_TYPE"], "GaCLLM")(self.config, self.model)
-        self.called: list[tuple[int, float]] = []
-
-    def fit(self, **keys: object) -> dict[str, float]:
-        """Train; the best validation result."""
-        note = self.trainer.fit(
-            self.train,
-            self.valid,
-            verbose=False,
-            callback_fn=lambda *at: self.called.append(at),
-            **keys,
-        )
-        return dict(note[1])
-
-    @property
-    def losses(self) -> list[float]:
-        return list(self.trainer.train_loss_dict.values())
+Training = functools.partial(Recommender, "GaCLLM")
 
 
 @pytest.fixture(autouse=True)
@@ -101,30 +75,10 @@ def test_all_metrics_of_ranking_are_given_at_every_k(settings, fast_paths):
     keys = {"metrics": metrics, "topk": [1, 4], "valid_metric": "MAP@4", "fast_paths": fast_paths}
     one = Training(settings, **keys, epochs=1)
     one.fit()
-    found = one.trainer.evaluate(one.test)
+    result = one.trainer.evaluate(one.test)
     at_k = {f"{name.lower()}@{k}" for name in metrics[:-1] for k in (1, 4)}
-    assert set(found) == at_k | {"gauc"}
-    assert all(map(math.isfinite, found.values()))
-
-
-def test_metrics_that_count_items_are_right(settings):
-    one = Training(settings, metrics=COUNTING, topk=3, valid_metric="ItemCoverage@3")
-    one.fit()
-    found = one.trainer.evaluate(one.test)
-    _, history, *_ = batch = one.test.collate_fn(np.arange(len(one.test.uid_list)))
-    scores = one.model.full_sort_predict(batch[0]).view(len(one.test.uid_list), -1)
-    scores[:, 0] = -torch.inf
-    scores[history] = -torch.inf
-    top = scores.topk(3).indices
-    counts = torch.bincount(one.train._dataset.inter_feat["item_id"], minlength=one.model.n_items)
-    shares = top.flatten().bincount().double() / top.numel()
-    shares = shares[shares > 0]
-    assert found["itemcoverage@3"] == pytest.approx(len(shares) / one.model.n_items, abs=1e-4)
-    assert found["averagepopularity@3"] == pytest.approx(
-        counts[top].double().mean().item(), abs=1e-4
-    )
-    entropy = -(shares * shares.log()).sum().item() / len(shares)
-    assert found["shannonentropy@3"] == pytest.approx(entropy, abs=1e-4)
+    assert set(result) == at_k | {"gauc"}
+    assert all(map(math.isfinite, result.values()))
 
 
 def seen(loader) -> tuple[np.ndarray, np.ndarray]:
@@ -167,9 +121,9 @@ def test_labelled_evaluation_scores_pairs(settings):
     keys = {"eval_args": {"mode": "labeled"}, "threshold": {"rating": 3}, "valid_metric": "AUC"}
     one = Training(settings, **keys, metrics=["AUC", "MAE", "RMSE", "LogLoss"], epochs=2)
     one.fit()
-    found = one.trainer.evaluate(one.test)
-    assert set(found) == {"auc", "mae", "rmse", "logloss"}
-    assert 0 < found["auc"] < 1
+    result = one.trainer.evaluate(one.test)
+    assert set(result) == {"auc", "mae", "rmse", "logloss"}
+    assert 0 < result["auc"] < 1
 
 
 # Training
@@ -201,9 +155,9 @@ def test_tensorboard_has_the_losses_and_the_scores(settings):
     one = Training(settings, epochs=3)
     one.fit()
     one.trainer.tensorboard.close()
-    events = EventAccumulator(one.trainer.tensorboard.log_dir).Reload()
-    losses = [event.value for event in events.Scalars("Loss/Train")]
-    assert losses == pytest.approx(one.losses, rel=1e-6)
+    events = EventAccumulator(str(one.trainer.tensorboard.log_dir)).Reload()
+    losses = events.Scalars("Loss/Train")
+    assert [event.value for event in losses] == pytest.approx(one.losses, rel=1e-6)
     scores = [(event.step, event.value) for event in events.Scalars("Vaild_score")]
     assert scores == [(epoch, pytest.approx(score)) for epoch, score in one.called]
 
@@ -248,8 +202,8 @@ def test_amp_trains_in_bfloat16_close_to_float32(settings, keys):
             one.model.projections[0].register_forward_hook(
                 lambda *at, seen=dtypes: seen.add(at[2].dtype)
             )
-        found = one.fit()
-        runs.append((one.losses, found))
+        best = one.fit()
+        runs.append((one.losses, best))
         assert all(p.dtype == torch.float32 for p in one.model.parameters())
         if dtypes:
             assert (torch.bfloat16 in dtypes) is amp
@@ -284,26 +238,16 @@ def processes(tmp_path_factory) -> list[dict]:
     settings = tiny_settings(write_dataset(root / "data"), root)
     settings |= {"epochs": 3, "train_batch_size": 64, "learning_rate": 0.01, "state": "ERROR"}
     settings |= {"metric_decimal_place": 7, "eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}}}
-    probes = [socket.socket() for _ in range(3)]
-    for probe in probes:
-        probe.bind(("localhost", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("localhost", 0))) for _ in range(3)]
+        ports = [probe.getsockname()[1] for probe in probes]
+    command = [sys.executable, "-m", "tests.ddp_process"]
     for size in (1, 2):
-        started = [
-            subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "tests.ddp_process"),
-                    *map(json.dumps, (rank, size, ports, settings)),
-                ],
-                cwd=root,
-                env=environment,
-            )
+        ranks = [
+            subprocess.Popen([*command, *map(json.dumps, (rank, size, ports, settings))], cwd=root)
             for rank in range(size)
         ]
-        assert [process.wait() for process in started] == [0] * size
+        assert [process.wait() for process in ranks] == [0] * size
     return [torch.load(root / f"rank_{name}.pt") for name in ("0_of_1", "0_of_2", "1_of_2")]
 
 
@@ -361,10 +305,12 @@ def test_an_epoch_has_no_loop_over_users_items_or_edges(tmp_path, keys):
     assert steps[2] - steps[1] < n_users / 2  # a rejected negative is drawn once more, by chance
 
 
+BY_TIME = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
+
+
 @pytest.mark.parametrize("name", ["GaCLLM", "EASE"])
 def test_a_split_by_time_without_times_names_the_key_that_loads_them(settings, name):
-    split = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
-    keys = {**settings, "eval_args": split, "load_col": {"inter": ["user_id", "item_id"]}}
+    keys = {**settings, "eval_args": BY_TIME, "load_col": {"inter": ["user_id", "item_id"]}}
     with pytest.raises(ValueError, match=r"load_col: \{inter: \[user_id, item_id, timestamp\]\}"):
         build_config(name, "tiny", config_dict=keys)
     keys["load_col"]["inter"].append("timestamp")
@@ -373,9 +319,8 @@ def test_a_split_by_time_without_times_names_the_key_that_loads_them(settings, n
 
 @pytest.mark.parametrize("name", ["GaCLLM", "EASE", "SASRec"])
 def test_times_are_loaded_for_a_split_by_time_if_the_user_names_no_columns(settings, name):
-    split = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
-    keys = {key: value for key, value in settings.items() if key != "load_col"}
-    config = build_config(name, "tiny", config_dict={**keys, "eval_args": split})
+    keys = without(settings, "load_col")
+    config = build_config(name, "tiny", config_dict={**keys, "eval_args": BY_TIME})
     assert config["load_col"] == {"inter": ["user_id", "item_id", "timestamp"]}
     if name != "SASRec":  # RecBole gives it times anyway
         config = build_config(name, "tiny", config_dict=keys)
@@ -386,8 +331,6 @@ def test_a_split_by_time_of_a_file_without_times_names_the_file_and_the_key(sett
     (tmp_path / "timeless").mkdir()
     file = tmp_path / "timeless" / "timeless.inter"
     file.write_text("user_id:token\titem_id:token\nu\ti\n")
-    split = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
-    keys = {key: value for key, value in settings.items() if key != "load_col"}
-    keys |= {"data_path": str(tmp_path), "eval_args": split}
+    keys = without(settings, "load_col") | {"data_path": str(tmp_path), "eval_args": BY_TIME}
     with pytest.raises(ValueError, match=r"TIME_FIELD: 'timestamp' is not a column of .*timeless"):
         build_config("EASE", "timeless", config_dict=keys)

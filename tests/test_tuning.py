@@ -42,7 +42,7 @@ def made(monkeypatch):
         }
         (folder / "run.json").write_text(json.dumps(record))
 
-    monkeypatch.setattr(leaderboard.artifacts, "run_child", child)
+    monkeypatch.setattr(leaderboard.children, "run_child", child)
     return counts
 
 
@@ -50,31 +50,21 @@ def search(keys, tmp_path, values, kind="choice"):
     return Search("EASE", "tiny", {kind: {"reg_weight": values}}, tmp_path / "out", keys=keys)
 
 
-def test_the_best_parameters_by_validation_are_written_as_a_baseline_file(keys, tmp_path, made):
-    file = tune(search(keys, tmp_path, [1.0, 10.0, 100.0]), show_progress=False)
-    assert file.name == "EASE.yaml"
-    assert yaml.safe_load(file.read_text()) == {"reg_weight": 10.0}
-    assert "# Source: tune of recbole_gacllm" in file.read_text()
-    plan = make_plan(["EASE"], ["tiny"], 1, config_files=[file], config_dict=keys)
-    assert plan.jobs[0].key["config"]["reg_weight"] == 10.0
-    assert made == {1.0: 1, 10.0: 1, 100.0: 1}
-
-
 def test_a_search_that_is_started_again_repeats_no_trial(keys, tmp_path, made, monkeypatch):
     values = [1.0, 5.0, 10.0, 20.0, 100.0]
-    stopping = leaderboard.artifacts.run_child
+    stopping = leaderboard.children.run_child
 
     def stops_at_the_third(name, folder, **more):
         if made.total() == 2:
             raise KeyboardInterrupt
         stopping(name, folder, **more)
 
-    monkeypatch.setattr(leaderboard.artifacts, "run_child", stops_at_the_third)
+    monkeypatch.setattr(leaderboard.children, "run_child", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         tune(search(keys, tmp_path, values), show_progress=False)
     rows = (tmp_path / "out" / "trials.csv").read_text().splitlines()
     assert len(rows) == 3
-    monkeypatch.setattr(leaderboard.artifacts, "run_child", stopping)
+    monkeypatch.setattr(leaderboard.children, "run_child", stopping)
     tune(search(keys, tmp_path, values), show_progress=False)
     assert made == dict.fromkeys(values, 1)
     assert (tmp_path / "out" / "trials.csv").read_text().splitlines()[:3] == rows
@@ -93,16 +83,20 @@ def test_random_and_bayes_propose_the_same_parameters_again(keys, tmp_path, made
     assert made.total() == 4
 
 
-def test_a_failed_trial_is_recorded_and_the_others_go_on(keys, tmp_path, made):
+def test_the_best_by_validation_is_a_baseline_file_and_a_failed_trial_stops_no_other(
+    keys, tmp_path, made
+):
     space = search(keys, tmp_path, [666.0, 10.0, 1.0])
     file = tune(space, show_progress=False)
+    assert file.name == "EASE.yaml"
     assert yaml.safe_load(file.read_text()) == {"reg_weight": 10.0}
+    assert "# Source: tune of recbole_gacllm" in file.read_text()
+    plan = make_plan(["EASE"], ["tiny"], 1, config_files=[file], config_dict=keys)
+    assert plan.runs[0].key["config"]["reg_weight"] == 10.0
+    assert made == {1.0: 1, 10.0: 1, 666.0: 1}
     assert [trial.score is None for trial in space.trials].count(True) == 1
     assert "666.0,failed" in (tmp_path / "out" / "trials.csv").read_text()
     assert list((tmp_path / "out").glob("trials/*/failed.json"))
-
-
-def test_a_search_in_which_all_fails_is_an_error(keys, tmp_path, made):
     with pytest.raises(GaCLLMError, match="none of 1 trials"):
         tune(search(keys, tmp_path, [666.0]), show_progress=False)
 
@@ -111,7 +105,7 @@ def test_whole_numbers_of_quniform_are_integers(keys, tmp_path):
     space = Search("GaCLLM", "tiny", {"quniform": {"n_layers": [1, 3, 1]}}, tmp_path, keys=keys)
     values = space.plain({"n_layers": 2.0})
     assert type(values["n_layers"]) is int
-    assert space.job(values).key["config"]["n_layers"] == 2
+    assert space.run_of(values).key["config"]["n_layers"] == 2
 
 
 def test_recboles_format_and_its_yaml_give_the_same_space(tmp_path):
@@ -129,41 +123,31 @@ def test_recboles_format_and_its_yaml_give_the_same_space(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "text", "message"),
     [
-        ("n_layers choice", "line 1: 'n_layers choice' is not 'name kind values'"),
-        ("n_layers choise [1]", "'choise' is not one of choice, uniform"),
-        ("n_layers uniform 1", r"uniform takes 2 numbers, not \[1\]"),
-        ("n_layers choice [a", "is not a list of values"),
-        ("n_layers choice [open('made', 'w')]", "is not a list of values"),
-        ("n_layers choice " + "[" * 9999, "is not a list of values"),
-        ("n_layers uniform 'a','b'", "uniform takes 2 numbers, not .'a', 'b'."),
-        ("# nothing", "names no parameter"),
+        ("a.hyper", "n_layers choice", "line 1: 'n_layers choice' is not 'name kind values'"),
+        ("a.hyper", "n_layers choise [1]", "'choise' is not one of choice, uniform"),
+        ("a.hyper", "n_layers uniform 1", r"uniform takes 2 numbers, not \[1\]"),
+        ("a.hyper", "n_layers choice [a", "is not a list of values"),
+        ("a.hyper", "n_layers choice [open('made', 'w')]", "is not a list of values"),
+        ("a.hyper", "n_layers choice " + "[" * 9999, "is not a list of values"),
+        ("a.hyper", "n_layers uniform 'a','b'", "uniform takes 2 numbers, not .'a', 'b'."),
+        ("a.hyper", "# nothing", "names no parameter"),
+        ("a.hyper", "name choice ['é']", "is not UTF-8 text"),
+        ("a.yaml", "- choice", "is not the yaml of RecBole's params_dict"),
+        ("a.yaml", "choice: [1, 2]", "is not the yaml of RecBole's params_dict"),
+        ("a.yaml", "choice: {a: [1", "is not the yaml of RecBole's params_dict"),
+        (
+            "a.yaml",
+            "!!python/object/apply:os.getcwd []",
+            "is not the yaml of RecBole's params_dict",
+        ),
     ],
 )
-def test_a_bad_space_is_refused_with_its_line(tmp_path, text, message):
-    file = tmp_path / "a.hyper"
-    file.write_text(text)
+def test_a_bad_space_is_refused_with_its_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, "latin-1")
     with pytest.raises(ValueError, match=message):
-        read_space(file)
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["- choice", "choice: [1, 2]", "choice: {a: [1", "!!python/object/apply:os.getcwd []"],
-)
-def test_a_yaml_that_is_no_params_dict_is_refused(tmp_path, content):
-    file = tmp_path / "a.yaml"
-    file.write_text(content)
-    with pytest.raises(ValueError, match="is not the yaml of RecBole's params_dict"):
-        read_space(file)
-
-
-def test_a_space_in_another_encoding_is_refused(tmp_path):
-    file = tmp_path / "a.hyper"
-    file.write_bytes("name choice ['é']".encode("latin-1"))
-    with pytest.raises(ValueError, match="is not UTF-8 text"):
-        read_space(file)
+        read_space(tmp_path / name)
 
 
 def test_a_parameter_that_the_model_does_not_read_is_refused(keys, tmp_path):
@@ -189,7 +173,9 @@ def test_every_shipped_space_is_read_by_recbole_and_holds_keys_of_its_model(keys
     theirs = HyperTuning(lambda *_: None, params_file=str(file)).space
     space = Search(file.stem, "tiny", ours, Path(tmp_path), "sequential", keys=keys)
     assert sorted(space.names()) == sorted(theirs)
-    config = space.job({name: values[0] for name, values in ours["choice"].items()}).key["config"]
+    config = space.run_of({name: values[0] for name, values in ours["choice"].items()}).key[
+        "config"
+    ]
     assert set(space.names()) <= set(config)
     tuned = [
         key

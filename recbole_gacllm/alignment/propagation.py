@@ -40,15 +40,8 @@ class Adjacency:
     ) -> Adjacency:
         """Build from training edges; a repeated edge counts once, a lone node has a zero row.
 
-        Args:
-            users: User index of each edge, in ``[0, n_users)``.
-            items: Item index of each edge, in ``[0, n_items)``.
-            n_users: Number of user nodes.
-            n_items: Number of item nodes.
-            device: Where the matrix lives.
-
         Shapes:
-            users, items: ``[n_edges]``.
+            users, items: ``[n_edges]``, from 0.
         """
         ones = np.ones(len(users), dtype=np.float32)
         interactions = sparse.csr_array((ones, (users, items)), shape=(n_users, n_items))
@@ -59,10 +52,8 @@ class Adjacency:
         # The epsilon is RecBole's: with it the values equal LightGCN's to the last bit.
         scale = np.power(degree + 1e-7, -0.5)
         rows = np.repeat(np.arange(full.shape[0]), degree)
-        values = (scale[rows] * scale[full.indices]).astype(np.float32)
-        full.data = values
-        matrix = csr_tensor(full)
-        return cls(matrix.to(device))
+        full.data = (scale[rows] * scale[full.indices]).astype(np.float32)
+        return cls(csr_tensor(full).to(device))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adjacency:
         # RecBole's get_flops deep-copies the model; sparse CSR tensors cannot be deep-copied.
@@ -127,13 +118,8 @@ def constant_product(matrix: Tensor, transposed: Tensor, x: Tensor) -> Tensor:
 
     In the precision of ``M`` under autocast too: sparse products have no half kernel.
 
-    Args:
-        matrix: ``M`` in CSR.
-        transposed: Its transpose in CSR.
-        x: Dense.
-
     Shapes:
-        matrix ``[m, n]``; transposed ``[n, m]``; x ``[n, d]``; result ``[m, d]``.
+        matrix ``[m, n]`` and transposed ``[n, m]``, in CSR; x ``[n, d]``; result ``[m, d]``.
     """
     with torch.autocast(device_type=x.device.type, enabled=False):
         result: Tensor = _ConstantProduct.apply(matrix, transposed, x.to(matrix.dtype))  # type: ignore[no-untyped-call]
@@ -208,14 +194,9 @@ def propagate(
 
     Source: LightGCN, Eq. 7.
 
-    Args:
-        adjacency: The normalised graph.
-        embeddings: ``e^(0)``.
-        n_layers: Number of hops.
-        nodes: Whose embeddings are wanted; None is all.
-
     Shapes:
-        embeddings: ``[n_users + n_items, d]``; nodes: ``[n]``; each result ``[n, d]``.
+        embeddings, ``e^(0)``: ``[n_users + n_items, d]``; nodes, whose hops are wanted (None is
+        all): ``[n]``; each result ``[n, d]``.
     """
     matrix = adjacency.matrix
     if nodes is not None:
@@ -263,13 +244,9 @@ class PeriodicPropagation:
     def __call__(self, users: Tensor, items: Tensor, nodes: Tensor) -> list[Tensor]:
         """Hops ``0 .. K`` of the nodes of a batch, without a pass over all nodes but one a cycle.
 
-        Args:
-            users: ``e^(0)`` of all users.
-            items: ``e^(0)`` of all items.
-            nodes: Whose hops are wanted, users first.
-
         Shapes:
-            users ``[n_users, d]``; items ``[n_items, d]``; nodes ``[n]``; each result ``[n, d]``.
+            users and items, ``e^(0)`` of all: ``[n_users, d]``, ``[n_items, d]``; nodes, users
+            first: ``[n]``; each result ``[n, d]``.
         """
         with torch.autocast(device_type=users.device.type, enabled=False):
             dtype = self.adjacency.matrix.dtype

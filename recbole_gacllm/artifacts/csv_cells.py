@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")  # the wide ones, too
-
-
-def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """A CSV file of which a spreadsheet calculates nothing; numbers stay numbers."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerows([no_formula(value) for value in row] for row in rows)
-    return buffer.getvalue()
 
 
 def no_formula(value: Any) -> Any:

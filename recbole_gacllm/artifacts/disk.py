@@ -19,25 +19,32 @@ _DISK_TEXTS = (
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``: at any moment it holds the old content or all of the new one.
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path to write to; it takes the place of ``path``, durably, when all is written.
 
-    A temporary file in the same folder is written, synced and renamed, then the folder is synced.
+    At any moment ``path`` holds the old content or all of the new one.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` through :func:`atomic_path`.
 
     Raises:
         GaCLLMError: If the file cannot be written (full disk, lost folder, permissions).
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
         raise _cannot_write(path, error) from error
 

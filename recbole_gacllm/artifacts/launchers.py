@@ -1,12 +1,13 @@
-"""What torchrun, ``accelerate launch`` and mpirun tell the processes that they start.
+"""Launchers: what torchrun, ``accelerate launch`` and mpirun tell the processes they start; a port.
 
-It is meant for these alone: a child that inherits it takes itself for one of the launcher's own,
+That is meant for these alone: a child that inherits it takes itself for one of the launcher's own,
 and waits for the others. Standard library only, as ``artifacts``.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 
 _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -36,6 +37,12 @@ def leave_launcher() -> None:
     """Be a process of our own, and so all that this one starts."""
     for name in os.environ.keys() - without_launcher(os.environ).keys():
         del os.environ[name]
+
+
+def free_port() -> int:
+    """A port of loopback where nobody listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def require_one_process() -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from recbole_gacllm.cli import common
+from recbole_gacllm.cli.common import say_wrapped
 from recbole_gacllm.console import say
 
 _EPILOG = """\
@@ -20,7 +19,7 @@ examples:
 """
 
 
-def check(arguments: list[str]) -> None:
+def check(argv: list[str]) -> None:
     """Print what a run would read of a data set, and three texts of each side."""
     parser = common.command_parser(
         "python -m recbole_gacllm check",
@@ -28,34 +27,33 @@ def check(arguments: list[str]) -> None:
         "show texts as the language model would see them.",
         _EPILOG,
     )
-    parser.add_argument("--dataset", required=True, help="name of the data set")
-    parser.add_argument("--model", default="GaCLLM", help="GaCLLM (default) or a RecBole model")
+    common.add_dataset_and_model(parser)
     common.add_config_files(parser)
-    known, keys = common.parse_with_keys(parser, arguments)
+    args, keys = common.parse_with_keys(parser, argv)
 
+    from recbole_gacllm.config import MODELS
     from recbole_gacllm.inspection.data_door import read_and_inspect, sample_texts
-    from recbole_gacllm.plugin.registration import MODELS
 
-    sys.argv[1:] = []  # RecBole reads it
-    files = known.config_files.split()
-    config, train, report = read_and_inspect(known.model, known.dataset, files, dict(keys))
+    files = args.config_files.split()
+    config, train, report = read_and_inspect(args.model, args.dataset, files, keys)
     say(*report.lines())
     for warning in report.warnings:
-        say(*textwrap.wrap(f"warning: {warning}", 96, subsequent_indent="  "))
-    if known.model in MODELS and not config["use_text"]:
+        say_wrapped(f"warning: {warning}", later="  ")
+    if args.model in MODELS and not config["use_text"]:
         return
     with _notes() as notes:
         try:
-            samples = sample_texts(config, train, known.dataset, files, dict(keys))
+            samples = sample_texts(config, train, args.dataset, files, keys)
         except ValueError as error:
-            if known.model in MODELS:
+            if args.model in MODELS:
                 raise
-            say("", *textwrap.wrap(f"no texts, which {known.model} does not read: {error}", 96))
+            say("")
+            say_wrapped(f"no texts, which {args.model} does not read: {error}")
             return
     for side, texts in samples.items():
         say("", f"{side}s, as a language model sees them")
         for text in texts:
-            say(*textwrap.wrap(text, 96, initial_indent="  - ", subsequent_indent="    "))
+            say_wrapped(text, "  - ", "    ")
     for note in notes:
         say("", note)
 

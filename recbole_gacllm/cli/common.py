@@ -6,14 +6,16 @@ import argparse
 import logging
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from recbole_gacllm.console import say
+
 ARTIFACT_DIR = Path("saved/gacllm")
-_VERBOSITY = ("--quiet", "--verbose")
 
 
 def command_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -32,6 +34,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} ({self.prog} --help tells more)")
+
+
+def add_dataset_and_model(parser: argparse.ArgumentParser) -> None:
+    """The flags ``--dataset``, which is required, and ``--model``."""
+    parser.add_argument("--dataset", required=True, help="name of the data set, such as ml-100k")
+    parser.add_argument("--model", default="GaCLLM", help="GaCLLM (default) or a RecBole model")
 
 
 def add_config_files(parser: argparse.ArgumentParser) -> None:
@@ -58,67 +66,73 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--verbose", action="store_true", help="print debugging messages, too")
 
 
-def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """All flags of a command that takes no keys."""
     _complete(parser)
-    _refuse_twice(parser, arguments)
-    return parser.parse_args(arguments)
+    _refuse_twice(parser, argv)
+    return parser.parse_args(argv)
 
 
 def parse_with_keys(
-    parser: argparse.ArgumentParser, arguments: list[str]
+    parser: argparse.ArgumentParser, argv: list[str]
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """The parser's own flags, and all others as keys of RecBole and GaCLLM."""
     _complete(parser, with_keys=True)
-    arguments = with_equals_signs(parser, arguments)
-    _refuse_twice(parser, arguments)
-    known, others = parser.parse_known_args(arguments)
-    require_key_value(parser, others)
-    keys = dict(flag[2:].split("=") for flag in others)
-    for key in keys:
-        if not key.isidentifier():
-            parser.error(f"'--{key}': the key must be a name of letters, digits and underscores")
-    return known, keys
+    argv = with_equals_signs(parser, argv)
+    _refuse_twice(parser, argv)
+    args, others = parser.parse_known_args(argv)
+    return args, keys_of(parser, others)
 
 
-def with_equals_signs(parser: argparse.ArgumentParser, arguments: Iterable[str]) -> list[str]:
-    """``--key value`` as ``--key=value``, which is all that RecBole reads.
+def with_equals_signs(parser: argparse.ArgumentParser, argv: Iterable[str]) -> list[str]:
+    """``--key value`` as ``--key=value``, which is how keys are read.
 
     A flag of the parser that takes none or several values stays as it is.
     """
     joined: list[str] = []
-    for argument in arguments:
+    for word in argv:
         flag = joined[-1] if joined else ""
         action = parser._option_string_actions.get(flag)
         takes_one = flag.startswith("--") and (action is None or action.nargs is None)
-        if takes_one and "=" not in flag and not argument.startswith("--"):
-            joined[-1] = f"{flag}={argument}"
+        if takes_one and "=" not in flag and not word.startswith("--"):
+            joined[-1] = f"{flag}={word}"
         else:
-            joined.append(argument)
+            joined.append(word)
     return joined
 
 
-def _refuse_twice(parser: argparse.ArgumentParser, arguments: Iterable[str]) -> None:
-    """Refuse a flag that is given twice: RecBole raises, argparse takes the last."""
-    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+def _refuse_twice(parser: argparse.ArgumentParser, argv: Iterable[str]) -> None:
+    """Refuse a flag that is given twice: argparse takes the last."""
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
     for flag in flags:
         if flags.count(flag) > 1:
             parser.error(f"{flag} is given twice")
 
 
-def require_key_value(parser: argparse.ArgumentParser, flags: Iterable[str]) -> None:
-    """Refuse what RecBole would not read, which is all but ``--key=value``."""
+def keys_of(parser: argparse.ArgumentParser, flags: Iterable[str]) -> dict[str, str]:
+    """Flags as keys of a run; refuses what is not ``--key=value``, with the parser's error."""
+    keys = {}
     for flag in flags:
         if not flag.startswith("--") or flag.count("=") != 1:
             parser.error(
                 f"{flag!r} is not of the form --key=value or --key value; a value that holds '=' "
                 "goes into a file for --config_files"
             )
+        key, value = flag[2:].split("=")
+        if not key.isidentifier():
+            parser.error(f"'--{key}': the key must be a name of letters, digits and underscores")
+        keys[key] = value
+    return keys
 
 
-def for_recbole(arguments: Iterable[str]) -> list[str]:
-    """Arguments without the flags that RecBole does not know."""
-    return [argument for argument in arguments if argument not in _VERBOSITY]
+def flags_of(keys: Mapping[str, object]) -> list[str]:
+    """Keys of a run as flags."""
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
+def say_wrapped(text: str, first: str = "", later: str = "") -> None:
+    """Print a text in lines of at most 96 characters, with something before them."""
+    say(*textwrap.wrap(text, 96, initial_indent=first, subsequent_indent=later))
 
 
 @contextmanager
@@ -147,9 +161,9 @@ def quiet_output(name: str, quiet: bool) -> Iterator[None]:
         os.close(terminal)
 
 
-def show_messages(known: argparse.Namespace) -> None:
+def show_messages(args: argparse.Namespace) -> None:
     """With ``--verbose``, what this package logs in this process goes to standard error."""
-    if known.verbose:
+    if args.verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
 
@@ -197,9 +211,8 @@ def _keys() -> list[str]:
     from recbole_gacllm.config import model_defaults
 
     keys = set(model_defaults())
-    found = importlib.util.find_spec("recbole")  # its import would take seconds
-    assert found is not None
-    for folder in found.submodule_search_locations or []:
-        overall = Path(folder) / "properties" / "overall.yaml"
-        keys |= set(yaml.safe_load(overall.read_text("utf-8")))
-    return sorted(keys)
+    recbole = importlib.util.find_spec("recbole")  # its import would take seconds
+    assert recbole is not None
+    assert recbole.origin is not None
+    overall = Path(recbole.origin).parent / "properties" / "overall.yaml"
+    return sorted(keys | set(yaml.safe_load(overall.read_text("utf-8"))))

@@ -1,20 +1,13 @@
-"""The commands ``leaderboard`` and ``tune`` of the command line."""
+"""The commands ``leaderboard``, ``tune`` and ``report`` of the command line."""
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from recbole_gacllm.cli import common
-from recbole_gacllm.cli.common import add_artifact_dir, command_parser, parse
 from recbole_gacllm.console import say
 from recbole_gacllm.errors import GaCLLMError
-
-if TYPE_CHECKING:
-    import argparse
-
-    from recbole_gacllm.compare.tuning import Search
 
 _LEADERBOARD_EPILOG = """\
 Every run is made once, in a process of its own: start the same command again after a kill, with
@@ -46,7 +39,18 @@ _PROTOCOL_HELP = (
 )
 
 
-def leaderboard(arguments: list[str]) -> None:
+_REPORT_EPILOG = """\
+The page holds what the run left: its record, its descriptions and the weights of its checkpoint,
+with which every user is scored once more. A run of somebody else may be reported on: no pickle is
+loaded and nothing of it is executed. Sections without data say why. Open it by a double click.
+
+examples:
+  python -m recbole_gacllm report saved/runs/ml-100k-GaCLLM-Nov-22-2026_15-19-14
+  python -m recbole_gacllm report saved/leaderboard --output=leaderboard.html
+"""
+
+
+def leaderboard(argv: list[str]) -> None:
     """Make every run, write the tables and print them."""
     parser = common.command_parser(
         "run_recbole_gacllm.py leaderboard",
@@ -66,82 +70,67 @@ def leaderboard(arguments: list[str]) -> None:
     parser.add_argument(
         "--seeds", type=int, default=1, help="how many, from --seed (2020) on; default 1"
     )
-    parser.add_argument("--protocol", default="general", help=_PROTOCOL_HELP)
     parser.add_argument(
         "--output", type=Path, default=Path("saved/leaderboard"), help="folder of the leaderboard"
     )
     parser.add_argument(
         "--baseline", help="model that the others are tested against; default the first"
     )
-    parser.add_argument("--nproc", type=int, default=1, help="processes of RecBole's DDP, each run")
     for part in ("valid", "test"):
         parser.add_argument(
             f"--{part}_latex",
             type=Path,
             help=f"file for the {part} table of RecBole's run_recbole_group.py; one data set",
         )
-    common.add_config_files(parser)
-    common.add_verbosity(parser)
-    known, keys = common.parse_with_keys(parser, arguments)
-    datasets = known.datasets.split(",")
-    if (known.valid_latex or known.test_latex) and len(datasets) > 1:
+    _add_flags_of_runs(parser)
+    args, keys = common.parse_with_keys(parser, argv)
+    datasets = args.datasets.split(",")
+    if (args.valid_latex or args.test_latex) and len(datasets) > 1:
         parser.error("--valid_latex and --test_latex take one data set")
 
     from recbole_gacllm.compare import leaderboard as board_runs
-    from recbole_gacllm.compare import plan, results, rows, submission, tables
+    from recbole_gacllm.compare import results, submission, tables
+    from recbole_gacllm.compare.plan import make_plan, split_models
 
-    sys.argv[1:] = []  # RecBole reads it; the keys reach each run by its job
-    show_progress = _show_progress(known, keys)
-    made = plan.make_plan(
-        rows.split_models(known.models),
-        datasets,
-        known.seeds,
-        known.protocol,
-        known.config_files.split(),
-        keys,
-        known.nproc,
-    )
-    if known.baseline is not None and known.baseline not in made.summary["models"]:
-        raise ValueError(
-            f"baseline: {known.baseline!r} is not one of the models: "
-            f"{', '.join(made.summary['models'])}."
-        )
-    with common.quiet_output("leaderboard", known.quiet):
-        board_runs.check_data(made, known.output)
-        board_runs.run_leaderboard(made, known.output, show_progress)
-        folder = submission.write_submission(known.output, known.baseline)
-    for page in sorted((known.output / "results").glob("*.md")):
+    show_progress = _show_progress(args, keys)
+    models, files = split_models(args.models), args.config_files.split()
+    plan = make_plan(models, datasets, args.seeds, args.protocol, files, keys, args.nproc)
+    results.require_baseline(args.baseline, plan.summary["models"])
+    with common.quiet_output("leaderboard", args.quiet):
+        board_runs.check_data(plan, args.output)
+        board_runs.run_leaderboard(plan, args.output, show_progress)
+        folder = submission.write_submission(args.output, args.baseline)
+    for page in sorted((args.output / "results").glob("*.md")):
         text = page.read_text("utf-8")
         start = text.index("# Evaluation Results")
         say("", *text[start : text.index("# Hyper-parameters")].strip().split("\n"), "", page)
     say(folder)
-    board = results.Board.read(known.output)
-    for part, file in (("valid", known.valid_latex), ("test", known.test_latex)):
+    board = results.Board.read(args.output)
+    for part, file in (("valid", args.valid_latex), ("test", args.test_latex)):
         if file is not None:
             tables.write_latex(board, datasets[0], part, file)
             say(file)
     if board.failures:
-        reasons = {failure["error"]: failure for failure in reversed(board.failures)}
+        first_with = {failure["error"]: failure for failure in reversed(board.failures)}
+        reasons = [
+            f"{failure['model']} on {failure['dataset']}, seed {failure['seed']}: {error} Its "
+            f"log: {failure['log']}."
+            for error, failure in reversed(first_with.items())
+        ]
         raise GaCLLMError(
-            f"{len(board.failures)} of {len(made.jobs)} runs failed; start again to try them once "
-            "more. "
-            + " ".join(
-                f"{failed['model']} on {failed['dataset']}, seed {failed['seed']}: {error} Its "
-                f"log: {failed['log']}."
-                for error, failed in reversed(reasons.items())
-            )
+            f"{len(board.failures)} of {len(plan.runs)} runs failed; start again to try them once "
+            f"more. {' '.join(reasons)}"
         )
 
 
-def tune(arguments: list[str]) -> None:
+def tune(argv: list[str]) -> None:
     """Search hyper-parameters, print the best trials, write the best one's yaml file."""
     parser = common.command_parser(
         "run_recbole_gacllm.py tune",
         "Search hyper-parameters of GaCLLM or a RecBole model with RecBole's HyperTuning.",
         _TUNE_EPILOG,
     )
-    parser.add_argument("--model", default="GaCLLM", help="GaCLLM (default) or a RecBole model")
-    parser.add_argument("--dataset", required=True, help="name of the data set, such as ml-100k")
+    common.add_dataset_and_model(parser)
     parser.add_argument(
         "--space",
         "--params_file",
@@ -161,89 +150,77 @@ def tune(arguments: list[str]) -> None:
         type=int,
         help="end after so many trials without a better one; default never",
     )
-    parser.add_argument("--protocol", default="general", help=_PROTOCOL_HELP)
     parser.add_argument(
         "--output", type=Path, help="folder of the search; default saved/tuning/DATASET-MODEL"
     )
-    parser.add_argument("--nproc", type=int, default=1, help="processes of RecBole's DDP, each run")
-    common.add_config_files(parser)
-    common.add_verbosity(parser)
-    known, keys = common.parse_with_keys(parser, arguments)
+    _add_flags_of_runs(parser)
+    args, keys = common.parse_with_keys(parser, argv)
 
     from recbole_gacllm.compare import tuning
-    from recbole_gacllm.compare import tuning as space
     from recbole_gacllm.config import shipped_path
     from recbole_gacllm.inspection import data_door
 
-    sys.argv[1:] = []
-    show_progress = _show_progress(known, keys)
-    shipped = shipped_path("properties", "spaces", f"{known.model}.hyper")
+    show_progress = _show_progress(args, keys)
+    shipped = shipped_path("properties", "spaces", f"{args.model}.hyper")
     search = tuning.Search(
-        known.model,
-        known.dataset,
-        space.read_space(known.space or shipped),
-        known.output or Path("saved/tuning") / f"{known.dataset}-{known.model}",
-        known.protocol,
-        known.config_files.split(),
+        args.model,
+        args.dataset,
+        tuning.read_space(args.space or shipped),
+        args.output or Path("saved/tuning") / f"{args.dataset}-{args.model}",
+        args.protocol,
+        args.config_files.split(),
         keys,
-        known.nproc,
+        args.nproc,
     )
-    with common.quiet_output("tune", known.quiet):
-        data_door.check_plan([search.job({}).arguments])
-        best = tuning.tune(search, known.algo, known.max_evals, known.early_stop, show_progress)
-    _print_search(search, best)
-    if failed := [trial for trial in search.trials if trial.score is None]:
-        raise GaCLLMError(
-            f"{len(failed)} of {len(search.trials)} trials failed; start again to try them once "
-            "more. Their folders: " + ", ".join(str(trial.folder) for trial in failed)
-        )
-
-
-def _show_progress(known: argparse.Namespace, keys: dict[str, str]) -> bool:
-    common.show_messages(known)
-    return keys.pop("show_progress", "True") == "True" and not known.quiet
-
-
-def _print_search(search: Search, best: Path) -> None:
-    finished = [trial for trial in search.trials if trial.score is not None]
-    say("", f"{search.model} on {search.dataset}, {len(finished)} trials", "")
+    with common.quiet_output("tune", args.quiet):
+        data_door.check_plan([search.run_of({}).arguments])
+        best = tuning.tune(search, args.algo, args.max_evals, args.early_stop, show_progress)
+    n_finished = sum(trial.score is not None for trial in search.trials)
+    say("", f"{search.model} on {search.dataset}, {n_finished} trials", "")
     say(*best.read_text("utf-8").split("\n"))
     say(f"{'trials':<10}{search.output / 'trials.csv'}")
     say(f"{'best':<10}{best}")
     say(f"{'use it':<10}--config_files={best}, or copy it to")
     say(f"{'':<10}properties/baselines/{search.dataset}/{best.name}")
+    if failures := [str(trial.folder) for trial in search.trials if trial.score is None]:
+        raise GaCLLMError(
+            f"{len(failures)} of {len(search.trials)} trials failed; start again to try them once "
+            f"more. Their folders: {', '.join(failures)}"
+        )
 
 
-_EPILOG = """\
-The page holds what the run left: its record, its descriptions and the weights of its checkpoint,
-with which every user is scored once more. A run of somebody else may be reported on: no pickle is
-loaded and nothing of it is executed. Sections without data say why. Open it by a double click.
-
-examples:
-  python -m recbole_gacllm report saved/runs/ml-100k-GaCLLM-Nov-22-2026_15-19-14
-  python -m recbole_gacllm report saved/leaderboard --output=leaderboard.html
-"""
+def _add_flags_of_runs(parser: argparse.ArgumentParser) -> None:
+    """What both commands hand to each of their runs."""
+    parser.add_argument("--protocol", default="general", help=_PROTOCOL_HELP)
+    parser.add_argument("--nproc", type=int, default=1, help="processes of RecBole's DDP, each run")
+    common.add_config_files(parser)
+    common.add_verbosity(parser)
 
 
-def report(arguments: list[str]) -> None:
+def _show_progress(args: argparse.Namespace, keys: dict[str, str]) -> bool:
+    common.show_messages(args)
+    return keys.pop("show_progress", "True") == "True" and not args.quiet
+
+
+def report(argv: list[str]) -> None:
     """Write one HTML file about a run or a leaderboard."""
-    parser = command_parser(
+    parser = common.command_parser(
         "python -m recbole_gacllm report",
         "Write one HTML file, which needs no network, about a run or a leaderboard: results, "
         "curves, costs, the leakage audit, and every description with what came of it.",
-        _EPILOG,
+        _REPORT_EPILOG,
     )
     parser.add_argument(
         "path", type=Path, help="a run.json, its folder, or the folder of a leaderboard"
     )
-    add_artifact_dir(parser)
+    common.add_artifact_dir(parser)
     parser.add_argument("--output", type=Path, help="file to write; default PATH/report.html")
-    known = parse(parser, arguments)
-    if known.output is not None and not known.output.resolve().parent.is_dir():
-        parser.error(f"--output {known.output}: there is no folder {known.output.parent}")
+    args = common.parse(parser, argv)
+    if args.output is not None and not args.output.resolve().parent.is_dir():
+        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
 
     # RecBole's import takes seconds: --help does not wait for it.
     from recbole_gacllm.report.page import write_report
 
-    file = write_report(known.path, known.output, known.artifact_dir)
+    file = write_report(args.path, args.output, args.artifact_dir)
     say(f"{file} ({file.stat().st_size / 1e6:.1f} MB)")

@@ -6,20 +6,21 @@ import argparse
 import dataclasses
 import json
 import shlex
-import sys
-import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recbole_gacllm.artifacts.csv_cells import no_formula
 from recbole_gacllm.artifacts.locate import RUN_FILE, RunFiles
-from recbole_gacllm.cli import common, descriptions
+from recbole_gacllm.cli import common
+from recbole_gacllm.cli.common import say_wrapped
 from recbole_gacllm.config import preset_names
 from recbole_gacllm.console import say
 from recbole_gacllm.convolution.layers import SIDES
 
+# RecBole's import takes seconds, so those that bring it stand in the commands: --help and mistakes
+# of the command line do not wait for it.
 if TYPE_CHECKING:
+    from recbole_gacllm.convolution.batch_job import Imported
     from recbole_gacllm.inspection.reading import Unfinished
 
 _DESCRIBE_EPILOG = """\
@@ -35,7 +36,7 @@ examples:
 """
 
 
-def describe(arguments: list[str]) -> None:
+def describe(argv: list[str]) -> None:
     """Print what was written about a user or an item, or make the descriptions of a run."""
     parser = _artifact_parser(
         "describe",
@@ -47,206 +48,6 @@ def describe(arguments: list[str]) -> None:
     actions = parser.add_mutually_exclusive_group()
     actions.add_argument("--user", help="raw token of a user, as in the .inter file")
     actions.add_argument("--item", help="raw token of an item")
-    descriptions.add_arguments(parser, actions)
-    known, keys = common.parse_with_keys(parser, arguments)
-    if known.user is None and known.item is None:
-        descriptions.make_descriptions(parser, known, keys)
-        return
-    if keys:
-        parser.error(f"--{next(iter(keys))}: --user and --item take no keys of a run")
-    known.artifact_dir = known.artifact_dir or common.ARTIFACT_DIR
-    run = _artifacts(parser, known)
-    side, token = ("user", known.user) if known.user is not None else ("item", known.item)
-    page = run.page(side, token)
-    name = f", {page.name}" if page.name else ""
-    say(f"{side} {token}{name}: {page.degree} training interactions")
-    for number, (status, text) in enumerate(page.texts):
-        lines = textwrap.wrap(text, 96, initial_indent="  ", subsequent_indent="  ")
-        say("", f"layer {number} ({status})", *lines)
-    if page.neighbors:
-        say("", "neighbours in its prompts")
-    for neighbor, label, text in page.neighbors:
-        head = f"{neighbor}: {label + '. ' if label else ''}{text}"
-        say(*textwrap.wrap(head, 96, initial_indent="  - ", subsequent_indent="    "))
-    say("", run.folder)
-
-
-def quality(arguments: list[str]) -> None:
-    """The command ``audit``: what each layer of a run is like, and its leakage audit."""
-    parser = common.command_parser(
-        "python -m recbole_gacllm audit",
-        "Figures and samples of every layer of descriptions: failures, retries, "
-        "lengths, copies, repetition, names of items, and the leakage audit of the run. Of a run "
-        "that goes on or was killed, its finished layers, and how far the next one is.",
-        "example:\n  python -m recbole_gacllm audit saved/runs/ml-100k-GaCLLM-Nov-22-2026_15-19-14",
-    )
-    parser.add_argument("run", type=Path, help="a run.json, its folder, or a descriptions-… folder")
-    common.add_artifact_dir(parser)
-    parser.add_argument("--n-samples", type=int, default=10, help="of each layer")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of samples")
-    parser.add_argument("--json", type=Path, help="file to write all figures to, too")
-    known = common.parse(parser, arguments)
-
-    from recbole_gacllm.inspection.quality import layer_qualities, quality_lines
-    from recbole_gacllm.inspection.reading import RunDescriptions
-
-    run = RunDescriptions.of_run(known.run, True, known.artifact_dir)
-    layers = list(layer_qualities(run, known.n_samples, known.seed))
-    for layer in layers:
-        say("", *quality_lines(layer))
-    if run.manifest["stage"] == "inputs":
-        say(
-            "no LLM wrote anything: the run takes the texts of layer 0 as they are; describe "
-            "--user or --item shows them"
-        )
-    if run.unfinished is not None:
-        _print_unfinished(run.unfinished)
-    leakage = _leakage(known.run)
-    if leakage is not None:
-        say("", "leakage audit " + ", ".join(f"{key} {value}" for key, value in leakage.items()))
-    say("", run.folder)
-    if known.json:
-        figures = {
-            "folder": str(run.folder),
-            "leakage_audit": leakage,
-            "layers": [dataclasses.asdict(layer) for layer in layers],
-            "unfinished": run.unfinished and dataclasses.asdict(run.unfinished),
-        }
-        known.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def import_descriptions(arguments: list[str]) -> None:
-    """Fill the layers of a run with texts from elsewhere."""
-    parser = common.command_parser(
-        "python -m recbole_gacllm import-descriptions",
-        "Check a file of descriptions (columns side, token, layer, text) against a data set and "
-        "fill its layers. Where the file lacks a layer of the run, the run itself fills them, as "
-        "the LLM is needed.",
-        "example:\n  python -m recbole_gacllm import-descriptions texts.parquet --dataset=ml-100k",
-    )
-    parser.add_argument("file", type=Path, help=".parquet or .csv")
-    parser.add_argument("--dataset", required=True, help="name of the data set")
-    common.add_config_files(parser)
-    arguments = common.with_equals_signs(parser, arguments)
-    known, keys = common.parse_with_keys(parser, arguments)
-    flags = [flag for flag in arguments if flag.startswith("--")]
-    flags.append(f"--text_import_file={known.file}")
-    common.require_key_value(parser, flags)
-
-    from recbole_gacllm.convolution.imported import ImportedTexts, describe
-
-    imported = ImportedTexts.read(known.file.resolve())
-    if max(imported.layers) > 0 and "llm_n_layers" not in keys:
-        flags.append(f"--llm_n_layers={max(imported.layers)}")
-
-    from recbole_gacllm import pipeline
-    from recbole_gacllm.run_config import training_data
-
-    sys.argv[1:] = flags  # RecBole reads sys.argv itself
-    options, data = training_data(known.dataset, known.config_files.split())
-    tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
-    for report in imported.check(tokens, options.llm_n_layers):
-        say(describe(report))
-    to_make = set(range(1, options.llm_n_layers + 1)) - set(imported.layers)
-    if to_make:
-        say(f"left to the LLM of the run: layer {', '.join(map(str, sorted(to_make)))}")
-    else:
-        say(f"written to {pipeline.describe(options, data)}")
-    say("", "to train on them", f"  python run_recbole_gacllm.py {shlex.join(flags)}")
-
-
-def export_descriptions(arguments: list[str]) -> None:
-    """Write all descriptions to one file."""
-    parser = _artifact_parser(
-        "export-descriptions",
-        "Write all descriptions to one file: side, token, layer, text, status, reason, tokens.",
-        "example:\n"
-        "  python -m recbole_gacllm export-descriptions --dataset=ml-100k --output=texts.parquet",
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="file to write; .parquet or .csv"
-    )
-    known = common.parse(parser, arguments)
-    if known.output.suffix not in (".parquet", ".csv"):
-        parser.error(f"--output {known.output}: the name must end in .parquet or .csv")
-    if not known.output.resolve().parent.is_dir():
-        parser.error(f"--output {known.output}: there is no folder {known.output.parent}")
-    frame = _artifacts(parser, known).frame()
-    if known.output.suffix == ".parquet":
-        frame.to_parquet(known.output, index=False)
-    else:
-        for name in ("token", "text"):
-            frame[name] = frame[name].map(no_formula)
-        frame.to_csv(known.output, index=False)
-    say(f"{len(frame)} descriptions written to {known.output}")
-
-
-def export_embeddings(arguments: list[str]) -> None:
-    """Write a layer's text embeddings as RecBole's files."""
-    parser = _artifact_parser(
-        "export-embeddings",
-        "Write the text embeddings of a layer as RecBole's files of pretrained embeddings.",
-        "example:\n"
-        "  python -m recbole_gacllm export-embeddings --dataset=ml-1m --layer=1 --output=ml-1m",
-    )
-    parser.add_argument(
-        "--layer", type=int, required=True, help="0: raw texts; l: after l layers of convolution"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write to; the files get its name"
-    )
-    known = common.parse(parser, arguments)
-    if (known.dataset is None) == (known.run is None):
-        parser.error("give either --dataset or --run")
-
-    from recbole_gacllm.inspection.embeddings import export_embeddings, find_embeddings
-
-    folder = find_embeddings(known.artifact_dir, known.dataset, known.run, known.layer)
-    for file in export_embeddings(folder, known.layer, known.output):
-        say(file)
-    say(f"from {folder}")
-
-
-def _artifact_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    parser = common.command_parser(f"python -m recbole_gacllm {prog}", description, epilog)
-    parser.add_argument("--dataset", help="the newest descriptions of this data set")
-    parser.add_argument("--run", type=Path, help="or those of a run: a run.json or its folder")
-    common.add_artifact_dir(parser)
-    return parser
-
-
-def _artifacts(parser: argparse.ArgumentParser, known: argparse.Namespace) -> Any:
-    from recbole_gacllm.inspection.reading import RunDescriptions
-
-    if (known.dataset is None) == (known.run is None):
-        parser.error("give either --dataset or --run")
-    if known.run is not None:
-        return RunDescriptions.of_run(known.run, artifact_dir=known.artifact_dir)
-    return RunDescriptions.newest(known.artifact_dir, known.dataset)
-
-
-def _leakage(run: Path) -> dict[str, Any] | None:
-    if run.is_dir() and not (run / RUN_FILE).is_file():
-        return None  # the folder of a stage
-    return RunFiles.read(run).record.get("leakage_audit")
-
-
-def _print_unfinished(stage: Unfinished) -> None:
-    from recbole_gacllm.inspection.quality import token_line
-
-    cost = dataclasses.asdict(stage.cost)
-    say("", f"layer {stage.number} of {stage.n_layers} is not finished")
-    say(f"  generated       {stage.cost.n_generated} prompts, for {stage.n_nodes} nodes at most")
-    say(f"  tokens          {token_line(cost)}")
-    say("  start the run again: it goes on with what is missing")
-
-
-if TYPE_CHECKING:
-    from recbole_gacllm.stage_batch import Imported
-
-
-def add_arguments(parser: argparse.ArgumentParser, actions: Any) -> None:
-    """The flags of these ways of ``describe``."""
     actions.add_argument(
         "--export-batch",
         type=Path,
@@ -266,46 +67,64 @@ def add_arguments(parser: argparse.ArgumentParser, actions: Any) -> None:
     parser.add_argument("--preset", choices=preset_names(), help="as in the run")
     common.add_config_files(parser)
     common.add_verbosity(parser)
+    args, keys = common.parse_with_keys(parser, argv)
+    if args.user is None and args.item is None:
+        _make_descriptions(parser, args, keys)
+        return
+    if keys:
+        parser.error(f"--{next(iter(keys))}: --user and --item take no keys of a run")
+    args.artifact_dir = args.artifact_dir or common.ARTIFACT_DIR
+    descriptions = _artifacts(parser, args)
+    side, token = ("user", args.user) if args.user is not None else ("item", args.item)
+    page = descriptions.page(side, token)
+    name = f", {page.name}" if page.name else ""
+    say(f"{side} {token}{name}: {page.degree} training interactions")
+    for number, (status, text) in enumerate(page.texts):
+        say("", f"layer {number} ({status})")
+        say_wrapped(text, "  ", "  ")
+    if page.neighbors:
+        say("", "neighbours in its prompts")
+    for neighbor, label, text in page.neighbors:
+        say_wrapped(f"{neighbor}: {label + '. ' if label else ''}{text}", "  - ", "    ")
+    say("", descriptions.folder)
 
 
-def make_descriptions(
-    parser: argparse.ArgumentParser, known: argparse.Namespace, keys: Mapping[str, str]
+def _make_descriptions(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, keys: dict[str, str]
 ) -> None:
     """Run the stages up to the descriptions, export what they lack, or import answers."""
-    if known.dataset is None or known.run is not None:
+    if args.dataset is None or args.run is not None:
         parser.error("give --dataset and the keys of the run; --run goes with --user or --item")
-    if known.shard_size < 1:
-        parser.error(f"--shard-size {known.shard_size}: must be at least 1")
-    given = {
-        name: getattr(known, name) for name in ("dataset", "artifact_dir", "preset", "config_files")
-    }
-    flags = [f"--{name}={value}" for name, value in {**given, **keys}.items() if value]
-    common.require_key_value(parser, flags)
-    common.show_messages(known)
+    if args.shard_size < 1:
+        parser.error(f"--shard-size {args.shard_size}: must be at least 1")
+    names = ("dataset", "artifact_dir", "preset", "config_files")
+    keys = {name: str(getattr(args, name)) for name in names if getattr(args, name)} | keys
+    flags = common.flags_of(keys)
+    common.keys_of(parser, flags)
+    common.show_messages(args)
+    if args.quiet:
+        keys["show_progress"] = "False"
 
-    # RecBole's import takes seconds: --help and mistakes above do not wait for it.
     from recbole_gacllm import pipeline
     from recbole_gacllm.run_config import training_data
 
-    # RecBole reads sys.argv itself.
-    sys.argv[1:] = flags + (["--show_progress=False"] if known.quiet else [])
     command = f"python -m recbole_gacllm describe {shlex.join(flags)}"
-    with common.quiet_output(f"describe-{known.dataset}", known.quiet):
-        options, data = training_data(known.dataset, known.config_files.split())
-        if known.export_batch is None and known.import_batch is None:
+    with common.quiet_output(f"describe-{args.dataset}", args.quiet):
+        options, data = training_data(args.dataset, args.config_files.split(), keys)
+        if args.export_batch is None and args.import_batch is None:
             folder = pipeline.describe(options, data)
             say(folder, "", "to see them", f"  python -m recbole_gacllm audit {folder}")
             return
-        folder, job = pipeline.description_job(options, data)
+        job = pipeline.description_job(options, data)
 
-        from recbole_gacllm import stage_batch
+        from recbole_gacllm.convolution import batch_job
 
-        if known.export_batch is not None:
-            to = known.export_batch
-            exported = stage_batch.export_batch(folder, job, to, known.shard_size)
-            _print_exported(exported, to, command)
+        if args.export_batch is not None:
+            to = args.export_batch
+            manifest = batch_job.export_batch(job, to, args.shard_size)
+            _print_exported(manifest, to, command)
         else:
-            _print_imported(stage_batch.import_batch(folder, job, known.import_batch), command)
+            _print_imported(batch_job.import_batch(job, args.import_batch), command)
 
 
 def _print_exported(manifest: dict[str, Any] | None, to: Path, command: str) -> None:
@@ -323,24 +142,185 @@ def _print_exported(manifest: dict[str, Any] | None, to: Path, command: str) -> 
     say("", "when there are answers, all or some", f"  {command} --import-batch ANSWERS")
 
 
-def _print_imported(done: Imported, command: str) -> None:
-    n_taken = sum(layer.n_imported + layer.n_failed + layer.n_to_retry for layer in done.layers)
-    if done.n_unknown and not n_taken and not done.n_known:
+def _print_imported(batch: Imported, command: str) -> None:
+    n_taken = sum(layer.n_imported + layer.n_failed + layer.n_to_retry for layer in batch.layers)
+    if batch.n_unknown and not n_taken and not batch.n_known:
         raise ValueError(
-            f"--import-batch: none of the {done.n_unknown} ids belongs to this run. Give the keys "
+            f"--import-batch: none of the {batch.n_unknown} ids belongs to this run. Give the keys "
             "that --export-batch was given: weights, prompts, neighbours and sampling are in an id."
         )
-    for layer in done.layers:
+    for layer in batch.layers:
         say(
             f"layer {layer.layer}: {layer.n_imported} descriptions imported, {layer.n_failed} "
             f"failed for good, {layer.n_to_retry} to be asked again, {layer.n_errors} with an "
             f"error, {layer.n_unanswered} without an answer"
         )
     say(
-        f"answers: {done.n_lines} lines, {done.n_damaged} damaged, {done.n_duplicates} double, "
-        f"{done.n_known} known before, {done.n_unknown} unknown"
+        f"answers: {batch.n_lines} lines, {batch.n_damaged} damaged, {batch.n_duplicates} double, "
+        f"{batch.n_known} known before, {batch.n_unknown} unknown"
     )
-    if done.complete:
+    if batch.complete:
         say("all layers are in the store, where a run finds them")
     else:
         say("", "what is missing goes out with", f"  {command} --export-batch FOLDER")
+
+
+def quality(argv: list[str]) -> None:
+    """Print, and write if asked, what each layer of a run's descriptions is like."""
+    parser = common.command_parser(
+        "python -m recbole_gacllm audit",
+        "Figures and samples of every layer of descriptions: failures, retries, "
+        "lengths, copies, repetition, names of items, and the leakage audit of the run. Of a run "
+        "that goes on or was killed, its finished layers, and how far the next one is.",
+        "example:\n  python -m recbole_gacllm audit saved/runs/ml-100k-GaCLLM-Nov-22-2026_15-19-14",
+    )
+    parser.add_argument("run", type=Path, help="a run.json, its folder, or a descriptions-… folder")
+    common.add_artifact_dir(parser)
+    parser.add_argument("--n-samples", type=int, default=10, help="of each layer")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of samples")
+    parser.add_argument("--json", type=Path, help="file to write all figures to, too")
+    args = common.parse(parser, argv)
+
+    from recbole_gacllm.inspection.quality import layer_qualities, quality_lines
+    from recbole_gacllm.inspection.reading import RunDescriptions
+
+    descriptions = RunDescriptions.of_run(args.run, True, args.artifact_dir)
+    layers = list(layer_qualities(descriptions, args.n_samples, args.seed))
+    for layer in layers:
+        say("", *quality_lines(layer))
+    if descriptions.manifest["stage"] == "inputs":
+        say(
+            "no LLM wrote anything: the run takes the texts of layer 0 as they are; describe "
+            "--user or --item shows them"
+        )
+    if descriptions.unfinished is not None:
+        _print_unfinished(descriptions.unfinished)
+    is_stage = args.run.is_dir() and not (args.run / RUN_FILE).is_file()
+    leakage = None if is_stage else RunFiles.read(args.run).record.get("leakage_audit")
+    if leakage:
+        say("", "leakage audit " + ", ".join(f"{key} {value}" for key, value in leakage.items()))
+    say("", descriptions.folder)
+    if args.json:
+        figures = {
+            "folder": str(descriptions.folder),
+            "leakage_audit": leakage,
+            "layers": [dataclasses.asdict(layer) for layer in layers],
+            "unfinished": descriptions.unfinished and dataclasses.asdict(descriptions.unfinished),
+        }
+        args.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _print_unfinished(layer: Unfinished) -> None:
+    say("", f"layer {layer.number} of {layer.n_layers} is not finished")
+    say("  start the run again: it goes on with what is missing")
+
+
+def import_descriptions(argv: list[str]) -> None:
+    """Fill the layers of a run with texts from elsewhere."""
+    parser = common.command_parser(
+        "python -m recbole_gacllm import-descriptions",
+        "Check a file of descriptions (columns side, token, layer, text) against a data set and "
+        "fill its layers. Where the file lacks a layer of the run, the run itself fills them, as "
+        "the LLM is needed.",
+        "example:\n  python -m recbole_gacllm import-descriptions texts.parquet --dataset=ml-100k",
+    )
+    parser.add_argument("file", type=Path, help=".parquet or .csv")
+    parser.add_argument("--dataset", required=True, help="name of the data set")
+    common.add_config_files(parser)
+    argv = common.with_equals_signs(parser, argv)
+    args, _ = common.parse_with_keys(parser, argv)
+    flags = [word for word in argv if word.startswith("--")]
+    keys = common.keys_of(parser, [*flags, f"--text_import_file={args.file}"])
+
+    from recbole_gacllm.convolution.imported import ImportedTexts
+    from recbole_gacllm.convolution.imported import describe as line_of
+
+    imported = ImportedTexts.read(args.file.resolve())
+    if max(imported.layers) > 0 and "llm_n_layers" not in keys:
+        keys["llm_n_layers"] = str(max(imported.layers))
+
+    from recbole_gacllm import pipeline
+    from recbole_gacllm.run_config import training_data
+
+    options, data = training_data(args.dataset, args.config_files.split(), dict(keys))
+    tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
+    for report in imported.check(tokens, options.llm_n_layers):
+        say(line_of(report))
+    to_make = set(range(1, options.llm_n_layers + 1)) - set(imported.layers)
+    if to_make:
+        say(f"left to the LLM of the run: layer {', '.join(map(str, sorted(to_make)))}")
+    else:
+        say(f"written to {pipeline.describe(options, data)}")
+    command = shlex.join(common.flags_of(keys))
+    say("", "to train on them", f"  python run_recbole_gacllm.py {command}")
+
+
+def export_descriptions(argv: list[str]) -> None:
+    """Write all descriptions to one file."""
+    parser = _artifact_parser(
+        "export-descriptions",
+        "Write all descriptions to one file: side, token, layer, text, status, reason, tokens.",
+        "example:\n"
+        "  python -m recbole_gacllm export-descriptions --dataset=ml-100k --output=texts.parquet",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="file to write; .parquet or .csv"
+    )
+    args = common.parse(parser, argv)
+    if args.output.suffix not in (".parquet", ".csv"):
+        parser.error(f"--output {args.output}: the name must end in .parquet or .csv")
+    if not args.output.resolve().parent.is_dir():
+        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
+    frame = _artifacts(parser, args).frame()
+    if args.output.suffix == ".parquet":
+        frame.to_parquet(args.output, index=False)
+    else:
+        for name in ("token", "text"):
+            frame[name] = frame[name].map(no_formula)
+        frame.to_csv(args.output, index=False)
+    say(f"{len(frame)} descriptions written to {args.output}")
+
+
+def export_embeddings(argv: list[str]) -> None:
+    """Write a layer's text embeddings as RecBole's files."""
+    parser = _artifact_parser(
+        "export-embeddings",
+        "Write the text embeddings of a layer as RecBole's files of pretrained embeddings.",
+        "example:\n"
+        "  python -m recbole_gacllm export-embeddings --dataset=ml-1m --layer=1 --output=ml-1m",
+    )
+    parser.add_argument(
+        "--layer", type=int, required=True, help="0: raw texts; l: after l layers of convolution"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write to; the files get its name"
+    )
+    args = common.parse(parser, argv)
+    _require_one_source(parser, args)
+
+    from recbole_gacllm.inspection.embeddings import export_embeddings, find_embeddings
+
+    folder = find_embeddings(args.artifact_dir, args.dataset, args.run, args.layer)
+    say(*export_embeddings(folder, args.layer, args.output), f"from {folder}")
+
+
+def _artifact_parser(command: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    parser = common.command_parser(f"python -m recbole_gacllm {command}", description, epilog)
+    parser.add_argument("--dataset", help="the newest descriptions of this data set")
+    parser.add_argument("--run", type=Path, help="or those of a run: a run.json or its folder")
+    common.add_artifact_dir(parser)
+    return parser
+
+
+def _require_one_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if (args.dataset is None) == (args.run is None):
+        parser.error("give either --dataset or --run")
+
+
+def _artifacts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Any:
+    from recbole_gacllm.inspection.reading import RunDescriptions
+
+    _require_one_source(parser, args)
+    if args.run is not None:
+        return RunDescriptions.of_run(args.run, artifact_dir=args.artifact_dir)
+    return RunDescriptions.newest(args.artifact_dir, args.dataset)

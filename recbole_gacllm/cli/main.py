@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import sys
-import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from typing import Any
 
 from recbole_gacllm.artifacts import launchers
 from recbole_gacllm.cli import check, common, compare, descriptions
-from recbole_gacllm.cli import compare as cli_report
 from recbole_gacllm.config import preset_names
 from recbole_gacllm.console import flush, one_line, prepare, say
 from recbole_gacllm.errors import GaCLLMError
@@ -46,7 +44,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "check": check.check,
     "leaderboard": compare.leaderboard,
     "tune": compare.tune,
-    "report": cli_report.report,
+    "report": compare.report,
     "describe": descriptions.describe,
     "audit": descriptions.quality,
     "export-descriptions": descriptions.export_descriptions,
@@ -67,15 +65,15 @@ _OF_THE_PLACE = frozenset(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; errors of input and of stages end in one line and exit code 2 or 1."""
     prepare()
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     if common.completing():
-        arguments = common.words_to_complete(_COMMANDS)
+        words = common.words_to_complete(_COMMANDS)
     try:
         launchers.require_one_process()
-        if arguments and arguments[0] in _COMMANDS:
-            _COMMANDS[arguments[0]](arguments[1:])
+        if words and words[0] in _COMMANDS:
+            _COMMANDS[words[0]](words[1:])
         else:
-            _run(arguments)
+            _run(words)
     except GaCLLMError as error:
         _fail(error, 1)
     except (ValueError, NotImplementedError) as error:  # the latter of RecBole: no such setting
@@ -110,14 +108,13 @@ def _is_about_input(error: BaseException) -> bool:
     return last.is_relative_to(Path(__file__).parent.parent) or "recbole" in last.parts
 
 
-def _run(arguments: list[str]) -> None:
+def _run(argv: list[str]) -> None:
     parser = common.command_parser(
         "run_recbole_gacllm.py",
         "Train and test GaCLLM, or any RecBole model, on data in RecBole's format.",
         _RUN_EPILOG,
     )
-    parser.add_argument("--dataset", required=True, help="name of the data set, such as ml-100k")
-    parser.add_argument("--model", default="GaCLLM", help="GaCLLM (default) or a RecBole model")
+    common.add_dataset_and_model(parser)
     parser.add_argument(
         "--preset",
         choices=preset_names(),
@@ -128,27 +125,27 @@ def _run(arguments: list[str]) -> None:
     common.add_verbosity(parser)
     if common.completing():
         parser.add_argument("command", nargs="?", choices=list(_COMMANDS))
-    arguments = common.with_equals_signs(parser, arguments)
-    known, _ = common.parse_with_keys(parser, arguments)
-    if known.nproc < 1:
-        parser.error(f"--nproc: {known.nproc} is not allowed; give at least 1")
-    flags = common.for_recbole(arguments)
-    common.require_key_value(parser, flags)
+    argv = common.with_equals_signs(parser, argv)
+    args, _ = common.parse_with_keys(parser, argv)
+    if args.nproc < 1:
+        parser.error(f"--nproc: {args.nproc} is not allowed; give at least 1")
+    # The flags above are keys of RecBole's, too, but for the last two.
+    keys = common.keys_of(parser, [flag for flag in argv if flag not in ("--quiet", "--verbose")])
+    if args.quiet:
+        keys["show_progress"] = "False"
+    if args.verbose:
+        keys["state"] = "DEBUG"
 
     # RecBole's import takes seconds: --help and mistakes above do not wait for it.
-    from recbole_gacllm import distributed
     from recbole_gacllm import run as runner
 
-    # RecBole reads sys.argv itself.
-    quiet, verbose = ["--show_progress=False"], ["--state=DEBUG"]
-    sys.argv[1:] = flags + (quiet if known.quiet else verbose if known.verbose else [])
-    files = known.config_files.split()
-    with common.quiet_output(f"{known.model}-{known.dataset}", known.quiet):
-        if known.nproc == 1:
-            done = runner.run(known.model, known.dataset, files)
-            record, run_file = done.record, done.run_file
+    what = args.model, args.dataset, args.config_files.split()
+    with common.quiet_output(f"{args.model}-{args.dataset}", args.quiet):
+        if args.nproc == 1:
+            run = runner.run(*what, keys)
+            record, run_file = run.record, run.run_file
         else:
-            run_file = distributed.run_distributed(known.model, known.dataset, files, known.nproc)
+            run_file = runner.run_distributed(*what, args.nproc, keys)
             record = json.loads(run_file.read_text("utf-8"))
     _print_summary(record, run_file)
 
@@ -165,7 +162,8 @@ def _print_summary(record: dict[str, Any], run_file: Path | None) -> None:
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in record["seconds"].items())
     say(f"time     {seconds}", "")
     for warning in (record.get("data") or {}).get("warnings", []):
-        say(*textwrap.wrap(f"warning: {warning}", 96, subsequent_indent="  "), "")
+        common.say_wrapped(f"warning: {warning}", later="  ")
+        say("")
     for stage, figures in record.get("stages", {}).items():
         say(f"{stage:<13}{_stage_line(figures)}")
     if "leakage_audit" in record:

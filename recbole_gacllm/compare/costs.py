@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import collections
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
-from recbole_gacllm.artifacts.csv_cells import csv_text
 from recbole_gacllm.compare import markdown
-from recbole_gacllm.compare import markdown as cells
 from recbole_gacllm.compare.results import Board, FinishedRun
-from recbole_gacllm.plugin.registration import MODELS
+from recbole_gacllm.config import MODELS
+
+_SECONDS = ("total", "train")
 
 
 def command(board: Board) -> str:
@@ -19,22 +18,23 @@ def command(board: Board) -> str:
     plan = board.plan
     n_all = len(plan["seeds"])
     models = [
-        model if plan["n_seeds"][model] == n_all else f"{model}:seeds={plan['n_seeds'][model]}"
-        for model in plan["models"]
+        model if n_seeds == n_all else f"{model}:seeds={n_seeds}"
+        for model, n_seeds in plan["n_seeds"].items()
     ]
-    flags = [
-        f"--models={','.join(models)}",
-        f"--datasets={','.join(plan['datasets'])}",
-        f"--seeds={n_all}",
-        f"--protocol={plan['protocol']}",
-        f"--seed={plan['seeds'][0]}",
-        *(f"--{key}={value}" for key, value in plan["given"].items()),
-    ]
+    flags = {
+        "models": ",".join(models),
+        "datasets": ",".join(plan["datasets"]),
+        "seeds": n_all,
+        "protocol": plan["protocol"],
+        "seed": plan["seeds"][0],
+        **plan["given"],
+    }
     if plan["nproc"] > 1:
-        flags.append(f"--nproc={plan['nproc']}")
+        flags["nproc"] = plan["nproc"]
     if plan["config_files"]:
-        flags.append(f'--config_files="{" ".join(plan["config_files"])}"')
-    return "python run_recbole_gacllm.py leaderboard " + " ".join(flags)
+        flags["config_files"] = f'"{" ".join(plan["config_files"])}"'
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    return " ".join(["python run_recbole_gacllm.py leaderboard", *words])
 
 
 def costs(run: FinishedRun) -> dict[str, Any]:
@@ -42,13 +42,12 @@ def costs(run: FinishedRun) -> dict[str, Any]:
 
     A stage that several runs share is counted in each of them.
     """
-    tokens: dict[str, int] = {}
+    tokens: collections.Counter[str] = collections.Counter()
     for stage, manifest in run.record.get("stages", {}).items():
-        reports = [manifest, *manifest.get("layers", [])]
-        for report in reports:
-            for key, value in report.items():
-                if "tokens" in key and isinstance(value, int):
-                    tokens[f"{stage}.{key}"] = tokens.get(f"{stage}.{key}", 0) + value
+        for report in (manifest, *manifest.get("layers", [])):
+            for name, value in report.items():
+                if "tokens" in name and isinstance(value, int):
+                    tokens[f"{stage}.{name}"] += value
     return {"seconds": run.record["seconds"], "tokens": tokens, "device": run.record["device"]}
 
 
@@ -58,31 +57,20 @@ def cost_rows(board: Board, dataset: str) -> list[list[str]]:
     The seconds of a run hold those of the stages that it made itself, not of those it reused.
     """
     rows = []
-    for model in board.plan["models"]:
-        runs = board.of(dataset, model)
-        if not runs:
-            continue
-        seconds = [run.record["seconds"] for run in runs]
-        tokens = [costs(run)["tokens"] for run in runs]
-        sums = [
+    for model, runs in board.by_model(dataset).items():
+        seconds = [
+            statistics.mean(run.record["seconds"][what] for run in runs) for what in _SECONDS
+        ]
+        tokens = [
             statistics.mean(
-                sum(count for name, count in of_run.items() if name.endswith(kind))
-                for of_run in tokens
+                sum(n for name, n in costs(run)["tokens"].items() if name.endswith(kind))
+                for run in runs
             )
             for kind in ("prompt_tokens", "output_tokens")
         ]
-        rows.append(
-            [
-                markdown.bold(model),
-                f"{len(runs)}",
-                *(f"{statistics.mean(each[what] for each in seconds):,.1f}" for what in _SECONDS),
-                *(f"{total:,.0f}" for total in sums),
-            ]
-        )
+        means = [*(f"{mean:,.1f}" for mean in seconds), *(f"{mean:,.0f}" for mean in tokens)]
+        rows.append([markdown.bold(model), f"{len(runs)}", *means])
     return rows
-
-
-_SECONDS = ("total", "train")
 
 
 def environment_rows(board: Board, dataset: str) -> list[list[str]]:
@@ -91,39 +79,25 @@ def environment_rows(board: Board, dataset: str) -> list[list[str]]:
     The code of this package stands in it for the rows that it determines: baselines are RecBole's.
     """
     numbers: collections.Counter[tuple[str, ...]] = collections.Counter()
-    for model in board.plan["models"]:
-        ours = model.partition(":")[0] in MODELS
-        for run in board.of(dataset, model):
-            record = run.record
-            name, commit = ("baselines", "")
-            if ours:
+    for model, runs in board.by_model(dataset).items():
+        for record in (run.record for run in runs):
+            name, commit = "baselines", ""
+            if model.partition(":")[0] in MODELS:
                 name, commit = markdown.bold(model), record["code"]["commit"] or "not in git"
             packages = ", ".join(map(" ".join, record["versions"].items()))
-            about = (commit, record["device"], packages)
-            numbers[name, *map(cells.markdown, about)] += 1
+            numbers[name, *map(markdown.markdown, (commit, record["device"], packages))] += 1
     return [[name, f"{n}", *rest] for (name, *rest), n in numbers.items()]
 
 
 def runs_to_csv(board: Board) -> str:
     """One row for each finished run: seconds, commit, validation and test metrics."""
-    metrics = list(dict.fromkeys(name for run in board.runs for name in run.record["test"]))
-    rows: list[Sequence[Any]] = [
-        [
-            *("dataset", "model", "seed", "seconds_total", "seconds_train", "commit"),
-            *(f"{part}_{metric}" for part in _PARTS for metric in metrics),
-        ]
-    ]
-    for run in board.runs:
-        record = run.record
-        rows.append(
-            [
-                *(record[key] for key in ("dataset", "model", "seed")),
-                *(record["seconds"][what] for what in _SECONDS),
-                record["code"]["commit"] or "",
-                *((record[part] or {}).get(name, "") for part in _PARTS for name in metrics),
-            ]
-        )
-    return csv_text(rows)
-
-
-_PARTS = ("valid", "test")
+    metrics = dict.fromkeys(name for run in board.runs for name in run.record["test"])
+    rows = []
+    for record in (run.record for run in board.runs):
+        row = {name: record[name] for name in ("dataset", "model", "seed")}
+        row |= {f"seconds_{what}": record["seconds"][what] for what in _SECONDS}
+        row["commit"] = record["code"]["commit"]
+        for part in ("valid", "test"):
+            row |= {f"{part}_{name}": (record[part] or {}).get(name) for name in metrics}
+        rows.append(row)
+    return markdown.csv_text(rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ N_BUCKETS = 5
 _METRICS = ("ndcg@10", "recall@10")
 
 Degrees = dict[str, dict[str, int]]  # side -> raw token -> training interactions
+Ranges = list[tuple[int, int]]  # of degrees, ends included
 
 
-def edges(degrees: npt.NDArray[Any]) -> list[tuple[int, int]]:
+def edges(degrees: npt.NDArray[Any]) -> Ranges:
     """At most five ranges of degrees, ends included, that hold about equally many nodes.
 
     Shapes:
@@ -77,6 +78,13 @@ class ItemHits:
         self.n_found += items[hit].bincount(minlength=len(self.n_found))
 
 
+def npz(arrays: Mapping[str, Any]) -> bytes:
+    """A compressed npz file."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
 def to_npz(degrees: Degrees, users: Sequence[str], items: Sequence[str], hits: ItemHits) -> bytes:
     """``degrees.npz``: degrees of the tested users and of all items; the items' hits.
 
@@ -86,87 +94,64 @@ def to_npz(degrees: Degrees, users: Sequence[str], items: Sequence[str], hits: I
         items: Raw tokens of all items, in the order of RecBole's ids from 1 on.
         hits: Of the test.
     """
-    users = sorted(set(users))
-    buffer = io.BytesIO()
-    columns: dict[str, Any] = {
-        "users": np.asarray(users, dtype=str),
-        "user_degree": np.array([degrees["user"].get(user, 0) for user in users], dtype=np.int32),
-        "items": np.asarray(items, dtype=str),
-        "item_degree": np.array([degrees["item"].get(item, 0) for item in items], dtype=np.int32),
-        "item_n_test": hits.n_test[1:].numpy().astype(np.int32),
-        "item_n_found": hits.n_found[1:].numpy().astype(np.int32),
-        "k": np.array(hits.k),
-    }
-    np.savez_compressed(buffer, **columns)
-    return buffer.getvalue()
+    columns: dict[str, Any] = {}
+    for side, tokens in (("user", sorted(set(users))), ("item", items)):
+        columns[f"{side}s"] = np.asarray(tokens, dtype=str)
+        of_side = [degrees[side].get(token, 0) for token in tokens]
+        columns[f"{side}_degree"] = np.array(of_side, dtype=np.int32)
+    columns["item_n_test"] = hits.n_test[1:].numpy().astype(np.int32)
+    columns["item_n_found"] = hits.n_found[1:].numpy().astype(np.int32)
+    return npz({**columns, "k": np.array(hits.k)})
 
 
-def by_degree(runs: dict[str, list[Any]]) -> dict[str, Any] | None:
+def by_degree(runs: dict[str, list[Any]]) -> dict[str, Any]:
     """Each model's metrics by the user's degree, and the test items found by the item's degree.
 
     The ranges are those of all seeds together; a value is the mean over seeds of a seed's mean (of
-    users) or share (of test interactions). None if no run stored degrees.
+    users) or share (of test interactions).
 
     Args:
         runs: Model -> its finished runs (``results.FinishedRun``).
     """
-    stored = {run.name: run.degrees() for of_model in runs.values() for run in of_model}
-    of_seed: dict[int, dict[str, npt.NDArray[Any]]] = {}
-    for run in (run for of_model in runs.values() for run in of_model):
-        if (arrays := stored[run.name]) is not None:
-            of_seed.setdefault(run.record["seed"], arrays)
-    if not of_seed:
-        return None
-    ranges = {
-        side: edges(np.concatenate([arrays[f"{side}_degree"] for arrays in of_seed.values()]))
-        for side in ("user", "item")
+    of_runs = {
+        model: [(run, run.degrees()) for run in of_model] for model, of_model in runs.items()
     }
-    found = f"found@{int(next(iter(of_seed.values()))['k'])}"
-    tables: dict[str, Any] = {
-        side: {"buckets": [label(*bucket) for bucket in ranges[side]], "models": {}}
-        for side in ranges
-    }
-    for model, of_model in runs.items():
-        users: dict[str, Any] = {}
-        for metric in _METRICS:
-            per_seed = []
-            for run in of_model:
-                values, arrays = run.per_user(metric), of_seed.get(run.record["seed"])
-                if values is not None and arrays is not None:
-                    in_order = values.reindex(arrays["users"]).to_numpy()
-                    per_seed.append(_means(in_order, arrays["user_degree"], ranges["user"]))
+    of_seed = {run.record["seed"]: arrays for pairs in of_runs.values() for run, arrays in pairs}
+    share = f"found@{int(next(iter(of_seed.values()))['k'])}"
+    tables: dict[str, Any] = {}
+    for side in ("user", "item"):
+        ranges = edges(np.concatenate([arrays[f"{side}_degree"] for arrays in of_seed.values()]))
+        tables[side] = {"buckets": [label(*bounds) for bounds in ranges], "models": {}}
+        for model, pairs in of_runs.items():
+            per_seed: dict[str, list[Any]] = {}
+            for run, arrays in pairs:
+                degrees = arrays[f"{side}_degree"]
+                if side == "item":
+                    counts = arrays["item_n_found"], arrays["item_n_test"]
+                    per_seed.setdefault(share, []).append(_groups(*counts, degrees, ranges))
+                    continue
+                for metric in _METRICS:
+                    if (values := run.per_user(metric)) is not None:
+                        of_users = values.reindex(arrays["users"]).to_numpy()
+                        groups = _groups(of_users, np.ones(len(of_users), int), degrees, ranges)
+                        per_seed.setdefault(metric, []).append(groups)
             if per_seed:
-                users[metric] = _over_seeds(per_seed)
-        if users:
-            tables["user"]["models"][model] = users
-        shares = [
-            _shares(arrays, ranges["item"])
-            for run in of_model
-            if (arrays := stored[run.name]) is not None
-        ]
-        if shares:
-            tables["item"]["models"][model] = {found: _over_seeds(shares)}
+                tables[side]["models"][model] = {
+                    name: _over_seeds(groups) for name, groups in per_seed.items()
+                }
     return tables
 
 
-def _means(
-    values: npt.NDArray[Any], degrees: npt.NDArray[Any], ranges: list[tuple[int, int]]
+def _groups(
+    sums: npt.NDArray[Any], counts: npt.NDArray[Any], degrees: npt.NDArray[Any], ranges: Ranges
 ) -> list[tuple[int, float | None]]:
-    inside = [values[(degrees >= low) & (degrees <= high)] for low, high in ranges]
-    return [(len(some), float(some.mean()) if len(some) else None) for some in inside]
-
-
-def _shares(
-    arrays: dict[str, npt.NDArray[Any]], ranges: list[tuple[int, int]]
-) -> list[tuple[int, float | None]]:
-    degrees, counts = arrays["item_degree"], []
+    """Of each range of degrees: the count of what is inside, and the sum divided by it."""
+    groups = []
     for low, high in ranges:
         inside = (degrees >= low) & (degrees <= high)
-        n_test, n_found = (
-            int(arrays[f"item_{key}"][inside].sum()) for key in ("n_test", "n_found")
-        )
-        counts.append((n_test, n_found / n_test if n_test else None))
-    return counts
+        n = int(counts[inside].sum())
+        groups.append((n, float(sums[inside].sum() / n) if n else None))
+    return groups
 
 
 def _over_seeds(per_seed: list[list[tuple[int, float | None]]]) -> list[dict[str, Any]]:
@@ -184,10 +169,8 @@ def _over_seeds(per_seed: list[list[tuple[int, float | None]]]) -> list[dict[str
     return cells
 
 
-def section(tables: dict[str, Any] | None, decimals: int) -> str:
-    """The tables in Markdown; empty where no run stored degrees."""
-    if tables is None:
-        return ""
+def section(tables: dict[str, Any], decimals: int) -> str:
+    """The tables in Markdown."""
     parts = [
         "# Results by Degree\n",
         "At most five groups of about equally many users, or items, by their number of training "
@@ -195,22 +178,19 @@ def section(tables: dict[str, Any] | None, decimals: int) -> str:
         "the test interactions whose item was among the first k.\n",
     ]
     for side, of_side in tables.items():
-        metrics = dict.fromkeys(key for cells in of_side["models"].values() for key in cells)
+        metrics = dict.fromkeys(name for cells in of_side["models"].values() for name in cells)
         for metric in metrics:
             rows = {m: cells[metric] for m, cells in of_side["models"].items() if metric in cells}
             numbers = [f"{cell['n']:g}" for cell in next(iter(rows.values()))]
             name = metric if metric.startswith("found") else markdown.metric_name(metric)
-            head = [f"{name} by {side} degree", *of_side["buckets"]]
             body = [
-                [markdown.bold(model), *(_cell(c, decimals) for c in row)]
-                for model, row in rows.items()
+                [markdown.bold(model), *(_cell(cell, decimals) for cell in cells)]
+                for model, cells in rows.items()
             ]
+            head = [f"{name} by {side} degree", *of_side["buckets"]]
             parts.append(markdown.table(head, [["n", *numbers], *body]))
     return "\n".join(parts)
 
 
 def _cell(cell: dict[str, Any], decimals: int) -> str:
-    if cell["mean"] is None:
-        return "–"
-    spread = "" if cell["std"] is None else f" ± {cell['std']:.{decimals}f}"
-    return f"{cell['mean']:.{decimals}f}{spread}"
+    return "–" if cell["mean"] is None else markdown.mean_std(cell["mean"], cell["std"], decimals)

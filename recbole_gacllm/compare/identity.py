@@ -24,46 +24,44 @@ from typing import Any
 
 import yaml
 
-from recbole_gacllm.config import shipped_path
+from recbole_gacllm.config import MODEL, MODELS, shipped_path
 from recbole_gacllm.console import say
 from recbole_gacllm.convolution.imported import ImportedTexts
 from recbole_gacllm.convolution.prompts import PromptTemplates
 from recbole_gacllm.llm import weights
-from recbole_gacllm.plugin.registration import MODEL, MODELS
 
 #: Concern -> the modules whose code decides its part of a run's numbers.
 CONCERNS: dict[str, tuple[str, ...]] = {
     "runs": (  # every run
-        *("__init__.py", "config.py", "run_config.py", "run.py", "distributed.py"),
+        *("__init__.py", "config.py", "run_config.py", "run.py"),
         *("data/__init__.py", "data/atomic.py", "data/numbers.py"),
         *("plugin/__init__.py", "plugin/import_hooks.py", "plugin/registration.py"),
-        *("plugin/compat.py", "plugin/compat_data.py", "plugin/compat_device.py"),
-        *("plugin/compat_distributed.py", "plugin/compat_evaluation.py"),
+        *("plugin/compat.py", "plugin/compat_data.py", "plugin/compat_distributed.py"),
         *("compare/job.py", "compare/degrees.py"),
     ),
     "splits": ("plugin/splits.py",),
     "times": (),  # compat_data.py once more, for runs to which the order of time matters
-    "fast": ("plugin/fast.py", "plugin/fast_graph.py", "plugin/fast_metrics.py"),
+    "fast": ("plugin/fast.py", "plugin/fast_graph.py"),
     "model": (  # our models
         *("model.py", "text_knn.py", "inputs.py", "convolution/graph.py"),
-        *("alignment/__init__.py", "alignment/propagation.py"),
+        *("alignment/__init__.py", "alignment/embeddings.py", "alignment/propagation.py"),
         *("objective/__init__.py", "objective/losses.py", "objective/linear.py"),
         "objective/unseen.py",
     ),
     "texts": (  # layer 0 and the encoder
-        *("pipeline.py", "stage.py", "alignment/encoder.py", "artifacts/csv_cells.py"),
+        *("pipeline.py", "stage.py", "job.py", "alignment/encoder.py", "artifacts/csv_cells.py"),
         *("convolution/__init__.py", "convolution/text.py", "convolution/templates.py"),
         *("convolution/values.py", "convolution/words.py", "convolution/neutralize.py"),
-        *("convolution/layers.py", "convolution/imported.py"),
-        *("llm/__init__.py", "llm/weights.py", "llm/embedded.py", "llm/hardware.py"),
+        *("convolution/layers.py", "convolution/imported.py", "convolution/setup.py"),
+        *("llm/__init__.py", "llm/weights.py", "llm/hardware.py"),
     ),
     "llm": (  # layers above it
-        *("stage_batch.py", "convolution/batch.py", "convolution/prompts.py"),
+        *("convolution/batch_job.py", "convolution/batch.py", "convolution/prompts.py"),
         *("convolution/requests.py", "convolution/convolution.py", "convolution/cleaning.py"),
         *("convolution/store.py", "convolution/ray_describe.py"),
         *("llm/generator.py", "llm/engines.py", "llm/fleet.py", "llm/vllm_engine.py"),
-        *("llm/vllm_options.py", "llm/transformers_engine.py", "llm/chat_api.py", "llm/server.py"),
-        *("llm/traffic.py", "llm/chat.py", "llm/adapter.py", "llm/endpoints.py"),
+        *("llm/transformers_engine.py", "llm/chat_api.py", "llm/server.py"),
+        *("llm/chat.py", "llm/adapter.py", "llm/endpoints.py"),
         *("sft/__init__.py", "sft/pairs.py", "sft/batches.py", "sft/finetune.py"),
         *("sft/trainer.py", "sft/processes.py", "sft/merge.py"),
     ),
@@ -73,7 +71,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
 OTHERS = (
     *("__main__.py", "errors.py", "redaction.py", "console.py", "data/checks.py", "artifacts/"),
     *("plugin/key_checks.py", "plugin/run_folder.py", "llm/formats.py", "convolution/names.py"),
-    *("convolution/costs.py", "inspection/", "compare/", "report/", "cli/"),
+    *("inspection/", "compare/", "report/", "cli/"),
 )
 #: What the first runs of this package, which hold no digests of this kind, have in their keys for
 #: the code of our models (None for others'): the name of the first version of every concern.
@@ -89,34 +87,35 @@ _TABLE_HEAD = """\
 
 
 def of(config: Mapping[str, Any], sha256: Callable[[Path], str]) -> dict[str, Any]:
-    """The part of a run's key that a configuration does not say.
+    """The part of a run's key that a configuration does not say: ``code``, ``data``, ``read``.
 
     Args:
         config: Resolved, as plain values.
         sha256: :func:`.hashing.sha256`, or one that remembers.
 
-    Returns:
-        ``code``, ``data``, and ``read`` if it reads anything else.
-
     Raises:
         ValueError: If an input cannot be used.
         WeightsError: If a model of a hub cannot be fetched.
     """
-    key: dict[str, Any] = {"code": code_of(config), "data": data_digests(config, sha256)}
-    if read := input_digests(config, sha256):
-        key["read"] = read
-    return key
+    read = input_digests(config, sha256)
+    key = {"code": code_of(config), "data": data_digests(config, sha256)}
+    return key | ({"read": read} if read else {})
 
 
 def concerns_of(config: Mapping[str, Any]) -> list[str]:
     """The concerns on which the numbers of a configuration depend."""
     model = config["model"]
-    cold, share = config.get("cold_item_share"), config.get("train_share")
     with_text = model in MODELS and (model != MODEL or config["use_text"])
-    generated = model == MODEL and with_text and _is_described(config)
+    generated = (
+        model == MODEL
+        and with_text
+        and config["text_source"] in ("generated", "shuffled")
+        and config["llm_n_layers"] > 0
+    )
+    splits = config.get("cold_item_share"), config.get("train_share")
     wanted = {
         "runs": True,
-        "splits": cold not in (None, 0) or share not in (None, 1),
+        "splits": splits[0] not in (None, 0) or splits[1] not in (None, 1),
         "times": config["eval_args"]["order"] == "TO"
         or (generated and config["neighbor_rule"] == "recent"),
         "fast": bool(config.get("fast_paths")),
@@ -128,30 +127,22 @@ def concerns_of(config: Mapping[str, Any]) -> list[str]:
     return [concern for concern, is_wanted in wanted.items() if is_wanted]
 
 
-def _is_described(config: Mapping[str, Any]) -> bool:
-    return config["text_source"] in ("generated", "shuffled") and config["llm_n_layers"] > 0
-
-
 def code_of(config: Mapping[str, Any]) -> str | dict[str, str] | None:
     """The code in a run's key: for each of its concerns the first version with these numbers.
 
     Where all of them are the very first, it is what the keys of the first runs have.
     """
-    versions = {concern: _first_like(concern) for concern in concerns_of(config)}
-    if all(is_first for _, is_first in versions.values()):
+    table, firsts, all_first = read_table(), {}, True
+    for concern in concerns_of(config):
+        digest = code_digests()[concern]
+        versions = [line for line in table if line["concern"] == concern]
+        numbers = [line["numbers"] for line in versions if line["digest"] == digest]
+        same = [line["digest"] for line in versions if line["numbers"] in numbers[:1]]
+        firsts[concern] = same[0] if same else digest
+        all_first &= bool(numbers) and numbers[0] == versions[0]["numbers"]
+    if all_first:
         return FIRST_CODE if config["model"] in MODELS else None
-    return {concern: digest for concern, (digest, _) in versions.items()}
-
-
-def _first_like(concern: str) -> tuple[str, bool]:
-    """Digest of the first version with the present one's numbers; whether it is the very first."""
-    digest = code_digests()[concern]
-    versions = [line for line in read_table() if line["concern"] == concern]
-    numbers = next((line["numbers"] for line in versions if line["digest"] == digest), None)
-    if numbers is None:
-        return digest, False
-    first = next(line["digest"] for line in versions if line["numbers"] == numbers)
-    return first, numbers == versions[0]["numbers"]
+    return firsts
 
 
 def read_table() -> list[dict[str, Any]]:
@@ -203,14 +194,7 @@ def data_digests(config: Mapping[str, Any], sha256: Callable[[Path], str]) -> di
 
 
 def input_digests(config: Mapping[str, Any], sha256: Callable[[Path], str]) -> dict[str, str]:
-    """Key -> digest of the file or folder that it names, for all that this run reads.
-
-    The embedded models are pinned in the code by their SHA-256.
-
-    Raises:
-        ValueError: If one cannot be used.
-        WeightsError: If a model of a hub cannot be fetched.
-    """
+    """Key -> digest of the file or folder that it names; embedded models are pinned in the code."""
     concerns = concerns_of(config)
     others = {"config_files", "llm_model", "encoder_model"}
     digests = {
@@ -232,10 +216,10 @@ def input_digests(config: Mapping[str, Any], sha256: Callable[[Path], str]) -> d
     if config["llm_adapter"] is not None:
         digests["llm_adapter"] = weights.fingerprint(Path(config["llm_adapter"]))
     if config["llm_model"] != weights.EMBEDDED:
-        trained = config["sft"] or config["llm_adapter"] is not None
-        served = config["llm_backend"] == "server" and not trained
-        resolve = weights.resolve_tokenizer if served else weights.resolve_llm
-        digests["llm_model"] = weights.fingerprint(resolve(config["llm_model"]), not served)
+        is_adapted = config["sft"] or config["llm_adapter"] is not None
+        on_server = config["llm_backend"] == "server" and not is_adapted
+        resolve = weights.resolve_tokenizer if on_server else weights.resolve_llm
+        digests["llm_model"] = weights.fingerprint(resolve(config["llm_model"]), not on_server)
     return digests
 
 
@@ -243,13 +227,12 @@ def _all_imported(config: Mapping[str, Any]) -> bool:
     """Whether a file brings every layer above layer 0, so that no LLM is asked."""
     if config["text_import_file"] is None:
         return False
-    imported = ImportedTexts.read(Path(config["text_import_file"]))
-    return set(range(1, config["llm_n_layers"] + 1)) <= set(imported.layers)
+    layers = ImportedTexts.read(Path(config["text_import_file"])).layers
+    return set(range(1, config["llm_n_layers"] + 1)) <= set(layers)
 
 
 def _digest(values: Mapping[str, Any]) -> str:
-    text = json.dumps(dict(values), sort_keys=True)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def unlisted() -> list[str]:
@@ -261,40 +244,33 @@ def unlisted() -> list[str]:
 
 
 def list_present(same: bool, evidence: str) -> list[str]:
-    """Add a line to the table for every concern whose code has changed.
+    """Add a line to the table for every concern whose code has changed; return these concerns.
 
     Args:
         same: Whether it gives the numbers of the version before.
         evidence: How that is known; or why the numbers are others.
-
-    Returns:
-        The concerns.
     """
-    lines = read_table()
-    changed = unlisted()
+    lines, changed = read_table(), unlisted()
     for concern in changed:
         before = [line["numbers"] for line in lines if line["concern"] == concern]
         numbers = (before[-1] if same else max(before) + 1) if before else 1
-        digest = code_digests()[concern]
-        lines.append(
-            {"concern": concern, "numbers": numbers, "digest": digest, "evidence": evidence}
-        )
+        line = {"concern": concern, "numbers": numbers, "digest": code_digests()[concern]}
+        lines.append({**line, "evidence": evidence})
     text = "".join(f"- {json.dumps(line, ensure_ascii=False)}\n" for line in lines)
     _TABLE.write_text(_TABLE_HEAD + text, "utf-8")
     return changed
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Say which concerns have changed, or add them to the table."""
-    arguments = sys.argv[1:]
-    if arguments and (len(arguments) != 2 or arguments[0] not in ("same", "new")):
-        sys.exit(__doc__)
-    if arguments:
-        listed = list_present(arguments[0] == "same", arguments[1])
-        say(f"listed: {', '.join(listed) or 'nothing'}")
-    else:
-        say(f"changed, in no line of {_TABLE}: {', '.join(unlisted()) or 'nothing'}")
+    match argv:
+        case []:
+            say(f"changed, in no line of {_TABLE}: {', '.join(unlisted()) or 'nothing'}")
+        case ["same" | "new" as word, evidence]:
+            say(f"listed: {', '.join(list_present(word == 'same', evidence)) or 'nothing'}")
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import os
 import sys
@@ -21,7 +20,14 @@ import numpy as np
 
 from recbole_gacllm import console
 from recbole_gacllm.artifacts import children, disk, hashing
-from recbole_gacllm.compare.degrees import DEGREES_FILE, Degrees, ItemHits, count_degrees, to_npz
+from recbole_gacllm.compare.degrees import (
+    DEGREES_FILE,
+    Degrees,
+    ItemHits,
+    count_degrees,
+    npz,
+    to_npz,
+)
 from recbole_gacllm.data.checks import interactions
 from recbole_gacllm.errors import GaCLLMError
 
@@ -33,9 +39,8 @@ LOG_FILE = "log.txt"
 def targets(dataset: Any) -> set[tuple[str, str]]:
     """(user token, item token) of all rows of one part of a split."""
     inter = dataset.inter_feat
-    users = dataset.id2token(dataset.uid_field, inter[dataset.uid_field])
-    items = dataset.id2token(dataset.iid_field, inter[dataset.iid_field])
-    return set(zip(users.tolist(), items.tolist(), strict=True))
+    fields = dataset.uid_field, dataset.iid_field
+    return set(zip(*(dataset.id2token(name, inter[name]).tolist() for name in fields), strict=True))
 
 
 def histories(dataset: Any) -> set[tuple[str, str]]:
@@ -59,13 +64,9 @@ def histories(dataset: Any) -> set[tuple[str, str]]:
 
 def split_hashes(train: Any, valid: Any, test: Any) -> dict[str, Any]:
     """SHA-256 of the sorted (user token, item token) pairs of each part, and how many there are."""
-    parts = {
-        "train": targets(train) | histories(train),
-        "valid": targets(valid),
-        "test": targets(test),
-    }
     hashes: dict[str, Any] = {}
-    for part, pairs in parts.items():
+    for part, dataset in (("train", train), ("valid", valid), ("test", test)):
+        pairs = targets(dataset) | (histories(dataset) if part == "train" else set())
         lines = "".join(sorted(f"{user}\t{item}\n" for user, item in pairs))
         hashes[part] = hashlib.sha256(lines.encode()).hexdigest()
         hashes[f"n_{part}"] = len(pairs)
@@ -77,7 +78,7 @@ class Recorder:
 
     RecBole's top-k metrics hand one value for each user and cut-off to ``topk_result``, which
     averages them; it is wrapped on the metric objects of this trainer, so the stored values are
-    the ones that RecBole averaged. The test is the last evaluation of a run.
+    those averaged. The test is the last evaluation of a run.
 
     Args:
         expected: Name and split hashes of a finished run that must have had the same split.
@@ -103,11 +104,8 @@ class Recorder:
         self.degrees = count_degrees(targets(train) | histories(train))
         self.split = split_hashes(train, valid_data._dataset, test_data._dataset)
         rows = interactions(part._dataset for part in (train_data, valid_data, test_data))
-        self.statistics = {
-            "n_users": train.user_num - 1,
-            "n_items": train.item_num - 1,
-            "n_interactions": len(rows),
-        }
+        n_users, n_items = train.user_num - 1, train.item_num - 1
+        self.statistics = {"n_users": n_users, "n_items": n_items, "n_interactions": len(rows)}
         if n_repeats := len(rows) - len(np.unique(rows)):
             self.statistics["n_repeats"] = n_repeats
         if self._expected is not None and self._expected["split"] != self.split:
@@ -170,10 +168,7 @@ class Recorder:
                     f"{name}: {len(values)} users' values with mean {values.mean()} do not give "
                     f"RecBole's {test[name]} over {len(users)} users"
                 )
-        buffer = io.BytesIO()
-        columns: dict[str, Any] = {"users": np.asarray(users, dtype=str), **self.values}
-        np.savez_compressed(buffer, **columns)
-        return buffer.getvalue()
+        return npz({"users": np.asarray(users, dtype=str), **self.values})
 
     def by_degree(self) -> bytes:
         """An npz file: degrees of users and items, and how often each test item was found."""
@@ -189,15 +184,11 @@ def _work(folder: Path) -> None:
 
     job = json.loads((folder / "job.json").read_text("utf-8"))
     recorder = Recorder(job["expected"])
-    keys = {
-        **job["config_dict"],
-        "checkpoint_dir": str(folder / "saved"),
-        "show_progress": False,
-    }
+    keys = {**job["config_dict"], "checkpoint_dir": str(folder / "saved"), "show_progress": False}
     model = job["model"].partition(":")[0]  # a variant is named Model:key=value
     if job["nproc"] == 1:
-        done = runner.run(model, job["dataset"], job["config_files"], keys, observer=recorder)
-        record = done.record
+        files = job["config_files"]
+        record = runner.run(model, job["dataset"], files, keys, observer=recorder).record
     else:
         record = _run_distributed(model, job, keys, recorder)
     _require_the_same_inputs(record["config"], job["key"])
@@ -216,11 +207,7 @@ def _work(folder: Path) -> None:
 
 
 def _require_the_same_inputs(config: dict[str, Any], key: dict[str, Any]) -> None:
-    """Refuse a result whose inputs, or the code, changed after the leaderboard was started.
-
-    Raises:
-        GaCLLMError: Names what changed.
-    """
+    """Refuse a result whose inputs, or the code, changed after the leaderboard was started."""
     from recbole_gacllm.compare import identity
 
     now = identity.of(config, hashing.sha256)
@@ -239,14 +226,11 @@ def _run_distributed(
 
     DDP gives every process the same number of users and repeats some for it, so that its test
     metrics are not exact and no user's are known.
-
-    Returns:
-        The ``run.json``, with the exact test metrics.
     """
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, get_trainer, init_seed
 
-    from recbole_gacllm.distributed import run_distributed
+    from recbole_gacllm.run import run_distributed
     from recbole_gacllm.run_config import build_config
 
     config = build_config(model, job["dataset"], job["config_files"], dict(keys))
@@ -263,11 +247,9 @@ def _run_distributed(
     return record | {"test": dict(result)}
 
 
-def main() -> None:
-    """Run the job of one folder; all output goes to its log."""
+def main(folder: Path) -> None:
+    """Make the run of one folder; all output goes to its log."""
     children.die_with_parent()
-    folder = Path(sys.argv[2]).resolve()
-    sys.argv[1:] = []  # RecBole reads it
     with open(folder / LOG_FILE, "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -281,4 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[2]).resolve())

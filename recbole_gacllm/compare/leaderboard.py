@@ -12,13 +12,14 @@ and a changed setting never finds an old result.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from recbole_gacllm.artifacts import children, disk
 from recbole_gacllm.compare.job import LOG_FILE, RUN_FILE
-from recbole_gacllm.compare.plan import Job, Plan
+from recbole_gacllm.compare.plan import Plan, PlannedRun
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.inspection.data_door import check_plan
 
@@ -43,27 +44,19 @@ _LOG_TAIL_LINES = 20
 _EPOCH = re.compile(r"epoch (\d+) evaluating.*?valid_score\S*: (-?[\d.]+)")
 
 
-class Outcome(Enum):
-    """What became of a run."""
-
-    DONE = "done"
-    FAILED = "failed"
-    BUSY = "busy"
+Outcome = Enum("Outcome", ["DONE", "FAILED", "BUSY"])  # what became of a run
 
 
-def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> Path:
+def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> None:
     """Make every run of a plan that is not finished yet; a failed run is recorded, the rest go on.
 
     Start it again after a kill, or on several machines on one folder: a file lock a run sees to it
     that each is made once. A run that had failed before this start is tried again.
 
     Args:
-        plan: Of :func:`recbole_gacllm.compare.plan.make_plan`.
+        plan: What is compared.
         output: Folder of the leaderboard, on a file system with working locks.
         show_progress: A bar: runs done, the current run with its epoch and score, time left.
-
-    Returns:
-        ``output``.
 
     Raises:
         ValueError: If the folder cannot be written.
@@ -77,118 +70,104 @@ def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> Pat
             f"--output: {str(output)!r} cannot be written ({error}). Give a folder that this user "
             "may write, on a disk with room."
         ) from error
-    runs = [(job, output / "runs" / job.name) for job in plan.jobs]
+    runs = [(run, output / "runs" / run.name) for run in plan.runs]
     failed_before = {folder: read_if_there(folder / FAILED_FILE) for _, folder in runs}
-    n_done = sum((folder / RUN_FILE).is_file() for _, folder in runs)
+    waiting = [(run, folder) for run, folder in runs if not (folder / RUN_FILE).is_file()]
+    n_done = len(runs) - len(waiting)
     with tqdm(total=len(runs), initial=n_done, unit="run", disable=not show_progress) as bar:
-        waiting = [(job, folder) for job, folder in runs if not (folder / RUN_FILE).is_file()]
         while waiting:
             busy = []
-            for job, folder in waiting:
-                label = f"{job.dataset} {job.model} seed {job.seed}"
-                with watched(bar, label, folder):
-                    same_split = [
-                        other_folder
-                        for other, other_folder in runs
-                        if (other.dataset, other.seed) == (job.dataset, job.seed)
-                    ]
-                    outcome = attempt(job, folder, failed_before[folder], same_split)
+            for run, folder in waiting:
+                same_split = [
+                    other_folder
+                    for other, other_folder in runs
+                    if (other.dataset, other.seed) == (run.dataset, run.seed)
+                ]
+                with watched(bar, f"{run.dataset} {run.model} seed {run.seed}", folder):
+                    outcome = attempt(run, folder, failed_before[folder], same_split)
                 if outcome is Outcome.BUSY:
-                    busy.append((job, folder))
+                    busy.append((run, folder))
                 else:
                     bar.update()
             if len(busy) == len(waiting):
                 time.sleep(SECONDS_BETWEEN_LOOKS)  # others work on all that is left
             waiting = busy
     _write_plan(output, plan)  # another command on this folder may have written its own meanwhile
-    return output
 
 
 def check_data(plan: Plan, output: Path) -> None:
-    """Read the data of all runs that are not finished, before the first is made.
-
-    Raises:
-        ValueError: If it cannot serve.
-    """
-    missing = [job for job in plan.jobs if not (output / "runs" / job.name / RUN_FILE).is_file()]
-    check_plan(job.arguments for job in missing)
+    """Read the data of all runs that are not finished; raises ``ValueError`` if it cannot serve."""
+    finished = {file.parent.name for file in output.glob(f"runs/*/{RUN_FILE}")}
+    check_plan(run.arguments for run in plan.runs if run.name not in finished)
 
 
 def _write_plan(output: Path, plan: Plan) -> None:
-    text = json.dumps(plan.summary, indent=2, ensure_ascii=False)
-    disk.write_atomic(output / PLAN_FILE, text.encode())
+    _write_json(output / PLAN_FILE, plan.summary)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    disk.write_atomic(file, json.dumps(content, indent=2, ensure_ascii=False).encode())
 
 
 def attempt(
-    job: Job, folder: Path, failed_before: bytes | None, same_split: Iterable[Path]
+    run: PlannedRun, folder: Path, failed_before: bytes | None, same_split: Iterable[Path]
 ) -> Outcome:
-    """Make one run, unless it is made already or another process is at it.
+    """Make one run in its folder, unless it is made already or another process is at it.
 
     Args:
-        job: The run.
-        folder: Its folder.
+        run: What to make.
+        folder: Where.
         failed_before: Content of its ``failed.json`` when we started; it is tried once more.
         same_split: Folders of runs that must have the same split.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with FileLock(folder / ".lock", timeout=0):
+            return _attempt(run, folder, failed_before, same_split)
     except Timeout:
         return Outcome.BUSY
-    try:
-        if (folder / RUN_FILE).is_file():
-            return Outcome.DONE
-        if (failed := read_if_there(folder / FAILED_FILE)) is not None and failed != failed_before:
-            return Outcome.FAILED  # another process has just tried
-        shutil.rmtree(folder / "saved", ignore_errors=True)  # of a killed attempt
-        (folder / LOG_FILE).unlink(missing_ok=True)
-        description = {
-            "model": job.model,
-            "dataset": job.dataset,
-            "seed": job.seed,
-            "config_files": job.config_files,
-            "config_dict": job.config_dict,
-            "key": job.key,
-            "nproc": job.nproc,
-            "expected": _known_split(same_split),
-        }
-        disk.write_atomic(folder / "job.json", json.dumps(description, indent=2).encode())
-        logger.info("%s starts; its log: %s", job.name, folder / LOG_FILE)
-        try:
-            children.run_child(job.name, folder, module="recbole_gacllm.compare.job")
-        except (ValueError, GaCLLMError) as error:
-            _record_failure(job, folder, str(error))
-            return Outcome.FAILED
-        (folder / FAILED_FILE).unlink(missing_ok=True)
-        logger.info("%s is done", job.name)
+
+
+def _attempt(
+    run: PlannedRun, folder: Path, failed_before: bytes | None, same_split: Iterable[Path]
+) -> Outcome:
+    if (folder / RUN_FILE).is_file():
         return Outcome.DONE
-    finally:
-        lock.release()
+    if read_if_there(folder / FAILED_FILE) not in (None, failed_before):
+        return Outcome.FAILED  # another process has just tried
+    shutil.rmtree(folder / "saved", ignore_errors=True)  # of a killed attempt
+    (folder / LOG_FILE).unlink(missing_ok=True)
+    _write_json(
+        folder / "job.json", {**dataclasses.asdict(run), "expected": _first_split(same_split)}
+    )
+    logger.info("%s starts; its log: %s", run.name, folder / LOG_FILE)
+    try:
+        children.run_child(run.name, folder, module="recbole_gacllm.compare.job")
+    except (ValueError, GaCLLMError) as error:
+        log = (read_if_there(folder / LOG_FILE) or b"").decode("utf-8", "replace")
+        failure = {
+            "model": run.model,
+            "dataset": run.dataset,
+            "seed": run.seed,
+            "error": str(error),
+            "log": str(folder / LOG_FILE),
+            "log_tail": log.splitlines()[-_LOG_TAIL_LINES:],
+            "time": time.time(),
+        }
+        _write_json(folder / FAILED_FILE, failure)
+        logger.error("%s failed, the others go on: %s", run.name, error)
+        return Outcome.FAILED
+    (folder / FAILED_FILE).unlink(missing_ok=True)
+    logger.info("%s is done", run.name)
+    return Outcome.DONE
 
 
-def _known_split(folders: Iterable[Path]) -> dict[str, Any] | None:
+def _first_split(folders: Iterable[Path]) -> dict[str, Any] | None:
     """Name and split hashes of the first finished run."""
     for folder in folders:
         if (content := read_if_there(folder / RUN_FILE)) is not None:
             return {"run": folder.name, "split": json.loads(content)["split"]}
     return None
-
-
-def _record_failure(job: Job, folder: Path, error: str) -> None:
-    log = (read_if_there(folder / LOG_FILE) or b"").decode("utf-8", "replace")
-    record = {
-        "model": job.model,
-        "dataset": job.dataset,
-        "seed": job.seed,
-        "error": error,
-        "log": str(folder / LOG_FILE),
-        "log_tail": log.splitlines()[-_LOG_TAIL_LINES:],
-        "time": time.time(),
-    }
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    disk.write_atomic(folder / FAILED_FILE, text.encode())
-    logger.error("%s failed, the others go on: %s", job.name, error)
 
 
 @contextmanager

@@ -1,35 +1,16 @@
-"""What the pages of a leaderboard are written with."""
+"""What the tables of a leaderboard are written with: cells of Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from recbole_gacllm.compare import markdown as cells
+import pandas as pd
+
+from recbole_gacllm.artifacts.csv_cells import no_formula
 
 _METRIC_NAMES = {"mrr": "MRR", "ndcg": "NDCG", "map": "MAP", "auc": "AUC", "gauc": "GAUC"}
-
-
-def metric_name(metric: str) -> str:
-    """``ndcg@10`` -> ``NDCG@10``, ``recall@10`` -> ``Recall@10``."""
-    name, at, k = metric.partition("@")
-    return _METRIC_NAMES.get(name, name.capitalize()) + at + k
-
-
-def bold(name: str) -> str:
-    """A model's name in the first column."""
-    return f"**{cells.markdown(name)}**"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns; its cells are Markdown, of :mod:`.cells`."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    lines = [head, ["-" * width for width in widths], *rows]
-    padded = [
-        [f"{text:<{width}}" for text, width in zip(line, widths, strict=True)] for line in lines
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in padded)
-
-
 _MARKDOWN = re.compile(
     r"[\\`*<|~$]|\](?=\()|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)"  # not the _ in a_b
 )
@@ -38,6 +19,17 @@ _LATEX = {
     **{"\\": "\\textbackslash{}", "^": "\\textasciicircum{}", "~": "\\textasciitilde{}"},
     **{"<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}"},
 }
+
+
+def metric_name(metric: str) -> str:
+    """``ndcg@10`` -> ``NDCG@10``, ``recall@10`` -> ``Recall@10``."""
+    name, at, k = metric.partition("@")
+    return _METRIC_NAMES.get(name, name.capitalize()) + at + k
+
+
+def mean_std(mean: float, std: float | None, decimals: int) -> str:
+    """``0.1234 ± 0.0012``, or the mean alone."""
+    return f"{mean:.{decimals}f}" + ("" if std is None else f" ± {std:.{decimals}f}")
 
 
 def markdown(text: object) -> str:
@@ -53,10 +45,32 @@ def markdown_code(text: object) -> str:
     return f"{fence}{space}{line}{space}{fence}"
 
 
+def bold(name: str) -> str:
+    """A model's name in the first column."""
+    return f"**{markdown(name)}**"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with aligned columns, of cells that are Markdown.
+
+    By hand: tabulate's ``pipe`` and ``github`` have no blank before the dashes of the second line.
+    """
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    padded = [map(str.ljust, line, widths) for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in padded)
+
+
 def latex(text: object) -> str:
     r"""One line that LaTeX shows as it is; ``\\`` before it would read a first ``[`` or ``*``."""
     shown = "".join(_LATEX.get(char, char) for char in _one_line(text))
     return re.sub(r"^[\[*]", r"{\g<0>}", shown)
+
+
+def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A CSV file of which a spreadsheet calculates nothing; numbers stay numbers."""
+    frame = pd.DataFrame(list(rows), dtype=object).map(no_formula)
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def _one_line(text: object) -> str:

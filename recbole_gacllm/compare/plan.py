@@ -22,9 +22,7 @@ from recbole.utils import ModelType
 
 from recbole_gacllm.artifacts import hashing, manifests
 from recbole_gacllm.compare import identity
-from recbole_gacllm.compare.rows import split_seeds, split_variant
-from recbole_gacllm.config import SPLIT_KEYS, GaCLLMConfig, shipped_path
-from recbole_gacllm.plugin.registration import MODEL, MODELS
+from recbole_gacllm.config import MODEL, MODELS, SPLIT_KEYS, GaCLLMConfig, shipped_path
 from recbole_gacllm.run_config import build_config
 
 FIRST_SEED = 2020  # RecBole's
@@ -38,17 +36,21 @@ _NOT_DETERMINING = frozenset(
     }
 )
 
+# What all rows of a table must share; the split is compared by its hash besides.
+_SHARED_KEYS = frozenset({"seed", "eval_args", "metrics", "topk", "valid_metric", *SPLIT_KEYS})
+_CLOSING = {"[": "]", "(": ")", "{": "}"}
+_BEFORE_A_QUOTE = "=,:[({ "  # elsewhere it is an apostrophe
+
 
 @dataclass(frozen=True)
-class Job:
+class PlannedRun:
     """One run of a leaderboard.
 
     Attributes:
         model: As the tables name it: a model, or a variant such as ``GaCLLM:use_text=False``.
-        config_files: Yaml files, later ones win: protocol, tuned hyper-parameters, the user's.
+        config_files: Later ones win: protocol, tuned hyper-parameters, the user's.
         config_dict: The user's keys, and the seed; they win over the files.
         key: All that determines the result: the resolved configuration, digests of data and code.
-        nproc: Processes of RecBole's DDP.
     """
 
     model: str
@@ -75,7 +77,7 @@ class Job:
 class Plan:
     """Every run of a leaderboard, and what its pages say about it."""
 
-    jobs: tuple[Job, ...]
+    runs: tuple[PlannedRun, ...]
     summary: Mapping[str, Any]
 
 
@@ -120,40 +122,40 @@ def make_plan(
     """
     if protocol not in protocol_names():
         raise ValueError(f"protocol: {protocol!r} is not one of {', '.join(protocol_names())}.")
-    for key, number in (("seeds", n_seeds), ("nproc", nproc)):
+    for name, number in (("seeds", n_seeds), ("nproc", nproc)):
         if number < 1:
-            raise ValueError(f"{key}: {number} is not allowed; give at least 1.")
-    named = [split_seeds(row, n_seeds) for row in models]
-    labels, seeds_of = [label for label, _ in named], dict(named)
-    for key, names in (("models", labels), ("datasets", datasets)):
+            raise ValueError(f"{name}: {number} is not allowed; give at least 1.")
+    rows = [split_seeds(row, n_seeds) for row in models]
+    labels = [label for label, _ in rows]
+    for name, names in (("models", labels), ("datasets", datasets)):
         if not names or len(set(names)) < len(names):
             raise ValueError(
-                f"{key}: {','.join(names)!r} must name each at least and at most once."
+                f"{name}: {','.join(names)!r} must name each at least and at most once."
             )
-    given = dict(config_dict or {})
-    first_seed = int(given.pop("seed", FIRST_SEED))
-    jobs: list[Job] = []
+    user_keys = dict(config_dict or {})
+    first_seed = int(user_keys.pop("seed", FIRST_SEED))
+    runs: list[PlannedRun] = []
     sources: dict[str, dict[str, Any]] = {}
     properties: dict[str, dict[str, Any]] = {}
     sha256 = functools.cache(hashing.sha256)  # each file once
     for dataset in datasets:
-        rows: dict[str, str] = {}
-        for row, n_own in seeds_of.items():
-            model, own = split_variant(row)
+        row_of: dict[str, str] = {}
+        for row, n_own in rows:
+            model, own_keys = split_variant(row)
             tuned = baseline_files(model, dataset)
             files = (shipped_path("properties", "protocols", f"{protocol}.yaml"), *tuned)
             paths = tuple(str(file) for file in (*files, *config_files))
-            keys = {**given, **own}
+            keys = {**user_keys, **own_keys}
             config = build_config(model, dataset, paths, {**keys, "seed": first_seed})
-            if foreign := _foreign(given, config):
-                keys = {k: v for k, v in given.items() if k not in foreign} | own
+            if foreign := _foreign(user_keys, config):
+                keys = {k: v for k, v in user_keys.items() if k not in foreign} | own_keys
                 config = build_config(model, dataset, paths, {**keys, "seed": first_seed})
             _check_order(model, config)
             if not Path(config["data_path"]).is_dir():
                 create_dataset(config)  # RecBole fetches it where it can
             # Enums and the like become their names.
             resolved = json.loads(json.dumps(config.final_config_dict, default=str))
-            determines: dict[str, Any] = {
+            key: dict[str, Any] = {
                 "model": model,
                 "dataset": dataset,
                 "config": {k: v for k, v in resolved.items() if _determines(k, v)},
@@ -161,48 +163,43 @@ def make_plan(
                 **identity.of(resolved, sha256),
             }
             if nproc > 1:  # the batches of DDP are others
-                determines["nproc"] = nproc
-            same = rows.setdefault(manifests.fingerprint(determines), row)
+                key["nproc"] = nproc
+            same = row_of.setdefault(manifests.fingerprint(key), row)
             if same != row:
                 raise ValueError(f"models: {same!r} and {row!r} are the same run; leave one out.")
-            determines["model"] = row
+            key["model"] = row
             if model == MODEL:
                 tuned = [shipped_path("properties", "presets", f"{config['preset']}.yaml"), *tuned]
             sources[f"{dataset}/{row}"] = {
                 "files": {_short(path): _head_comment(path) for path in tuned},
-                "values": {k: resolved[k] for path in tuned for k in _load(path)},
-                "given": {k: v for k, v in keys.items() if k in determines["config"]},
+                "values": {
+                    k: resolved[k]
+                    for path in tuned
+                    for k in yaml.safe_load(path.read_text("utf-8"))
+                },
+                "given": {k: v for k, v in keys.items() if k in key["config"]},
             }
-            properties.setdefault(dataset, determines["config"])
-            jobs += [
-                Job(
-                    row,
-                    dataset,
-                    seed,
-                    paths,
-                    {**keys, "seed": seed},
-                    {**determines, "seed": seed},
-                    nproc,
-                )
-                for seed in range(first_seed, first_seed + n_own)
-            ]
-    jobs.sort(key=lambda job: (datasets.index(job.dataset), job.seed, labels.index(job.model)))
+            properties.setdefault(dataset, key["config"])
+            for seed in range(first_seed, first_seed + n_own):
+                own = {**keys, "seed": seed}, {**key, "seed": seed}
+                runs.append(PlannedRun(row, dataset, seed, paths, *own, nproc))
+    runs.sort(key=lambda run: (datasets.index(run.dataset), run.seed, labels.index(run.model)))
     summary = {
         "models": labels,
-        "n_seeds": seeds_of,
+        "n_seeds": dict(rows),
         "datasets": list(datasets),
         "seeds": list(range(first_seed, first_seed + n_seeds)),
         "protocol": protocol,
-        "given": given,
+        "given": user_keys,
         "config_files": [str(file) for file in config_files],
         "nproc": nproc,
         "tuned": sources,
         "properties": properties,
         "smaller_is_better": list(smaller_metrics),
-        "runs": [job.name for job in jobs],
+        "runs": [run.name for run in runs],
         "code": code_version(),
     }
-    return Plan(tuple(jobs), summary)
+    return Plan(tuple(runs), summary)
 
 
 def _determines(key: str, value: Any) -> bool:
@@ -219,30 +216,25 @@ def code_version() -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
         installed = None  # a checkout that is run as it is
     concerns = identity.code_digests()
-    version = {
+    root, commit = Path(__file__).resolve().parent.parent.parent, None
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        commit = done.stdout.strip() or None
+    return {
         "version": installed,
         "digest": manifests.fingerprint(concerns),
         "concerns": concerns,
-        "commit": None,
+        "commit": commit,
     }
-    root = Path(__file__).resolve().parent.parent.parent
-    if (root / ".git").exists() and shutil.which("git"):
-        done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        version["commit"] = done.stdout.strip() or None
-    return version
 
 
-def _foreign(given: Mapping[str, Any], config: Any) -> set[str]:
-    """Keys of GaCLLM among the given ones that mean nothing to another model."""
+def _foreign(user_keys: Mapping[str, Any], config: Any) -> set[str]:
+    """The user's keys of GaCLLM that mean nothing to another model."""
     if config["model"] in MODELS:
         return set()
     ours = {*(field.name for field in dataclasses.fields(GaCLLMConfig)), "preset"}
-    return (ours & set(given)) - set(config.internal_config_dict) - {"fast_paths", *SPLIT_KEYS}
+    return (ours & set(user_keys)) - set(config.internal_config_dict) - {"fast_paths", *SPLIT_KEYS}
 
 
 def _check_order(model: str, config: Any) -> None:
@@ -254,10 +246,6 @@ def _check_order(model: str, config: Any) -> None:
         )
 
 
-def _load(path: Path) -> dict[str, Any]:
-    return dict(yaml.safe_load(path.read_text("utf-8")))
-
-
 def _head_comment(path: Path) -> str:
     """What the head of a file of hyper-parameters says of their source and of the values tried."""
     lines = path.read_text("utf-8").splitlines()
@@ -267,3 +255,75 @@ def _head_comment(path: Path) -> str:
 
 def _short(path: Path) -> str:
     return path.relative_to(shipped_path("properties").parent).as_posix()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(path.read_text("utf-8")))
+
+
+def split_models(text: str) -> list[str]:
+    """``BPR,GaCLLM:topk=[5,10]`` -> its rows; a comma in brackets or quotes does not separate."""
+    return _split(text, ",")
+
+
+def split_seeds(row: str, n_seeds: int) -> tuple[str, int]:
+    """``NeuMF:seeds=5`` -> ``NeuMF`` and 5; a row without ``seeds`` has all of them."""
+    parts = _split(row, ":")
+    counts = [part for part in parts if part.startswith("seeds=")]
+    if len(counts) > 1:
+        raise ValueError(f"models: {row!r} gives seeds twice; give it once.")
+    if not counts:
+        return row, n_seeds
+    value = counts[0].removeprefix("seeds=")
+    if not value.isdecimal() or not 1 <= int(value) <= n_seeds:
+        raise ValueError(
+            f"models: {counts[0]!r} of {row!r} must be a number from 1 to {n_seeds} (--seeds): the "
+            "first so many of all seeds."
+        )
+    return ":".join(part for part in parts if part != counts[0]), int(value)
+
+
+def split_variant(row: str) -> tuple[str, dict[str, str]]:
+    """``GaCLLM:use_text=False:n_layers=1`` -> ``GaCLLM`` and the variant's own keys."""
+    model, *parts = _split(row, ":")
+    keys = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(
+                f"models: {part!r} of {row!r} is not key=value. A variant is written "
+                "Model:key=value:key=value; a value that holds ':' outside of brackets and quotes "
+                "goes into a config file."
+            )
+        if key in _SHARED_KEYS:
+            raise ValueError(f"models: {key} of {row!r} must be the same for all; give --{key}=….")
+        if key in keys:
+            raise ValueError(f"models: {row!r} gives {key} twice; give it once.")
+        keys[key] = value
+    return model, keys
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts of a text between separators that stand in no brackets and no quotes."""
+    parts, start = [], 0
+    open_brackets: list[str] = []  # what closes them
+    quote = ""
+    for place, sign in enumerate(text):
+        if quote:
+            quote = "" if sign == quote and text[place - 1] != "\\" else quote
+        elif sign in "'\"" and place > 0 and text[place - 1] in _BEFORE_A_QUOTE:
+            quote = sign
+        elif sign in _CLOSING:
+            open_brackets.append(_CLOSING[sign])
+        elif sign in _CLOSING.values():
+            if not open_brackets or open_brackets.pop() != sign:
+                raise ValueError(f"models: {text!r} has a {sign!r} that nothing opened; remove it.")
+        elif sign == separator and not open_brackets:
+            parts.append(text[start:place])
+            start = place + 1
+    if quote or open_brackets:
+        raise ValueError(
+            f"models: {text!r} has no {quote or open_brackets[-1]!r} for what was opened; add it, "
+            "or put the value into a config file."
+        )
+    return [*parts, text[start:]]

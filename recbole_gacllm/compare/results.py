@@ -41,12 +41,9 @@ class FinishedRun:
             values = pd.Series(stored[metric], index=stored["users"])
         return values.groupby(level=0, sort=True).mean()
 
-    def degrees(self) -> dict[str, Any] | None:
-        """The arrays of ``degrees.npz``; None for a run of a version that did not write it."""
-        file = self.folder / DEGREES_FILE
-        if not file.is_file():
-            return None
-        with np.load(file) as stored:
+    def degrees(self) -> dict[str, Any]:
+        """The arrays of ``degrees.npz``."""
+        with np.load(self.folder / DEGREES_FILE) as stored:
             return dict(stored)
 
 
@@ -56,9 +53,9 @@ class Board:
 
     Attributes:
         plan: ``leaderboard.json``.
-        runs: Finished runs of the plan, in its order.
+        runs: Finished runs, in the order of the plan.
         failures: ``failed.json`` of those that failed.
-        n_missing: Runs that were neither finished nor failed.
+        n_missing: Runs that neither finished nor failed.
     """
 
     folder: Path
@@ -101,6 +98,11 @@ class Board:
             if run.record["dataset"] == dataset and model in (None, run.record["model"])
         ]
 
+    def by_model(self, dataset: str) -> dict[str, list[FinishedRun]]:
+        """The same by model, in the order of the tables; of those that have any."""
+        runs = {model: self.of(dataset, model) for model in self.plan["models"]}
+        return {model: of_model for model, of_model in runs.items() if of_model}
+
     def _require_equal_splits(self) -> None:
         first: dict[tuple[str, int], FinishedRun] = {}
         for run in self.runs:
@@ -123,10 +125,8 @@ def summarize(board: Board, baseline: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: If the baseline is none of the models.
     """
-    if baseline is not None and baseline not in board.plan["models"]:
-        models = ", ".join(board.plan["models"])
-        raise ValueError(f"baseline: {baseline!r} is not one of the models: {models}.")
     plan = board.plan
+    require_baseline(baseline, plan["models"])
     return {
         "protocol": plan["protocol"],
         "seeds": plan["seeds"],
@@ -144,19 +144,29 @@ def summarize(board: Board, baseline: str | None = None) -> dict[str, Any]:
     }
 
 
+def require_baseline(baseline: str | None, models: list[str]) -> None:
+    """Refuse a baseline that is none of the models."""
+    if baseline is not None and baseline not in models:
+        raise ValueError(f"baseline: {baseline!r} is not one of the models: {', '.join(models)}.")
+
+
 def _dataset_table(board: Board, dataset: str, baseline: str | None) -> dict[str, Any]:
-    by_model = {model: board.of(dataset, model) for model in board.plan["models"]}
-    by_model = {model: runs for model, runs in by_model.items() if runs}
+    by_model = board.by_model(dataset)
     reference = baseline if baseline in by_model else next(iter(by_model))
-    metrics = list(next(iter(by_model.values()))[0].record["test"])
+    first = next(iter(by_model.values()))[0].record
     rows: dict[str, dict[str, Any]] = {
         model: {"seeds": [run.record["seed"] for run in runs], "metrics": {}}
         for model, runs in by_model.items()
     }
     most = max(len(row["seeds"]) for row in rows.values())
-    for metric in metrics:
-        scores = _user_scores(by_model, metric)
+    for metric in first["test"]:
+        scores: dict[str, dict[int, pd.Series[float]]] = {}
+        for model, runs in by_model.items():
+            for run in runs:
+                if (of_users := run.per_user(metric)) is not None:
+                    scores.setdefault(model, {})[run.record["seed"]] = of_users
         tests = compare(scores, reference) if reference in scores else {}
+        means = {}
         for model, runs in by_model.items():
             values = [run.record["test"][metric] for run in runs]
             rows[model]["metrics"][metric] = {
@@ -166,34 +176,16 @@ def _dataset_table(board: Board, dataset: str, baseline: str | None) -> dict[str
                 "interval": mean_interval(scores[model]) if model in scores else None,
                 "test": dataclasses.asdict(tests[model]) if model in tests else None,
             }
-        smaller = metric.rpartition("@")[0] in board.plan["smaller_is_better"]
-        # A mean over fewer splits does not compare with the others: it is not ranked.
-        means = {
-            model: round(row["metrics"][metric]["mean"], DECIMALS)
-            for model, row in rows.items()
-            if len(row["seeds"]) == most
-        }
-        ranked = marks(means, smaller)
+            if len(values) == most:  # a mean over fewer splits is not ranked
+                means[model] = round(statistics.fmean(values), DECIMALS)
+        ranked = marks(means, metric.rpartition("@")[0] in board.plan["smaller_is_better"])
         for model, row in rows.items():
             row["metrics"][metric]["mark"] = ranked.get(model, "")
-    first = next(iter(by_model.values()))[0].record
     return {
         "baseline": reference,
-        "metrics": metrics,
+        "metrics": list(first["test"]),
         "statistics": first["statistics"],
         "splits": {str(run.record["seed"]): run.record["split"] for run in board.of(dataset)},
         "models": rows,
         "by_degree": by_degree(by_model),
     }
-
-
-def _user_scores(
-    by_model: dict[str, list[FinishedRun]], metric: str
-) -> dict[str, dict[int, pd.Series[float]]]:
-    scores: dict[str, dict[int, pd.Series[float]]] = {}
-    for model, runs in by_model.items():
-        for run in runs:
-            values = run.per_user(metric)
-            if values is not None:
-                scores.setdefault(model, {})[run.record["seed"]] = values
-    return scores

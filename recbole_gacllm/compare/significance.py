@@ -21,6 +21,7 @@ from scipy import stats
 # Per-user values of one metric: seed -> series indexed by user token.
 UserScores = Mapping[int, "pd.Series[float]"]
 Vector = np.ndarray[Any, np.dtype[Any]]  # one value for each user
+_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,11 @@ class PairedTest:
     """One model against the baseline, for one metric.
 
     Attributes:
-        n_users: Users compared.
         seeds: Seeds that both models have.
         difference: Mean over users of model minus baseline, averaged over seeds.
         interval: t confidence interval of the difference.
-        t_p: Two-sided p-value of the paired t test.
-        wilcoxon_p: Two-sided p-value of Wilcoxon's signed-rank test; users without a difference
-            are left out, as in Wilcoxon's method.
-        t_p_holm: ``t_p`` after Holm's correction over the compared models.
-        wilcoxon_p_holm: ``wilcoxon_p``, likewise.
+        t_p, wilcoxon_p: Two-sided; Wilcoxon's leaves out users without a difference.
+        t_p_holm, wilcoxon_p_holm: After Holm's correction over the compared models.
         by_seed: seed -> (difference, t_p, wilcoxon_p) of that seed alone.
     """
 
@@ -51,16 +48,13 @@ class PairedTest:
     by_seed: dict[int, tuple[float, float, float]]
 
 
-def compare(
-    scores: Mapping[str, UserScores], baseline: str, confidence: float = 0.95
-) -> dict[str, PairedTest]:
+def compare(scores: Mapping[str, UserScores], baseline: str) -> dict[str, PairedTest]:
     """Test every model against a baseline.
 
     Args:
         scores: Model -> its per-user values; a model without a seed in common with the baseline
             is left out.
         baseline: One of the models.
-        confidence: Level of the intervals.
 
     Raises:
         ValueError: If there is no such model, or users of a seed differ between models.
@@ -78,18 +72,16 @@ def compare(
                 for seed in shared
             }
     pooled = {model: _pool(by_seed) for model, by_seed in pairs.items()}
-    p_values = {model: _p_values(values) for model, values in pooled.items()}
-    t_holm = holm([p[0] for p in p_values.values()])
-    wilcoxon_holm = holm([p[1] for p in p_values.values()])
-    tests = {}
-    for place, (model, means) in enumerate(pooled.items()):
-        tests[model] = PairedTest(
+    p_values = [_p_values(values) for values in pooled.values()]
+    t_holm, wilcoxon_holm = holm([t for t, _ in p_values]), holm([w for _, w in p_values])
+    return {
+        model: PairedTest(
             n_users=len(means),
             seeds=tuple(pairs[model]),
             difference=float(means.mean()),
-            interval=_t_interval(means, confidence),
-            t_p=p_values[model][0],
-            wilcoxon_p=p_values[model][1],
+            interval=_t_interval(means),
+            t_p=p_values[place][0],
+            wilcoxon_p=p_values[place][1],
             t_p_holm=t_holm[place],
             wilcoxon_p_holm=wilcoxon_holm[place],
             by_seed={
@@ -97,12 +89,13 @@ def compare(
                 for seed, alone in pairs[model].items()
             },
         )
-    return tests
+        for place, (model, means) in enumerate(pooled.items())
+    }
 
 
-def mean_interval(scores: UserScores, confidence: float = 0.95) -> tuple[float, float]:
-    """Confidence interval (t, over users) of a model's mean, each user averaged over seeds."""
-    return _t_interval(_pool(scores), confidence)
+def mean_interval(scores: UserScores) -> tuple[float, float]:
+    """95 % interval (t, over users) of a model's mean, each user averaged over seeds."""
+    return _t_interval(_pool(scores))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -147,9 +140,9 @@ def _p_values(differences: Vector) -> tuple[float, float]:
     return t_p, float(stats.wilcoxon(differences).pvalue)
 
 
-def _t_interval(values: Vector, confidence: float) -> tuple[float, float]:
+def _t_interval(values: Vector) -> tuple[float, float]:
     mean, n = float(values.mean()), len(values)
     if n < 2:
         return mean, mean
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
     return mean - half, mean + half

@@ -1,19 +1,7 @@
-"""A folder with what a leaderboard's maintainer needs to trust a table.
-
-submission/README.md               what is in it
-submission/results.json, .csv      the tables
-submission/results/                pages
-submission/runs/<run>/             run.json, per_user.npz, config.yaml of every run
-submission/splits.json             hashes of train, valid and test of every run
-submission/environment.json        code version, packages
-submission/costs.json              seconds, and tokens of the LLM stages
-submission/leakage_audit.json
-submission/SHA256SUMS
-"""
+"""``submission/``: what a leaderboard's maintainer needs to trust a table; its README lists it."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -23,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from recbole_gacllm.artifacts import manifests
+from recbole_gacllm.artifacts.hashing import sha256
 from recbole_gacllm.compare.costs import command, costs
 from recbole_gacllm.compare.degrees import DEGREES_FILE
 from recbole_gacllm.compare.job import PER_USER_FILE, RUN_FILE
@@ -71,45 +60,44 @@ def write_submission(folder: Path, baseline: str | None = None) -> Path:
 
 
 def _write(board: Board, target: Path, tables: list[Path]) -> None:
-    for file in tables:
+    copies = [*tables]
+    for run in board.runs:
+        copies += [run.folder / name for name in (RUN_FILE, PER_USER_FILE, DEGREES_FILE)]
+    for file in copies:
         copy = target / file.relative_to(board.folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
-    for run in board.runs:
-        copy = target / "runs" / run.name
-        copy.mkdir(parents=True)
-        for name in (RUN_FILE, PER_USER_FILE, DEGREES_FILE):
-            if (run.folder / name).is_file():  # some have no degrees
-                shutil.copyfile(run.folder / name, copy / name)
-        config = yaml.safe_dump(run.record["config"], sort_keys=True, allow_unicode=True)
-        (copy / "config.yaml").write_text(config, "utf-8")
+    records = {run.name: run.record for run in board.runs}
+    for name, record in records.items():
+        config = yaml.safe_dump(record["config"], sort_keys=True, allow_unicode=True)
+        (target / "runs" / name / "config.yaml").write_text(config, "utf-8")
     packages = {
-        str(found.metadata["Name"]): found.version for found in importlib.metadata.distributions()
+        str(package.metadata["Name"]): package.version
+        for package in importlib.metadata.distributions()
     }
     pages = {
-        "splits.json": {run.name: run.record["split"] for run in board.runs},
+        "splits.json": {name: record["split"] for name, record in records.items()},
         "environment.json": {
             "code": board.plan["code"],
-            "code_of_runs": {run.name: run.record["code"] for run in board.runs},
-            "versions_of_runs": {run.name: run.record["versions"] for run in board.runs},
+            "code_of_runs": {name: record["code"] for name, record in records.items()},
+            "versions_of_runs": {name: record["versions"] for name, record in records.items()},
             "python": platform.python_version(),
             "platform": platform.platform(),
             "packages": dict(sorted(packages.items())),
         },
         "costs.json": {run.name: costs(run) for run in board.runs},
         "leakage_audit.json": {
-            run.name: run.record["leakage_audit"]
-            for run in board.runs
-            if "leakage_audit" in run.record
+            name: record["leakage_audit"]
+            for name, record in records.items()
+            if "leakage_audit" in record
         },
     }
     for name, content in pages.items():
         (target / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
-    (target / "README.md").write_text(
-        _README.format(command=" ".join(command(board).split())), "utf-8"
-    )
+    readme = _README.format(command=" ".join(command(board).split()))
+    (target / "README.md").write_text(readme, "utf-8")
     sums = [
-        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(target).as_posix()}\n"
+        f"{sha256(file)}  {file.relative_to(target).as_posix()}\n"
         for file in sorted(target.rglob("*"))
         if file.is_file()
     ]

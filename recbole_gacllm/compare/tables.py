@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from recbole.utils import list_to_latex
 
 from recbole_gacllm.artifacts import disk
-from recbole_gacllm.artifacts.csv_cells import csv_text
 from recbole_gacllm.compare import degrees, markdown
-from recbole_gacllm.compare import markdown as cells
 from recbole_gacllm.compare.costs import command, cost_rows, environment_rows, runs_to_csv
+from recbole_gacllm.compare.markdown import latex, metric_name
 from recbole_gacllm.compare.results import DECIMALS, Board, summarize
-from recbole_gacllm.plugin.registration import MODELS
+from recbole_gacllm.config import MODELS
 
 RESULTS_FILE = "results.json"
 _PROPERTIES = (
@@ -29,17 +29,18 @@ _PROPERTIES = (
     *("item_inter_num_interval", "eval_args", "metrics", "topk", "valid_metric"),
     *("epochs", "stopping_step", "MAX_ITEM_LIST_LENGTH"),
 )
+_FILTERS = ("rm_dup_inter", "val_interval", "user_inter_num_interval", "item_inter_num_interval")
+_P_VALUES = ("t_p", "t_p_holm", "wilcoxon_p", "wilcoxon_p_holm")
+_PARTS = ("train", "valid", "test")
+_SEQUENTIAL_NOTE = (
+    "RecBole ranks all items for sequential models, those of the user's history too, and gives "
+    "them the validation item as the last of the history at test time; for general models it "
+    "leaves out the history and does not train on validation items.\n"
+)
 
 
 def export(folder: Path, baseline: str | None = None) -> list[Path]:
-    """Write every table of a leaderboard's folder.
-
-    Args:
-        folder: Of a leaderboard, finished or not.
-        baseline: What the models are tested against; default the first named one with results.
-
-    Returns:
-        The files written.
+    """Write every table of a leaderboard's folder, finished or not; return the files.
 
     Raises:
         ValueError: If there is no leaderboard, no finished run, or no such baseline.
@@ -66,28 +67,30 @@ def export(folder: Path, baseline: str | None = None) -> list[Path]:
 
 def to_csv(summary: dict[str, Any]) -> str:
     """One row for each data set, model and metric."""
-    head = (
-        *("dataset", "model", "metric", "mean", "std", "n_seeds", "interval_low", "interval_high"),
-        *("mark", "baseline", "difference", "difference_low", "difference_high"),
-        *("t_p", "t_p_holm", "wilcoxon_p", "wilcoxon_p_holm"),
-    )
-    rows: list[Sequence[Any]] = [head]
+    rows = []
     for dataset, table in summary["datasets"].items():
-        for model, row in table["models"].items():
-            for metric, cell in row["metrics"].items():
+        for model, of_model in table["models"].items():
+            for metric, cell in of_model["metrics"].items():
                 test = cell["test"] or {}
-                rows.append(
-                    [
-                        *(dataset, model, metric, round(cell["mean"], 6)),
-                        "" if cell["std"] is None else round(cell["std"], 6),
-                        len(row["seeds"]),
-                        *(cell["interval"] or ("", "")),
-                        *(cell["mark"], table["baseline"], test.get("difference", "")),
-                        *test.get("interval", ("", "")),
-                        *(test.get(key, "") for key in head[-4:]),
-                    ]
-                )
-    return csv_text(rows)
+                low, high = cell["interval"] or (None, None)
+                test_low, test_high = test.get("interval", (None, None))
+                row = {
+                    "dataset": dataset,
+                    "model": model,
+                    "metric": metric,
+                    "mean": round(cell["mean"], 6),
+                    "std": None if cell["std"] is None else round(cell["std"], 6),
+                    "n_seeds": len(of_model["seeds"]),
+                    "interval_low": low,
+                    "interval_high": high,
+                    "mark": cell["mark"],
+                    "baseline": table["baseline"],
+                    "difference": test.get("difference"),
+                    "difference_low": test_low,
+                    "difference_high": test_high,
+                }
+                rows.append(row | {name: test.get(name) for name in _P_VALUES})
+    return markdown.csv_text(rows)
 
 
 def to_latex(summary: dict[str, Any], dataset: str) -> str:
@@ -100,78 +103,49 @@ def to_latex(summary: dict[str, Any], dataset: str) -> str:
     def cell(value: dict[str, Any]) -> str:
         text = f"{value['mean']:.{DECIMALS}f}"
         if value["mark"]:
-            command = {"best": "textbf", "second": "underline"}[value["mark"]]
-            text = f"\\{command}{{{text}}}"
+            text = f"\\{'textbf' if value['mark'] == 'best' else 'underline'}{{{text}}}"
         if value["std"] is not None:
             text += f"{{\\scriptsize\\,$\\pm$\\,{value['std']:.{DECIMALS}f}}}"
         if value["test"] and value["test"]["wilcoxon_p_holm"] < 0.05:
             text += "$^\\dagger$"
         return text
 
-    lines = [
-        "% needs \\usepackage{booktabs}",
-        "\\begin{table}",
-        "\\centering",
-        f"\\caption{{{cells.latex(_caption(summary, dataset))} $\\dagger$: differs from "
-        f"{cells.latex(table['baseline'])}, $p<0.05$ (paired Wilcoxon over users, Holm).}}",
-        f"\\begin{{tabular}}{{l{'c' * len(table['metrics'])}}}",
-        "\\toprule",
-        " & ".join(
-            ["Method", *(cells.latex(markdown.metric_name(name)) for name in table["metrics"])]
-        )
-        + " \\\\",
-        "\\midrule",
+    rows = [
+        [latex(model), *(cell(row["metrics"][metric]) for metric in table["metrics"])]
+        for model, row in table["models"].items()
     ]
-    lines += [" & ".join(row) + " \\\\" for row in _rows(table, cell, cells.latex)]
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
+    head = ["Method", *(latex(metric_name(metric)) for metric in table["metrics"])]
+    caption = (
+        f"{latex(_caption(summary, dataset))} $\\dagger$: differs from "
+        f"{latex(table['baseline'])}, $p<0.05$ (paired Wilcoxon over users, Holm)."
+    )
+    style = pd.DataFrame(rows, columns=head).style.hide(axis="index")
+    return "% needs \\usepackage{booktabs}\n" + style.to_latex(
+        hrules=True,
+        column_format=f"l{'c' * len(table['metrics'])}",
+        position_float="centering",
+        caption=caption,
+    )
 
 
 def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
     """A page as RecBole-GNN publishes them; below: tests, costs, the proof of equal splits."""
     table, plan = summary["datasets"][dataset], board.plan
-    config = plan["properties"][dataset]
-    properties = {key: config[key] for key in _PROPERTIES if config.get(key) is not None}
-    filters = (
-        *("rm_dup_inter", "val_interval", "user_inter_num_interval", "item_inter_num_interval"),
-    )
-    # RecBole's own value for "no filter on the number of interactions".
-    given = [f"{key}: {config[key]}" for key in filters if config.get(key) not in (None, "[0,inf)")]
-    numbers = table["statistics"]
-    n_users, n_items, n_edges = (
-        numbers[f"n_{what}"] for what in ("users", "items", "interactions")
-    )
-    n_repeats = numbers.get("n_repeats", 0)
-    sparsity = 1 - (n_edges - n_repeats) / (n_users * n_items)
-    repeats = (
-        f"**Repeats:** {n_repeats:,} of {n_edges:,} interactions are of a user and an item that "
-        "stand in an earlier one: held-out ones may be known from training.\n"
-    )
-    metrics = [cells.markdown(markdown.metric_name(metric)) for metric in table["metrics"]]
-    name = cells.markdown(dataset)
-
-    def cell(value: dict[str, Any]) -> str:
-        text = f"{value['mean']:.{DECIMALS}f}"
-        text = {"best": f"**{text}**", "second": f"<u>{text}</u>"}.get(value["mark"], text)
-        return text if value["std"] is None else f"{text} ± {value['std']:.{DECIMALS}f}"
-
+    metrics = [markdown.markdown(metric_name(metric)) for metric in table["metrics"]]
     made_by = f"{command(board)} --baseline={table['baseline']}"
     parts = [
-        f"# Experimental Setting\n\n**Dataset:** {name}\n",
-        f"**Filtering:** {cells.markdown('; '.join(given) or 'none')}\n",
-        repeats if n_repeats else "",
-        f"**Evaluation:** {cells.markdown(evaluation(config))}\n",
-        f"**Metrics:** {', '.join(metrics)}\n",
-        f"**Properties:**\n\n```yaml\n{_yaml(properties)}```\n",
-        "# Dataset Statistics\n",
-        markdown.table(
-            ["Dataset", "#Users", "#Items", "#Interactions", "Sparsity"],
-            [[name, f"{n_users:,}", f"{n_items:,}", f"{n_edges:,}", f"{sparsity:.2%}"]],
-        ),
+        _setting(table, plan["properties"][dataset], dataset, metrics),
         "# Evaluation Results\n",
-        markdown.table(["Method", *metrics], _rows(table, cell, markdown.bold)),
-        cells.markdown(_caption(summary, dataset)) + " **Best**, <u>second</u>.\n",
+        markdown.table(
+            ["Method", *metrics],
+            [
+                [markdown.bold(model), *map(_cell, row["metrics"].values())]
+                for model, row in table["models"].items()
+            ],
+        ),
+        markdown.markdown(_caption(summary, dataset)) + " **Best**, <u>second</u>.\n",
         _failures(summary, dataset),
-        _notes(summary),
+        _SEQUENTIAL_NOTE if summary["protocol"] == "sequential" else "",
         degrees.section(table["by_degree"], DECIMALS),
         "# Hyper-parameters\n",
         markdown.table(["", "Hyper-parameters", "Source"], _hyper_parameters(plan, table, dataset)),
@@ -179,7 +153,7 @@ def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
         "# Paired Tests\n",
         _tests(table),
         "# Cost\n",
-        f"Made by {cells.markdown_code(made_by)}; means over the runs of a "
+        f"Made by {markdown.markdown_code(made_by)}; means over the runs of a "
         "model. Every run's own numbers: runs.csv.\n",
         markdown.table(
             ["Method", "Runs", "Seconds", "Of these, training", "LLM tokens in", "LLM tokens out"],
@@ -202,14 +176,50 @@ def to_markdown(summary: dict[str, Any], board: Board, dataset: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-_PARTS = ("train", "valid", "test")
+def _setting(
+    table: dict[str, Any], config: dict[str, Any], dataset: str, metrics: list[str]
+) -> str:
+    properties = {key: config[key] for key in _PROPERTIES if config.get(key) is not None}
+    # The interval is RecBole's own value for "no filter on the number of interactions".
+    filters = "; ".join(
+        f"{key}: {config[key]}" for key in _FILTERS if config.get(key) not in (None, "[0,inf)")
+    )
+    numbers, name = table["statistics"], markdown.markdown(dataset)
+    n_users, n_items, n_edges = (numbers[f"n_{of}"] for of in ("users", "items", "interactions"))
+    n_repeats = numbers.get("n_repeats", 0)
+    sparsity = 1 - (n_edges - n_repeats) / (n_users * n_items)
+    yaml_lines = yaml.safe_dump(properties, sort_keys=False, default_flow_style=None, width=96)
+    parts = [
+        f"# Experimental Setting\n\n**Dataset:** {name}\n",
+        f"**Filtering:** {markdown.markdown(filters or 'none')}\n",
+        f"**Repeats:** {n_repeats:,} of {n_edges:,} interactions are of a user and an item that "
+        "stand in an earlier one: held-out ones may be known from training.\n"
+        if n_repeats
+        else "",
+        f"**Evaluation:** {markdown.markdown(evaluation(config))}\n",
+        f"**Metrics:** {', '.join(metrics)}\n",
+        f"**Properties:**\n\n```yaml\n{yaml_lines}```\n",
+        "# Dataset Statistics\n",
+        markdown.table(
+            ["Dataset", "#Users", "#Items", "#Interactions", "Sparsity"],
+            [[name, f"{n_users:,}", f"{n_items:,}", f"{n_edges:,}", f"{sparsity:.2%}"]],
+        ),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _cell(value: dict[str, Any]) -> str:
+    text = markdown.mean_std(value["mean"], value["std"], DECIMALS)
+    mean, *deviation = text.split(" ", 1)
+    marked = {"best": f"**{mean}**", "second": f"<u>{mean}</u>"}.get(value["mark"], mean)
+    return " ".join([marked, *deviation])
 
 
 def evaluation(config: dict[str, Any]) -> str:
     """RecBole's ``eval_args`` and the keys of ``splits.py`` in words."""
     arguments = config["eval_args"]
-    kept = config.get("train_share") or 1
-    sparse = "" if kept == 1 else f"; {kept:.0%} of the training interactions kept"
+    share = config.get("train_share") or 1
+    sparse = "" if share == 1 else f"; {share:.0%} of the training interactions kept"
     if cold := config.get("cold_item_share"):
         return (
             f"by item: {cold:.0%} of the items have no training interaction, those of half of them "
@@ -220,19 +230,22 @@ def evaluation(config: dict[str, Any]) -> str:
     if files := config.get("benchmark_filename"):
         return f"ready split files ({', '.join(files)}), {ranking}{sparse}"
     order = {"RO": "random order", "TO": "order of time"}[arguments["order"]]
-    (rule, value), *_ = arguments["split"].items()
-    split = f"ratio-based {':'.join(f'{part:g}' for part in value)}" if rule == "RS" else None
-    leave = "leave one out" if rule == "LS" else f"{rule} {value}"
-    return f"{split or leave}, {order}, {ranking}; grouped by {arguments['group_by']}{sparse}"
+    match next(iter(arguments["split"].items())):
+        case "RS", ratios:
+            split = f"ratio-based {':'.join(f'{part:g}' for part in ratios)}"
+        case "LS", _:
+            split = "leave one out"
+        case rule, value:
+            split = f"{rule} {value}"
+    return f"{split}, {order}, {ranking}; grouped by {arguments['group_by']}{sparse}"
 
 
 def _caption(summary: dict[str, Any], dataset: str) -> str:
     rows = summary["datasets"][dataset]["models"]
-    most = max(len(row["seeds"]) for row in rows.values())
+    n_seeds = {model: len(row["seeds"]) for model, row in rows.items()}
+    most = max(n_seeds.values())
     spread = f"mean ± standard deviation of {most} seeds" if most > 1 else "one seed"
-    if fewer := [
-        f"{name} {len(row['seeds'])}" for name, row in rows.items() if len(row["seeds"]) < most
-    ]:
+    if fewer := [f"{model} {n}" for model, n in n_seeds.items() if n < most]:
         spread += (
             f" ({', '.join(fewer)}: the first ones, not ranked; each test is on the seeds that "
             "both have)"
@@ -240,37 +253,20 @@ def _caption(summary: dict[str, Any], dataset: str) -> str:
     return f"Test results on {dataset}, {summary['protocol']} protocol, {spread}."
 
 
-def _rows(
-    table: dict[str, Any],
-    cell: Callable[[dict[str, Any]], str],
-    name: Callable[[str], str],
-) -> list[list[str]]:
-    return [
-        [name(model), *(cell(row["metrics"][metric]) for metric in table["metrics"])]
-        for model, row in table["models"].items()
-    ]
-
-
 def _tests(table: dict[str, Any]) -> str:
     rows = []
     for metric in table["metrics"]:
         for model, row in table["models"].items():
             if test := row["metrics"][metric]["test"]:
-                low, high = test["interval"]
-                rows.append(
-                    [
-                        markdown.bold(model),
-                        cells.markdown(markdown.metric_name(metric)),
-                        f"{test['difference']:+.{DECIMALS}f}",
-                        f"[{low:+.{DECIMALS}f}, {high:+.{DECIMALS}f}]",
-                        f"{test['t_p_holm']:.2g}",
-                        f"{test['wilcoxon_p_holm']:.2g}",
-                    ]
-                )
+                low, high = (f"{end:+.{DECIMALS}f}" for end in test["interval"])
+                name = markdown.markdown(metric_name(metric))
+                numbers = f"{test['difference']:+.{DECIMALS}f}", f"[{low}, {high}]"
+                p_values = f"{test['t_p_holm']:.2g}", f"{test['wilcoxon_p_holm']:.2g}"
+                rows.append([markdown.bold(model), name, *numbers, *p_values])
     if not rows:
         return "No model to compare with.\n"
-    baseline = cells.markdown(table["baseline"])
-    head = ["Method", "Metric", f"Method - {baseline}", "95 % interval", "p (t)", "p (Wilcoxon)"]
+    difference = f"Method - {markdown.markdown(table['baseline'])}"
+    head = ["Method", "Metric", difference, "95 % interval", "p (t)", "p (Wilcoxon)"]
     note = (
         "Two-sided, paired over users (each averaged over the seeds), Holm's correction over the "
         "compared methods. Uncorrected values and those of each seed: results.json.\n"
@@ -282,81 +278,68 @@ def _hyper_parameters(plan: dict[str, Any], table: dict[str, Any], dataset: str)
     rows = []
     for model in table["models"]:
         tuned = plan["tuned"][f"{dataset}/{model}"]
-        given = tuned["given"]
-        values = {**tuned["values"], **given}
-        source = _lines(tuned["files"])
-        if not source:
-            source = "GaCLLM.yaml" if model.partition(":")[0] in MODELS else "RecBole's defaults"
-        if given:
-            source += "<br/>the command line"
+        own = "GaCLLM.yaml" if model.partition(":")[0] in MODELS else "RecBole's defaults"
+        sources = [_lines(tuned["files"]) or own]
+        if tuned["given"]:
+            sources.append("the command line")
         if plan["config_files"]:
-            source += "<br/>" + _lines(plan["config_files"])
+            sources.append(_lines(plan["config_files"]))
+        values = {**tuned["values"], **tuned["given"]}
         text = _lines(f"{key}={value}" for key, value in values.items())
-        rows.append([markdown.bold(model), text, source])
+        rows.append([markdown.bold(model), text, "<br/>".join(sources)])
     return rows
 
 
 def _lines(texts: Iterable[str]) -> str:
     """Lines of one cell."""
-    return "<br/>".join(map(cells.markdown, texts))
+    return "<br/>".join(map(markdown.markdown, texts))
 
 
 def _tuning(plan: dict[str, Any], table: dict[str, Any], dataset: str) -> str:
     """Where the files of hyper-parameters are from and what was tried, as their heads say."""
-    notes = {
-        file: note
-        for model in table["models"]
-        for file, note in plan["tuned"][f"{dataset}/{model}"]["files"].items()
-        if note
-    }
-    lines = [
-        f"- {cells.markdown_code(file)}: {cells.markdown(note)}" for file, note in notes.items()
-    ]
-    return "Sources and ranges:\n\n" + "\n".join(lines) + "\n" if lines else ""
-
-
-def _failures(summary: dict[str, Any], dataset: str) -> str:
-    lines = [
-        f"- {cells.markdown(failure['model'])}, seed {cells.markdown(failure['seed'])}: "
-        f"{cells.markdown_code(failure['error'])}"
-        for failure in summary["failures"]
-        if failure["dataset"] == dataset
-    ]
-    return "Failed runs, not in the table:\n\n" + "\n".join(lines) + "\n" if lines else ""
-
-
-def _notes(summary: dict[str, Any]) -> str:
-    if summary["protocol"] != "sequential":
-        return ""
-    return (
-        "RecBole ranks all items for sequential models, those of the user's history too, and gives "
-        "them the validation item as the last of the history at test time; for general models it "
-        "leaves out the history and does not train on validation items.\n"
+    notes: dict[str, str] = {}
+    for model in table["models"]:
+        notes |= plan["tuned"][f"{dataset}/{model}"]["files"]
+    return _listing(
+        "Sources and ranges",
+        [
+            f"{markdown.markdown_code(file)}: {markdown.markdown(note)}"
+            for file, note in notes.items()
+            if note
+        ],
     )
 
 
-def _yaml(values: dict[str, Any]) -> str:
-    return str(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=96))
+def _failures(summary: dict[str, Any], dataset: str) -> str:
+    return _listing(
+        "Failed runs, not in the table",
+        [
+            f"{markdown.markdown(failure['model'])}, seed {markdown.markdown(failure['seed'])}: "
+            f"{markdown.markdown_code(failure['error'])}"
+            for failure in summary["failures"]
+            if failure["dataset"] == dataset
+        ],
+    )
+
+
+def _listing(head: str, lines: list[str]) -> str:
+    return "\n".join([f"{head}:\n", *(f"- {line}" for line in lines), ""]) if lines else ""
 
 
 def write_latex(board: Board, dataset: str, part: str, file: Path) -> None:
-    """Write one table with RecBole's own function; means over seeds where there are several.
+    """Write the table of ``valid`` or ``test`` with RecBole's own function: means over seeds.
 
-    Args:
-        board: A leaderboard with at least one finished run of the data set.
-        dataset: Name of the data set.
-        part: ``valid`` or ``test``.
-        file: ``.tex`` file to write; its folder is made if need be.
+    The board has at least one finished run of the data set.
     """
     rows = []
-    for model in board.plan["models"]:
-        runs = board.of(dataset, model)
-        metrics = runs[0].record[part] if runs else {}
+    for model, runs in board.by_model(dataset).items():
+        records = [run.record for run in runs]
         means = {
-            metric: statistics.fmean(run.record[part][metric] for run in runs) for metric in metrics
+            metric: statistics.fmean(record[part][metric] for record in records)
+            for metric in records[0][part]
         }
         if means:
-            rows.append({"Model": cells.latex(model), **means})
+            rows.append({"Model": latex(model), **means})
     bigger = all(run.record["config"]["valid_metric_bigger"] for run in board.of(dataset))
     columns = [name for name in rows[0] if name != "Model"]
     _, text = list_to_latex(rows, bigger_flag=bigger, subset_columns=columns)

@@ -20,7 +20,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 from recbole_gacllm import __version__
 from recbole_gacllm.artifacts import disk
-from recbole_gacllm.artifacts.csv_cells import csv_text
 from recbole_gacllm.compare.identity import LATER_KEYS
 from recbole_gacllm.compare.job import RUN_FILE
 from recbole_gacllm.compare.leaderboard import (
@@ -42,13 +41,18 @@ from recbole_gacllm.compare.leaderboard import (
     read_if_there,
     watched,
 )
-from recbole_gacllm.compare.plan import FIRST_SEED, Job, make_plan
+from recbole_gacllm.compare.markdown import csv_text
+from recbole_gacllm.compare.plan import FIRST_SEED, PlannedRun, make_plan
 from recbole_gacllm.config import literal, shipped_path
 from recbole_gacllm.errors import GaCLLMError
 
 logger = logging.getLogger(__name__)
 
 ALGORITHMS = ("exhaustive", "random", "bayes")
+#: Kind -> parameter -> its values or bounds, as RecBole's ``params_dict``.
+Space = dict[str, dict[str, list[Any]]]
+# Kind -> how many numbers it takes; choice takes any values.
+_N_NUMBERS = {"choice": None, "uniform": 2, "quniform": 3, "loguniform": 2}
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,6 @@ class Search:
     """What is searched, for one model on one data set.
 
     Attributes:
-        space: Kind -> parameter -> its values or bounds, as RecBole's ``params_dict``.
         protocol: A name of ``properties/protocols``.
         config_files: The user's yaml files, over protocol and tuned hyper-parameters.
         keys: The user's keys, over all files; the searched parameters win over them.
@@ -88,13 +91,13 @@ class Search:
     nproc: int = 1
     trials: list[Trial] = field(default_factory=list)
 
-    def job(self, parameters: Mapping[str, Any]) -> Job:
+    def run_of(self, parameters: Mapping[str, Any]) -> PlannedRun:
         """The run of one set of parameters."""
         keys = {**self.keys, **parameters}
         plan = make_plan(
             [self.model], [self.dataset], 1, self.protocol, self.config_files, keys, self.nproc
         )
-        return plan.jobs[0]
+        return plan.runs[0]
 
     def plain(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """What hyperopt drew as Python values; whole numbers of quniform as integers."""
@@ -183,10 +186,10 @@ def tune(
 
 def _check_names(search: Search) -> None:
     """Refuse a parameter that the model does not read, which RecBole would ignore."""
-    known = search.job({}).key["config"] | LATER_KEYS
+    names = search.run_of({}).key["config"] | LATER_KEYS
     for name in search.names():
-        if name not in known:
-            near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
+        if name not in names:
+            near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "none"
             raise ValueError(
                 f"space: {name!r} is no key that a result of {search.model} depends on; near "
                 f"names: {near}."
@@ -200,14 +203,14 @@ def _make_trial(
     bar: tqdm[Any],
 ) -> tuple[Trial, bool]:
     """Make or find one run; also whether a larger score is better."""
-    job = search.job(parameters)
-    folder = search.output / "trials" / job.name
+    run = search.run_of(parameters)
+    folder = search.output / "trials" / run.name
     before = failed_before.setdefault(folder, read_if_there(folder / FAILED_FILE))
-    bigger = bool(job.key["config"]["valid_metric_bigger"])
+    bigger = bool(run.key["config"]["valid_metric_bigger"])
     label = ", ".join(f"{name} {value}" for name, value in parameters.items())
     same_split = [trial.folder for trial in search.trials]
     with watched(bar, label, folder):
-        while (outcome := attempt(job, folder, before, same_split)) is Outcome.BUSY:
+        while (outcome := attempt(run, folder, before, same_split)) is Outcome.BUSY:
             time.sleep(SECONDS_BETWEEN_LOOKS)
     if outcome is Outcome.FAILED:
         return Trial(parameters, None, {}, None, folder), bigger
@@ -220,42 +223,37 @@ def _make_trial(
 
 def _write_trials(search: Search) -> None:
     metrics = next((list(trial.valid) for trial in search.trials if trial.valid), [])
-    names = search.names()
-    rows: list[list[Any]] = [
-        ["trial", *names, *(f"valid {name}" for name in metrics), "seconds", "run"]
+    rows = [
+        {
+            "trial": number,
+            **{name: trial.parameters[name] for name in search.names()},
+            **{f"valid {name}": trial.valid.get(name, "failed") for name in metrics},
+            "seconds": trial.seconds,
+            "run": trial.folder.name,
+        }
+        for number, trial in enumerate(search.trials, 1)
     ]
-    for number, trial in enumerate(search.trials, 1):
-        rows.append(
-            [
-                number,
-                *(trial.parameters[name] for name in names),
-                *(trial.valid.get(name, "failed") for name in metrics),
-                trial.seconds,
-                trial.folder.name,
-            ]
-        )
     disk.write_atomic(search.output / "trials.csv", csv_text(rows).encode())
 
 
 def _write_best(search: Search, hyper: HyperTuning, algo: str) -> Path:
     best = {name: _literal(value) for name, value in search.plain(hyper.best_params).items()}
-    done = [trial for trial in search.trials if trial.score is not None]
-    config = json.loads((done[0].folder / RUN_FILE).read_text("utf-8"))["config"]
-    given = " ".join(f"{key}={value}" for key, value in search.keys.items())
+    trials = [trial for trial in search.trials if trial.score is not None]
+    config = json.loads((trials[0].folder / RUN_FILE).read_text("utf-8"))["config"]
+    keys = " ".join(f"{key}={value}" for key, value in search.keys.items())
     ranges = "; ".join(
         f"{name} {kind} {values}"
         for kind, parameters in search.space.items()
         for name, values in parameters.items()
     )
-    head = (
+    text = (
         f"# Source: tune of recbole_gacllm {__version__} on {search.dataset}, {search.protocol} "
-        f"protocol, seed {config['seed']}, {algo}, {len(done)} trials,\n"
+        f"protocol, seed {config['seed']}, {algo}, {len(trials)} trials,\n"
         f"# by validation {config['valid_metric']}: {hyper.best_score:.4f}. Given: "
-        f"{given or 'nothing'}.\n# Best of: {ranges}.\n"
+        f"{keys or 'nothing'}.\n# Best of: {ranges}.\n"
     )
     file = search.output / f"{search.model}.yaml"
-    text = head + yaml.safe_dump(best, sort_keys=False)
-    disk.write_atomic(file, text.encode())
+    disk.write_atomic(file, (text + yaml.safe_dump(best, sort_keys=False)).encode())
     return file
 
 
@@ -265,11 +263,6 @@ def _literal(value: Any) -> Any:
         with contextlib.suppress(ValueError):
             return literal(value)
     return value
-
-
-#: Kind -> parameter -> its values or bounds, as RecBole's ``params_dict``.
-Space = dict[str, dict[str, list[Any]]]
-_KINDS = ("choice", "uniform", "quniform", "loguniform")
 
 
 def read_space(file: Path) -> Space:
@@ -289,47 +282,47 @@ def read_space(file: Path) -> Space:
     except UnicodeDecodeError as error:
         raise ValueError(f"space: {file} is not UTF-8 text ({error}); save it as UTF-8.") from error
     space: Space = {}
-    lines: list[tuple[str, str, str, Any]] = []
-    if file.suffix in (".yaml", ".yml"):
-        lines = _of_yaml(file, content)
-    else:
-        for number, text in enumerate(content.splitlines(), 1):
-            words = text.partition("#")[0].split(maxsplit=2)
-            if not words:
-                continue
-            where = f"{file}, line {number}"
-            if len(words) < 3:
-                raise ValueError(f"{where}: {text!r} is not 'name kind values'.")
-            try:
-                # RecBole writes bounds without brackets.
-                values = literal(words[2] if "[" in words[2] else f"[{words[2]}]")
-            except ValueError as error:
-                raise ValueError(f"{where}: {words[2]!r} is not a list of values.") from error
-            lines.append((where, words[0], words[1], values))
-    for where, name, kind, values in lines:
-        if kind not in _KINDS:
-            raise ValueError(f"{where}: {kind!r} is not one of {', '.join(_KINDS)}.")
-        n_values = {"choice": None, "quniform": 3}.get(kind, 2)
-        if not isinstance(values, list) or not values or n_values not in (None, len(values)):
-            wanted = "a list of values" if n_values is None else f"{n_values} numbers"
-            raise ValueError(f"{where}: {kind} takes {wanted}, not {values!r}.")
-        if n_values is not None and not all(isinstance(value, (int, float)) for value in values):
-            raise ValueError(f"{where}: {kind} takes {n_values} numbers, not {values!r}.")
+    read = _of_yaml if file.suffix in (".yaml", ".yml") else _of_lines
+    for where, name, kind, values in read(file, content):
+        if kind not in _N_NUMBERS:
+            raise ValueError(f"{where}: {kind!r} is not one of {', '.join(_N_NUMBERS)}.")
+        n_numbers = _N_NUMBERS[kind]
+        allowed = "a list of values" if n_numbers is None else f"{n_numbers} numbers"
+        fits = isinstance(values, list) and len(values) > 0
+        if fits and n_numbers is not None:
+            numbers = [value for value in values if isinstance(value, (int, float))]
+            fits = len(numbers) == len(values) == n_numbers
+        if not fits:
+            raise ValueError(f"{where}: {kind} takes {allowed}, not {values!r}.")
         space.setdefault(kind, {})[name] = values
     if not space:
         raise ValueError(f"{file} names no parameter to search.")
     return space
 
 
-def _of_yaml(file: Path, content: str) -> list[tuple[str, str, str, Any]]:
-    """Where it stands, name, kind and values of each parameter."""
+def _of_lines(file: Path, content: str) -> Iterator[tuple[str, str, str, Any]]:
+    """Where it stands, name, kind and values of each parameter of a ``.hyper`` file."""
+    for number, text in enumerate(content.splitlines(), 1):
+        words = text.partition("#")[0].split(maxsplit=2)
+        if not words:
+            continue
+        where = f"{file}, line {number}"
+        if len(words) < 3:
+            raise ValueError(f"{where}: {text!r} is not 'name kind values'.")
+        try:
+            # RecBole writes bounds without brackets.
+            values = literal(words[2] if "[" in words[2] else f"[{words[2]}]")
+        except ValueError as error:
+            raise ValueError(f"{where}: {words[2]!r} is not a list of values.") from error
+        yield where, words[0], words[1], values
+
+
+def _of_yaml(file: Path, content: str) -> Iterator[tuple[str, str, str, Any]]:
+    """The same of the yaml of a ``params_dict``."""
     try:
-        loaded = yaml.safe_load(content) or {}
-        return [
-            (f"{file}: {name}", str(name), str(kind), values)
-            for kind, parameters in loaded.items()
-            for name, values in parameters.items()
-        ]
+        for kind, parameters in (yaml.safe_load(content) or {}).items():
+            for name, values in parameters.items():
+                yield f"{file}: {name}", str(name), str(kind), values
     except (yaml.YAMLError, AttributeError) as error:
         raise ValueError(
             f"space: {file} is not the yaml of RecBole's params_dict, which is "

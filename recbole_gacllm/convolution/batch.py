@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,13 +16,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from recbole_gacllm.artifacts.disk import sync_folder
+from recbole_gacllm.artifacts import disk
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.redaction import redact
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_FILE = "batch.json"
+BATCH_FILE = "batch.json"
 _SECOND = "-2"  # after the address: the second attempt, at another temperature
 _ID = re.compile(r"([0-9a-f]{64})(-2)?")
 _SHARD = re.compile(r"layer-\d+-\d{5,}\.jsonl")
@@ -52,20 +51,15 @@ def write_shards(folder: Path, layer: int, lines: Iterable[str], shard_size: int
     lines = iter(lines)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        (folder / BATCH_FILE).unlink(missing_ok=True)
         for old in folder.iterdir():
             if _SHARD.fullmatch(old.name):
                 old.unlink()
         while (first := next(lines, None)) is not None:
             path = folder / f"layer-{layer}-{len(shards):05d}.jsonl"
-            temporary = path.with_name(f".{path.name}.tmp")
-            with open(temporary, "w", encoding="ascii") as file:
+            with disk.atomic_path(path) as temporary, temporary.open("w", encoding="ascii") as file:
                 file.writelines(chain([first], islice(lines, shard_size - 1)))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
             shards.append(path)
-        sync_folder(folder)
     except OSError as error:
         raise GaCLLMError(
             f"--export-batch {folder}: cannot be written ({error}). Free space or rights there, "
@@ -91,7 +85,7 @@ def answer_files(paths: Iterable[Path]) -> list[Path]:
                 file
                 for file in found
                 if not _SHARD.fullmatch(file.name)
-                and file.name != MANIFEST_FILE
+                and file.name != BATCH_FILE
                 and not file.name.startswith(".")
             )
         elif path.is_file():

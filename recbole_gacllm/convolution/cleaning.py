@@ -174,23 +174,27 @@ def _one_line(raw: str) -> str:
 
 def _without_emphasis(text: str) -> str:
     """Drop marks around words, never those inside one: `M*A*S*H` and snake_case stay."""
-    opened: dict[str, deque[list[int]]] = defaultdict(deque)  # mark -> [place, how many] of each
-    dropped: set[int] = set()
+    openings: dict[str, deque[list[int]]] = defaultdict(deque)  # mark -> [place, how many] of each
+    places: set[int] = set()  # of marks that go
     for marks in _EMPHASIS.finditer(text):
         place, stop = marks.span()
-        before, after, waiting = text[place - 1 : place], text[stop : stop + 1], opened[marks[0][0]]
+        before, after, waiting = (
+            text[place - 1 : place],
+            text[stop : stop + 1],
+            openings[marks[0][0]],
+        )
         while place < stop and waiting and before.strip() and not is_in_spaced_word(after):
             opening = waiting[0]
             n = min(stop - place, opening[1])
-            dropped.update(range(place, place + n), range(opening[0], opening[0] + n))
+            places.update(range(place, place + n), range(opening[0], opening[0] + n))
             place, opening[0], opening[1] = place + n, opening[0] + n, opening[1] - n
             if not opening[1]:
                 waiting.popleft()
         if place < stop and after.strip() and not is_in_spaced_word(before):
             waiting.append([place, stop - place])
-    if not dropped:
+    if not places:
         return text
-    return "".join(char for place, char in enumerate(text) if place not in dropped)
+    return "".join(char for place, char in enumerate(text) if place not in places)
 
 
 def _without_markup(text: str) -> str:
@@ -222,18 +226,18 @@ def _strip_frame(text: str, context: CleaningContext) -> str:
         text = inner
 
 
-def _is_lead_in(found: re.Match[str], context: CleaningContext) -> bool:
+def _is_lead_in(match: re.Match[str], context: CleaningContext) -> bool:
     """Whether what stands around a label is of the request or usual there, not a title's.
 
     A title goes on with its kind in lower case: ``The Answer: a drama``.
     """
-    if found["before"] and _KIND.match(found.string, found.end()):
+    if match["before"] and _KIND.match(match.string, match.end()):
         return False
     usual = _LABEL_WORDS | _request_words(context.request)
-    if not usual.issuperset(words(found["before"] or "")):
+    if not usual.issuperset(words(match["before"] or "")):
         return False
-    of = [word for word in words(found["of"] or "") if word not in _ARTICLES]
-    return not of or of[0] in usual or _padded(found["of"]) in _padded(context.prompt)
+    of = [word for word in words(match["of"] or "") if word not in _ARTICLES]
+    return not of or of[0] in usual or _padded(match["of"]) in _padded(context.prompt)
 
 
 def _without_repetition(parts: list[str]) -> list[str]:
@@ -246,30 +250,30 @@ def _without_repetition(parts: list[str]) -> list[str]:
 def _without_repeated_elements(sentence: str) -> str:
     """Each element of a list once; the first element is whatever stands before the first comma."""
     head, *rest = _LIST_COMMA.split(sentence.rstrip())
-    kept, seen = [head], {""}
+    parts, seen = [head], {""}
     before = _padded(head)
     group = ""  # the semicolon before an element that goes, if the next one has a comma
     for position in range(0, len(rest), 2):
         comma, element = rest[position : position + 2]
-        found = words(element)
-        found = found[1:] if found[:1] in (["and"], ["or"]) else found
-        name = " ".join(found)
+        names = words(element)
+        names = names[1:] if names[:1] in (["and"], ["or"]) else names
+        name = " ".join(names)
         cut_off = element.endswith("…") and position == len(rest) - 2
         if (
             name in seen
-            or (length(found) >= 1 and before.endswith(f" {name} "))
+            or (length(names) >= 1 and before.endswith(f" {name} "))
             or (cut_off and any(other.startswith(name) for other in seen))
         ):
             group = group or (comma if comma.strip() in ";；؛" else "")
             continue
         seen.add(name)
-        kept += [group or comma, element]
+        parts += [group or comma, element]
         group = ""
-    if len(kept) == 1 + len(rest):
+    if len(parts) == 1 + len(rest):
         return sentence
     end = _LIST_END.search(sentence.rstrip())
     blank = sentence[len(sentence.rstrip()) :]
-    return _LIST_END.sub("", "".join(kept)) + (end[0] if end else "") + blank
+    return _LIST_END.sub("", "".join(parts)) + (end[0] if end else "") + blank
 
 
 def _is_echo(text: str, context: CleaningContext) -> bool:
@@ -285,8 +289,9 @@ def _is_echo(text: str, context: CleaningContext) -> bool:
 
 def _new_words(text: str, context: CleaningContext) -> list[str]:
     """The words that the model added to the beginning it was given."""
-    found, given = words(text), words(context.beginning)
-    return found[len(given) :] if found[: len(given)] == given else found
+    answer, beginning = words(text), words(context.beginning)
+    begins_so = answer[: len(beginning)] == beginning
+    return answer[len(beginning) :] if begins_so else answer
 
 
 def _says_something(text: str, context: CleaningContext) -> bool:

@@ -21,14 +21,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.convolution.cleaning import CleaningContext, clean
-from recbole_gacllm.convolution.costs import Cost, LayerCost
 from recbole_gacllm.convolution.graph import TrainGraph
 from recbole_gacllm.convolution.layers import SIDES, Layer, Side
 from recbole_gacllm.convolution.prompts import PromptTemplates
 from recbole_gacllm.convolution.requests import (
     CHUNK,
-    ConvolutionOptions,
     Messages,
     RequestMaker,
     Tokenizer,
@@ -44,20 +43,20 @@ _BATCH, _BATCH_SECONDS, _FULL_BATCH = 32, 1.0, 1024
 
 @dataclass
 class LayerReport:
-    """What one layer took, of all processes that worked on it, killed ones included.
+    """What a layer took.
 
     Attributes:
         n_nodes: Nodes of both sides.
-        n_generated: Prompts that the LLM answered for this stage, retries not counted.
-        n_from_store: Nodes whose description another stage had made, or came by import.
+        n_generated: Prompts that the LLM answered now, retries not counted.
+        n_from_store: Nodes whose description was there, of another run, import or process.
         n_duplicates: Nodes whose prompt equals another node's of this layer.
         n_retried: Nodes whose prompt was asked a second time, at another temperature, whenever.
         n_failed: Nodes that carry the text of the layer below because no answer was usable.
         n_nothing_known: Nodes without features and neighbours, carried over without a call.
         n_truncated: Good answers that the length limit cut.
-        n_prompt_tokens, n_cached_tokens, n_output_tokens: Of answers generated for this stage.
-        seconds: Wall time.
-        earlier_seconds: Of it, that of earlier processes.
+        n_prompt_tokens, n_cached_tokens, n_output_tokens: Of the answers that its descriptions are,
+            whenever they were generated.
+        seconds: Wall time of the process that finished it.
         failures: Reason -> count, over nodes.
     """
 
@@ -73,7 +72,6 @@ class LayerReport:
     n_cached_tokens: int = 0
     n_output_tokens: int = 0
     seconds: float = 0.0
-    earlier_seconds: float = 0.0
     failures: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -95,7 +93,8 @@ class Convolution:
         store: Finished descriptions of all runs.
         generator_key: What identifies the weights that generate: fingerprints, not names.
         open_generator: Loads the engine; called only when there is something to generate.
-        options: See :class:`.requests.ConvolutionOptions`.
+        options: The run's keys.
+        seed, show_progress: RecBole's.
 
     Raises:
         ValueError: If the token budget is below the instruction, or the rule does not fit the data.
@@ -109,10 +108,13 @@ class Convolution:
         store: DescriptionStore,
         generator_key: dict[str, Any],
         open_generator: Callable[[], TextGenerator],
-        options: ConvolutionOptions,
+        options: GaCLLMConfig,
+        seed: int,
+        show_progress: bool,
     ) -> None:
-        self.store, self.options, self.open_generator = store, options, open_generator
-        self.maker = RequestMaker(graph, templates, tokenizer, generator_key, options)
+        self.store, self.open_generator = store, open_generator
+        self.maker = RequestMaker(graph, templates, tokenizer, generator_key, options, seed)
+        self._show_progress = show_progress
         self._generator: TextGenerator | None = None
 
     def close(self) -> None:
@@ -143,11 +145,7 @@ class Convolution:
         return self.maker.context_of(request)
 
     def next_layer(
-        self,
-        below: Layer,
-        nothing_known: dict[Side, str],
-        number: int,
-        stage: str | None = None,
+        self, below: Layer, nothing_known: dict[Side, str], number: int
     ) -> tuple[Layer, LayerReport]:
         """Rewrite every node's description from its own and its neighbours'.
 
@@ -156,19 +154,13 @@ class Convolution:
             nothing_known: Text of a node without features; such a node without neighbours is
                 carried over, as there is nothing to ask the LLM about.
             number: Of the layer that is made, from 1.
-            stage: Whose cost it is; None keeps no account of it.
 
         Raises:
             GenerationError: If the engine fails; finished descriptions are in the store.
             StoreError: If they cannot be stored.
         """
         started = time.perf_counter()
-        before = Cost() if stage is None else self.store.cost_of(stage, number)
-        report = LayerReport(
-            n_nodes=sum(len(below.tokens[side]) for side in SIDES),
-            earlier_seconds=round(before.seconds, 2),
-            **dataclasses.asdict(before),
-        )
+        report = LayerReport(n_nodes=sum(len(below.tokens[side]) for side in SIDES))
         above = Layer.raw(below.tokens, {side: list(below.texts[side]) for side in SIDES})
         above.statuses = {side: ["nothing_known"] * len(below.tokens[side]) for side in SIDES}
         waiting: dict[str, _Waiting] = {}
@@ -178,10 +170,15 @@ class Convolution:
             desc=f"layer {number}",
             unit="desc",
             smoothing=0.05,
-            disable=not self.options.show_progress,
+            disable=not self._show_progress,
         )
 
         def settle(record: Record, nodes: list[tuple[Side, int]]) -> None:
+            if record.key not in done:
+                done.add(record.key)
+                report.n_prompt_tokens += record.n_prompt_tokens
+                report.n_cached_tokens += record.n_cached_tokens
+                report.n_output_tokens += record.n_output_tokens
             for side, node in nodes:
                 _settle(above, side, node, record)
             report.n_retried += len(nodes) * (record.n_attempts > 1)
@@ -207,32 +204,22 @@ class Convolution:
                     settle(record, [(side, node)])
                 elif record is not None:
                     report.n_from_store += 1
-                    done.add(request.id)
                     settle(record, [(side, node)])
                 else:
                     waiting[request.id] = _Waiting(request, [(side, node)])
                     yield request
 
         finished: list[Record] = []
-        written = started
+        written, n_new_tokens = started, 0
 
         def write() -> None:
             """Durable first, then settled: nothing counts before it is on disk."""
             nonlocal written
-            cost = Cost(
-                report.n_generated + len(finished),
-                report.n_prompt_tokens,
-                report.n_cached_tokens,
-                report.n_output_tokens,
-                before.seconds + time.perf_counter() - started,
-            )
-            row = None if stage is None else LayerCost(stage, number, cost)
-            self.store.put_many(finished, row)
-            report.n_generated, report.seconds = cost.n_generated, round(cost.seconds, 2)
+            self.store.put_many(finished)
+            report.n_generated += len(finished)
             # Another run may have stored a key first; then its text is the one that stays.
             stored = self.store.get_many([record.key for record in finished])
             for key, record in stored.items():
-                done.add(key)
                 settle(record, waiting.pop(key).nodes)
             finished.clear()
             written = time.perf_counter()
@@ -250,11 +237,10 @@ class Convolution:
 
         def take(completion: Completion) -> None:
             key = completion.id
-            report.n_prompt_tokens += completion.n_prompt_tokens
-            report.n_cached_tokens += completion.n_cached_tokens
-            report.n_output_tokens += completion.n_output_tokens
+            nonlocal n_new_tokens
+            n_new_tokens += completion.n_output_tokens
             now = time.perf_counter()
-            rate = (report.n_output_tokens - before.n_output_tokens) / max(now - started, 1e-9)
+            rate = n_new_tokens / max(now - started, 1e-9)
             bar.set_postfix_str(f"{rate:.0f} tokens/s", False)
             context = self.context_of(waiting[key].request)
             record = record_of(completion, context, 1 + (key in retried))
@@ -278,8 +264,7 @@ class Convolution:
             write()
         bar.close()
         assert not waiting, f"{len(waiting)} prompts were never answered"
-        # Of a row that was damaged and made again there are two generated ones, but one node.
-        report.n_from_store = max(0, report.n_from_store - before.n_generated)
+        report.seconds = round(time.perf_counter() - started, 2)
         return above, report
 
     def _prompts(

@@ -6,24 +6,22 @@ Made for graphs of 10^6 nodes and 10^7 edges: edges are only touched by numpy.
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from recbole_gacllm.artifacts import disk
+from recbole_gacllm.convolution.layers import Side
 from recbole_gacllm.errors import GaCLLMError
 
-Side = Literal["user", "item"]
-Rule = Literal["random", "recent", "rare_first"]
-
-RULES: tuple[Rule, ...] = get_args(Rule)
+RULES = ("random", "recent", "rare_first")
 
 _EDGES_A_BLOCK = 1 << 18
 
@@ -137,10 +135,8 @@ class TrainGraph:
         }
         if self.timestamps is not None:
             arrays["timestamps"] = self.timestamps
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with part.open("wb") as file:
+        with disk.atomic_path(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
-        part.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> TrainGraph:
@@ -197,7 +193,7 @@ def check_rule(graph: TrainGraph, rule: str) -> None:
 
 
 def select_neighbors(
-    graph: TrainGraph, side: Side, rule: Rule, n_neighbors: int, seed: int
+    graph: TrainGraph, side: Side, rule: str, n_neighbors: int, seed: int
 ) -> NeighborLists:
     """Choose at most ``n_neighbors`` training neighbours for every node of a side: ``N(v)``.
 

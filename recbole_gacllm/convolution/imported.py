@@ -72,8 +72,8 @@ class ImportedTexts:
         frame = _read(file)
         layers: dict[int, dict[Side, dict[str, str]]] = {}
         rows = zip(*(frame[name].tolist() for name in _COLUMNS), strict=True)
-        for number, (side, token, layer, given) in enumerate(rows, start=1):
-            text = one_line(given) if isinstance(given, str) else None
+        for number, (side, token, layer, cell) in enumerate(rows, start=1):
+            text = one_line(cell) if isinstance(cell, str) else None
             if isinstance(layer, float) and layer.is_integer():  # another row has none
                 layer = int(layer)
             problem = _problem(side, token, layer, text)
@@ -96,9 +96,9 @@ class ImportedTexts:
     def report(self, number: int, tokens: dict[Side, list[str]]) -> ImportReport:
         """Compare a layer with the nodes of the training graph."""
         texts = self.layers[number]
-        known = {side: set(tokens[side]) for side in SIDES}
+        nodes = {side: set(tokens[side]) for side in SIDES}
         missing = [f"{s} {token}" for s in SIDES for token in tokens[s] if token not in texts[s]]
-        unknown = [f"{s} {token}" for s in SIDES for token in texts[s] if token not in known[s]]
+        unknown = [f"{s} {token}" for s in SIDES for token in texts[s] if token not in nodes[s]]
         n_nodes = sum(len(tokens[side]) for side in SIDES)
         return ImportReport(
             layer=number,
@@ -161,12 +161,12 @@ def describe(report: ImportReport) -> str:
         what = "text of the feature files" if report.layer == 0 else "text of the layer below"
         parts.append(
             f"{report.n_missing} are not in the file and keep the {what} "
-            f"({_some(report.missing, report.n_missing)})"
+            f"({_examples(report.missing, report.n_missing)})"
         )
     if report.n_unknown:
         parts.append(
             f"{report.n_unknown} rows are about nodes that the training graph lacks "
-            f"({_some(report.unknown, report.n_unknown)})"
+            f"({_examples(report.unknown, report.n_unknown)})"
         )
     return "; ".join(parts)
 
@@ -176,7 +176,7 @@ def manifest_of(report: ImportReport) -> dict[str, Any]:
     return {"imported": True, **dataclasses.asdict(report)}
 
 
-def _some(names: list[str], n: int) -> str:
+def _examples(names: list[str], n: int) -> str:
     return ", ".join(names) + (", …" if n > len(names) else "")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recbole_gacllm.artifacts import disk
 from recbole_gacllm.errors import GaCLLMError
 
 Side = Literal["user", "item"]
@@ -77,12 +77,9 @@ class Layer:
             "n_prompt_tokens": np.concatenate([self.n_prompt_tokens[side] for side in SIDES]),
             "n_output_tokens": np.concatenate([self.n_output_tokens[side] for side in SIDES]),
         }
-        temporary = path.with_name(f".{path.name}.tmp")
         table = pa.table(columns)
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with disk.atomic_path(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
     @classmethod
     def read(cls, path: Path) -> Layer:

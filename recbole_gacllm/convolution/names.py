@@ -22,7 +22,6 @@ from recbole_gacllm.convolution.text import cut_at_word
 #: Among the artefacts of a run, beside the folders of its stages.
 NAMES = "item_names"
 _MAX_CHARS = 200
-_OLD_FILE = "item_names.json"  # of earlier releases: one for all runs
 
 
 def item_names(
@@ -49,14 +48,13 @@ def item_names(
             f"text_item_name_field: {field!r} is not a field of the item file, which has "
             f"{', '.join(fields)}."
         )
-    titled = [name for name in fields if "title" in name.lower() or "name" in name.lower()]
-    chosen = field or (titled or fields)[0]
-    render = compile_template(f"{{{chosen}|title}}", fields)
-    values = features[chosen].to_dict()
+    titles = [name for name in fields if "title" in name.lower() or "name" in name.lower()]
+    field = field or (titles or fields)[0]
+    render = compile_template(f"{{{field}|title}}", fields)
+    values = features[field].to_dict()
     names = {}
     for token in tokens:
-        value = values.get(token)
-        name = None if value is None else render({chosen: value})
+        name = None if values.get(token) is None else render({field: values[token]})
         names[token] = cut_at_word(one_line(name or ""), _MAX_CHARS) or token
     return names
 
@@ -74,14 +72,14 @@ def read_names(inputs: Path, file: Path | None = None) -> dict[str, str]:
 
     Args:
         inputs: Folder of the inputs.
-        file: The run's own; one of an earlier release recorded none.
+        file: The run's own.
 
     Raises:
         ValueError: If there are none, or the file is damaged.
     """
     if file is None:
         files = inputs.glob("item_names*.json")
-        file = max(files, key=lambda path: path.stat().st_mtime, default=inputs / _OLD_FILE)
+        file = max(files, key=lambda path: path.stat().st_mtime, default=inputs / "item_names.json")
     try:
         names = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -92,11 +90,8 @@ def read_names(inputs: Path, file: Path | None = None) -> dict[str, str]:
 
 
 def names_file_of(folders: Mapping[str, Path]) -> Path | None:
-    """The file of names of a run's artefacts; of an earlier release, the one of all runs."""
-    own = folders.get(NAMES)
-    if own is None and "inputs" in folders and (folders["inputs"] / _OLD_FILE).is_file():
-        return folders["inputs"] / _OLD_FILE
-    return own
+    """The file of names among a run's artefacts."""
+    return folders.get(NAMES)
 
 
 def names_of_people(features: pd.DataFrame) -> dict[str, str]:
@@ -108,9 +103,8 @@ def names_of_people(features: pd.DataFrame) -> dict[str, str]:
     for field in features.columns:
         values = features[field].dropna()
         if "name" in str(field).lower() and 2 * values.nunique() > len(values):
-            told = {str(token): value for token, value in values.items()}
             return {
-                token: one_line(value if isinstance(value, str) else " ".join(value))
-                for token, value in told.items()
+                str(token): one_line(value if isinstance(value, str) else " ".join(value))
+                for token, value in values.items()
             }
     return {}

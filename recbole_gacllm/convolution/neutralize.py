@@ -61,12 +61,12 @@ def neutralize(text: str, special_tokens: Iterable[str] = ()) -> str:
 def _pattern(special_tokens: frozenset[str]) -> re.Pattern[str]:
     # A token with a blank inside cannot be told from its broken form; one sign cannot be broken.
     # Some models have thousands like <unused42>: those that are common anyway would cost time.
-    given = {
+    tokens = {
         token
         for token in special_tokens
         if len(token) > 1 and not any(map(str.isspace, token)) and not _COMMON.fullmatch(token)
     }
-    exact = [re.escape(token) for token in sorted(given, key=lambda token: (-len(token), token))]
+    exact = [re.escape(token) for token in sorted(tokens, key=lambda token: (-len(token), token))]
     return re.compile("|".join([*exact, *_TOKENS]), re.IGNORECASE)
 
 
@@ -76,7 +76,6 @@ def _broken(text: str, pattern: re.Pattern[str]) -> str:
     return text
 
 
-def _break(found: re.Match[str]) -> str:
-    token = found[0]
-    inner = token[1:-1].strip()
-    return f"{token[0]} {inner} {token[-1]}" if inner else f"{token[0]} {token[-1]}"
+def _break(match: re.Match[str]) -> str:
+    token = match[0]
+    return " ".join(filter(None, (token[0], token[1:-1].strip(), token[-1])))

@@ -20,7 +20,7 @@ from pathlib import Path
 from string import Template
 from typing import Literal
 
-from recbole_gacllm.convolution.graph import Side
+from recbole_gacllm.convolution.layers import Side
 from recbole_gacllm.llm.generator import Message
 
 Direction = Literal["user_to_item", "item_to_user"]
@@ -66,12 +66,12 @@ class PromptTemplates:
         """
         nouns = {"user_noun": user_noun, "item_noun": item_noun}
         texts = {}
-        for name, wanted in _PLACEHOLDERS.items():
-            template = _read_template(folder / f"{name}.txt", wanted)
-            kept = {placeholder: f"${{{placeholder}}}" for placeholder in wanted}
+        for name, placeholders in _PLACEHOLDERS.items():
+            template = _read_template(folder / f"{name}.txt", placeholders)
             # `$$` must stay escaped until the last substitution.
             texts[name] = Template(template.replace("$$", "$$$$")).substitute(
-                {key: noun.replace("$", "$$") for key, noun in nouns.items()}, **kept
+                {key: noun.replace("$", "$$") for key, noun in nouns.items()},
+                **{placeholder: f"${{{placeholder}}}" for placeholder in placeholders},
             )
         return cls(texts)
 
@@ -236,12 +236,12 @@ def _read_template(path: Path, wanted: frozenset[str]) -> str:
     allowed = ", ".join(f"${name}" for name in sorted(wanted | _NOUNS))
     if not template.is_valid():
         raise ValueError(f"{path} has a stray '$'; write '$$' for the sign, or one of {allowed}")
-    found = [match["named"] or match["braced"] for match in Template.pattern.finditer(text)]
-    if unknown := set(filter(None, found)) - wanted - _NOUNS:
+    names = [match["named"] or match["braced"] for match in Template.pattern.finditer(text)]
+    if unknown := set(filter(None, names)) - wanted - _NOUNS:
         raise ValueError(f"{path} has the placeholder ${min(unknown)}; allowed are {allowed}")
     for name in sorted(wanted):
-        if found.count(name) != 1:
-            raise ValueError(f"{path} holds ${name} {found.count(name)} times; write it once")
+        if names.count(name) != 1:
+            raise ValueError(f"{path} holds ${name} {names.count(name)} times; write it once")
     _, *beginnings = _ANSWER.split(text)
     if beginnings and path.stem.startswith(("sft_", "system")):
         raise ValueError(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import copy
 import hashlib
 import json
 import os
@@ -26,7 +27,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,11 +52,7 @@ _SAMPLING = (
 
 
 def request_files(folder: Path) -> list[Path]:
-    """The shards of an export, in order.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """The shards of an export, in order."""
     files = sorted(folder.glob("layer-*.jsonl"))
     if not files:
         raise ValueError(
@@ -64,15 +62,17 @@ def request_files(folder: Path) -> list[Path]:
     return files
 
 
-def answered(lines: Iterable[bytes]) -> Iterator[str]:
-    """Ids of the lines that hold an answer; errors and broken lines do not."""
-    for line in lines:
-        try:
-            answer = json.loads(line)
-            if answer["error"] is None and answer["response"]["status_code"] == 200:
-                yield answer["custom_id"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
+def answered_in(folder: Path) -> set[str]:
+    """Ids that have an answer in any file of an output folder; errors and broken lines are none."""
+    ids: set[str] = set()
+    for file in folder.glob("*.jsonl"):
+        with open(file, "rb") as lines:
+            for line in lines:
+                with suppress(ValueError, KeyError, TypeError, RecursionError):
+                    answer = json.loads(line)
+                    if answer["error"] is None and answer["response"]["status_code"] == 200:
+                        ids.add(answer["custom_id"])
+    return ids
 
 
 def api_key() -> str:
@@ -94,15 +94,6 @@ def redact(text: str) -> str:
     return re.sub(r"(?<=://)[^\s/'\"<>]+(?=@)", "***", text)
 
 
-def answered_in(folder: Path) -> set[str]:
-    """Ids that have an answer in any file of an output folder."""
-    found: set[str] = set()
-    for file in folder.glob("*.jsonl"):
-        with open(file, "rb") as lines:
-            found.update(answered(lines))
-    return found
-
-
 def parse_request(line: str) -> dict[str, str]:
     """A row of the job; the body stays text, as tables have no room for changing fields."""
     request = json.loads(line)
@@ -117,12 +108,9 @@ def answer_line(custom_id: str, body: Any = None, error: str = "") -> str:
 
 
 def write_answers(rows: Iterable[dict[str, Any]], folder: Path) -> tuple[int, int]:
-    """Write a batch's answers to a file, whole or not at all, named by its ids.
+    """Write a batch's answers to a file, whole or not at all; how many answers and errors.
 
-    A batch that is done twice, since its worker died, so leaves one file.
-
-    Returns:
-        Answers and errors.
+    The file is named by its ids: a batch that is done twice, since its worker died, leaves one.
     """
     lines, n_errors = {}, 0
     for row in rows:
@@ -141,9 +129,11 @@ def write_answers(rows: Iterable[dict[str, Any]], folder: Path) -> tuple[int, in
 
 
 class Endpoints:
-    """Makes the sessions of Ray's HTTP stage: each request goes to the endpoint with least to do.
+    """What Ray's HTTP stage calls for each batch, and uses as it would an aiohttp session.
 
-    An endpoint that fails is left alone for a while; its requests go to the others.
+    Ray's own waits for one request before it sends the next, and a failure ends the job. Here each
+    request goes to the endpoint with least to do; one that fails is left alone for a while, and
+    its requests go to the others.
     """
 
     def __init__(self, urls: list[str], in_flight: int) -> None:
@@ -151,25 +141,9 @@ class Endpoints:
         self.n_open = dict.fromkeys(urls, 0)
         self.sick_until = dict.fromkeys(urls, 0.0)
 
-    def __call__(self) -> _Session:
-        """A session for a batch."""
-        return _Session(self)
-
-    def pick(self) -> str:
-        """The endpoint to ask next."""
-        now = time.monotonic()
-        healthy = [url for url in self.urls if self.sick_until[url] <= now]
-        return min(healthy or self.urls, key=lambda url: self.n_open[url])
-
-
-class _Session:
-    """Stands where Ray's HTTP stage expects an aiohttp session; one a batch.
-
-    Ray's own waits for one request before it sends the next, and a failure ends the job.
-    """
-
-    def __init__(self, endpoints: Endpoints) -> None:
-        self._endpoints = endpoints
+    def __call__(self) -> Self:
+        """A session for a batch; what is known of the endpoints is all batches'."""
+        return copy.copy(self)
 
     async def __aenter__(self) -> Self:
         import aiohttp
@@ -180,7 +154,7 @@ class _Session:
             timeout=aiohttp.ClientTimeout(total=_TIMEOUT_SECONDS),
             connector=aiohttp.TCPConnector(limit=0),
         )
-        self._free = asyncio.Semaphore(self._endpoints.in_flight)
+        self._free = asyncio.Semaphore(self.in_flight)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -195,20 +169,24 @@ class _Session:
             for attempt in range(_TRIES):
                 if attempt:
                     await asyncio.sleep(min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE))
-                url = self._endpoints.pick()
+                now = time.monotonic()
+                healthy = [url for url in self.urls if self.sick_until[url] <= now]
+                url = min(healthy or self.urls, key=lambda url: self.n_open[url])
+                self.n_open[url] += 1
                 status, answer, error = await self._ask(url, body)
+                self.n_open[url] -= 1
                 if not error:
                     return _Answer(answer_line(custom_id, answer))
                 if status and status < 500 and status not in _RETRIED:
                     break
-                self._endpoints.sick_until[url] = time.monotonic() + _SICK_SECONDS
+                self.sick_until[url] = time.monotonic() + _SICK_SECONDS
             return _Answer(answer_line(custom_id, error=f"{url}: {error}"))
 
     async def _ask(self, url: str, body: str) -> tuple[int, Any, str]:
         """Status (0 without a response), answer, and what went wrong."""
         import aiohttp
 
-        self._endpoints.n_open[url] += 1
+        content = b""
         try:
             async with self._http.post(
                 f"{url}/chat/completions",
@@ -216,30 +194,17 @@ class _Session:
                 headers={"Content-Type": "application/json"},
                 allow_redirects=False,  # keys and texts are for the endpoints alone
             ) as response:
-                content = await _read(response.content, _MAX_BYTES)
+                async for part in response.content.iter_any():
+                    content += part
+                    if len(content) > _MAX_BYTES:
+                        raise ValueError(f"an answer of more than {_MAX_BYTES} bytes")
                 if response.status != 200:
-                    said = content.decode("utf-8", "replace")
-                    return response.status, None, f"status {response.status}: {said}"
+                    text = content.decode("utf-8", "replace")
+                    return response.status, None, f"status {response.status}: {text}"
                 answer = json.loads(content)
                 return 200, answer, "" if answer.get("choices") else f"no choices: {answer}"
         except (aiohttp.ClientError, *_ASKED_AGAIN) as error:
             return 0, None, f"{type(error).__name__}: {error}"
-        finally:
-            self._endpoints.n_open[url] -= 1
-
-
-async def _read(content: Any, limit: int) -> bytes:
-    """All of an answer.
-
-    Raises:
-        ValueError: If it is longer than the limit.
-    """
-    body = b""
-    async for part in content.iter_any():
-        body += part
-        if len(body) > limit:
-            raise ValueError(f"an answer of more than {limit} bytes")
-    return body
 
 
 class _Answer:
@@ -289,22 +254,20 @@ def engine_answer(row: dict[str, Any]) -> dict[str, str]:
     return {"custom_id": row["custom_id"], "line": answer_line(row["custom_id"], answer)}
 
 
-def processor(known: argparse.Namespace) -> Any:
+def processor(args: argparse.Namespace) -> Any:
     """Ray Data's pipeline from rows to answers."""
     from ray.data.llm import HttpRequestProcessorConfig, build_processor, vLLMEngineProcessorConfig
 
-    workers = tuple(known.workers)
-    if known.endpoint:
-        config = HttpRequestProcessorConfig(
-            url=known.endpoint[0],
-            session_factory=Endpoints(known.endpoint, known.in_flight),
-            batch_size=known.batch_size,
-            concurrency=workers,
-            http_request_stage={"num_cpus": 0.25},  # it waits
-        )
-        model = known.model
+    sizes = {"batch_size": args.batch_size, "concurrency": tuple(args.workers)}
+    if args.endpoint:
+        model = args.model
         return build_processor(
-            config,
+            HttpRequestProcessorConfig(
+                url=args.endpoint[0],
+                session_factory=Endpoints(args.endpoint, args.in_flight),
+                http_request_stage={"num_cpus": 0.25},  # it waits
+                **sizes,
+            ),
             preprocess=lambda row: http_row(row, model),
             preprocess_map_kwargs=_OWN_TASKS,
             postprocess=lambda row: {
@@ -312,15 +275,13 @@ def processor(known: argparse.Namespace) -> Any:
                 "line": row["http_response"]["line"],
             },
         )
-    config = vLLMEngineProcessorConfig(
-        model_source=known.model,
-        engine_kwargs=json.loads(known.engine_kwargs),
-        batch_size=known.batch_size,
-        concurrency=workers,
-        should_continue_on_error=True,
-    )
     return build_processor(
-        config,
+        vLLMEngineProcessorConfig(
+            model_source=args.model,
+            engine_kwargs=json.loads(args.engine_kwargs),
+            should_continue_on_error=True,
+            **sizes,
+        ),
         preprocess=engine_row,
         preprocess_map_kwargs=_OWN_TASKS,
         postprocess=engine_answer,
@@ -329,12 +290,8 @@ def processor(known: argparse.Namespace) -> Any:
 
 
 def check_endpoints(urls: list[str]) -> None:
-    """One endpoint must answer.
-
-    Raises:
-        ValueError: If none does; a key that is refused is an answer, and its own error line.
-    """
-    failures = []
+    """One endpoint must answer; a key that is refused is an answer, and its own error line."""
+    errors = []
     for url in urls:
         try:
             urllib.request.urlopen(f"{url}/models", timeout=10).close()
@@ -342,55 +299,48 @@ def check_endpoints(urls: list[str]) -> None:
         except urllib.error.HTTPError:
             return
         except (OSError, ValueError) as error:
-            failures.append(redact(f"{url}: {error}"))
-    raise ValueError(f"no endpoint answers: {'; '.join(failures)}")
+            errors.append(redact(f"{url}: {error}"))
+    raise ValueError(f"no endpoint answers: {'; '.join(errors)}")
 
 
-def run(known: argparse.Namespace) -> tuple[int, int, int]:
-    """Ask what has no answer yet.
-
-    Returns:
-        Requests that had an answer before, new answers, new errors.
-    """
+def run(args: argparse.Namespace) -> tuple[int, int, int]:
+    """Ask what has no answer yet; how many requests had one, new answers, new errors."""
     import numpy as np
     import ray
 
-    files = [str(file) for file in request_files(known.input)]
-    known.output.mkdir(parents=True, exist_ok=True)
-    if known.endpoint:
+    files = [str(file) for file in request_files(args.input)]
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.endpoint:
         api_key()
-        check_endpoints(known.endpoint)
-    before = answered_in(known.output)
-    ray.init(address=known.address, ignore_reinit_error=True)
+        check_endpoints(args.endpoint)
+    before = answered_in(args.output)
+    ray.init(address=args.address, ignore_reinit_error=True)
     done = ray.put(np.array(sorted(before), dtype=np.str_))
-    output = known.output.resolve()
+    output = args.output.resolve()
 
     def unanswered(batch: dict[str, Any]) -> dict[str, Any]:
         rows = [parse_request(line) for line in batch["text"]]
         ids = np.array([row["custom_id"] for row in rows], dtype=np.str_)
-        left = [
-            row
-            for row, is_done in zip(rows, np.isin(ids, ray.get(done)), strict=True)
-            if not is_done
-        ]
-        return {name: [row[name] for row in left] for name in ("custom_id", "body")}
+        is_left = ~np.isin(ids, ray.get(done))
+        names = ("custom_id", "body")
+        return {n: [row[n] for row, left in zip(rows, is_left, strict=True) if left] for n in names}
 
     def write(batch: dict[str, Any]) -> dict[str, Any]:
-        names = list(batch)
-        columns = zip(*batch.values(), strict=True)
-        rows = [dict(zip(names, values, strict=True)) for values in columns]
+        rows = [
+            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+        ]
         n_answers, n_errors = write_answers(rows, output) if rows else (0, 0)
         return {"n_answers": [n_answers], "n_errors": [n_errors]}
 
     requests = (
         ray.data.read_text(files)
         .map_batches(unanswered, batch_size=4096)
-        .repartition(target_num_rows_per_block=known.batch_size)
+        .repartition(target_num_rows_per_block=args.batch_size)
     )
-    written = processor(known)(requests).map_batches(write, batch_size=None)
-    n_answers = n_errors = 0
-    for row in written.iter_rows():
-        n_answers, n_errors = n_answers + int(row["n_answers"]), n_errors + int(row["n_errors"])
+    counts = list(processor(args)(requests).map_batches(write, batch_size=None).iter_rows())
+    n_answers, n_errors = (
+        sum(int(row[name]) for row in counts) for name in ("n_answers", "n_errors")
+    )
     return len(before), n_answers, n_errors
 
 
@@ -399,28 +349,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", type=Path, required=True, help="folder of --export-batch")
-    parser.add_argument("--output", type=Path, required=True, help="folder for --import-batch")
-    parser.add_argument("--model", help="folder or name of the weights; with endpoints, their name")
-    parser.add_argument(
-        "--endpoint", action="append", metavar="URL", help="http://host:8000/v1; may be repeated"
-    )
-    parser.add_argument("--workers", type=int, nargs=2, default=(1, 1), metavar=("MIN", "MAX"))
-    parser.add_argument("--batch-size", type=int, default=128, help="requests a file of answers")
-    parser.add_argument("--in-flight", type=int, default=64, help="a worker's, to the endpoints")
-    parser.add_argument("--engine-kwargs", default="{}", help="vLLM's engine arguments, as JSON")
-    parser.add_argument("--address", help="of the Ray cluster; default RAY_ADDRESS, or a local one")
-    known = parser.parse_args()
-    if not known.endpoint and known.model is None:
+    add = parser.add_argument
+    add("--input", type=Path, required=True, help="folder of --export-batch")
+    add("--output", type=Path, required=True, help="folder for --import-batch")
+    add("--model", help="folder or name of the weights; with endpoints, their name")
+    add("--endpoint", action="append", metavar="URL", help="http://host:8000/v1; may be repeated")
+    add("--workers", type=int, nargs=2, default=(1, 1), metavar=("MIN", "MAX"))
+    add("--batch-size", type=int, default=128, help="requests a file of answers")
+    add("--in-flight", type=int, default=64, help="a worker's, to the endpoints")
+    add("--engine-kwargs", default="{}", help="vLLM's engine arguments, as JSON")
+    add("--address", help="of the Ray cluster; default RAY_ADDRESS, or a local one")
+    args = parser.parse_args()
+    if not args.endpoint and args.model is None:
         parser.error("give --model, --endpoint or both")
     try:
-        n_before, n_answers, n_errors = run(known)
+        n_before, n_answers, n_errors = run(args)
     except ValueError as error:
         parser.error(str(error))
     print(f"{n_before} answered before, {n_answers} answered now, {n_errors} failed")
     if n_errors:
-        print("start the job again to ask what failed once more", file=sys.stderr)
-        sys.exit(1)
+        sys.exit("start the job again to ask what failed once more")
 
 
 if __name__ == "__main__":

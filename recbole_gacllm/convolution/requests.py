@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recbole_gacllm.artifacts import manifests
+from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.convolution.cleaning import CLEANING_VERSION, CleaningContext
 from recbole_gacllm.convolution.graph import NeighborLists, TrainGraph, select_neighbors
 from recbole_gacllm.convolution.layers import SIDES, Layer, Side
@@ -68,19 +68,6 @@ def renderer_for(
     return PromptRenderer(templates, tokenizer.count_tokens, chat_tokens, max_prompt_tokens)
 
 
-@dataclass(frozen=True)
-class ConvolutionOptions:
-    """Keys of ``GaCLLM.yaml`` without their ``llm_`` prefix, and RecBole's seed."""
-
-    neighbor_rule: Any
-    n_neighbors: int
-    max_prompt_tokens: int
-    max_neighbor_tokens: int
-    sampling: Sampling
-    seed: int
-    show_progress: bool
-
-
 class RequestMaker:
     """Renders the prompts of a layer and turns them into requests.
 
@@ -89,7 +76,8 @@ class RequestMaker:
         templates: Prompt files.
         tokenizer: Of the model that generates.
         generator_key: What identifies the weights that generate: fingerprints, not names.
-        options: See :class:`ConvolutionOptions`.
+        options: The run's keys.
+        seed: RecBole's.
 
     Raises:
         ValueError: If the token budget is below the instruction, or the rule does not fit the data.
@@ -101,20 +89,22 @@ class RequestMaker:
         templates: PromptTemplates,
         tokenizer: Tokenizer,
         generator_key: dict[str, Any],
-        options: ConvolutionOptions,
+        options: GaCLLMConfig,
+        seed: int,
     ) -> None:
-        self.tokenizer, self.options = tokenizer, options
+        self.tokenizer, self._max_neighbor_tokens = tokenizer, options.llm_max_neighbor_tokens
+        self._sampling = Sampling(
+            options.llm_max_new_tokens, options.llm_temperature, options.llm_repetition_penalty
+        )
         self._own_lines = templates.own_lines()
-        self.renderer = renderer_for(templates, tokenizer, options.max_prompt_tokens)
+        self.renderer = renderer_for(templates, tokenizer, options.llm_max_prompt_tokens)
         self.neighbors: dict[Side, NeighborLists] = {
-            side: select_neighbors(
-                graph, side, options.neighbor_rule, options.n_neighbors, options.seed
-            )
+            side: select_neighbors(graph, side, options.neighbor_rule, options.n_neighbors, seed)
             for side in SIDES
         }
-        sampling = dataclasses.asdict(options.sampling)
-        if options.sampling.temperature > 0:
-            sampling["seed"] = options.seed
+        sampling = dataclasses.asdict(self._sampling)
+        if self._sampling.temperature > 0:
+            sampling["seed"] = seed
         self._key_of_all = {
             "generator": generator_key,
             "prompts": templates.version(),
@@ -136,7 +126,7 @@ class RequestMaker:
             number: Of the layer that is made, from 1.
         """
         pieces = {
-            side: _Pieces(below.texts[side], self.tokenizer, self.options.max_neighbor_tokens)
+            side: _Pieces(below.texts[side], self.tokenizer, self._max_neighbor_tokens)
             for side in SIDES
         }
         for side in SIDES:
@@ -174,14 +164,14 @@ class RequestMaker:
 
     def request(self, messages: Messages) -> Request:
         """The first attempt, drawn with a seed of the prompt's own: order does not matter."""
-        sampling = dataclasses.replace(self.options.sampling, seed=self._seeds(messages)[0])
+        sampling = dataclasses.replace(self._sampling, seed=self._seeds(messages)[0])
         return Request(self.key(messages), messages, sampling)
 
     def retry_of(self, request: Request) -> Request:
         """The second attempt at a request."""
         sampling = dataclasses.replace(
-            self.options.sampling,
-            temperature=max(RETRY_TEMPERATURE, self.options.sampling.temperature),
+            self._sampling,
+            temperature=max(RETRY_TEMPERATURE, self._sampling.temperature),
             seed=self._seeds(request.messages)[1],
         )
         return dataclasses.replace(request, sampling=sampling)

@@ -22,8 +22,6 @@ from typing import Any, Literal, Self
 from filelock import FileLock
 
 from recbole_gacllm.artifacts.disk import sync_folder
-from recbole_gacllm.convolution import costs
-from recbole_gacllm.convolution.costs import Cost, LayerCost
 from recbole_gacllm.errors import StoreError
 
 logger = logging.getLogger(__name__)
@@ -136,12 +134,8 @@ class DescriptionStore:
                     )
         return found
 
-    def put_many(self, records: Iterable[Record], cost: LayerCost | None = None) -> None:
+    def put_many(self, records: Iterable[Record]) -> None:
         """Add records in one transaction; on return they are durable. A key that is there stays.
-
-        Args:
-            records: To add.
-            cost: What the layer that they are of has cost with them.
 
         Raises:
             ValueError: If a key is not 64 hexadecimal digits.
@@ -153,13 +147,6 @@ class DescriptionStore:
                 raise ValueError(f"key {key!r}: allowed are 64 hexadecimal digits (a SHA-256)")
         with self._explained(), self._transaction():
             self._db.executemany(_INSERT, rows)
-            if cost is not None:
-                costs.write(self._db, cost)
-
-    def cost_of(self, stage: str, number: int) -> Cost:
-        """What a layer of a stage has cost until its last durable write, see :class:`.Cost`."""
-        with self._explained():
-            return costs.read(self._db, stage, number)
 
     def __len__(self) -> int:
         with self._explained():
@@ -252,7 +239,6 @@ def salvage(path: Path) -> str:
     with new:
         new.execute("BEGIN IMMEDIATE")
         new.executemany(_INSERT, [(*_values(record), _checksum(record)) for record in saved])
-        costs.copy(old, new)
     new.close()
     old.close()
     n = 1
@@ -297,7 +283,6 @@ def _open(path: Path) -> sqlite3.Connection:
                 "the release of recbole_gacllm that wrote it, or move the file away: the "
                 "descriptions are then made again."
             )
-        db.execute(costs.SCHEMA)  # a store of an earlier release lacks it
         db.execute("PRAGMA synchronous = FULL")
     except BaseException:
         db.close()

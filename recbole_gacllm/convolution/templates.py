@@ -28,7 +28,7 @@ def _enumerate(value: Value) -> str:
 
 def _title(value: Value) -> str:
     return _ARTICLE.sub(
-        lambda found: found[2] + ("" if found[2] == "L'" else " ") + found[1] + found[3],
+        lambda title: title[2] + ("" if title[2] == "L'" else " ") + title[1] + title[3],
         _join(value),
     )
 
@@ -82,15 +82,15 @@ def compile_template(template: str, fields: Sequence[str]) -> Render:
     runs[-1][1].append(template[at:])
     if runs[-1][0]:
         raise ValueError(f"the text template {template!r} lacks a closing ']'")
-    named = {part[0] for _, parts in runs for part in parts if isinstance(part, tuple)}
+    fields_of = [{part[0] for part in parts if isinstance(part, tuple)} for _, parts in runs]
+    all_fields = set().union(*fields_of)
 
     def render(values: Mapping[str, Value]) -> str | None:
-        if named and named.isdisjoint(values):
+        if all_fields and all_fields.isdisjoint(values):
             return None
         text = ""
-        for optional, parts in runs:
-            wanted = [part[0] for part in parts if isinstance(part, tuple)]
-            if optional and not all(field in values for field in wanted):
+        for (optional, parts), wanted in zip(runs, fields_of, strict=True):
+            if optional and not wanted <= values.keys():
                 continue
             for part in parts:
                 if isinstance(part, str):

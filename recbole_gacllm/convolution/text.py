@@ -6,6 +6,7 @@ task itself (``item_num`` grows, interactions are dropped, every batch carries t
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from recbole_gacllm.convolution.graph import Side
+from recbole_gacllm.convolution.layers import Side
 from recbole_gacllm.convolution.neutralize import neutralize
 from recbole_gacllm.convolution.templates import compile_template, default_sentence
 from recbole_gacllm.convolution.values import Value, column_values, in_order, says_nothing
@@ -70,9 +71,8 @@ def read_features(
         for name, kind in zip(file.names, file.types, strict=True)
         if name != id_field and kind != "float_seq"
     }
-    frame = pd.DataFrame(columns)
-    frame.index = pd.Index(cells[id_field], dtype=object, name=id_field)
-    return frame
+    index = pd.Index(cells[id_field], dtype=object, name=id_field)
+    return pd.DataFrame(columns).set_axis(index)
 
 
 def _column(
@@ -97,23 +97,6 @@ def _read_number(cell: str) -> str | None:
     return str(int(number)) if number.is_integer() and abs(number) < 1e15 else f"{number:.12g}"
 
 
-def require_some_text(
-    user_features: pd.DataFrame | None, item_features: pd.DataFrame | None, allow_ids: bool
-) -> None:
-    """Refuse a data set without any text, unless ids were asked for.
-
-    Raises:
-        ValueError: If neither side has a feature and ``allow_ids`` is False.
-    """
-    sides = (user_features, item_features)
-    if not allow_ids and all(side is None or side.shape[1] == 0 for side in sides):
-        raise ValueError(
-            "the data set has no text: neither its .user nor its .item file exists with a field "
-            "besides the id. Add one beside the .inter file, or set text_allow_ids: True to "
-            "describe nodes by their ids, or use_text: False to go without text"
-        )
-
-
 def nothing_known(noun: str) -> str:
     """The description of a node without any feature; compare with it to count such nodes."""
     return f"{_with_article(noun)} of which nothing is known."
@@ -136,7 +119,6 @@ def render_descriptions(
     value_names: Mapping[str, Mapping[str, str]],
     max_chars: int,
     allow_ids: bool,
-    special_tokens: Iterable[str] = (),
 ) -> list[str]:
     """Describe nodes in one line of text each: ``T_v^(0)``.
 
@@ -158,7 +140,6 @@ def render_descriptions(
         max_chars: Longest text in characters; a longer one is cut at a word and ends with "…".
         allow_ids: Say "A movie with id 5." where the side has no features at all; otherwise, and
             for a node without values, the text is :func:`nothing_known`.
-        special_tokens: Of the language model, see :func:`neutralize`.
 
     Returns:
         One text for each token, in their order.
@@ -166,19 +147,14 @@ def render_descriptions(
     Raises:
         ValueError: If the template is malformed or names a field that the file lacks.
     """
-    special = frozenset(special_tokens)
-    fields = [] if features is None else [str(name) for name in features.columns]
+    features = pd.DataFrame() if features is None else features
+    fields = [str(name) for name in features.columns]
     if template is not None:
         render = compile_template(template, fields)
     else:
-        render = default_sentence([] if features is None else _fields_to_tell(features, noun))
-    table: dict[str, list[Value | None]] = {}
-    row_of: dict[str, int] = {}
-    if features is not None:
-        row_of = {token: row for row, token in enumerate(features.index)}
-        for field in fields:
-            table[field] = _words(features[field], value_names.get(field, {}), special)
-
+        render = default_sentence(_fields_to_tell(features, noun))
+    row_of = {token: row for row, token in enumerate(features.index)}
+    table = {field: _words(features[field], value_names.get(field, {})) for field in fields}
     unknown = nothing_known(noun)
     texts: list[str] = []
     n_cut = 0
@@ -189,7 +165,7 @@ def render_descriptions(
         if text is None and not fields and allow_ids:
             text = f"{_with_article(noun)} with id {token}."
         # Once more over the whole: adjacent harmless values must not add up to a token.
-        line = unknown if text is None else neutralize(text, special)
+        line = unknown if text is None else neutralize(text)
         n_cut += len(line) > max_chars
         texts.append(cut_at_word(line, max_chars))
     if n_cut:
@@ -205,30 +181,25 @@ def render_descriptions(
 def _fields_to_tell(features: pd.DataFrame, noun: str) -> list[str]:
     columns = {str(name): list(features[name]) for name in features.columns}
     reasons = {name: says_nothing(name, values) for name, values in columns.items()}
-    told = [name for name, reason in reasons.items() if reason is None]
-    if left_out := [f"{name} ({reason})" for name, reason in reasons.items() if reason]:
-        logger.info("fields left out of the %s texts: %s", noun, ", ".join(left_out))
-    return in_order(told, {name: columns[name] for name in told})
+    if silent := [f"{name} ({reason})" for name, reason in reasons.items() if reason]:
+        logger.info("fields left out of the %s texts: %s", noun, ", ".join(silent))
+    return in_order([name for name, reason in reasons.items() if reason is None], columns)
 
 
 def cut_at_word(text: str, max_chars: int) -> str:
     """Cut a text longer than ``max_chars`` between words, if it has any, and end it with "…"."""
     if len(text) <= max_chars:
         return text
-    kept = whole_words(text[:max_chars]) or text[: max_chars - 1]
-    return kept.rstrip(" ,;:.-、，；：。") + "…"
+    start = whole_words(text[:max_chars]) or text[: max_chars - 1]
+    return start.rstrip(" ,;:.-、，；：。") + "…"
 
 
-def _words(
-    column: Iterable[Value | None], names: Mapping[str, str], special: frozenset[str]
-) -> list[Value | None]:
+def _words(column: Iterable[Value | None], names: Mapping[str, str]) -> list[Value | None]:
     """Name coded values and neutralize the rest; None for what is missing or becomes empty."""
-    known: dict[str, str] = {}
 
+    @functools.cache
     def word(raw: str) -> str:
-        if raw not in known:
-            known[raw] = neutralize(names.get(raw, raw), special)
-        return known[raw]
+        return neutralize(names.get(raw, raw))
 
     return [
         (tuple(filter(None, map(word, value))) or None)

@@ -6,7 +6,7 @@ import ast
 import html
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 Value = str | tuple[str, ...]
 
@@ -105,7 +105,8 @@ def says_nothing(name: str, values: Iterable[Value | None]) -> str | None:
     texts = [value if isinstance(value, str) else " ".join(value) for value in sample]
     if not texts:
         return "empty"
-    if _share([isinstance(value, tuple) and _are_digits(value) for value in sample]) >= _MOSTLY:
+    lists = ["".join(value) if isinstance(value, tuple) else "" for value in sample]
+    if _share([elements.replace(",", "").isdecimal() for elements in lists]) >= _MOSTLY:
         return "codes"
     if _share([_CODE.fullmatch(text.strip()) is not None for text in texts]) >= _MOSTLY:
         is_time = any(word in name.lower() for word in ("time", "date", "unix"))
@@ -113,26 +114,17 @@ def says_nothing(name: str, values: Iterable[Value | None]) -> str | None:
     return None
 
 
-def _are_digits(values: tuple[str, ...]) -> bool:
-    return "".join(values).replace(",", "").isdecimal()
-
-
-def in_order(names: Sequence[str], columns: dict[str, Sequence[Value | None]]) -> list[str]:
+def in_order(names: Sequence[str], columns: Mapping[str, Sequence[Value | None]]) -> list[str]:
     """Fields as a sentence tells them: the name, the short ones as in the file, long prose last.
 
     So a text that is cut loses the end of its description, and nothing else.
     """
-    named = [name for name in names if "title" in name.lower() or "name" in name.lower()]
-
-    def length(name: str) -> int:
-        sample = [value for value in columns[name] if isinstance(value, str)][:_SAMPLE]
-        return max(map(len, sample), default=0)
+    titles = [name for name in names if "title" in name.lower() or "name" in name.lower()]
 
     def rank(name: str) -> int:
-        return 0 if name == named[0] else 1 if length(name) <= 200 else 2
+        sample = [value for value in columns[name] if isinstance(value, str)][:_SAMPLE]
+        return 0 if name in titles[:1] else 1 if max(map(len, sample), default=0) <= 200 else 2
 
-    if not named:
-        named = [""]
     return sorted(names, key=rank)
 
 
@@ -157,8 +149,7 @@ def _literal(text: str) -> tuple[str, ...] | None:
 def _flat(value: object) -> Iterable[str]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            words = ", ".join(_flat(inner))
-            if words:
+            if words := ", ".join(_flat(inner)):
                 yield f"{key}: {words}"
     elif isinstance(value, (list, tuple, set)):
         for inner in value:
@@ -170,9 +161,9 @@ def _flat(value: object) -> Iterable[str]:
 def _piped(text: str) -> Value | None:
     """``Action|Comedy`` is a list, ``a | b`` is not."""
     parts = text.split("|")
-    return (
-        text if any(part != part.strip() for part in parts) else tuple(filter(None, parts)) or None
-    )
+    if any(part != part.strip() for part in parts):
+        return text
+    return tuple(filter(None, parts)) or None
 
 
 def _is_prose(texts: Iterable[str | None]) -> bool:

@@ -52,9 +52,9 @@ def matches(text: str) -> Iterator[re.Match[str] | regex.Match[str]]:
     return (_ascii_word if text.isascii() else _word).finditer(text)
 
 
-def length(found: Sequence[str]) -> float:
+def length(words: Sequence[str]) -> float:
     """How many words of a script with blanks say about as much as these."""
-    return sum(map(_weight, found))
+    return sum(map(_weight, words))
 
 
 def _weight(word: str) -> float:
@@ -66,18 +66,18 @@ def is_in_spaced_word(char: str) -> bool:
     return char.isalnum() and not _in_character.match(char)
 
 
-def runs(found: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+def runs(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
     """All rows of neighbouring words that are as long as ``n`` words."""
-    weights = list(map(_weight, found))
-    stop, held = 0, 0.0
+    weights = list(map(_weight, words))
+    stop, total = 0, 0.0
     for start, weight in enumerate(weights):
-        while held < n and stop < len(found):
-            held += weights[stop]
+        while total < n and stop < len(words):
+            total += weights[stop]
             stop += 1
-        if held < n:
+        if total < n:
             return
-        yield tuple(found[start:stop])
-        held -= weight
+        yield tuple(words[start:stop])
+        total -= weight
 
 
 def sentences(text: str) -> list[str]:
@@ -106,8 +106,8 @@ def cut(text: str) -> str:
 
 def whole_words(text: str) -> str:
     """What stands before the last word, which may have been cut in two."""
-    kept, blank, last = text.rpartition(" ")
+    start, blank, last = text.rpartition(" ")
     ends = [character.end() for character in _character.finditer(last)]
     if ends and ends[-1] == len(last):
         ends.pop()  # else something follows it: it is whole
-    return (kept + blank + last[: ends[-1]]).rstrip(_HALF) if ends else kept
+    return (start + blank + last[: ends[-1]]).rstrip(_HALF) if ends else start

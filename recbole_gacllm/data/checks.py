@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from recbole_gacllm.config import MODELS
 from recbole_gacllm.data.atomic import AtomicFile, read_atomic
 from recbole_gacllm.data.numbers import times
-from recbole_gacllm.plugin.registration import MODELS
 
 # Below this share of nodes with a row in their file something is likely to be wrong.
 _FEW = 0.9
@@ -59,15 +59,11 @@ class DataReport:
         ]
         if self.times is not None:
             lines.append(f"times from {_day(self.times[0])} to {_day(self.times[1])}")
-        lines += [
-            f"{name}: {before} -> {after} interactions"
-            for name, before, after in self.filters
-            if after < before
-        ]
-        lines += [
-            f"{share:.0%} of the {side}s have a row in the .{side} file"
-            for side, share in self.covered.items()
-        ]
+        for name, before, after in self.filters:
+            if after < before:
+                lines.append(f"{name}: {before} -> {after} interactions")
+        for side, share in self.covered.items():
+            lines.append(f"{share:.0%} of the {side}s have a row in the .{side} file")
         return lines + self.notes
 
 
@@ -91,9 +87,9 @@ def inspect(config: Any, dataset: Any, parts: Iterable[Any]) -> DataReport:
         ValueError: If a part that is needed is empty, the ranking is longer than the catalogue, or
             no node has a row in the feature file that a text model reads.
     """
-    train, valid, test = parts
-    n_users, n_items = dataset.user_num - 1, dataset.item_num - 1
-    n_rows = [len(part.inter_feat) for part in (train, valid, test)]
+    parts = list(parts)
+    n_items = dataset.item_num - 1
+    n_rows = [len(part.inter_feat) for part in parts]
     _check_parts(config, n_rows)
     if "full" in config["eval_args"]["mode"].values() and max(config["topk"]) > n_items:
         raise ValueError(
@@ -101,15 +97,14 @@ def inspect(config: Any, dataset: Any, parts: Iterable[Any]) -> DataReport:
             f"--topk={min(10, n_items - 1)} and --valid_metric=MRR@{min(10, n_items - 1)}, or "
             "loosen the filters."
         )
-    pairs = interactions((train, valid, test))
+    pairs = interactions(parts)
     _check_negatives(config, dataset, pairs)
-    n_repeats = len(pairs) - len(np.unique(pairs))
     report = DataReport(
-        n_users=n_users,
+        n_users=dataset.user_num - 1,
         n_items=n_items,
         n_interactions=len(pairs),
         parts=(n_rows[0], n_rows[1], n_rows[2]),
-        n_repeats=n_repeats,
+        n_repeats=len(pairs) - len(np.unique(pairs)),
         times=getattr(dataset, "time_range", None),
         filters=list(getattr(dataset, "filter_counts", [])),
     )
@@ -120,16 +115,25 @@ def inspect(config: Any, dataset: Any, parts: Iterable[Any]) -> DataReport:
             f"times cannot be read, and a run in order of time will end: {fault}"
         )
     if config["model"] in MODELS and config["use_text"]:
-        _look_at_features(report, config, dataset)
+        for side, id_field in (("user", dataset.uid_field), ("item", dataset.iid_field)):
+            file = Path(config["data_path"], f"{config['dataset']}.{side}")
+            if file.is_file():
+                _look_at_features(report, config, side, file, id_field, dataset)
     return report
 
 
-def note_columns(dataset: Any, file: AtomicFile) -> None:
-    """Keep what a report tells of a file of interactions, whether its columns are loaded or not."""
+def note_columns(dataset: Any, file: AtomicFile) -> np.ndarray | ValueError | None:
+    """Keep what a report tells of a file of interactions, whether its columns are loaded or not.
+
+    Returns:
+        The times; why they cannot be read, which ends a run that loads them; or None without any.
+    """
+    moments: np.ndarray | ValueError | None = None
     if dataset.time_field in file.names:
         try:
             moments = times(file, dataset.time_field)
-        except ValueError as error:  # a run that loads the column ends by it
+        except ValueError as error:
+            moments = error
             dataset.time_fault = str(error)
         else:
             ends = np.append(moments[~np.isnan(moments)], getattr(dataset, "time_range", ()))
@@ -142,40 +146,37 @@ def note_columns(dataset: Any, file: AtomicFile) -> None:
         and {cell.removesuffix(".0") for cell in file.cells[name].dropna().unique()} == {"0", "1"}
     }
     dataset.label_columns = getattr(dataset, "label_columns", set()) | of_labels
+    return moments
 
 
-def _look_at_features(report: DataReport, config: Any, dataset: Any) -> None:
-    fields = {"user": dataset.uid_field, "item": dataset.iid_field}
-    for side, id_field in fields.items():
-        file = Path(config["data_path"], f"{config['dataset']}.{side}")
-        if not file.is_file():
-            continue
-        ids = dataset.field2id_token[id_field][1:].tolist()
-        rows = read_atomic(
-            file, config["field_separator"], config["encoding"], id_field, frozenset(ids)
-        )
-        if id_field in rows.names:
-            there = rows.cells[id_field].dropna()
-            report.covered[side], warning = match_ids(side, file, ids, there)
-            report.warnings += [warning] if warning else []
-            n_again = len(there) - there.nunique()
-            told = {
-                "rows stand over several lines, by quotes": rows.n_spanning,
-                "rows have the id of an earlier one, which counts": n_again,
-                "lines fit no reading and are left out": len(rows.dropped),
-            }
-            report.notes += [f"{file.name}: {n} {what}" for what, n in told.items() if n]
+def _look_at_features(
+    report: DataReport, config: Any, side: str, file: Path, id_field: str, dataset: Any
+) -> None:
+    ids = dataset.field2id_token[id_field][1:].tolist()
+    rows = read_atomic(
+        file, config["field_separator"], config["encoding"], id_field, frozenset(ids)
+    )
+    if id_field not in rows.names:
+        return
+    row_ids = rows.cells[id_field].dropna()
+    report.covered[side], warning = match_ids(side, file, ids, row_ids)
+    report.warnings += [warning] if warning else []
+    counts = {
+        "rows stand over several lines, by quotes": rows.n_spanning,
+        "rows have the id of an earlier one, which counts": len(row_ids) - row_ids.nunique(),
+        "lines fit no reading and are left out": len(rows.dropped),
+    }
+    report.notes += [f"{file.name}: {n} {what}" for what, n in counts.items() if n]
 
 
 def _check_parts(config: Any, n_rows: list[int]) -> None:
-    needed = [("training", n_rows[0]), ("test", n_rows[2])]
-    if config["eval_args"]["split"].get("LS") == "valid_only" and not config["benchmark_filename"]:
-        needed = [("training", n_rows[0]), ("validation", n_rows[1])]
-    for name, n in needed:
-        if n == 0:
-            counts, split = ", ".join(map(str, n_rows)), config["eval_args"]["split"]
+    split = config["eval_args"]["split"]
+    valid_only = split.get("LS") == "valid_only" and not config["benchmark_filename"]
+    for name, part in (("training", 0), ("validation", 1) if valid_only else ("test", 2)):
+        if n_rows[part] == 0:
             raise ValueError(
-                f"the {name} part has no interactions (training, validation, test: {counts}): "
+                f"the {name} part has no interactions (training, validation, test: "
+                f"{', '.join(map(str, n_rows))}): "
                 f"split {split} leaves none, for instance since users have one interaction each. "
                 'Filter users with user_inter_num_interval: "[3,inf)", or choose another split.'
             )
@@ -188,7 +189,7 @@ def _check_negatives(config: Any, dataset: Any, pairs: np.ndarray) -> None:
     users, n_items_of = np.unique(np.unique(pairs) // dataset.item_num, return_counts=True)
     full = users[n_items_of >= dataset.item_num - 1]
     if len(full) > 0:
-        tokens = _some(dataset.field2id_token[dataset.uid_field][full].tolist())
+        tokens = _examples(dataset.field2id_token[dataset.uid_field][full].tolist())
         raise ValueError(
             f"{len(full)} users ({tokens}) have interacted with all {dataset.item_num - 1} items, "
             "so there is no negative item to draw for them. Filter them with "
@@ -223,30 +224,27 @@ def interactions(parts: Iterable[Any]) -> np.ndarray:
 def _warn_of_repeats(report: DataReport, config: Any) -> None:
     if report.n_repeats == 0:
         return
-    what = (
+    advice = (
+        ", and repeatable is on: known items are ranked and count as hits. rm_dup_inter: first "
+        "asks for new items only."
+        if config["repeatable"]
+        else ". Of held-out ones the model has seen the answer in training, so metrics are too "
+        "high. Set rm_dup_inter: first to ask for new items only, or repeatable: True where "
+        "repeats are what you predict."
+    )
+    report.warnings.append(
         f"repeats: {report.n_repeats} of {report.n_interactions} interactions "
         f"({report.n_repeats / report.n_interactions:.0%}) are of a user and an item that stand in "
-        "an earlier one"
+        f"an earlier one{advice}"
     )
-    if config["repeatable"]:
-        report.warnings.append(
-            f"{what}, and repeatable is on: known items are ranked and count as hits. "
-            "rm_dup_inter: first asks for new items only."
-        )
-    else:
-        report.warnings.append(
-            f"{what}. Of held-out ones the model has seen the answer in training, so metrics are "
-            "too high. Set rm_dup_inter: first to ask for new items only, or repeatable: True "
-            "where repeats are what you predict."
-        )
 
 
 def _warn_of_labels(report: DataReport, config: Any, dataset: Any) -> None:
-    by_label = config["MODEL_TYPE"].name in ("CONTEXT", "DECISIONTREE") or any(
-        mode == "labeled" for mode in config["eval_args"]["mode"].values()
-    )
-    loaded = (config["load_col"] or {}).get("inter", ())
-    if config["threshold"] and not by_label:
+    if config["MODEL_TYPE"].name in ("CONTEXT", "DECISIONTREE"):
+        return
+    if "labeled" in config["eval_args"]["mode"].values():
+        return
+    if config["threshold"]:
         report.warnings.append(
             f"threshold: {config['threshold']} makes labels, which {config['model']} does not "
             "read: every interaction counts as liked. To keep the good ones set val_interval, such "
@@ -254,9 +252,10 @@ def _warn_of_labels(report: DataReport, config: Any, dataset: Any) -> None:
         )
         return
     columns = set(getattr(dataset, "label_columns", ()))
+    loaded = (config["load_col"] or {}).get("inter", ())
     if loaded != "*" and config["LABEL_FIELD"] in loaded:
         columns.add(config["LABEL_FIELD"])
-    for name in sorted(columns - set(config["val_interval"] or {})) if not by_label else ():
+    for name in sorted(columns - set(config["val_interval"] or {})):
         report.warnings.append(
             f"labels: {config['model']} does not read the column {name!r}: every interaction "
             "counts as liked. If it says which ones are, keep these with "
@@ -281,41 +280,41 @@ def match_ids(
     Raises:
         ValueError: If none has; shows ids of both and what would make them meet.
     """
-    wanted, there = list(ids), set(rows)
-    n = sum(token in there for token in wanted)
-    share = n / max(len(wanted), 1)
+    ids, row_ids = list(ids), set(rows)
+    missing = [token for token in ids if token not in row_ids]
+    n = len(ids) - len(missing)
+    share = n / max(len(ids), 1)
     if share >= _FEW:
         return share, None
-    missing = [token for token in wanted if token not in there]
-    found = (
-        f"{file}: {n} of {len(wanted)} {side}s with interactions have a row there. Without one: "
-        f"{_some(missing)}; the file has {_some(there)}"
+    message = (
+        f"{file}: {n} of {len(ids)} {side}s with interactions have a row there. Without one: "
+        f"{_examples(missing)}; the file has {_examples(row_ids)}"
     )
-    hint = _likely(missing, there)
+    hint = _way_to_meet(missing, row_ids)
     if n == 0:
         raise ValueError(
-            f"{found}. {hint or 'Write the ids of both files alike'}; or remove the file to go "
+            f"{message}. {hint or 'Write the ids of both files alike'}; or remove the file to go "
             "without its texts."
         )
-    return share, f"{found}.{f' {hint}.' if hint else ''}"
+    return share, f"{message}.{f' {hint}.' if hint else ''}"
 
 
-def _some(ids: Iterable[str]) -> str:
+def _examples(ids: Iterable[str]) -> str:
     return ", ".join(map(repr, sorted(ids)[:_SHOWN]))
 
 
-def _likely(missing: list[str], there: set[str]) -> str | None:
+def _way_to_meet(missing: list[str], row_ids: set[str]) -> str | None:
     """What would make ids meet: tried on the ids themselves."""
     ways = {
-        "They meet without blanks around them": str.strip,
-        "They meet without leading zeros": lambda token: token.strip().lstrip("0") or "0",
-        "They meet as whole numbers, without '.0'": lambda token: token.removesuffix(".0"),
-        "They meet in lower case": str.lower,
+        "without blanks around them": str.strip,
+        "without leading zeros": lambda token: token.strip().lstrip("0") or "0",
+        "as whole numbers, without '.0'": lambda token: token.removesuffix(".0"),
+        "in lower case": str.lower,
     }
     for words, change in ways.items():
-        changed = {change(token) for token in there}
+        changed = {change(token) for token in row_ids}
         if sum(change(token) in changed for token in missing) > len(missing) / 2:
-            return f"{words}: write both files so"
+            return f"They meet {words}: write both files so"
     return None
 
 

@@ -9,11 +9,10 @@ from typing import Any
 from recbole.data import create_dataset
 from recbole.utils import init_seed
 
-from recbole_gacllm.config import GaCLLMConfig
+from recbole_gacllm.config import MODELS, GaCLLMConfig
 from recbole_gacllm.convolution.layers import Side
 from recbole_gacllm.data.checks import DataReport
 from recbole_gacllm.inputs import TrainingData, raw_descriptions, samples
-from recbole_gacllm.plugin.registration import MODELS
 from recbole_gacllm.run_config import build_config
 
 logger = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import EvaluatorType, InputType, ModelType, get_model, init_seed
 from torch import Tensor
 
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.artifacts.checkpoint import no_pickles, read_weights
 from recbole_gacllm.artifacts.locate import RunFiles
-from recbole_gacllm.config import GaCLLMConfig, model_defaults
+from recbole_gacllm.config import MODELS, GaCLLMConfig, model_defaults
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.inputs import TextLayers, TrainingData
-from recbole_gacllm.plugin.registration import MODELS
+from recbole_gacllm.inputs import TrainingData
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def open_run(files: RunFiles) -> OpenRun:
 
     def stored_texts(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
         n_layers = len(list(folders["embeddings"].glob("layer_*.npy")))
-        return TextLayers.load(folders, n_layers, options, data)
+        return TextLayers.load(folders, n_layers, options.text_source, data.graph, data.seed)
 
     # RecBole looks for saved data sets in the folder of the checkpoints.
     with tempfile.TemporaryDirectory() as empty, no_pickles():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ from typing import Any
 import pandas as pd
 
 from recbole_gacllm.artifacts import locate, manifests
-from recbole_gacllm.convolution import costs
-from recbole_gacllm.convolution.costs import Cost, stage_name
 from recbole_gacllm.convolution.graph import NeighborLists, TrainGraph, select_neighbors
 from recbole_gacllm.convolution.layers import SIDES, Layer, Side, layer_files
 from recbole_gacllm.convolution.names import names_file_of, read_names
@@ -44,7 +42,6 @@ class Unfinished:
     number: int
     n_layers: int
     n_nodes: int  # of a layer; prompts are fewer where some are equal or in the store
-    cost: Cost  # of this layer until its last durable write
 
 
 class RunDescriptions:
@@ -59,7 +56,6 @@ class RunDescriptions:
     Attributes:
         layers: Those that are finished, the raw one first.
         graph: Training edges.
-        manifest: Of an unfinished stage, what its finished layers have cost.
         unfinished: None if the stage is finished.
 
     Raises:
@@ -156,13 +152,9 @@ class RunDescriptions:
         return cls(folder, unfinished, names_file_of(folders))
 
     def _progress(self) -> Unfinished:
-        """How far the stage is; fills the manifest with what finished layers have cost."""
-        number, store = len(self.layers), locate.store_of(self.folder)
-        spent = costs.read_only(store, stage_name(self.folder), range(1, number + 1))
-        # Nothing is counted of a layer whose store is gone.
-        self.manifest["layers"] = [asdict(c) if c != Cost() else {} for c in spent[:-1]]
+        """How far the stage is."""
         n_nodes = sum(map(len, self.layers[0].tokens.values()))
-        return Unfinished(number, self._job["options"]["llm_n_layers"], n_nodes, spent[-1])
+        return Unfinished(len(self.layers), self._job["options"]["llm_n_layers"], n_nodes)
 
     def page(self, side: Side, token: str) -> NodePage:
         """Everything about one node.

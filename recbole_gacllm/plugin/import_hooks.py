@@ -7,6 +7,7 @@ head of ``sys.meta_path`` waits for the modules of interest (the idea of wrapt's
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -16,48 +17,54 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-AfterImport = Callable[[ModuleType], None]
-AroundImport = Callable[[], AbstractContextManager[None]]
-
-_after: dict[str, list[AfterImport]] = {}
-_around: dict[str, list[AroundImport]] = {}
+_after: dict[str, list[Callable[[ModuleType], None]]] = {}
+_around: dict[str, list[Callable[[], AbstractContextManager[None]]]] = {}
 _aliases: dict[str, str] = {}
 _absence: dict[str, str] = {}
 
 
-def after_import(name: str, callback: AfterImport) -> None:
+def after_import(name: str, callback: Callable[[ModuleType], None]) -> None:
     """Call ``callback(module)`` once module ``name`` is executed; at once if it is already there.
 
     The same callback for the same module is taken once.
     """
     callbacks = _after.setdefault(name, [])
-    if callback in callbacks:
-        return
-    _install()
-    callbacks.append(callback)
-    module = sys.modules.get(name)
-    if module is not None:
-        callback(module)
+    if callback not in callbacks:
+        callbacks.append(callback)
+        if name in sys.modules:
+            callback(sys.modules[name])
 
 
-def around_import(name: str, context: AroundImport) -> None:
+def around_import(name: str, context: Callable[[], AbstractContextManager[None]]) -> None:
     """Execute module ``name`` inside ``context()``; nothing happens if it is already there."""
     contexts = _around.setdefault(name, [])
     if context not in contexts:
-        _install()
         contexts.append(context)
 
 
 def alias_module(name: str, target: str) -> None:
     """Let ``import name`` give module ``target``, imported when first asked for."""
-    _install()
     _aliases[name] = target
 
 
 def explain_absence(name: str, message: str) -> None:
     """Let :class:`ModuleNotFoundError` say ``message`` where module ``name`` is not installed."""
-    _install()
     _absence[name] = message
+
+
+def replaces(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
+    """Let ``function(original, self, ...)`` be the method ``name`` of a class from now on."""
+
+    def replace(function: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def method(self: Any, *args: Any, **keys: Any) -> Any:
+            return function(original, self, *args, **keys)
+
+        setattr(owner, name, method)
+
+    return replace
 
 
 class Overlay:
@@ -72,7 +79,7 @@ class Overlay:
 
 
 class _Finder(MetaPathFinder):
-    """Leaves finding to the other finders and adds our steps to what they found."""
+    """Leaves finding to the other finders and adds our steps to their loaders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -121,6 +128,4 @@ def _extend(spec: ModuleSpec) -> None:
     loader.exec_module = exec_module  # type: ignore[method-assign]
 
 
-def _install() -> None:
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+sys.meta_path.insert(0, _Finder())

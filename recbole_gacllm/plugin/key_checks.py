@@ -10,14 +10,14 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import recbole
 import yaml
 
-from recbole_gacllm.config import SPLIT_KEYS, GaCLLMConfig
+from recbole_gacllm.config import GaCLLMConfig
 
 _RECBOLE = Path(recbole.__file__).parent
 # Keys of earlier releases of RecBole, which 1.2.1 takes and does not read.
@@ -45,29 +45,69 @@ _INTERVAL = re.compile(rf"\s*[\[(]({_NUMBER}),({_NUMBER})[\])]\s*")
 _LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")  # any other is Adam
 _MAX_SEED = 2**32 - 1  # numpy's
 _MAY_BE_ZERO = ("epochs", "worker", "stopping_step", "seed", "eval_step", "loss_decimal_place")
-_INTERVAL_KEYS = (
-    *("user_inter_num_interval", "item_inter_num_interval"),
-    *("entity_kg_num_interval", "relation_kg_num_interval"),
-)
+_NO_INTERVAL = "is no interval. Write [3,inf), [1,5] or (0,4], several with ';' between them."
+
+
+def _is_interval(value: Any) -> bool:
+    matches = [_INTERVAL.fullmatch(part) for part in str(value).split(";")]
+    return all(match and float(match[1]) <= float(match[2]) for match in matches)
+
+
+def _are_columns(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(names, list) or names in ("*", None) for names in value.values()
+    )
+
+
+#: Key -> whether a value is one that RecBole reads, and what is said of one that is not.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "learner": (
+        lambda value: str(value).lower() in _LEARNERS,
+        f"is not one of {', '.join(_LEARNERS)}. Set one of these.",
+    ),
+    "user_inter_num_interval": (_is_interval, _NO_INTERVAL),
+    "item_inter_num_interval": (_is_interval, _NO_INTERVAL),
+    "entity_kg_num_interval": (_is_interval, _NO_INTERVAL),
+    "relation_kg_num_interval": (_is_interval, _NO_INTERVAL),
+    "rm_dup_inter": (
+        lambda value: value in ("first", "last"),
+        "is not allowed; of interactions that repeat it keeps the first or the last.",
+    ),
+    "load_col": (
+        _are_columns,
+        "must be the columns of each file, such as "
+        "--load_col=\"{'inter': ['user_id', 'item_id']}\" or {'inter': '*'}, words in quotes.",
+    ),
+    "threshold": (
+        lambda value: isinstance(value, dict),
+        "must be a field and the least value that is liked, such as --threshold=\"{'rating': 4}\".",
+    ),
+    "val_interval": (
+        lambda value: (
+            isinstance(value, dict)
+            and all(_is_interval(part) for part in value.values() if isinstance(part, str))
+        ),
+        "must be a field and its interval, such as --val_interval=\"{'rating': '[3,inf)'}\"; "
+        "others are [1,5] or (0,4], several with ';' between them.",
+    ),
+}
 
 
 @functools.cache
 def known_keys() -> frozenset[str]:
     """All keys that RecBole, any of its models or this package reads."""
-    known = {f.name for f in dataclasses.fields(GaCLLMConfig)} | {*SPLIT_KEYS, "preset"}
-    known |= {"fast_paths", "nproc", "model", "dataset", "config_files", "quiet", "verbose"}
+    keys = {f.name for f in dataclasses.fields(GaCLLMConfig)}
+    keys |= {"nproc", "model", "dataset", "config_files", "quiet", "verbose"}
     for file in _RECBOLE.rglob("*.py"):
         source = file.read_text("utf-8")
-        known |= set(re.findall(r"config(?:_dict)?\[\s*[\"'](\w+)[\"']", source))
-        known |= set(
-            re.findall(r"[\"'](\w+)[\"'] (?:not )?in (?:self\.)?(?:final_)?config", source)
-        )
+        keys |= set(re.findall(r"config(?:_dict)?\[\s*[\"'](\w+)[\"']", source))
+        keys |= set(re.findall(r"[\"'](\w+)[\"'] (?:not )?in (?:self\.)?(?:final_)?config", source))
         if file.name == "argument_list.py":
-            known |= set(re.findall(r"'(\w+)'", source))
+            keys |= set(re.findall(r"'(\w+)'", source))
     for file in (_RECBOLE / "properties").rglob("*.yaml"):
         if not file.name.endswith("url.yaml"):
-            known |= set(yaml.safe_load(file.read_text("utf-8")) or {})
-    return frozenset(known)
+            keys |= set(yaml.safe_load(file.read_text("utf-8")) or {})
+    return frozenset(keys)
 
 
 def check_given(given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
@@ -84,43 +124,9 @@ def check_given(given: Mapping[str, Any], defaults: Mapping[str, Any] | None = N
     for key in given:
         _check_name(key)
     _check_types(given, defaults or {})
-    if str(given.get("learner", "adam")).lower() not in _LEARNERS:
-        raise ValueError(
-            f"learner: {given['learner']!r} is not one of {', '.join(_LEARNERS)}. Set one of these."
-        )
-    for key in _INTERVAL_KEYS:
-        if given.get(key) is not None:
-            _check_interval(key, given[key])
-    if given.get("rm_dup_inter") not in (None, "first", "last"):
-        raise ValueError(
-            f"rm_dup_inter: {given['rm_dup_inter']!r} is not allowed; of interactions that repeat "
-            "it keeps the first or the last."
-        )
-    columns = given.get("load_col")
-    if columns is not None and not (
-        isinstance(columns, dict)
-        and all(isinstance(names, list) or names in ("*", None) for names in columns.values())
-    ):
-        raise ValueError(
-            f"load_col: {columns!r} must be the columns of each file, such as "
-            "--load_col=\"{'inter': ['user_id', 'item_id']}\" or {'inter': '*'}, words in quotes."
-        )
-    threshold = given.get("threshold")
-    if threshold is not None and not isinstance(threshold, dict):
-        raise ValueError(
-            f"threshold: {threshold!r} must be a field and the least value that is liked, such as "
-            "--threshold=\"{'rating': 4}\"."
-        )
-    values = given.get("val_interval")
-    if values is not None:
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"val_interval: {values!r} must be a field and its interval, such as "
-                "--val_interval=\"{'rating': '[3,inf)'}\"."
-            )
-        for field, interval in values.items():
-            if isinstance(interval, str):
-                _check_interval(f"val_interval of {field}", interval)
+    for key, (is_read, message) in _VALUES.items():
+        if given.get(key) is not None and not is_read(given[key]):
+            raise ValueError(f"{key}: {given[key]!r} {message}")
 
 
 def _check_name(key: str) -> None:
@@ -149,34 +155,25 @@ def _defaults() -> dict[str, Any]:
 
 def _check_types(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """A key whose default is a number or a switch takes nothing else."""
+    names = {bool: "True or False", int: "a whole number", float: "a number"}
     for key, value in given.items():
         of_any_model = _defaults().get(key)
         kind = type(defaults.get(key) if of_any_model is None else of_any_model)
-        if value is None or kind not in (bool, int, float):
+        if value is None or kind not in names:
             continue
         if kind is int and of_any_model is None:
             kind = float  # a model's weight of 1 may be .5 as well
-        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if not right and not (kind is float and type(value) is int):
-            name = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
-            raise ValueError(f"{key}: {value!r} is not allowed; it must be {name}.")
-        least = 0 if key in _MAY_BE_ZERO else 1
-        if kind is int and value < least:
-            raise ValueError(f"{key}: {value!r} is not allowed; it must be {least} or more.")
-        if kind is float and of_any_model is not None and value < 0:
-            raise ValueError(f"{key}: {value!r} is not allowed; it must be 0 or more.")
-        if key == "seed" and value > _MAX_SEED:
-            raise ValueError(f"seed: {value!r} is not allowed; it must be from 0 to {_MAX_SEED}.")
-
-
-def _check_interval(key: str, value: Any) -> None:
-    for part in str(value).split(";"):
-        match = _INTERVAL.fullmatch(part)
-        if match is None or float(match[1]) > float(match[2]):
-            raise ValueError(
-                f"{key}: {part.strip()!r} is no interval. Write [3,inf), [1,5] or (0,4], several "
-                "with ';' between them."
-            )
+        least = 0 if kind is float or key in _MAY_BE_ZERO else 1
+        allowed = None
+        is_kind = isinstance(value, (kind, int) if kind is float else kind)
+        if not is_kind or (kind is not bool and isinstance(value, bool)):
+            allowed = names[kind]
+        elif kind is not bool and of_any_model is not None and value < least:
+            allowed = f"{least} or more"
+        elif key == "seed" and value > _MAX_SEED:
+            allowed = f"from 0 to {_MAX_SEED}"
+        if allowed is not None:
+            raise ValueError(f"{key}: {value!r} is not allowed; it must be {allowed}.")
 
 
 def check_evaluation(keys: Mapping[str, Any]) -> None:
@@ -188,7 +185,7 @@ def check_evaluation(keys: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Names the key, the value, what is allowed and the next step.
     """
-    from recbole.evaluator.register import metric_types
+    from recbole.evaluator.register import metric_types, metrics_dict
 
     cutoffs = keys["topk"] if isinstance(keys["topk"], list) else [keys["topk"]]
     if not cutoffs or any(type(k) is not int or k < 1 for k in cutoffs):
@@ -205,7 +202,7 @@ def check_evaluation(keys: Mapping[str, Any]) -> None:
         raise ValueError(
             f"metrics: {metrics!r} must be a list of names, such as ['Recall','NDCG']."
         )
-    proper = {name.lower(): name for name in _metric_names()}
+    proper = {metric.__name__.lower(): metric.__name__ for metric in metrics_dict.values()}
     for name in names:
         if name.lower() not in metric_types:
             folded = re.sub(r"[^a-z]", "", name.lower())
@@ -237,21 +234,13 @@ def check_evaluation(keys: Mapping[str, Any]) -> None:
         )
 
 
-def _metric_names() -> list[str]:
-    from recbole.evaluator.register import metrics_dict
-
-    return [metric.__name__ for metric in metrics_dict.values()]
-
-
 def _check_valid_metric(
     keys: Mapping[str, Any], names: list[str], cutoffs: list[int], kinds: set[str]
 ) -> None:
     value = keys["valid_metric"]
     name, at, k = str(value).partition("@")
-    known = name.lower() in names and (
-        kinds == {"VALUE"} if not at else k.isdecimal() and int(k) in cutoffs
-    )
-    if not known:
+    is_cutoff = k.isdecimal() and int(k) in cutoffs
+    if name.lower() not in names or not (is_cutoff if at else kinds == {"VALUE"}):
         metric = name if name.lower() in names else names[0]
         likely = f"{metric}@{cutoffs[0]}" if kinds == {"RANKING"} else metric
         raise ValueError(

@@ -15,30 +15,32 @@ from types import ModuleType
 from typing import Any
 
 from recbole_gacllm.config import (
+    MODELS,
     SPLIT_KEYS,
     GaCLLMConfig,
     check_keys,
     dataset_defaults,
     model_defaults,
 )
-from recbole_gacllm.plugin.import_hooks import after_import, alias_module
+from recbole_gacllm.plugin.import_hooks import after_import, alias_module, replaces
 
-MODEL = "GaCLLM"
-#: Our models and their modules; both take the keys of ``GaCLLM.yaml``.
-MODELS = {MODEL: "recbole_gacllm.model", "TextKNN": "recbole_gacllm.text_knn"}
 _GENERAL = "recbole.model.general_recommender"
-#: Modules of RecBole whose classes get the fast paths of ``fast.py`` (key ``fast_paths``).
-FAST_MODULES = (
-    "recbole.sampler.sampler",
-    "recbole.data.dataloader.abstract_dataloader",
-    "recbole.data.dataloader.general_dataloader",
-    "recbole.evaluator.collector",
-    "recbole.evaluator.metrics",
-    "recbole.trainer.trainer",
-    *(f"{_GENERAL}.{name}" for name in ("lightgcn", "ngcf", "ncl", "sgl", "dgcf", "neumf")),
-)
-#: Those whose classes get the keys of ``splits.py``.
-SPLIT_MODULES = ("recbole.data.dataset.dataset", "recbole.trainer.trainer")
+#: Module of RecBole -> what changes its classes after its import, in that order. By name: importing
+#: this package must not load PyTorch, which the children of the stages do without.
+CHANGES: dict[str, tuple[str, ...]] = {
+    "recbole.config.configurator": ("registration:extend_config",),
+    "recbole.sampler.sampler": ("fast:add_to_sampler",),
+    "recbole.data.dataloader.abstract_dataloader": ("fast:add_to_loader",),
+    "recbole.data.dataloader.general_dataloader": ("fast:add_to_general_loaders",),
+    "recbole.evaluator.collector": ("fast:add_to_collector",),
+    "recbole.evaluator.metrics": ("fast:add_to_metrics",),
+    "recbole.trainer.trainer": ("fast:add_to_trainer", "splits:add_to_trainer"),
+    **{
+        f"{_GENERAL}.{name}": ("fast_graph:add_to_model",)
+        for name in ("lightgcn", "ngcf", "ncl", "sgl", "dgcf", "neumf")
+    },
+    "recbole.data.dataset.dataset": ("splits:add_to_dataset", ".data.checks:add_to"),
+}
 
 
 def register() -> None:
@@ -46,68 +48,46 @@ def register() -> None:
 
     After it ``recbole.quick_start.run_recbole(model="GaCLLM", dataset="ml-100k")`` works, and with
     it ``HyperTuning``, ``objective_function``, ``load_data_and_model`` and ``run(..., nproc=2)``.
-
-    Note:
-        ``save_dataset`` and ``save_dataloaders`` work as for every RecBole model, with RecBole's
-        limits: a saved data set is reused when the data set keys, ``seed`` and ``repeatable`` are
-        the same; saved data loaders are reused without looking at batch sizes or negative
-        sampling, and the run that saves them shuffles differently from a run that does not. Save
-        them per setting, or not at all.
+    ``save_dataset`` and ``save_dataloaders`` work with RecBole's limits: loaders are reused without
+    looking at batch sizes or negative sampling. Save them per setting, or not at all.
     """
     for model, module in MODELS.items():
         alias_module(f"{_GENERAL}.{model.lower()}", module)
-    after_import("recbole.config.configurator", _extend_config)
-    for name in FAST_MODULES:
-        after_import(name, _add_fast_paths)
-    for name in SPLIT_MODULES:
-        after_import(name, _add_splits)
-    after_import(SPLIT_MODULES[0], _add_checks)
+    for name in CHANGES:
+        after_import(name, _change)
 
 
-def _add_fast_paths(module: ModuleType) -> None:
-    """Here and not at the head: importing this package must not load PyTorch."""
-    importlib.import_module("recbole_gacllm.plugin.fast").add_to(module)
+def _change(module: ModuleType) -> None:
+    for change in CHANGES[module.__name__]:
+        name, function = change.split(":")
+        ours = importlib.import_module(f".{name}", __package__)
+        getattr(ours, function)(module)
 
 
-def _add_splits(module: ModuleType) -> None:
-    """As :func:`_add_fast_paths`."""
-    importlib.import_module("recbole_gacllm.plugin.splits").add_to(module)
-
-
-def _add_checks(module: ModuleType) -> None:
-    """As :func:`_add_fast_paths`; after the splits, so that they are seen."""
-    importlib.import_module("recbole_gacllm.data.checks").add_to(module)
-
-
-def _extend_config(configurator: ModuleType) -> None:
+def extend_config(configurator: ModuleType) -> None:
     """Layer and check the configuration of our models; of others only the keys of ``splits.py``.
 
     For ours the layers are, each over the one before: RecBole's ``overall.yaml``;
     ``GaCLLM.yaml`` with the preset; RecBole's ``sample.yaml`` and data set yaml; our data set
     config; what the user gives.
     """
-    splits = importlib.import_module("recbole_gacllm.plugin.splits")  # not at the head, as fast
+    splits = importlib.import_module(".splits", __package__)  # it loads PyTorch
     # RecBole reuses saved data sets and loaders only where these keys are the same.
     configurator.dataset_arguments.extend(SPLIT_KEYS)
-    config_class = configurator.Config
-    load_internal, init = config_class._load_internal_config_dict, config_class.__init__
 
-    @functools.wraps(load_internal)
-    def _load_internal_config_dict(self: Any, model: str, model_class: Any, dataset: str) -> None:
+    @replaces(configurator.Config, "_load_internal_config_dict")
+    def _load_internal_config_dict(original: Any, self: Any, model: str, *args: Any) -> None:
         if model in MODELS:
-            _load_layers(self, functools.partial(load_internal, self, model, model_class, dataset))
+            _load_layers(self, functools.partial(original, self, model, *args))
         else:
-            load_internal(self, model, model_class, dataset)
+            original(self, model, *args)
 
-    @functools.wraps(init)
-    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
+    @replaces(configurator.Config, "__init__")
+    def construct(original: Any, self: Any, *args: Any, **keys: Any) -> None:
+        original(self, *args, **keys)
         if self.model in MODELS:
             _check(self)
         splits.check(self)
-
-    config_class._load_internal_config_dict = _load_internal_config_dict
-    config_class.__init__ = construct
 
 
 def _load_layers(config: Any, load_internal: functools.partial[None]) -> None:
@@ -118,10 +98,10 @@ def _load_layers(config: Any, load_internal: functools.partial[None]) -> None:
     load_file = config._update_internal_config_dict
 
     def load_file_and_defaults(file: str) -> Any:
-        loaded = load_file(file)
+        keys = load_file(file)
         if Path(file).name == "overall.yaml":
             config.internal_config_dict.update(defaults)
-        return loaded
+        return keys
 
     config._update_internal_config_dict = load_file_and_defaults
     try:

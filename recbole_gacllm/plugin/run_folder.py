@@ -53,17 +53,14 @@ def require_writable(checkpoint_dir: str) -> Path:
 def claimed(runs: Path, dataset: str, model: str) -> Iterator[Path]:
     """The folder of this run, made for it; removed again if the run leaves nothing there.
 
-    Args:
-        runs: Of :func:`require_writable`.
-        dataset: Name of the data set.
-        model: Name of the model; RecBole names checkpoints by it, whatever the data set.
+    RecBole names checkpoints by the model, whatever the data set, and so are runs numbered.
     """
     begun = time.strftime("%b-%d-%Y_%H-%M-%S")  # as RecBole writes times
     with FileLock(runs / ".lock"):
         for number in itertools.count(1):
             name = f"{model}-{begun}" if number == 1 else f"{model}-{begun}-{number}"
-            taken = (runs.parent / f"{name}.pth").exists() or any(runs.glob(f"*-{name}"))
-            if not taken:
+            is_taken = (runs.parent / f"{name}.pth").exists() or any(runs.glob(f"*-{name}"))
+            if not is_taken:
                 break
         folder = runs / f"{dataset}-{name}"
         folder.mkdir()
@@ -75,13 +72,7 @@ def claimed(runs: Path, dataset: str, model: str) -> Iterator[Path]:
 
 
 def time_of(folder: Path | None, dataset: str, model: str) -> str:
-    """The time in the name of a run; processes of one run take the first one's.
-
-    Args:
-        folder: Of :func:`claimed`; None in a DDP process other than the first.
-        dataset: Name of the data set.
-        model: Name of the model.
-    """
+    """The time in the name of a run's folder; a DDP process without one takes the first one's."""
     names = [folder.name if folder else ""]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(names, src=0)

@@ -2,16 +2,14 @@
 
 ``train_share`` keeps a share of the training interactions, ``cold_item_share`` takes all of some
 items' interactions away from training. Both act where RecBole splits (``Dataset.build``), so that
-models, samplers, texts and audits see only what is left; ``registration.py`` calls :func:`add_to`
-for the modules of RecBole in :data:`CHANGES`. Without the keys everything is RecBole's own.
+models, samplers, texts and audits see only what is left. Without the keys everything is RecBole's
+own.
 
 Source: ours; RecBole has neither.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -21,11 +19,7 @@ import torch
 from torch import Tensor
 
 from recbole_gacllm.config import SPLIT_KEYS, checked
-
-
-def add_to(module: ModuleType) -> None:
-    """Add the keys to one of RecBole's modules."""
-    CHANGES[module.__name__](module)
+from recbole_gacllm.plugin.import_hooks import replaces
 
 
 def check(config: Any) -> None:
@@ -74,13 +68,8 @@ def kept_rows(users: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDAr
     Each draws a number in [0, 1) and stays if it is below the share; of a user of whom none would
     stay, the one with the lowest number does. So with one seed a smaller share is part of a larger.
 
-    Args:
-        users: User of each training interaction, in RecBole's order.
-        share: In (0, 1].
-        seed: RecBole's.
-
     Shapes:
-        users: ``[n]``; result: sorted rows.
+        users: ``[n]``, of the training interactions in RecBole's order; result: sorted rows.
     """
     draws = np.random.default_rng(seed).random(len(users))
     lowest = np.lexsort((draws, users))
@@ -94,43 +83,35 @@ def kept_rows(users: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDAr
 def cold_items(
     items: npt.NDArray[np.int64], share: float, seed: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The items that are cold, those of validation and those of the test.
-
-    Args:
-        items: Item of each interaction.
-        share: Of the items that have any interaction; half of them is for validation.
-        seed: RecBole's.
+    """A share of the items that have any interaction: half for validation, half for the test.
 
     Raises:
         ValueError: If there are fewer than two.
     """
-    known = np.unique(items)
-    n_cold = round(share * len(known))
+    distinct = np.unique(items)
+    n_cold = round(share * len(distinct))
     if n_cold < 2:
         raise ValueError(
-            f"cold_item_share: {share:g} of {len(known)} items is {n_cold}; validation and test "
+            f"cold_item_share: {share:g} of {len(distinct)} items is {n_cold}; validation and test "
             "need one at least. Give a larger share."
         )
-    drawn = np.random.default_rng(seed).permutation(known)[:n_cold]
-    return drawn[: n_cold // 2], drawn[n_cold // 2 :]
+    cold = np.random.default_rng(seed).permutation(distinct)[:n_cold]
+    return cold[: n_cold // 2], cold[n_cold // 2 :]
 
 
-def _add_to_dataset(module: ModuleType) -> None:
-    dataset_class = module.Dataset
-    build = dataset_class.build
+def add_to_dataset(module: ModuleType) -> None:
+    """Split by item, or take interactions from training, where the keys say so."""
 
-    @functools.wraps(build)
-    def build_and_take_away(self: Any) -> Any:
+    @replaces(module.Dataset, "build")
+    def build_and_take_away(original: Any, self: Any) -> Any:
         train_share, cold_share = shares(self.config)
-        parts = _cold_split(self, cold_share) if cold_share > 0 else build(self)
+        parts = _cold_split(self, cold_share) if cold_share > 0 else original(self)
         if train_share < 1:
             train = parts[0]
             users = train.inter_feat[train.uid_field].numpy()
             rows = kept_rows(users, train_share, self.config["seed"])
             parts[0] = train.copy(train.inter_feat[rows])
         return parts
-
-    dataset_class.build = build_and_take_away
 
 
 def _cold_split(dataset: Any, share: float) -> list[Any]:
@@ -165,33 +146,22 @@ def ranks_among(scores: Tensor, candidates: Tensor, generator: torch.Generator) 
     return among.scatter_(1, columns.gather(1, ranked), places.expand_as(ranked))
 
 
-def _add_to_trainer(module: ModuleType) -> None:
+def add_to_trainer(module: ModuleType) -> None:
     """Rank the cold items of the evaluated part among themselves."""
-    trainer = module.Trainer
-    evaluate, batch_eval = trainer.evaluate, trainer._full_sort_batch_eval
 
-    @functools.wraps(evaluate)
-    def evaluate_candidates(self: Any, eval_data: Any, *args: Any, **keys: Any) -> Any:
+    @replaces(module.Trainer, "evaluate")
+    def evaluate(original: Any, self: Any, eval_data: Any, *args: Any, **keys: Any) -> Any:
         self.cold_candidates = None
         if eval_data and shares(self.config)[1] > 0:
             dataset = eval_data._dataset
             items = dataset.inter_feat[dataset.iid_field].unique()
             generator = torch.Generator().manual_seed(self.config["seed"])
             self.cold_candidates = items, generator
-        return evaluate(self, eval_data, *args, **keys)
+        return original(self, eval_data, *args, **keys)
 
-    @functools.wraps(batch_eval)
-    def batch_eval_candidates(self: Any, batched_data: Any) -> Any:
-        interaction, scores, positive_u, positive_i = batch_eval(self, batched_data)
+    @replaces(module.Trainer, "_full_sort_batch_eval")
+    def _full_sort_batch_eval(original: Any, self: Any, batched_data: Any) -> Any:
+        interaction, scores, positive_u, positive_i = original(self, batched_data)
         if self.cold_candidates is not None:
             scores = ranks_among(scores, *self.cold_candidates)
         return interaction, scores, positive_u, positive_i
-
-    trainer.evaluate, trainer._full_sort_batch_eval = evaluate_candidates, batch_eval_candidates
-
-
-#: Module of RecBole -> what adds the keys to it.
-CHANGES: dict[str, Callable[[ModuleType], None]] = {
-    "recbole.data.dataset.dataset": _add_to_dataset,
-    "recbole.trainer.trainer": _add_to_trainer,
-}

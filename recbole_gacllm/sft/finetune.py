@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from recbole_gacllm.artifacts.disk import whole_folder, write_atomic
+from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm.adapter import linear_layers
 from recbole_gacllm.llm.generator import SFTPair
@@ -34,7 +35,6 @@ from recbole_gacllm.llm.hardware import out_of_memory, training_dtype
 from recbole_gacllm.sft.batches import completion_loss, encode_pairs, pad_left, perplexity
 from recbole_gacllm.sft.trainer import (
     Progress,
-    SFTOptions,
     last_checkpoint,
     remove_newer,
     training_arguments,
@@ -63,7 +63,7 @@ class SFTReport:
         n_dropped: Pairs of either kind left out because they exceed ``max_tokens``.
         n_steps: Weight updates.
         n_tokens: Tokens read in training, padding left out.
-        seconds: Wall time, that of killed processes until their last checkpoint included.
+        seconds: Wall time of the process that finished it.
         train_losses: Loss of each weight update, in order.
     """
 
@@ -83,8 +83,10 @@ def finetune(
     pairs: Sequence[SFTPair],
     heldout: Sequence[SFTPair],
     out_dir: Path,
-    options: SFTOptions,
+    options: GaCLLMConfig,
     *,
+    seed: int,
+    show_progress: bool = False,
     model_name: str | None = None,
     at_once: int | None = None,
 ) -> SFTReport:
@@ -101,7 +103,9 @@ def finetune(
         pairs: Pairs to learn.
         heldout: Pairs for perplexity before and after; may be empty.
         out_dir: Folder of this fine-tuning, for one model, one set of pairs and one set of options.
-        options: How to train.
+        options: How to train: the ``sft_`` keys; ``llm_dtype`` is that of the frozen base.
+        seed: Of the adapter's first weights, dropout and the order of pairs.
+        show_progress: One bar.
         model_name: Name of the base model for the adapter's config; the folder's name if None.
         at_once: At most so many sequences a step of a process; an update takes more steps then.
 
@@ -112,7 +116,7 @@ def finetune(
         GaCLLMError: If the loss is no longer finite.
     """
     started = time.perf_counter()
-    args = training_arguments(out_dir, options, at_once)
+    args = training_arguments(out_dir, options, seed, at_once)
     # The first process looks, for all: it may write before another one has looked.
     looked: list[Any] = [None, None, None]
     if args.process_index == 0:
@@ -121,36 +125,37 @@ def finetune(
         looked[2] = last_checkpoint(out_dir / "checkpoints", args.world_size)
         remove_newer(out_dir / "checkpoints", looked[2])
     done, progress, checkpoint = broadcast_object_list(looked)
-    earlier = progress.get("seconds", 0.0)
 
     def keep_progress(**more: Any) -> None:
-        progress["seconds"] = round(earlier + time.perf_counter() - started, 2)
         if args.process_index == 0:
-            _write_json(out_dir / PROGRESS_FILE, progress | more)
+            text = json.dumps(progress | more, indent=2)
+            write_atomic(out_dir / PROGRESS_FILE, text.encode())
 
     if isinstance(done, SFTReport):
         logger.info("SFT: done earlier, the adapter is in %s", out_dir / "adapter")
         return done
 
     lora = _lora_config(model_dir, options)
-    train = encode_pairs(model_dir, pairs, options.max_tokens)
-    test = encode_pairs(model_dir, heldout, options.max_tokens)
+    train = encode_pairs(model_dir, pairs, options.sft_max_tokens)
+    test = encode_pairs(model_dir, heldout, options.sft_max_tokens)
     n_dropped = len(pairs) + len(heldout) - len(train) - len(test)
     if n_dropped:
         logger.warning(
-            "SFT: %d pairs longer than sft_max_tokens=%d left out", n_dropped, options.max_tokens
+            "SFT: %d pairs longer than sft_max_tokens=%d left out",
+            n_dropped,
+            options.sft_max_tokens,
         )
     if not train:
         raise ValueError(
-            f"sft_max_tokens={options.max_tokens}: none of the {len(pairs)} SFT pairs fits; "
+            f"sft_max_tokens={options.sft_max_tokens}: none of the {len(pairs)} SFT pairs fits; "
             "raise it, shorten the texts, or set sft: False"
         )
-    logger.info("SFT: %d pairs, %d held out, %s", len(train), len(test), options)
+    logger.info("SFT: %d pairs, %d held out", len(train), len(test))
 
-    transformers.set_seed(options.seed)
+    transformers.set_seed(seed)
     transformers.utils.logging.disable_progress_bar()
     at_once = args.per_device_train_batch_size
-    model = _load(model_dir, lora, options.dtype, args.device)
+    model = _load(model_dir, lora, options.llm_dtype, args.device)
     try:
         trainer = Trainer(
             model=model,
@@ -158,7 +163,7 @@ def finetune(
             train_dataset=train,
             data_collator=pad_left,
             compute_loss_func=completion_loss,
-            callbacks=[Progress(options.show_progress and args.process_index == 0, keep_progress)],
+            callbacks=[Progress(show_progress and args.process_index == 0)],
         )
         trainer.remove_callback(transformers.PrinterCallback)  # Trainer adds it, and it prints
         if "perplexity_before" not in progress:
@@ -174,9 +179,10 @@ def finetune(
             raise
         raise SFTMemoryError(
             f"SFT ran out of memory with {at_once} sequences of up to sft_max_tokens="
-            f"{options.max_tokens} tokens at once. Lower sft_batch_size={options.batch_size} "
-            f"(raise sft_accumulation_steps={options.accumulation_steps} by the same factor), "
-            f"sft_max_tokens or sft_lora_rank={options.lora_rank}, or take a smaller llm_model"
+            f"{options.sft_max_tokens} tokens at once. Lower sft_batch_size="
+            f"{options.sft_batch_size} (raise sft_accumulation_steps="
+            f"{options.sft_accumulation_steps} by the same factor), "
+            f"sft_max_tokens or sft_lora_rank={options.sft_lora_rank}, or take a smaller llm_model"
         ) from error
     report = SFTReport(
         perplexity_before=before,
@@ -185,8 +191,8 @@ def finetune(
         n_heldout=len(test),
         n_dropped=n_dropped,
         n_steps=trainer.state.global_step,
-        n_tokens=options.epochs * sum(len(example.input_ids) for example in train),
-        seconds=round(earlier + time.perf_counter() - started, 2),
+        n_tokens=options.sft_epochs * sum(len(example.input_ids) for example in train),
+        seconds=round(time.perf_counter() - started, 2),
         train_losses=tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
     )
     logger.info("SFT: held-out perplexity after: %s (%d updates)", after, report.n_steps)
@@ -207,26 +213,21 @@ def finished(out_dir: Path) -> SFTReport | None:
     return report and SFTReport(**report | {"train_losses": tuple(report["train_losses"])})
 
 
-def seconds_so_far(out_dir: Path) -> float:
-    """What the processes of a fine-tuning took until they last kept something."""
-    return float(_progress(out_dir).get("seconds", 0.0))
-
-
 def _progress(out_dir: Path) -> dict[str, Any]:
     file = out_dir / PROGRESS_FILE
     return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
 
-def _lora_config(model_dir: Path, options: SFTOptions) -> LoraConfig:
+def _lora_config(model_dir: Path, options: GaCLLMConfig) -> LoraConfig:
     """Adapters for linear layers that are named one by one, before any weight is read.
 
     Raises:
         ValueError: If the model has no such layer, or ``target_modules`` match none.
     """
     names = [name for name, layer in linear_layers(model_dir).items() if layer.on_disk]
-    targets = options.target_modules
-    if targets != "all-linear":
-        targets = (targets,) if isinstance(targets, str) else targets
+    if options.sft_target_modules != "all-linear":
+        given = options.sft_target_modules
+        targets = [given] if isinstance(given, str) else given
         ends = {target: [n for n in names if f".{n}".endswith(f".{target}")] for target in targets}
         unknown = [target for target, found in ends.items() if not found]
         if unknown or not targets:
@@ -243,9 +244,9 @@ def _lora_config(model_dir: Path, options: SFTOptions) -> LoraConfig:
             "without quantisation, or set sft: False."
         )
     return LoraConfig(
-        r=options.lora_rank,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
+        r=options.sft_lora_rank,
+        lora_alpha=options.sft_lora_alpha,
+        lora_dropout=options.sft_lora_dropout,
         target_modules=names,
         bias="none",
         task_type="CAUSAL_LM",
@@ -291,7 +292,3 @@ def _save_adapter(model: PeftModel, adapter_dir: Path, model_name: str) -> None:
     with whole_folder(adapter_dir) as folder:
         config.save_pretrained(folder)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    write_atomic(file, json.dumps(content, indent=2).encode())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
+from recbole_gacllm.artifacts.launchers import free_port
+from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.llm.generator import SFTPair
 from recbole_gacllm.sft.finetune import SFTMemoryError, SFTReport, finetune, finished
-from recbole_gacllm.sft.trainer import SFTOptions, batch_of_a_process
+from recbole_gacllm.sft.trainer import batch_of_a_process
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +28,14 @@ def finetune_on_all_cards(
     pairs: Sequence[SFTPair],
     heldout: Sequence[SFTPair],
     out_dir: Path,
-    options: SFTOptions,
+    options: GaCLLMConfig,
     *,
+    seed: int,
+    show_progress: bool = False,
     model_name: str | None = None,
     n_processes: int | None = None,
 ) -> SFTReport:
-    """:func:`.sft.finetune` in one process a card, with the sequences of an update shared.
+    """:func:`.finetune.finetune` in one process a card, with the sequences of an update shared.
 
     The number of processes is the largest that divides an update's sequences. Where memory runs
     out, each goes on from the last checkpoint with half as many sequences at once, and twice the
@@ -40,21 +43,30 @@ def finetune_on_all_cards(
     same folders, take part as they are.
 
     Args:
-        model_dir: This and all others but the last as in :func:`.sft.finetune`.
+        model_dir: This and all others but the last as in :func:`.finetune.finetune`.
         pairs: Pairs to learn.
         heldout: Pairs for perplexity.
         out_dir: Folder of this fine-tuning.
-        options: An update takes ``batch_size * accumulation_steps`` sequences, of all processes.
+        options: An update takes ``sft_batch_size * sft_accumulation_steps`` sequences, of all
+            processes.
+        seed: As in :func:`.finetune.finetune`.
+        show_progress: One bar.
         model_name: Name of the base model for the adapter's config.
         n_processes: At most so many; None is the number of visible GPUs.
 
     Raises:
-        ValueError, GaCLLMError: As :func:`.sft.finetune`.
+        ValueError, GaCLLMError: As :func:`.finetune.finetune`.
     """
-    work = partial(finetune, model_dir, pairs, heldout, out_dir, options, model_name=model_name)
+    work = partial(
+        finetune,
+        *(model_dir, pairs, heldout, out_dir, options),
+        seed=seed,
+        show_progress=show_progress,
+        model_name=model_name,
+    )
     if distributed.is_torchelastic_launched():
         return _in_group(work)
-    n_sequences = options.batch_size * options.accumulation_steps
+    n_sequences = options.sft_batch_size * options.sft_accumulation_steps
     n_at_most = torch.cuda.device_count() if n_processes is None else n_processes
     n = max(n for n in range(1, max(1, n_at_most) + 1) if n_sequences % n == 0)
     at_once, _ = batch_of_a_process(options, n)
@@ -80,10 +92,8 @@ def _in_processes(n: int, work: Callable[[], SFTReport], out_dir: Path) -> SFTRe
     """The same work in each of several processes of one group."""
     if n == 1:
         return work()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    port = str(free_port())
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n)}
     errors = multiprocessing.get_context("spawn").SimpleQueue()
     level = logging.getLogger().getEffectiveLevel()
     try:

@@ -8,8 +8,6 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
+from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.errors import GaCLLMError
 
 logger = logging.getLogger(__name__)
@@ -29,30 +28,8 @@ _DAMAGE = (
 )
 
 
-@dataclass(frozen=True)
-class SFTOptions:
-    """How to fine-tune; the ``sft_*`` keys of ``properties/model/GaCLLM.yaml`` explain each.
-
-    ``dtype`` is that of the frozen base (``llm_dtype``); the adapter is always float32.
-    """
-
-    epochs: int
-    batch_size: int
-    accumulation_steps: int
-    learning_rate: float
-    lora_rank: int
-    lora_alpha: int
-    lora_dropout: float
-    target_modules: str | tuple[str, ...]
-    checkpoint_steps: int
-    max_tokens: int
-    dtype: str
-    seed: int
-    show_progress: bool = True
-
-
 def batch_of_a_process(
-    options: SFTOptions, n_processes: int, at_once: int | None = None
+    options: GaCLLMConfig, n_processes: int, at_once: int | None = None
 ) -> tuple[int, int]:
     """Sequences a step and steps an update of each of several processes.
 
@@ -64,21 +41,21 @@ def batch_of_a_process(
     Raises:
         ValueError: If an update cannot be shared equally.
     """
-    n_sequences = options.batch_size * options.accumulation_steps
+    n_sequences = options.sft_batch_size * options.sft_accumulation_steps
     share = n_sequences // n_processes
     if n_sequences % n_processes:
         raise ValueError(
-            f"an update of {n_sequences} sequences (sft_batch_size: {options.batch_size} x "
-            f"sft_accumulation_steps: {options.accumulation_steps}) cannot be shared equally by "
-            f"{n_processes} processes; start a number of processes that divides it."
+            f"an update of {n_sequences} sequences (sft_batch_size: {options.sft_batch_size} x "
+            f"sft_accumulation_steps: {options.sft_accumulation_steps}) cannot be shared equally "
+            f"by {n_processes} processes; start a number of processes that divides it."
         )
-    at_most = min(options.batch_size, at_once or options.batch_size)
+    at_most = min(options.sft_batch_size, at_once or options.sft_batch_size)
     batch_size = max(n for n in range(1, at_most + 1) if share % n == 0)
     return batch_size, share // batch_size
 
 
 def training_arguments(
-    out_dir: Path, options: SFTOptions, at_once: int | None = None
+    out_dir: Path, options: GaCLLMConfig, seed: int, at_once: int | None = None
 ) -> TrainingArguments:
     """Trainer's arguments; everything it writes goes to ``out_dir/checkpoints``.
 
@@ -89,14 +66,14 @@ def training_arguments(
     batch_size, accumulation_steps = batch_of_a_process(options, n_processes, at_once)
     args = TrainingArguments(
         output_dir=str(out_dir / "checkpoints"),
-        num_train_epochs=options.epochs,
+        num_train_epochs=options.sft_epochs,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation_steps,
-        learning_rate=options.learning_rate,
+        learning_rate=options.sft_learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=0.03,  # below 1: a share of all steps
         save_strategy="steps",
-        save_steps=options.checkpoint_steps,
+        save_steps=options.sft_checkpoint_steps,
         save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -105,7 +82,7 @@ def training_arguments(
         # without it, torchrun on a machine without GPU would train each process on its own
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
-        seed=options.seed,
+        seed=seed,
         report_to="none",
         disable_tqdm=True,
     )
@@ -119,11 +96,10 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     Args:
         show: The bar.
-        on_checkpoint: Called when a checkpoint is complete.
     """
 
-    def __init__(self, show: bool, on_checkpoint: Callable[[], None]) -> None:
-        self._show, self._on_checkpoint = show, on_checkpoint
+    def __init__(self, show: bool) -> None:
+        self._show = show
         self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -150,10 +126,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if self._bar is not None:
             self._bar.update()
             self._bar.set_postfix(loss=f"{loss:.3f}")
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what goes with the checkpoint."""
-        self._on_checkpoint()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
@@ -215,8 +187,7 @@ def _written_by(checkpoint: Path, n_processes: int) -> int:
         with zipfile.ZipFile(file) as parts:
             if (part := parts.testzip()) is not None:
                 raise ValueError(f"{file.name}: {part} has another checksum")
-    # A release that did not note it: as many as have left something.
-    found = int(state["log_history"][-1].get("n_processes", len(random_states)))
-    if found == n_processes != len(random_states):
-        raise ValueError(f"random states of {len(random_states)} of {found} processes")
-    return found
+    n_writers = int(state["log_history"][-1]["n_processes"])
+    if n_writers == n_processes != len(random_states):
+        raise ValueError(f"random states of {len(random_states)} of {n_writers} processes")
+    return n_writers

@@ -17,10 +17,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
-from recbole_gacllm import stage
 from recbole_gacllm.artifacts import disk, manifests
+from recbole_gacllm.convolution import setup
 from recbole_gacllm.convolution.batch import (
-    MANIFEST_FILE,
+    BATCH_FILE,
     Answers,
     answer_files,
     custom_id,
@@ -30,9 +30,8 @@ from recbole_gacllm.convolution.batch import (
 )
 from recbole_gacllm.convolution.cleaning import CleaningContext
 from recbole_gacllm.convolution.convolution import Convolution, record_of
-from recbole_gacllm.convolution.imported import ImportedTexts
 from recbole_gacllm.convolution.store import DescriptionStore, Record
-from recbole_gacllm.llm.chat import ChatTokenizer
+from recbole_gacllm.job import Job
 from recbole_gacllm.llm.chat_api import chat_body, completion_of, no_completion
 from recbole_gacllm.llm.engines import choose_backend
 from recbole_gacllm.llm.generator import Request
@@ -40,8 +39,6 @@ from recbole_gacllm.redaction import redact
 
 logger = logging.getLogger(__name__)
 
-# Addresses whose first attempt gave no usable text, one a line: they are exported as second ones.
-_RETRY_FILE = "second_attempts.txt"
 # What a cluster needs besides the shards, and what it is called there.
 _JOB_FILES = {"ray_describe.py": "ray_describe.py", "ray_requirements.txt": "requirements.txt"}
 _BATCH = 512  # records a durable write
@@ -49,7 +46,7 @@ _MAX_ODD = 20  # answers that are none, if no other one is: then it is not the r
 
 
 @dataclass
-class ImportReport:
+class LayerAnswers:
     """What an import did for one layer. The first five add up to the prompts that were missing.
 
     Attributes:
@@ -88,7 +85,7 @@ class Imported:
         n_unknown: Answers to no prompt of this run up to its first incomplete layer.
     """
 
-    layers: list[ImportReport]
+    layers: list[LayerAnswers]
     complete: bool
     n_lines: int
     n_damaged: int
@@ -97,14 +94,11 @@ class Imported:
     n_unknown: int
 
 
-def export_batch(
-    folder: Path, job: dict[str, Any], to: Path, shard_size: int
-) -> dict[str, Any] | None:
+def export_batch(job: Job, to: Path, shard_size: int) -> dict[str, Any] | None:
     """Write what the first incomplete layer lacks as request shards, with job and ``batch.json``.
 
     Args:
-        folder: Of the descriptions stage.
-        job: Of that stage.
+        job: Of the descriptions.
         to: Folder to write to.
         shard_size: Requests a file.
 
@@ -115,11 +109,11 @@ def export_batch(
         ValueError: If the token budget does not fit the model.
         GaCLLMError: If the store or the shards cannot be read or written.
     """
-    with _Layers(folder, job) as layers:
+    with _Layers(job) as layers:
         requests = layers.missing()
         if requests is None:
             return None
-        chat = ChatTokenizer(Path(job["generator_dir"]))
+        chat = setup.tokenizer_of(job)
         second = layers.to_retry()
         counts = {"n_requests": 0, "n_second_attempts": 0}
 
@@ -130,35 +124,34 @@ def export_batch(
                 counts["n_second_attempts"] += attempt == 2
                 if attempt == 2:
                     request = layers.convolution.retry_of(request)
-                body = chat_body(request, chat, job["served_model"])
+                body = chat_body(request, chat, job.served_model)
                 yield request_line(custom_id(request.id, attempt), body)
 
         shards = write_shards(to, layers.number, lines(), shard_size)
         for name, name_there in _JOB_FILES.items():
-            shutil.copy(Path(__file__).parent / "convolution" / name, to / name_there)
+            shutil.copy(Path(__file__).with_name(name), to / name_there)
         manifest = {
             "layer": layers.number,
             "n_layers": layers.n_layers,
             **counts,
             "shards": [shard.name for shard in shards],
-            "model": job["served_model"],
-            "model_dir": job["generator_dir"],
-            "adapter_dir": job["adapter_dir"],
-            "generator": job["generator_key"],
+            "model": job.served_model,
+            "model_dir": str(job.model_dir),
+            "adapter_dir": job.adapter_dir and str(job.adapter_dir),
+            "generator": job.generator_key,
         }
         text = json.dumps(manifest, indent=2) + "\n"
-        disk.write_atomic(to / MANIFEST_FILE, text.encode())
+        disk.write_atomic(to / BATCH_FILE, text.encode())
         return manifest
 
 
-def import_batch(folder: Path, job: dict[str, Any], paths: list[Path]) -> Imported:
+def import_batch(job: Job, paths: list[Path]) -> Imported:
     """Put answers into the store, cleaned and judged as the stage does.
 
     Answers are looked for layer by layer, up to the first layer that still lacks some.
 
     Args:
-        folder: Of the descriptions stage.
-        job: Of that stage.
+        job: Of the descriptions.
         paths: Files of answers, and folders of such.
 
     Raises:
@@ -166,12 +159,12 @@ def import_batch(folder: Path, job: dict[str, Any], paths: list[Path]) -> Import
         GaCLLMError: If the store cannot be read or written.
     """
     answers = Answers.read(answer_files(paths))
-    reports: list[ImportReport] = []
+    reports: list[LayerAnswers] = []
     added: set[str] = set()  # ids of answers that were looked at
-    with _Layers(folder, job) as layers:
+    with _Layers(job) as layers:
         second = layers.to_retry()
         while (requests := layers.missing()) is not None:
-            report = ImportReport(layers.number)
+            report = LayerAnswers(layers.number)
             reports.append(report)
             records: list[Record] = []
             try:
@@ -211,7 +204,7 @@ def _record(
     request: Request,
     context: CleaningContext,
     answers: Answers,
-    report: ImportReport,
+    report: LayerAnswers,
     second: set[str],
     added: set[str],
 ) -> Record | None:
@@ -243,7 +236,7 @@ def _record(
     return None
 
 
-def _check_odd(report: ImportReport) -> None:
+def _check_odd(report: LayerAnswers) -> None:
     """Refuse files of something else, before all prompts have failed by them.
 
     Raises:
@@ -266,20 +259,20 @@ class _Layers:
         n_layers: Of the run.
     """
 
-    def __init__(self, folder: Path, job: dict[str, Any]) -> None:
-        self._folder, self._job = folder, job
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._retry_file = job.folder / "second_attempts.txt"
         self._stack = ExitStack()
         self._convolution: Convolution | None = None
-        self.number, self.n_layers = 1, job["options"]["llm_n_layers"]
+        self.number, self.n_layers = 1, job.options.llm_n_layers
 
     def __enter__(self) -> Self:
         job = self._job
         with ExitStack() as stack:
-            stack.enter_context(manifests.stage_lock(self._folder))
-            self.store = stack.enter_context(DescriptionStore(Path(job["store"])))
-            self._graph, self._layer = stage.inputs_of(job)
-            file = job["import_file"]
-            self._imported = ImportedTexts.read(Path(file)) if file else None
+            stack.enter_context(manifests.stage_lock(job.folder))
+            self.store = stack.enter_context(DescriptionStore(job.store))
+            self._graph, self._layer = setup.inputs_of(job)
+            self._imported = setup.imported_of(job)
             self._stack = stack.pop_all()
         return self
 
@@ -288,7 +281,7 @@ class _Layers:
 
     def missing(self) -> Iterator[Request] | None:
         """First attempts that the first incomplete layer lacks; None if no layer lacks any."""
-        nothing_known = stage.nothing_known_of(self._job)
+        nothing_known = setup.nothing_known_of(self._job.options)
         while self.number <= self.n_layers:
             if self._imported is not None and self.number in self._imported.layers:
                 self._layer = self._imported.fill(self.number, self._layer)
@@ -308,16 +301,16 @@ class _Layers:
     def convolution(self) -> Convolution:
         """The run's; it loads no engine, as it is never asked for a layer that lacks something."""
         if self._convolution is None:
-            backend, _ = choose_backend(self._job["options"]["llm_backend"])
-            self._convolution = stage.convolution_of(self._job, self._graph, self.store, backend)
+            backend, _ = choose_backend(self._job.options.llm_backend)
+            self._convolution = setup.convolution_of(self._job, self._graph, self.store, backend)
         return self._convolution
 
     def to_retry(self) -> set[str]:
         """Addresses whose first attempt gave no usable text."""
-        file = self._folder / _RETRY_FILE
+        file = self._retry_file
         return set(file.read_text("ascii").split()) if file.is_file() else set()
 
     def write_to_retry(self, keys: set[str]) -> None:
         """Keep these addresses for the next export."""
         text = "".join(f"{key}\n" for key in sorted(keys))
-        disk.write_atomic(self._folder / _RETRY_FILE, text.encode())
+        disk.write_atomic(self._retry_file, text.encode())

@@ -1,0 +1,134 @@
+"""The text embeddings ``x_v^(l)`` of all nodes, as the model looks them up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+from torch.nn import functional as F
+
+from recbole_gacllm.convolution.graph import TrainGraph
+from recbole_gacllm.convolution.layers import SIDES, Layer
+
+#: So many text embeddings are taken to float32 at once: 100 MB of width 384.
+MAX_ROWS = 2**16
+
+
+class TextLayers:
+    """Constant text embeddings ``x^(0) .. x^(L)`` of all nodes, looked up by RecBole's node ids.
+
+    Kept outside the model's state: they are files on disk, memory-mapped, in half precision.
+    Processes on one machine share the pages; on another device they lie there in half precision.
+
+    Args:
+        tables: One array a layer, ``[n_rows, width]``, float16, L2-normalised rows.
+        row_of_node: Row of each node, users first with RecBole's internal ids; -1 for padding.
+        run_files: Where the artefacts lie: stage -> folder.
+    """
+
+    def __init__(
+        self, tables: list[Tensor], row_of_node: Tensor, run_files: dict[str, Path]
+    ) -> None:
+        self.tables = tables
+        self.row_of_node = row_of_node
+        self.run_files = run_files
+        self.dim = int(tables[0].shape[1])
+
+    @classmethod
+    def load(
+        cls,
+        folders: dict[str, Path],
+        n_layers: int,
+        text_source: str,
+        graph: TrainGraph,
+        seed: int,
+    ) -> TextLayers:
+        """Memory-map the embeddings and find each node's row by its token, not by its id.
+
+        Args:
+            folders: Where the artefacts lie: stage -> folder.
+            n_layers: Number of layers of embeddings, ``L + 1``.
+            text_source: ``shuffled`` gives each node another node's texts, drawn by the seed;
+                ``item_mean`` gives users the mean of their items' texts.
+            graph: The nodes in RecBole's order, and the training edges.
+            seed: RecBole's.
+        """
+        tokens = Layer.read(folders["inputs"] / "layer_0.parquet").tokens
+        rng = np.random.default_rng(seed)
+        row_of_node, offset = [], 0
+        for side in SIDES:
+            rows = np.arange(len(tokens[side])) + offset
+            if text_source == "shuffled":
+                rows = rng.permutation(rows)
+            row_of_token = dict(zip(tokens[side], rows.tolist(), strict=True))
+            row_of_node += [
+                -1,
+                *(row_of_token[token] for token in graph.tokens(side).tolist()),
+            ]
+            offset += len(rows)
+        tables = [
+            # Copy-on-write: torch wants a writable array, nothing is ever written.
+            torch.from_numpy(np.load(folders["embeddings"] / f"layer_{layer}.npy", mmap_mode="c"))
+            for layer in range(n_layers)
+        ]
+        row_of_each = torch.tensor(row_of_node)
+        if text_source == "item_mean":
+            tables[0] = _users_as_item_means(tables[0], len(tokens["user"]), row_of_each, graph)
+        return cls(tables, row_of_each, folders)
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextLayers:
+        return self
+
+    def to(self, device: torch.device | str) -> TextLayers:
+        """The same embeddings on a device."""
+        tables = [table.to(device) for table in self.tables]
+        return TextLayers(tables, self.row_of_node.to(device), self.run_files)
+
+    def rows(self, layer: int, nodes: Tensor) -> Tensor:
+        """Text embeddings of nodes at a layer; zero for padding.
+
+        Shapes:
+            nodes: ``[n]``; result ``[n, width]``, float32.
+        """
+        rows = self.row_of_node[nodes]
+        return self.tables[layer][rows.clamp(min=0)].float().mul_((rows >= 0)[:, None])
+
+    def projected(
+        self, layer: int, nodes: Tensor, projection: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """A projection of :meth:`rows`, some nodes at a time: never all of them in float32.
+
+        Shapes:
+            nodes: ``[n]``; projection maps ``[m, width]`` to ``[m, d]``; result ``[n, d]``.
+        """
+        blocks = torch.split(nodes, MAX_ROWS)
+        return torch.cat([projection(self.rows(layer, block)) for block in blocks])
+
+
+def _users_as_item_means(
+    table: Tensor, n_users: int, row_of_node: Tensor, graph: TrainGraph
+) -> Tensor:
+    """Each user's row is the mean of the rows of their training items, at unit length.
+
+    A control, ours: a user's text without any LLM. A user without training items gets zeros.
+
+    Shapes:
+        table and result: ``[n_users + n_items, width]``, float16, users first; row_of_node
+        ``[n_nodes + 2]``, a padding node before each side.
+    """
+    rows = row_of_node.numpy()
+    users = rows[graph.users + 1]
+    items = rows[graph.items + len(graph.user_tokens) + 2]
+    edges = sparse.csr_array(
+        (np.ones(len(users), np.float32), (users, items)), shape=(n_users, len(table))
+    )
+    means = torch.from_numpy(edges @ table.float().numpy())
+    return torch.cat([F.normalize(means, dim=1).half(), table[n_users:]])
