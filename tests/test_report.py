@@ -94,7 +94,8 @@ def make_board(root, models, n_seeds, **keys):
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(root):
         patch.setattr(children, "run_child", lambda stage, folder, **_: job._work(folder))
         made = plan.make_plan(models, ["tiny"], n_seeds, config_dict=settings)
-        return leaderboard.run_leaderboard(made, root / "board", show_progress=False)
+        leaderboard.run_leaderboard(made, root / "board", show_progress=False)
+    return root / "board"
 
 
 @pytest.fixture(scope="module")
