@@ -82,7 +82,7 @@ def test_processes_that_claim_at_once_get_a_name_each(tmp_path, one_second):
 RUN = """
 import sys, time
 time.strftime = lambda *_: "Nov-29-2026_10-00-00"
-from recbole_gacllm.cli import main
+from recbole_gacllm.cli.main import main
 main(sys.argv[1:])
 """
 
