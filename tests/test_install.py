@@ -130,7 +130,7 @@ def test_pips_file_names_the_index_and_the_pins_of_uv() -> None:
 @pytest.mark.parametrize(
     ("program", "expected"),
     [
-        ("from recbole_gacllm import cli; cli.main(['--dataset=ml-100k'])", "error: RecBole"),
+        ("from recbole_gacllm.cli.main import main; main(['--dataset=ml-100k'])", "error: RecBole"),
         ("import recbole_gacllm, recbole.quick_start", "ModuleNotFoundError: RecBole"),
     ],
 )
