@@ -150,7 +150,7 @@ def test_a_limit_grows_again_with_what_is_answered(serve, connect):
     def slow(body):
         if len(server.bodies) <= 16:
             return 503
-        time.sleep(0.05)
+        time.sleep(0.3)  # longer than it takes to send the next ones on a busy machine
         return None
 
     server = serve(slow)
