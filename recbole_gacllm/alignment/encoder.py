@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
+from tqdm import tqdm
 
 from recbole_gacllm.artifacts.disk import sync_folder
 from recbole_gacllm.errors import GaCLLMError, WeightsError
@@ -25,7 +26,7 @@ from recbole_gacllm.llm.hardware import resolve_dtype
 
 logger = logging.getLogger(__name__)
 
-_MAX_ROWS = 2**16  # in float32 at once: 100 MB of width 384
+_TOKENIZED_AT_ONCE = 4096  # texts whose tokens are in memory at once
 
 
 @dataclass(frozen=True)
@@ -122,28 +123,38 @@ class TextEncoder:
         if not texts:
             raise ValueError(f"{out_file}: there are no texts to encode")
         started = time.perf_counter()
-        unique = list(dict.fromkeys(text for text in texts if text.strip()))
+        unique = self._longest_first(texts)
         place = {text: number for number, text in enumerate(unique)}
         places = np.array([place.get(text, -1) for text in texts])  # [n_texts]
+        rows = np.argsort(places, kind="stable")  # in the order of their texts in `unique`
+        sorted_places = places[rows]
         partial = out_file.with_name(out_file.name + ".partial")
         vectors = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
             partial, "w+", np.float16, (len(texts), self.dim)
         )
-        with open(partial, "r+b") as file:
+        bar = tqdm(
+            desc=f"encode {out_file.stem}",
+            total=len(unique),
+            unit="text",
+            disable=not show_progress,
+        )
+        with open(partial, "r+b") as file, bar:
             if hasattr(os, "posix_fallocate"):  # a full disk is an error here, SIGBUS later
                 os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
-            for start in range(0, len(unique), _MAX_ROWS):
-                encoded = self._encode(unique[start : start + _MAX_ROWS], show_progress)
-                rows = np.flatnonzero((places >= start) & (places < start + len(encoded)))
-                encoded = encoded[places[rows] - start]
+            for start in range(0, len(unique), self.batch_size):
+                encoded = self._encode(unique[start : start + self.batch_size])
+                first, last = np.searchsorted(sorted_places, [start, start + len(encoded)])
+                here = rows[first:last]
                 bad = ~(np.linalg.norm(encoded, axis=1) > 0.5)  # NaN too
                 if bad.any():
+                    row = here[bad[places[here] - start]].min()
                     raise GaCLLMError(
                         f"encoder_model: {self.model_dir} in {self.dtype} gives NaN or zero for "
-                        f"text {rows[bad][0]} of {out_file}. Set encoder_dtype: float32, or take "
+                        f"text {row} of {out_file}. Set encoder_dtype: float32, or take "
                         "another encoder."
                     )
-                vectors[rows] = encoded
+                vectors[here] = encoded[places[here] - start]
+                bar.update(len(encoded))
             vectors.flush()
             os.fsync(file.fileno())
         os.replace(partial, out_file)
@@ -156,12 +167,29 @@ class TextEncoder:
             seconds=round(time.perf_counter() - started, 2),
         )
 
-    def _encode(self, texts: list[str], show_progress: bool = False) -> npt.NDArray[np.float32]:
+    def _longest_first(self, texts: Sequence[str]) -> list[str]:
+        """Different texts that are not empty, by their number of tokens: little padding a batch."""
+        different = list({text for text in texts if text.strip()})
+        lengths = dict(zip(different, self._lengths(different), strict=True))
+        return sorted(different, key=lambda text: (-lengths[text], text))
+
+    def _lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of each text; characters where the encoder has no tokenizer of the usual kind."""
+        tokenizer = self._model.tokenizer
+        if not callable(tokenizer):
+            return list(map(len, texts))
+        lengths: list[int] = []
+        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+            part = texts[start : start + _TOKENIZED_AT_ONCE]
+            lengths += map(len, tokenizer(part, verbose=False)["input_ids"])
+        return lengths
+
+    def _encode(self, batch: list[str]) -> npt.NDArray[np.float32]:
         encoded: npt.NDArray[np.float32] = self._model.encode(
-            texts,
+            batch,
             prompt=self._prompt,
             batch_size=self.batch_size,
-            show_progress_bar=show_progress,
+            show_progress_bar=False,
             convert_to_numpy=True,
             normalize_embeddings=True,
         )
