@@ -231,7 +231,7 @@ def test_of_a_batch_with_odd_answers_all_good_ones_are_stored(fakes, generator):
         line["response"]["body"] = answer(completion_tokens=float("inf"))
     layer = fakes.take(answers, "again").layers[0]
     assert (layer.n_imported, layer.n_failed, layer.n_missing) == (1, len(ODD) - 1, 0)
-    with DescriptionStore(Path(fakes.job["store"])) as store:
+    with DescriptionStore(fakes.job.store) as store:
         rows = store._db.execute("SELECT reason FROM descriptions WHERE status = 'failed'")
         assert {reason for (reason,) in rows} == {"malformed"}
     assert fakes.export()[0]["layer"] == 2
