@@ -140,12 +140,15 @@ class Folder:
                 else:
                     content = file.read_bytes()
                 results[f"{folder.name}/{name}"] = content
-        # What was generated, and for whom, is counted to the row however often a run is killed.
+        # Nodes and tokens are counted alike however often a run is killed.
         (folder,) = self.path.glob("tiny/descriptions-*")
         manifest = read_manifest(folder)
         assert manifest is not None
-        counts = ("n_generated", "n_from_store", "n_duplicates", "n_retried", "n_failed")
-        results["counts"] = [[layer[name] for name in counts] for layer in manifest["layers"]]
+        counts = ("n_duplicates", "n_retried", "n_failed", "n_prompt_tokens", "n_output_tokens")
+        results["counts"] = [
+            [layer["n_generated"] + layer["n_from_store"], *(layer[name] for name in counts)]
+            for layer in manifest["layers"]
+        ]
         results["store"] = {key: row[:3] for key, row in self.rows.items()}
         return results
 
