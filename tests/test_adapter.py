@@ -323,7 +323,7 @@ def test_targets_are_checked_before_any_weight_is_read(
     monkeypatch.setattr(
         transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("read")
     )
-    options = replace(OPTIONS, sft_target_modules=("experts",))
+    options = replace(OPTIONS, sft_target_modules=["experts"])
     with pytest.raises(ValueError, match=r"sft_target_modules: \['experts'\] match no linear"):
         finetune(base, PAIRS, HELDOUT, tmp_path / "run", options)
 

@@ -140,7 +140,10 @@ def test_a_wrong_command_line_is_refused_with_the_reason(arguments, message, cap
         (["--config_files=list.yaml"], "config_files: 'list.yaml' holds no lines of the form"),
         (["--config_files=bad.yaml"], "config_files: 'bad.yaml' is not yaml .* line 1"),
         (["--config_files=latin.yaml"], "config_files: 'latin.yaml' is not yaml in UTF-8"),
-        (["--embedding_size=many"], "embedding_size: 'many' is a str; it must be int"),
+        (
+            ["--embedding_size=many"],
+            "embedding_size: 'many' is not allowed; it should be a valid integer",
+        ),
         (["--model=BPR", "--seed=abc"], "seed: 'abc' .* must be a"),
         (["--nproc=0"], "--nproc: 0 is not allowed; give at least 1"),
         (["--seed=abc"], "seed: 'abc' .*must be a whole number"),

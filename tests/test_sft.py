@@ -129,6 +129,7 @@ def pattern(n, seed):
 
 
 PAIRS, HELDOUT = pattern(36, seed=1), pattern(6, seed=2)
+LONG = [replace(pair, completion=pair.completion * 40) for pair in PAIRS]
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +237,8 @@ def test_pairs_that_are_too_long_are_counted_and_left_out(model_dir, tmp_path, c
 
 
 def test_no_pair_that_fits_is_an_error(model_dir, tmp_path):
-    with pytest.raises(ValueError, match="sft_max_tokens=5: none of the 36 SFT pairs fits"):
-        finetune(model_dir, PAIRS, HELDOUT, tmp_path / "run", replace(OPTIONS, sft_max_tokens=5))
+    with pytest.raises(ValueError, match="sft_max_tokens=32: none of the 36 SFT pairs fits"):
+        finetune(model_dir, LONG, HELDOUT, tmp_path / "run", replace(OPTIONS, sft_max_tokens=32))
 
 
 def test_a_finished_folder_is_read_and_not_repeated(model_dir, trained, tmp_path):
@@ -282,9 +283,9 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 
-sys.path[:0] = [{root!r}, {tests!r}]
-import test_sft
+sys.path[:0] = [{root!r}]
 import torch
+from tests import test_sft
 from transformers import Trainer
 
 torch.set_num_threads(1)
@@ -313,7 +314,6 @@ def test_killed_and_started_again_it_ends_with_the_same_adapter(
     tests = Path(__file__).parent
     code = CHILD.format(
         root=str(tests.parent),
-        tests=str(tests),
         inside=inside,
         model=str(model_dir),
         out=str(out_dir),
@@ -511,7 +511,7 @@ def test_an_adapter_of_another_model_is_refused(trained, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("targets", ["q_prod", ("q_proj", "q_prod"), ("lm_head",), ()])
+@pytest.mark.parametrize("targets", ["q_prod", ["q_proj", "q_prod"], ["lm_head"]])
 def test_target_modules_that_match_nothing_are_named_with_those_that_exist(
     model_dir, tmp_path, targets
 ):
@@ -521,7 +521,7 @@ def test_target_modules_that_match_nothing_are_named_with_those_that_exist(
 
 
 def test_listed_target_modules_get_the_adapter_and_others_do_not(model_dir, tmp_path):
-    options = replace(OPTIONS, sft_target_modules=("q_proj", "v_proj"), epochs=1)
+    options = replace(OPTIONS, sft_target_modules=["q_proj", "v_proj"], sft_epochs=1)
     finetune(model_dir, PAIRS[:8], (), tmp_path / "run", options)
     assert {key.split(".")[-3] for key in adapter_of(tmp_path / "run")} == {"q_proj", "v_proj"}
 
@@ -638,9 +638,7 @@ def test_nothing_is_printed_and_the_bar_can_be_switched_off(model_dir, tmp_path,
     options = replace(OPTIONS, sft_epochs=1)
     finetune(model_dir, PAIRS[:8], HELDOUT[:1], tmp_path / "off", options)
     assert capfd.readouterr() == ("", "")
-    finetune(
-        model_dir, PAIRS[:8], HELDOUT[:1], tmp_path / "on", replace(options, show_progress=True)
-    )
+    finetune(model_dir, PAIRS[:8], HELDOUT[:1], tmp_path / "on", options, show_progress=True)
     printed = capfd.readouterr()
     assert printed.out == ""
     assert "SFT" in printed.err

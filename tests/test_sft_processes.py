@@ -23,6 +23,7 @@ from recbole_gacllm.sft.trainer import batch_of_a_process, last_checkpoint
 
 from .test_sft import (
     HELDOUT,
+    LONG,
     OPTIONS,
     PAIRS,
     adapter_of,
@@ -235,9 +236,11 @@ def test_out_of_memory_in_one_of_two_processes_both_go_on_with_half(model_dir, a
 
 
 def test_an_error_in_the_processes_is_told_once_and_as_it_is(model_dir, tmp_path):
-    with pytest.raises(ValueError, match=r"^sft_max_tokens=5: none of the 32 SFT pairs fits"):
+    with pytest.raises(ValueError, match=r"^sft_max_tokens=32: none of the 32 SFT pairs fits"):
         finetune_on_all_cards(
-            model_dir, FEW, HELDOUT, tmp_path, replace(PLAIN, sft_max_tokens=5), n_processes=2
+            *(model_dir, LONG[:32], HELDOUT, tmp_path),
+            replace(PLAIN, sft_max_tokens=32),
+            n_processes=2,
         )
 
 

@@ -7,7 +7,6 @@ PRIVATE_NAMES = {
         "_build_yaml_loader",
         "_init_device",
         "_init_parameters_category",
-        "_load_cmd_line",
         "_load_config_files",
         "_load_internal_config_dict",
         "_load_variable_config_dict",
