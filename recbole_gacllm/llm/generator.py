@@ -1,6 +1,6 @@
 """What every text generator is: the protocol, its requests and its completions.
 
-``descriptions/`` knows this module and no engine. vLLM, transformers and servers implement it and
+``convolution/`` knows this module and no engine. vLLM, transformers and servers implement it and
 pass one contract test (``tests/test_generator_contract.py``).
 """
 
