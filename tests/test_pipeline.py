@@ -23,7 +23,7 @@ from recbole_gacllm.convolution.layers import SIDES, Layer
 from recbole_gacllm.inspection.reading import RunDescriptions
 from recbole_gacllm.run import run
 
-from .conftest import tiny_settings, write_dataset
+from .conftest import our_keys, tiny_settings, write_dataset
 from .test_generator_contract import save_tiny_model
 
 pytestmark = pytest.mark.slow  # every test here runs the pipeline or a part of it for real
@@ -452,12 +452,13 @@ def test_preparing_leaves_global_random_state_alone(finished, monkeypatch):
 
     from recbole_gacllm import pipeline
 
-    def draw(options, data):
-        return random.random(), np.random.rand(), torch.rand(3)
+    def draw(*_):
+        raise RuntimeError(f"drew {random.random()}, {np.random.rand()}, {torch.rand(3)}")
 
-    monkeypatch.setattr(pipeline, "_prepare", draw)
+    monkeypatch.setattr(pipeline, "_Hook", draw)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    pipeline.prepare(None, None)
+    with pytest.raises(RuntimeError, match="drew"):
+        pipeline.prepare(our_keys(), None)
     assert states == (
         random.getstate(),
         np.random.get_state()[1].tolist(),
