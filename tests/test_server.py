@@ -63,7 +63,7 @@ def expected_texts(n: int) -> dict[str, str]:
 
 def test_all_endpoints_share_the_work_within_their_bounds(serve, connect):
     def slow(body):
-        time.sleep(0.005)
+        time.sleep(0.05)
 
     servers = [serve(slow), serve(slow), serve(slow)]
     assert texts_of(connect(*servers).generate(make_requests(60))) == expected_texts(60)
