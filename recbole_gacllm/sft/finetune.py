@@ -95,7 +95,7 @@ def finetune(
     Started again on the same folder it goes on from its last complete checkpoint and ends with the
     same adapter (where other dropout is drawn in another number of processes, one as good); a
     damaged checkpoint is named, and the one before it taken, or the start. A finished folder is
-    read, not repeated. Where several processes of one group call this (:mod:`.sft_processes`), they
+    read, not repeated. Where several processes of one group call this (:mod:`.processes`), they
     share each update and the first one writes.
 
     Args:
