@@ -185,6 +185,12 @@ def test_no_texts_are_refused(encoder: TextEncoder, out_file: Path) -> None:
         encoder.encode_to_file([], out_file)
 
 
+def test_a_folder_that_cannot_be_written_is_named(encoder: TextEncoder, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GaCLLMError, match=r"cannot write \S+file.layer_0\.npy: .*artifact_dir"):
+        encoder.encode_to_file(TEXTS, tmp_path / "file" / "layer_0.npy")
+
+
 def test_a_full_disk_is_an_error_before_anything_is_encoded(
     encoder: TextEncoder, out_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +199,7 @@ def test_a_full_disk_is_an_error_before_anything_is_encoded(
 
     monkeypatch.setattr(encoder_module.os, "posix_fallocate", full)
     monkeypatch.setattr(TextEncoder, "_encode", None)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(GaCLLMError, match=r"cannot write \S+: .*No space left on device"):
         encoder.encode_to_file(TEXTS, out_file)
 
 

@@ -20,7 +20,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
-from recbole_gacllm.artifacts.disk import sync_folder
+from recbole_gacllm.artifacts import disk
 from recbole_gacllm.errors import GaCLLMError, WeightsError
 from recbole_gacllm.llm.hardware import resolve_dtype
 
@@ -118,8 +118,16 @@ class TextEncoder:
 
         Raises:
             ValueError: If there are no texts.
-            GaCLLMError: If the model gives NaN or zero for a text.
+            GaCLLMError: If the model gives NaN or zero for a text, or the file cannot be written.
         """
+        try:
+            return self._encode_to_file(texts, out_file, show_progress)
+        except OSError as error:
+            raise disk.cannot_write(out_file, error) from error
+
+    def _encode_to_file(
+        self, texts: Sequence[str], out_file: Path, show_progress: bool
+    ) -> EncodeStats:
         if not texts:
             raise ValueError(f"{out_file}: there are no texts to encode")
         started = time.perf_counter()
@@ -158,7 +166,7 @@ class TextEncoder:
             vectors.flush()
             os.fsync(file.fileno())
         os.replace(partial, out_file)
-        sync_folder(out_file.parent)
+        disk.sync_folder(out_file.parent)
         return EncodeStats(
             n_texts=len(texts),
             n_unique=len(unique),

@@ -46,7 +46,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         with atomic_path(path) as temporary:
             temporary.write_bytes(data)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 @contextmanager
@@ -74,11 +74,12 @@ def explaining_disk_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         of_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
         if of_disk or any(text in str(error) for text in _DISK_TEXTS):
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
         raise
 
 
-def _cannot_write(path: Path, error: Exception) -> GaCLLMError:
+def cannot_write(path: Path, error: Exception) -> GaCLLMError:
+    """The error to raise: the path, the reason, the next step."""
     return GaCLLMError(
         f"cannot write {path}: {error}. Free space or rights there, or choose another folder "
         "(artifact_dir, checkpoint_dir, --output), and start again: what was finished is kept."

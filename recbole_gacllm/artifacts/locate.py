@@ -3,7 +3,7 @@
 ``run.json`` and ``job.json`` name folders by the paths of the machine that wrote them. They may
 have been moved since, or come from a stranger. So a name that a file gives stays below the folder
 that it is of, artefacts are found again relative to the file that names them, and artefact folders
-hold no symbolic links. Standard library only, as :mod:`.artifacts`.
+hold no symbolic links. Standard library only, as :mod:`.children`.
 """
 
 from __future__ import annotations
