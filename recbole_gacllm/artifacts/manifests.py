@@ -142,8 +142,7 @@ def digests(folder: Path, outputs: Sequence[str]) -> dict[str, str]:
 def finished(folder: Path, key: Mapping[str, Any], outputs: Sequence[str]) -> bool:
     """Whether a stage has finished here and its outputs are what it wrote; changes nothing.
 
-    An output that is gone or changed is logged. A manifest without digests, of an earlier release,
-    counts as not finished.
+    An output that is gone or changed is logged. A manifest without digests counts as not finished.
 
     Args:
         folder: Of the stage; the caller holds its lock.
