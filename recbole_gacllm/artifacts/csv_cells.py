@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 from typing import Any
+
+import pandas as pd
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")  # the wide ones, too
 
@@ -22,3 +25,18 @@ def no_formula(value: Any) -> Any:
 def as_before(cell: str) -> str:
     """What :func:`no_formula` was given."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def csv_of(frame: pd.DataFrame) -> str:
+    r"""The frame as CSV with ``\n`` after each row; a cell that holds ``\r`` is quoted, too.
+
+    ``csv`` quotes the signs of its line terminator only, before Python 3.13.
+    """
+    rows = _Rows()
+    frame.to_csv(rows, index=False, lineterminator="\r\n")
+    return rows.getvalue()
+
+
+class _Rows(io.StringIO):
+    def write(self, row: str) -> int:
+        return super().write(row.removesuffix("\r\n") + "\n")

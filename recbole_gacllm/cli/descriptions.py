@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recbole_gacllm.artifacts.csv_cells import no_formula
+from recbole_gacllm.artifacts.csv_cells import csv_of, no_formula
 from recbole_gacllm.artifacts.locate import RUN_FILE, RunFiles
 from recbole_gacllm.cli import common
 from recbole_gacllm.cli.common import say_wrapped
@@ -275,7 +275,7 @@ def export_descriptions(argv: list[str]) -> None:
     else:
         for name in ("token", "text"):
             frame[name] = frame[name].map(no_formula)
-        frame.to_csv(args.output, index=False)
+        args.output.write_text(csv_of(frame), "utf-8", newline="")
     say(f"{len(frame)} descriptions written to {args.output}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from recbole_gacllm.artifacts.csv_cells import no_formula
+from recbole_gacllm.artifacts.csv_cells import csv_of, no_formula
 
 _METRIC_NAMES = {"mrr": "MRR", "ndcg": "NDCG", "map": "MAP", "auc": "AUC", "gauc": "GAUC"}
 _MARKDOWN = re.compile(
@@ -70,7 +70,7 @@ def latex(text: object) -> str:
 def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
     """A CSV file of which a spreadsheet calculates nothing; numbers stay numbers."""
     frame = pd.DataFrame(list(rows), dtype=object).map(no_formula)
-    return str(frame.to_csv(index=False, lineterminator="\n"))
+    return csv_of(frame)
 
 
 def _one_line(text: object) -> str:
