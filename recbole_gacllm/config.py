@@ -154,9 +154,10 @@ class GaCLLMConfig:
     ssm_temperature: _Temperature
     linear_weight: _Weight
     linear_reg_weight: _Positive | None
-    linear_text_weight: _Weight
+    linear_text_weight: _Weight | None
     linear_recency: _Weight
     use_text: bool
+    text_layers: Literal["auto", "hops"] | _Number
     text_source: Literal["generated", "raw", "item_mean", "shuffled"]
     text_hidden_size: _Number
     text_dropout: _Dropout

@@ -9,7 +9,8 @@ constructor calls once; from then on they are constants. In a chat of equations:
     s(u, i) = <z_u, z_i>, or their cosine with SSM; plus linear_weight x EASE's, both standardised
     loss    = objective + align_weight * alignment + reg_weight * L2              (losses.py)
 
-An item without training interactions has an untrained e: with text, s comes from that (unseen.py).
+A node without training interactions has an untrained e: its text predicts its z    (unseen.py).
+Which layers of text speak is chosen on held-out training interactions and items    (choice.py).
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ from recbole_gacllm.alignment.propagation import (
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.objective import losses
-from recbole_gacllm.objective.linear import ItemItemModel, recency_weights, standardize
-from recbole_gacllm.objective.unseen import UnseenItems
+from recbole_gacllm.objective.choice import USUAL_REG_WEIGHT, Layers, choose
+from recbole_gacllm.objective.linear import ItemItemModel, matrix_of, recency_weights
+from recbole_gacllm.objective.scoring import Scoring
+from recbole_gacllm.objective.unseen import Unseen
 from recbole_gacllm.pipeline import TextsOf, prepare
 
 
@@ -68,9 +71,27 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         self.texts: TextLayers | None = None
         if options.use_text:
             self.texts = (texts_of or prepare)(options, data).to(self.device)
-            sizes = self.texts.dim, options.text_hidden_size, options.embedding_size
+        n_text_layers = 0 if self.texts is None else len(self.texts)
+        interactions = matrix_of(users, items, self.n_users, self.n_items)
+        self.choices = choose(
+            interactions,
+            n_text_layers,
+            self._text_rows,
+            text_layers=options.text_layers,
+            reg_weight=options.linear_reg_weight if options.linear_weight > 0 else USUAL_REG_WEIGHT,
+            text_weight=options.linear_text_weight,
+        )
+        for name, chosen in self.choices.items():
+            if chosen.ndcg:
+                self.logger.info(f"chosen on held-out training interactions, {name}: {chosen}")
+        #: Layers of text of each hop that has text, from hop 0.
+        self.text_layers: list[Layers] = [self.choices["linear"].layers]
+        if options.text_layers == "hops":
+            self.text_layers = [(layer,) for layer in range(n_text_layers)]
+        if self.texts is not None:
+            sizes = options.text_hidden_size, options.embedding_size, options.text_dropout
             self.projections = nn.ModuleList(
-                text_projection(*sizes, options.text_dropout) for _ in range(len(self.texts))
+                text_projection(self.texts.dim * len(layers), *sizes) for layers in self.text_layers
             )
         # After the stages, which need the GPU's memory for themselves.
         self.adjacency = Adjacency.from_edges(users, items, self.n_users, self.n_items, self.device)
@@ -79,17 +100,16 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             self.periodic = PeriodicPropagation(
                 self.adjacency, options.n_layers, options.propagate_every
             )
-        self.unseen: UnseenItems | None = None  # that only text can speak for
-        if self.texts is not None:
-            self.unseen = UnseenItems.find(
-                items, self.n_items, self._raw_texts, MAX_ROWS, self.device
-            )
+        self.unseen_items = self._unseen("item", items) if self.texts is not None else None
+        self.unseen_users = self._unseen("user", users)
         self.linear: ItemItemModel | None = None
         if options.linear_weight > 0:
             by_time = config["eval_args"]["order"] == "TO"
             times = data.graph.timestamps if by_time else None
             self.linear = self._linear_model(users, items, times)
-        self.restored: tuple[Tensor, Tensor] | None = None  # fused embeddings, for evaluation only
+        unseen = self.unseen_items, self.unseen_users
+        self.scoring = Scoring(self.linear, options.linear_weight, *unseen)
+        self.restored: tuple[Tensor, Tensor] | None = None  # for evaluation only
         self.register_load_state_dict_post_hook(_forget_restored)
         self.apply(xavier_uniform_initialization)
 
@@ -97,28 +117,22 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         self, users: np.ndarray, items: np.ndarray, times: np.ndarray | None
     ) -> ItemItemModel:
         """The linear item-item model; of ``times``, if given, the last count most."""
-        options, recency, item_texts = self.options, None, None
-        if times is not None and options.linear_recency != 0:
-            recency = recency_weights(users, times, options.linear_recency)
-        if self.texts is not None and options.linear_text_weight > 0:
-            item_texts = self._raw_texts(torch.arange(self.n_items, device=self.device))
+        chosen, recency, item_texts = self.choices["linear"], None, None
+        if times is not None and self.options.linear_recency != 0:
+            recency = recency_weights(users, times, self.options.linear_recency)
+        if chosen.text_weight > 0:
+            item_texts = torch.from_numpy(self._text_rows("item", chosen.layers))
         linear = ItemItemModel(
             users,
             items,
             self.n_users,
             self.n_items,
-            options.linear_reg_weight,
+            chosen.reg_weight,
             item_texts,
-            options.linear_text_weight,
+            chosen.text_weight,
             self.device,
             recency,
         )
-        if linear.held_out_ndcg:
-            scores = sorted(linear.held_out_ndcg.items())
-            self.logger.info(
-                f"linear_reg_weight: {linear.reg_weight:g}, by NDCG@10 on held-out training "
-                f"interactions: {', '.join(f'{weight:g} {ndcg:.4f}' for weight, ndcg in scores)}"
-            )
         if linear.n_covered < self.n_items:
             self.logger.warning(
                 f"linear_weight: of {self.n_items} items the linear model covers the "
@@ -126,10 +140,23 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             )
         return linear
 
-    def _raw_texts(self, items: Tensor) -> Tensor:
-        """Layer 0 of items: what neighbours say of an item, the interactions say already."""
+    def _unseen(self, side: str, nodes: np.ndarray) -> Unseen | None:
+        """Nodes of a side without training interactions; None where all have some."""
+        n_nodes, offset = (self.n_users, 0) if side == "user" else (self.n_items, self.n_users)
+        texts, chosen = None, self.choices.get(f"unseen {side}")
+        if chosen is not None:
+            layers, of_all = chosen.layers, self.texts
+            assert of_all is not None
+            texts = lambda ids: of_all.rows(layers, offset + ids)  # noqa: E731
+        reg_weight = 1.0 if chosen is None else chosen.reg_weight
+        return Unseen.find(nodes, n_nodes, texts, MAX_ROWS, reg_weight, self.device)
+
+    def _text_rows(self, side: str, layers: Layers) -> np.ndarray:
+        """Text embeddings of all nodes of a side: ``[n_nodes, width]``."""
         assert self.texts is not None
-        return self.texts.rows(0, self.n_users + items)
+        nodes = torch.arange(self.n_users + self.n_items, device=self.device)
+        nodes = nodes[: self.n_users] if side == "user" else nodes[self.n_users :]
+        return self.texts.rows(layers, nodes).cpu().numpy()
 
     # Forward: alignment and fusion
 
@@ -157,7 +184,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
 
         .. math:: t^{(l)} = \mathrm{MLP}_l(x^{(l)})
 
-        Ours: the paper aligns text with ids, but does not say by which map.
+        Ours: the paper aligns text with ids, but does not say by which map. With ``text_layers``
+        other than ``hops`` it is ``t^(0)`` alone, of the layers that speak.
 
         Shapes:
             nodes: ``[n]``, users first; each result ``[n, d]``.
@@ -167,8 +195,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         if nodes is None:
             nodes = torch.arange(self.n_users + self.n_items, device=self.device)
         return [
-            self.texts.projected(layer, nodes, projection)
-            for layer, projection in enumerate(self.projections)
+            self.texts.projected(layers, nodes, projection)
+            for layers, projection in zip(self.text_layers, self.projections, strict=True)
         ]
 
     def embed(self, nodes: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -262,11 +290,11 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
     def _negatives(self, interaction: Interaction) -> Tensor:
         """RecBole's negatives; items without training interactions are drawn anew from the rest."""
         negative: Tensor = interaction[self.NEG_ITEM_ID]
-        if self.unseen is None:
+        if self.unseen_items is None:
             return negative
-        seen = self.unseen.seen
+        seen = self.unseen_items.seen
         fresh = seen[torch.randint(len(seen), negative.shape, device=self.device)]
-        return torch.where(self.unseen.is_seen[negative], negative, fresh)
+        return torch.where(self.unseen_items.is_seen[negative], negative, fresh)
 
     def _draw_negatives(self) -> Tensor:
         """Distinct items that SSM puts beside the matching one, drawn uniformly; at most all.
@@ -274,8 +302,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         Items without training interactions are not drawn where their text speaks for them.
         """
         n = self.options.ssm_n_negatives
-        if self.unseen is not None:
-            seen = self.unseen.seen
+        if self.unseen_items is not None:
+            seen = self.unseen_items.seen
             return seen[torch.randperm(len(seen), device=self.device)[:n]]
         if n >= self.n_items - 1:
             return torch.arange(1, self.n_items, device=self.device)
@@ -326,46 +354,29 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
 
     @torch.no_grad()
     def _restore(self) -> tuple[Tensor, Tensor]:
-        """Fused embeddings for scoring, computed once per evaluation; unit length with SSM."""
+        """Embeddings for scoring, computed once per evaluation; of unit length before with SSM."""
         if self.restored is None:
             users, items = self.forward()
             if self.options.loss_type == "SSM":
                 users, items = F.normalize(users, dim=1), F.normalize(items, dim=1)
-            self.restored = users, items
+            self.restored = self.scoring.embeddings(users, items)
         return self.restored
-
-    def _scores(self, user: Tensor) -> Tensor:
-        """Matching scores of users with every item, plus the linear item-item scores if asked for.
-
-        Where items without training interactions have text, these are of the others only, and
-        ``unseen.py`` scores the rest.
-
-        Shapes:
-            user: ``[B]``; result ``[B, n_items]``.
-        """
-        users, items = self._restore()
-        seen = slice(None) if self.unseen is None else self.unseen.seen
-        scores = users[user] @ items[seen].T
-        if self.linear is not None:
-            linear = standardize(self.linear.scores(user)[:, seen])
-            scores = standardize(scores) + self.options.linear_weight * linear
-        return scores if self.unseen is None else self.unseen.complete(scores)
 
     @torch.no_grad()
     def predict(self, interaction: Interaction) -> Tensor:
         """Scores of user-item pairs: ``[B]``."""
         user, item = interaction[self.USER_ID], interaction[self.ITEM_ID]
-        if self.linear is None and self.unseen is None:
+        if self.linear is None:
             users, items = self._restore()
             return (users[user] * items[item]).sum(dim=1)
-        # Standardised over all items, or fitted to them: all of a user's scores are needed.
+        # The linear model's scores of a user are made for all items at once.
         distinct, place = torch.unique(user, return_inverse=True)
-        return self._scores(distinct)[place, item]
+        return self.scoring.scores(*self._restore(), distinct)[place, item]
 
     @torch.no_grad()
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Scores of users with every item: ``[B * n_items]``, a fresh tensor."""
-        return self._scores(interaction[self.USER_ID]).view(-1)
+        return self.scoring.scores(*self._restore(), interaction[self.USER_ID]).view(-1)
 
 
 def _forget_restored(module: nn.Module, _incompatible_keys: Any) -> None:

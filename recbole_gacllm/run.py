@@ -40,7 +40,6 @@ from recbole_gacllm.inspection.leakage import audit_leakage
 from recbole_gacllm.inspection.quality import layer_qualities, quality_lines
 from recbole_gacllm.inspection.reading import RunDescriptions
 from recbole_gacllm.model import GaCLLM
-from recbole_gacllm.objective.linear import ItemItemModel
 from recbole_gacllm.plugin import run_folder
 from recbole_gacllm.redaction import redact, redacted
 from recbole_gacllm.run_config import build_config
@@ -197,10 +196,9 @@ def _record(config: Config, training: _Training, run_file: Path, started: float)
         "config": redacted(json.loads(json.dumps(config.final_config_dict, default=str))),
     }
     record["seconds"] = {"total": round(time.time() - started, 1), **record["seconds"]}
-    linear = getattr(training.recommender, "linear", None)
-    if isinstance(linear, ItemItemModel):
-        ndcg = linear.held_out_ndcg
-        record["linear_model"] = {"reg_weight": linear.reg_weight, "held_out_ndcg@10": ndcg}
+    if isinstance(training.recommender, GaCLLM):
+        choices = training.recommender.choices.items()
+        record["choices"] = {name: dataclasses.asdict(chosen) for name, chosen in choices}
     record["config_fingerprint"] = manifests.fingerprint(record["config"])
     _write_record(run_file, record)  # the metrics are safe, whatever befalls the audit
     if (texts := _texts_of(training.recommender)) is not None:

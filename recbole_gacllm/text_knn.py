@@ -45,7 +45,7 @@ class TextKNN(GeneralRecommender):  # type: ignore[misc]
         data = TrainingData.from_recbole(config, dataset)
         self.texts = (texts_of or prepare)(options, data).to(self.device)
         nodes = torch.arange(self.n_users, self.n_users + self.n_items, device=self.device)
-        texts = torch.from_numpy(centred(self.texts.rows(0, nodes).double().cpu().numpy()))
+        texts = torch.from_numpy(centred(self.texts.rows((0,), nodes).double().cpu().numpy()))
         texts = F.normalize(texts.float(), dim=1).to(self.device)
         self.neighbors = TextNeighbors(
             data.graph.users + 1, data.graph.items + 1, self.n_users, texts

@@ -54,7 +54,7 @@ def kibibytes(file: Path) -> dict[str, int]:
 def test_embeddings_are_pages_of_the_file_that_processes_share(texts, tmp_path):
     file = tmp_path / "embeddings" / "layer_0.npy"
     nodes = torch.arange(N_USERS + N_ITEMS + 2)
-    mean = texts.rows(0, nodes).mean()
+    mean = texts.rows((0,), nodes).mean()
     assert mean != 0
     mine = kibibytes(file)
     assert mine["Rss"] * 1024 >= file.stat().st_size * 0.9  # all of it was read
@@ -73,7 +73,7 @@ def test_rows_are_float32_of_the_file_in_the_order_of_the_nodes(texts):
     nodes = torch.tensor([N_USERS + 2, 1, 0, 3])  # first item, first user, padding, third user
     expected = table[[N_USERS, 0, 0, 2]].float()
     expected[2] = 0
-    assert torch.equal(texts.rows(0, nodes), expected)
+    assert torch.equal(texts.rows((0,), nodes), expected)
 
 
 def test_no_projection_sees_more_than_some_rows_in_float32(texts, monkeypatch):
@@ -82,9 +82,9 @@ def test_no_projection_sees_more_than_some_rows_in_float32(texts, monkeypatch):
     projection = torch.nn.Linear(WIDTH, 4)
     projection.register_forward_hook(lambda _module, found, _result: seen.append(found[0]))
     nodes = torch.randperm(N_USERS + N_ITEMS + 2)
-    result = texts.projected(0, nodes, projection)
+    result = texts.projected((0,), nodes, projection)
     assert max(map(len, seen)) == 700
-    assert torch.allclose(result, projection(texts.rows(0, nodes)), atol=1e-6)
+    assert torch.allclose(result, projection(texts.rows((0,), nodes)), atol=1e-6)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_each_layer_is_read_from_its_own_file(load, tmp_path):
     made = load("generated")
     for layer in range(2):
         table = np.load(tmp_path / "embeddings" / f"layer_{layer}.npy").astype(np.float32)
-        rows = made.rows(layer, torch.arange(1, N_USERS + 1)).numpy()
+        rows = made.rows((layer,), torch.arange(1, N_USERS + 1)).numpy()
         assert np.array_equal(rows, table[:N_USERS])
 
 
@@ -202,7 +202,7 @@ def test_item_mean_gives_a_user_the_mean_of_the_training_items_and_leaves_items_
     table = np.load(folders["embeddings"] / "layer_0.npy").astype(np.float32)
     of_item = table[N_USERS:]
     mean = of_item[5] + of_item[3]
-    rows = made.rows(0, torch.arange(7)).numpy()  # padding, u7, u0, padding, i5, i1, i3
+    rows = made.rows((0,), torch.arange(7)).numpy()  # padding, u7, u0, padding, i5, i1, i3
     assert np.allclose(rows[1], mean / np.linalg.norm(mean), atol=1e-3)
     assert np.allclose(rows[2], of_item[1] / np.linalg.norm(of_item[1]), atol=1e-3)
     assert np.array_equal(rows[4:], of_item[[5, 1, 3]])

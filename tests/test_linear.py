@@ -7,10 +7,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from scipy import sparse
 
 from recbole_gacllm.objective import linear
-from recbole_gacllm.objective.linear import ItemItemModel, recency_weights, standardize
+from recbole_gacllm.objective.linear import ItemItemModel, recency_weights
+from recbole_gacllm.objective.scoring import standardize
 from tests.recommender import Recommender
 
 EASE = {"user_power": 0.0, "denoising": 0.0}
@@ -72,100 +72,16 @@ def test_denoising_is_the_mean_over_dropped_interactions():
     assert not np.allclose(plain._weights.numpy(), weights, atol=1e-2)
 
 
-def test_the_l2_weight_is_the_best_on_held_out_interactions():
-    """Little where items explain each other, much where only popularity tells anything."""
-    rng = np.random.default_rng(4)
-    in_pairs = (rng.random((300, 20)) < 0.2).repeat(2, axis=1)
-    by_popularity = rng.random((300, 40)) < np.linspace(0.02, 0.4, 40)
-    chosen = []
-    for matrix in (in_pairs, by_popularity):
-        edges = np.nonzero(matrix)
-        state = torch.get_rng_state(), np.random.get_state()[1].copy()
-        model = ItemItemModel(*edges, 300, 40, None)
-        assert torch.equal(torch.get_rng_state(), state[0])  # training is as without
-        assert np.array_equal(np.random.get_state()[1], state[1])
-        scores = model.held_out_ndcg
-        assert sorted(scores) == sorted(linear.REG_WEIGHTS)
-        assert scores[model.reg_weight] >= 0.995 * max(scores.values())
-        given = ItemItemModel(*edges, 300, 40, model.reg_weight)
-        assert torch.equal(model._weights, given._weights)
-        assert given.held_out_ndcg == {}
-        chosen.append(model.reg_weight)
-    assert chosen[0] < 400 < chosen[1]
-
-
-def test_the_held_out_ndcg_is_its_definition_user_by_user(settings):
-    one = Recommender("Pop", settings)
-    n_users, n_items = one.dataset.user_num, one.dataset.item_num
-    histories, held_out = (
-        sparse.csr_array(loader._dataset.inter_matrix("csr").astype(np.float32))
-        for loader in (one.train, one.valid)
-    )
-    weights = torch.rand(n_items, n_items, generator=torch.Generator().manual_seed(5))
-    ours = linear._ndcg(histories, held_out, weights)
-    ranks = []
-    for user in range(1, n_users):
-        relevant = set(held_out[[user]].indices)
-        if relevant:
-            scores = (torch.from_numpy(histories[[user]].toarray()) @ weights)[0]
-            scores[histories[[user]].indices] = -torch.inf
-            top = scores.argsort(descending=True)[:10].tolist()
-            gain = sum(1 / np.log2(k + 2) for k, item in enumerate(top) if item in relevant)
-            ranks.append(gain / sum(1 / np.log2(k + 2) for k in range(min(10, len(relevant)))))
-    assert ours == pytest.approx(np.mean(ranks), abs=1e-6)
-
-
-def test_of_nearly_equal_l2_weights_the_smallest_is_taken():
-    for at_100, at_1600, best in ((0.1990, 0.1999, 100), (0.1989, 0.21, 1600)):
-        ndcg = {25.0: 0.1, 100.0: at_100, 400.0: 0.2, 1600.0: at_1600}
-        assert linear._smallest_near_best(ndcg) == best
-
-
-def test_of_too_many_users_some_choose_the_l2_weight(monkeypatch):
-    rng = np.random.default_rng(8)
-    histories = sparse.csr_array((rng.random((10, 12)) < 0.3).astype(np.float32))
-    held_out = np.zeros((10, 12), dtype=np.float32)
-    users = np.array([1, 2, 4, 5, 6, 8, 9])
-    held_out[users, rng.integers(0, 12, len(users))] = 1
-    weights = torch.from_numpy(rng.random((12, 12), dtype=np.float32))
-    third = np.zeros_like(held_out)
-    third[users[::3]] = held_out[users[::3]]
-    expected = linear._ndcg(histories, sparse.csr_array(third), weights)
-    assert linear._ndcg(histories, sparse.csr_array(held_out), weights) != pytest.approx(expected)
-    monkeypatch.setattr(linear, "MAX_USERS_OF_CHOICE", 3)
-    assert linear._ndcg(histories, sparse.csr_array(held_out), weights) == pytest.approx(expected)
-
-
-def test_without_interactions_to_hold_out_the_l2_weight_is_the_usual_one_and_copies_share_it():
-    model = ItemItemModel(np.array([0]), np.array([0]), 1, 2, None)
-    assert model.reg_weight == 400
+def test_copies_share_the_model():
+    model = ItemItemModel(np.array([0]), np.array([0]), 1, 2, 1.0)
     assert copy.deepcopy([model])[0] is model
 
 
-def test_the_l2_weight_is_chosen_on_the_items_with_most_interactions(monkeypatch):
-    rng = np.random.default_rng(7)
-    matrix = rng.random((80, 6)) < np.array([0.1, 0.7, 0.5, 0.05, 0.6, 0.4])
-    texts = torch.from_numpy(rng.standard_normal((6, 4)))
-    columns = [1, 2, 4, 5]
-    rows = linear.centred(texts.numpy())
-    keys = {"text_weight": 2.0, "user_power": 0.5, "denoising": 0.5}
-    few = sparse.csr_array(matrix[:, columns].astype(np.float32))
-    expected = linear._held_out_ndcg(few, rows[columns], keys)
-    monkeypatch.setattr(linear, "MAX_ITEMS_OF_CHOICE", 4)
-    model = ItemItemModel(*np.nonzero(matrix), 80, 6, None, texts, 2.0)
-    assert model.held_out_ndcg == pytest.approx(expected)
-    assert model.n_covered == 6
-
-
-def test_a_model_says_which_l2_weight_it_chose_and_what_is_left_out(settings, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    keys = {"use_text": False, "linear_weight": 1.0}
-    model = Recommender("GaCLLM", settings, **keys).model
-    assert f"linear_reg_weight: {model.linear.reg_weight:g}, by NDCG@10" in caplog.text
+def test_a_model_says_what_is_left_out(settings, monkeypatch, caplog):
     monkeypatch.setattr(linear, "MAX_ITEMS", 4)
-    one = Recommender("GaCLLM", settings, **keys, linear_reg_weight=3.0)
-    assert caplog.text.count("linear_reg_weight:") == 1
-    assert f"of {model.n_items} items the linear model covers the 4 with most" in caplog.text
+    keys = {"use_text": False, "linear_weight": 1.0, "linear_reg_weight": 3.0}
+    one = Recommender("GaCLLM", settings, **keys)
+    assert f"of {one.model.n_items} items the linear model covers the 4 with most" in caplog.text
     assert torch.isfinite(one.model.full_sort_predict(one.batch)).all()
 
 
@@ -181,11 +97,16 @@ def test_an_item_without_interactions_is_scored_by_its_text():
     assert without[:, 5].tolist() == [0, 0]
 
 
-def test_standardized_rows_have_mean_zero_and_deviation_one():
-    rows = standardize(torch.randn(3, 50) * 7 + 2)
-    assert torch.allclose(rows.mean(1), torch.zeros(3), atol=1e-5)
-    assert torch.allclose(rows.std(1), torch.ones(3), atol=1e-5)
-    assert torch.equal(standardize(torch.full((1, 4), 3.0)), torch.zeros(1, 4))
+def test_products_of_standardized_embeddings_have_mean_zero_and_deviation_one():
+    generator = torch.Generator().manual_seed(1)
+    users, items = (torch.randn(n, 4, generator=generator) * 7 + 2 for n in (3, 50))
+    users[2] = 0.0
+    for among in (slice(None), torch.arange(3, 40)):
+        z_users, z_items = standardize(users, items, among)
+        scores, expected = (z_users @ z_items.T)[:, among], (users @ items.T)[:2, among]
+        expected = (expected - expected.mean(1, keepdim=True)) / expected.std(1, keepdim=True)
+        assert torch.allclose(scores[:2], expected, atol=1e-5)
+        assert not scores[2].any()
 
 
 def test_the_last_interactions_of_a_user_count_most_and_equal_times_alike():

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from recbole_gacllm import model as model_module
 from recbole_gacllm.alignment.propagation import PeriodicPropagation
-from recbole_gacllm.objective.linear import ItemItemModel, standardize
+from recbole_gacllm.objective.linear import ItemItemModel
 from tests.random_texts import random_texts
 from tests.recommender import Recommender
 
@@ -151,15 +151,15 @@ def test_each_layer_of_texts_has_a_projection_of_its_own(made):
     model, _ = made()
     nodes = torch.arange(1, 6)
     for layer, projected in enumerate(model.eval().project(nodes)):
-        alone = model.projections[layer](model.texts.rows(layer, nodes))
+        alone = model.projections[layer](model.texts.rows((layer,), nodes))
         assert torch.allclose(projected, alone, atol=1e-6)
 
 
 def test_padding_has_no_text(made):
     model, _ = made()
     padding = torch.tensor([0, model.n_users])
-    assert model.texts.rows(0, padding).count_nonzero() == 0
-    assert model.texts.rows(0, padding + 1).count_nonzero() > 0
+    assert model.texts.rows((0,), padding).count_nonzero() == 0
+    assert model.texts.rows((0,), padding + 1).count_nonzero() > 0
 
 
 def test_text_dropout_drops_its_share_and_keeps_the_mean(made):
@@ -174,6 +174,10 @@ def test_text_dropout_drops_its_share_and_keeps_the_mean(made):
     assert torch.equal(dropout.eval()(x), x)
 
 
+def standardized(scores):
+    return (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
+
+
 def test_raw_texts_reach_the_linear_scores(settings):
     plain, with_texts = (
         Recommender("GaCLLM", settings, linear_weight=1e6, linear_text_weight=weight)
@@ -186,9 +190,10 @@ def test_raw_texts_reach_the_linear_scores(settings):
     nodes = torch.arange(model.n_users, model.n_users + model.n_items)
     expected = ItemItemModel(
         *(inter["user_id"].numpy(), inter["item_id"].numpy(), model.n_users, model.n_items),
-        *(model.options.linear_reg_weight, model.texts.rows(0, nodes), 50.0),
+        *(with_texts.model.choices["linear"].reg_weight, model.texts.rows((0,), nodes), 50.0),
     )
-    assert torch.allclose(scores / 1e6, standardize(expected.scores(batch["user_id"])), atol=1e-3)
+    expected = standardized(expected.scores(batch["user_id"]))
+    assert torch.allclose(scores / 1e6, expected, atol=1e-3)
 
 
 # The loss
@@ -290,15 +295,16 @@ def test_few_items_are_all_negatives_and_many_are_sampled(made):
 @pytest.mark.parametrize("linear_weight", [0.0, 0.5])
 def test_where_all_items_have_interactions_scores_and_draws_are_the_plain_ones(made, linear_weight):
     model, batch = made(linear_weight=linear_weight, ssm_n_negatives=5)
-    assert model.unseen is None
+    assert model.unseen_items is None
     model.eval()
     user = batch["user_id"]
-    users, items = model._restore()
+    users, items = (F.normalize(side, dim=1) for side in model.forward())
     expected = users[user] @ items.T
     if linear_weight:
-        linear = standardize(model.linear.scores(user))
-        expected = standardize(expected) + linear_weight * linear
-    assert torch.equal(model._scores(user), expected)
+        linear = standardized(model.linear.scores(user))
+        expected = standardized(expected) + linear_weight * linear
+    for _ in range(2):  # deviations are computed once
+        assert torch.allclose(model.scoring.scores(*model._restore(), user), expected, atol=1e-5)
     torch.manual_seed(7)
     negatives = model._draw_negatives()
     torch.manual_seed(7)

@@ -106,13 +106,12 @@ def test_a_run_gives_the_numbers_of_recboles_run_recbole(settings, model):
     assert done.record["checkpoint"].endswith(".pth")
 
 
-def test_a_run_records_the_linear_models_l2_weight(settings):
+def test_a_run_records_what_it_chose(settings):
     keys = dict(settings, epochs=1, use_text=False, linear_weight=1.0)
     chosen = run("GaCLLM", "tiny", config_dict=dict(keys))
-    assert chosen.record["linear_model"]["held_out_ndcg@10"]
-    written = json.loads(chosen.run_file.read_text())["linear_model"]
-    assert written["reg_weight"] == chosen.record["linear_model"]["reg_weight"]
+    assert chosen.record["choices"]["linear"]["ndcg"]
+    written = json.loads(chosen.run_file.read_text())["choices"]["linear"]
+    assert written["reg_weight"] == chosen.record["choices"]["linear"]["reg_weight"]
     given = run("GaCLLM", "tiny", config_dict=dict(keys, linear_reg_weight=3.0))
-    assert given.record["linear_model"] == {"reg_weight": 3.0, "held_out_ndcg@10": {}}
-    without = run("GaCLLM", "tiny", config_dict=dict(keys, linear_weight=0.0))
-    assert "linear_model" not in without.record
+    linear = {"layers": (), "reg_weight": 3.0, "text_weight": 0.0, "ndcg": {}}
+    assert given.record["choices"] == {"linear": linear}

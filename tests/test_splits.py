@@ -166,7 +166,7 @@ def test_untrained_embeddings_of_cold_items_do_not_speak(settings, taste_texts):
     model, batch = one.model.eval(), one.batch
     before = model.full_sort_predict(batch).view(len(batch), -1)
     with torch.no_grad():
-        model.item_embedding.weight[~model.unseen.is_seen] += 3.0
+        model.item_embedding.weight[~model.unseen_items.is_seen] += 3.0
     model.restored = None
     assert torch.equal(model.full_sort_predict(batch).view(len(batch), -1), before)
     pair = model.predict(batch)
@@ -181,7 +181,7 @@ def test_negatives_of_training_are_items_with_interactions(settings, taste_texts
         negatives |= set((model._negatives(batch) if is_bpr else model._draw_negatives()).tolist())
         model.zero_grad()
         model.calculate_loss(batch).backward()
-        assert not model.item_embedding.weight.grad[~model.unseen.is_seen].any()
+        assert not model.item_embedding.weight.grad[~model.unseen_items.is_seen].any()
     assert negatives == set(one.train._dataset.inter_feat["item_id"].tolist())
 
 

@@ -92,17 +92,19 @@ class TextLayers:
         tables = [table.to(device) for table in self.tables]
         return TextLayers(tables, self.row_of_node.to(device), self.run_files)
 
-    def rows(self, layer: int, nodes: Tensor) -> Tensor:
-        """Text embeddings of nodes at a layer; zero for padding.
+    def rows(self, layers: tuple[int, ...], nodes: Tensor) -> Tensor:
+        """Text embeddings of nodes, of several layers side by side; zero for padding.
 
         Shapes:
-            nodes: ``[n]``; result ``[n, width]``, float32.
+            nodes: ``[n]``; result ``[n, width * len(layers)]``, float32, rows of unit length.
         """
         rows = self.row_of_node[nodes]
-        return self.tables[layer][rows.clamp(min=0)].float().mul_((rows >= 0)[:, None])
+        known, place = (rows >= 0)[:, None], rows.clamp(min=0)
+        each = [self.tables[layer][place].float().mul_(known) for layer in layers]
+        return each[0] if len(each) == 1 else torch.cat(each, dim=1) / len(each) ** 0.5
 
     def projected(
-        self, layer: int, nodes: Tensor, projection: Callable[[Tensor], Tensor]
+        self, layers: tuple[int, ...], nodes: Tensor, projection: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """A projection of :meth:`rows`, some nodes at a time: never all of them in float32.
 
@@ -110,7 +112,7 @@ class TextLayers:
             nodes: ``[n]``; projection maps ``[m, width]`` to ``[m, d]``; result ``[n, d]``.
         """
         blocks = torch.split(nodes, MAX_ROWS)
-        return torch.cat([projection(self.rows(layer, block)) for block in blocks])
+        return torch.cat([projection(self.rows(layers, block)) for block in blocks])
 
 
 def _users_as_item_means(

@@ -6,25 +6,23 @@ standardised per user, is better than either (see results/). Ours; the paper has
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from scipy import sparse
+from scipy.linalg import lapack
 from torch import Tensor
 from torch.nn import functional as F
+
+from recbole_gacllm.objective.unseen import Unseen
 
 # Matrix, inverse and weights take 20 bytes an entry: 8 GB at this size, and minutes to invert.
 MAX_ITEMS = 20_000
 # Chosen on validation NDCG@10 of ml-100k, ml-1m and sparse parts of ml-1m; see ``ItemItemModel``.
 USER_POWER = 0.5
 DENOISING = 0.5
-# What the L2 weight is chosen from, and on what; of near equals the smallest, as a fit on fewer
-# interactions favours large ones.
-REG_WEIGHTS = (25.0, 100.0, 400.0, 1600.0, 6400.0, 25600.0)
-USUAL_REG_WEIGHT = 400.0  # where nothing can be held out
-NEAR = 0.995  # of the best NDCG@10
-HELD_OUT = 0.1  # of the training interactions
-MAX_ITEMS_OF_CHOICE = 3_000
-MAX_USERS_OF_CHOICE = 10_000
+BLOCK = 1024  # rows of weights at once
 # Share of a batch's histories that is filled: below it sums over their items beat a dense product,
 # on 1,700 to 17,000 items and one thread.
 SPARSE = 0.03
@@ -44,9 +42,7 @@ class ItemItemModel:
       1/3 for 1/2): items with many interactions are not explained by too few others.
     - In a score, and nowhere else, a user's ``k``-th last item may count ``k^-r`` (``recency``):
       who is asked what comes next was last told what came last. Ours.
-    - ``lambda`` differs by orders of magnitude between data sets. Unless given, it is the one of
-      ``REG_WEIGHTS`` with the best NDCG@10 on a tenth of the training interactions, held out; of
-      those within half a percent of it the smallest.
+    - ``lambda`` differs by orders of magnitude between data sets (``choice.py``).
     - Each dimension of the items' text embeddings ``X`` is one more row to reconstruct: items of
       like text explain each other, and an item without interactions is explained by its text
       alone. ``X`` is centred and scaled to rows of mean square length 1, and ``g`` is the mean of
@@ -65,7 +61,7 @@ class ItemItemModel:
         items: Item of each.
         n_users: Number of users.
         n_items: Number of items.
-        reg_weight: ``lambda``, above 0; None chooses it, without regard to recency.
+        reg_weight: ``lambda``, above 0.
         texts: Text embedding of each item, a zero row where it has none; None for plain EASE.
         text_weight: ``gamma``.
         device: Where the weights live.
@@ -75,8 +71,6 @@ class ItemItemModel:
         denoising: ``beta``.
 
     Attributes:
-        reg_weight: ``lambda`` as given or chosen.
-        held_out_ndcg: NDCG@10 on the held-out interactions by ``lambda``; empty if it was given.
         n_covered: Items that have a score.
 
     Shapes:
@@ -89,7 +83,7 @@ class ItemItemModel:
         items: np.ndarray,
         n_users: int,
         n_items: int,
-        reg_weight: float | None,
+        reg_weight: float,
         texts: Tensor | None = None,
         text_weight: float = 0.0,
         device: torch.device | str = "cpu",
@@ -97,32 +91,68 @@ class ItemItemModel:
         user_power: float = USER_POWER,
         denoising: float = DENOISING,
     ) -> None:
-        ones = np.ones(len(users), dtype=np.float32)
-        interactions = sparse.csr_array((ones, (users, items)), shape=(n_users, n_items))
-        interactions.data[:] = 1.0  # duplicates were summed
+        interactions = matrix_of(users, items, n_users, n_items)
         histories = interactions
         if recency is not None:
             counts = recency.astype(np.float32)
             histories = sparse.csr_array((counts, (users, items)), shape=(n_users, n_items))
         self._covered: Tensor | None = None  # [MAX_ITEMS] at most; None for all items
         if n_items > MAX_ITEMS:
-            columns = _most_interacted(interactions, MAX_ITEMS)
+            degrees = np.bincount(interactions.indices, minlength=n_items)
+            columns = np.sort(np.argsort(-degrees, kind="stable")[:MAX_ITEMS])
             interactions, histories = interactions[:, columns], histories[:, columns]
             self._covered = torch.from_numpy(columns).to(device)
             texts = None if texts is None else texts[self._covered.to(texts.device)]
         self._histories, self._n_items = histories, n_items
         self.n_covered = interactions.shape[1]
         rows = None if texts is None else centred(texts.double().cpu().numpy())
-        keys = {"text_weight": text_weight, "user_power": user_power, "denoising": denoising}
-        self.held_out_ndcg: dict[float, float] = {}
-        if reg_weight is None:
-            self.held_out_ndcg = _held_out_ndcg(interactions, rows, keys)
-            reg_weight = _smallest_near_best(self.held_out_ndcg)
-        self.reg_weight = reg_weight
-        self._weights = _item_weights(_gram(interactions, rows, **keys), reg_weight).to(device)
+        gram = Gram.of(interactions, user_power, denoising)
+        self._weights = item_weights(gram.with_texts(rows, text_weight), reg_weight).to(device)
+        # Each user's mean and deviation of scores, the mean over the deviation; NaN: not known yet.
+        self._moments = self._weights.new_full((2, n_users), torch.nan)
+        self._of_unseen: tuple[Unseen, Tensor, Tensor] | None = None  # predicted scores
 
     def __deepcopy__(self, memo: dict[int, object]) -> ItemItemModel:
         return self
+
+    def complete_items(self, unseen: Unseen) -> None:
+        """Let the texts of items without training interactions say what their scores are.
+
+        What :class:`.Unseen` predicts is linear in the other items' scores, so it predicts the
+        columns of ``B``.
+        """
+        weights, places = self._weights, unseen.unseen
+        if self._covered is not None:
+            ids, order = torch.unique(torch.cat([self._covered, places]), return_inverse=True)
+            wider = weights.new_zeros(len(weights), len(ids))
+            wider[:, order[: self.n_covered]] = weights
+            weights, self._covered, places = wider, ids, order[self.n_covered :]
+        for rows in torch.split(weights, BLOCK):
+            rows[:, places] = unseen.predict(self._of_all(rows)[:, unseen.seen].T).T
+        self._weights = weights
+
+    def complete_users(self, unseen: Unseen, items: slice | Tensor) -> None:
+        """Let the texts of users without training interactions say what their scores are.
+
+        Shapes:
+            items: as in :meth:`standardized`.
+        """
+        if self._of_unseen is not None:
+            return
+        for block in torch.split(unseen.seen, BLOCK):
+            self.standardized(block, items)
+        deviations = self._moments[1, unseen.seen].cpu().numpy()
+        histories = self._histories[unseen.seen.cpu().numpy()].multiply(1 / deviations[:, None])
+        mean, slopes = [], []
+        for first in range(0, self.n_covered, BLOCK):
+            table = torch.from_numpy(histories.tocsc()[:, first : first + BLOCK].toarray())
+            fitted = unseen.fit(table.to(self._weights))
+            mean.append(fitted[0])
+            slopes.append(fitted[1])
+        rows = torch.cat([torch.cat(mean)[None], torch.cat(slopes, dim=1)])  # [1 + width, n]
+        scores = self._of_all(rows @ self._weights)
+        scores -= scores[:, items].mean(dim=1, keepdim=True)
+        self._of_unseen = unseen, scores[0], scores[1:]
 
     def scores(self, users: Tensor) -> Tensor:
         """Scores of users with every item.
@@ -130,112 +160,120 @@ class ItemItemModel:
         Shapes:
             users: ``[B]``; result ``[B, n_items]``.
         """
+        return self._of_all(self._products(users, None))
+
+    def standardized(self, users: Tensor, items: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Scores over their deviation over some items, and the means of these.
+
+        Each user's mean and deviation are constants of a run: they are computed once. A user whose
+        scores are all alike has 0.
+
+        Shapes:
+            users: ``[B]``; results ``[B, n_items]`` and ``[B]``; items: ``[S]``, always the same.
+        """
+        if self._moments[1, users].isnan().any():
+            scores = self.scores(users)[:, items]
+            deviation, mean = torch.std_mean(scores, dim=1)
+            deviation = deviation.clamp(min=1e-12)
+            self._moments[:, users] = torch.stack([mean / deviation, deviation])
+        mean, deviation = self._moments[:, users]
+        scores = self._of_all(self._products(users, 1 / deviation))
+        if self._of_unseen is not None:
+            unseen, *fitted = self._of_unseen
+            rows = (~unseen.is_seen[users]).nonzero()[:, 0]
+            scores[rows], mean[rows] = unseen.apply(users[rows], *fitted), 0.0
+        return scores, mean
+
+    def _products(self, users: Tensor, scale: Tensor | None) -> Tensor:
+        """Scores with covered items, times ``scale`` of each user: ``[B, n_columns]``."""
         rows, device = self._histories[users.cpu().numpy()], self._weights.device
         items, counts = (torch.from_numpy(part).to(device) for part in (rows.indices, rows.data))
+        lengths = torch.from_numpy(np.diff(rows.indptr)).to(device)
+        if scale is not None:
+            counts = counts * scale.repeat_interleave(lengths)
         if rows.nnz < SPARSE * len(users) * self.n_covered:
             starts = torch.from_numpy(rows.indptr[:-1]).to(device)
-            scores = F.embedding_bag(
+            return F.embedding_bag(
                 items, self._weights, starts, mode="sum", per_sample_weights=counts
             )
-        else:
-            # Made dense where they are multiplied: a host's rows would take longer to copy.
-            of_row = np.repeat(np.arange(len(users)), np.diff(rows.indptr))
-            places = torch.from_numpy(of_row).to(device), items.long()
-            history = self._weights.new_zeros(len(users), self.n_covered)
-            scores = history.index_put_(places, counts) @ self._weights
+        # Made dense where they are multiplied: a host's rows would take longer to copy.
+        of_row = torch.arange(len(users), device=device).repeat_interleave(lengths)
+        history = self._weights.new_zeros(len(users), self.n_covered)
+        return history.index_put_((of_row, items.long()), counts) @ self._weights
+
+    def _of_all(self, scores: Tensor) -> Tensor:
+        """Scores of all items from those of the covered ones; of the others 0."""
         if self._covered is None:
             return scores
-        return scores.new_zeros(len(users), self._n_items).index_copy_(1, self._covered, scores)
+        return scores.new_zeros(len(scores), self._n_items).index_copy_(1, self._covered, scores)
 
 
-def _most_interacted(interactions: sparse.csr_array, n: int) -> np.ndarray:
-    """Columns of the ``n`` items with most interactions, in ascending order."""
-    degrees = np.bincount(interactions.indices, minlength=interactions.shape[1])
-    return np.sort(np.argsort(-degrees, kind="stable")[:n])
+def matrix_of(users: np.ndarray, items: np.ndarray, n_users: int, n_items: int) -> sparse.csr_array:
+    """Training edges as ``[n_users, n_items]``, entries 1."""
+    ones = np.ones(len(users), dtype=np.float32)
+    interactions = sparse.csr_array((ones, (users, items)), shape=(n_users, n_items))
+    interactions.data[:] = 1.0  # duplicates were summed
+    return interactions
 
 
-def _gram(
-    interactions: sparse.csr_array,
-    text_rows: np.ndarray | None,
-    text_weight: float,
-    user_power: float,
-    denoising: float,
-) -> np.ndarray:
-    """What is inverted but for the L2 weight: ``[n_items, n_items]``, float64."""
-    degrees = np.diff(interactions.indptr)  # [n_users]
-    counts = (degrees[degrees > 0].mean() / degrees.clip(min=1)) ** user_power
-    weighted = interactions.multiply(counts[:, None].astype(np.float32)).tocsr()
-    gram: np.ndarray = (interactions.T @ weighted).toarray().astype(np.float64)
-    own = gram.diagonal().copy()
-    if text_rows is not None:
-        gram += text_weight * own.mean() * (text_rows @ text_rows.T)
-    gram[np.diag_indices(len(gram))] += denoising * own
-    return gram
+@dataclass
+class Gram:
+    """What is inverted, but for texts and L2 weight.
 
-
-def _item_weights(gram: np.ndarray, reg_weight: float) -> Tensor:
-    """``B``: ``[n_items, n_items]``, float32; adds the L2 weight to ``gram`` in place."""
-    gram[np.diag_indices(len(gram))] += reg_weight
-    # Positive definite: half the time of a general inverse.
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(torch.from_numpy(gram)))
-    return (inverse / -inverse.diagonal()).float().fill_diagonal_(0.0)
-
-
-def _smallest_near_best(ndcg: dict[float, float]) -> float:
-    """The smallest weight whose NDCG is near the best."""
-    return min(weight for weight, value in ndcg.items() if value >= NEAR * max(ndcg.values()))
-
-
-def _held_out_ndcg(
-    interactions: sparse.csr_array, text_rows: np.ndarray | None, keys: dict[str, float]
-) -> dict[float, float]:
-    """NDCG@10 of each of ``REG_WEIGHTS`` on held-out training interactions.
-
-    Of more than ``MAX_ITEMS_OF_CHOICE`` items those with most interactions are used, and about
-    ``MAX_USERS_OF_CHOICE`` users at most are ranked for.
+    Attributes:
+        matrix: ``[n_items, n_items]``, float64.
+        scale: ``g``, the mean of its diagonal without denoising.
     """
-    if interactions.shape[1] > MAX_ITEMS_OF_CHOICE:
-        used = _most_interacted(interactions, MAX_ITEMS_OF_CHOICE)
-        interactions = interactions[:, used]
-        text_rows = None if text_rows is None else text_rows[used]
-    is_held_out = np.random.default_rng(0).random(interactions.nnz) < HELD_OUT
-    rest, held_out = (interactions.copy() for _ in range(2))
-    rest.data, held_out.data = np.float32(~is_held_out), np.float32(is_held_out)
-    for part in (rest, held_out):
-        part.eliminate_zeros()
-    if not (rest.nnz and held_out.nnz):
-        return {USUAL_REG_WEIGHT: 0.0}
-    gram = _gram(rest, text_rows, **keys)
-    return {
-        # Of fewer interactions, a weight that is less by as much.
-        weight: _ndcg(rest, held_out, _item_weights(gram.copy(), (1 - HELD_OUT) * weight))
-        for weight in REG_WEIGHTS
-    }
+
+    matrix: np.ndarray
+    scale: float
+
+    @classmethod
+    def of(
+        cls,
+        interactions: sparse.csr_array,
+        user_power: float = USER_POWER,
+        denoising: float = DENOISING,
+    ) -> Gram:
+        """From interactions, ``[n_users, n_items]``, entries 1."""
+        degrees = np.diff(interactions.indptr)  # [n_users]
+        counts = (degrees[degrees > 0].mean() / degrees.clip(min=1)) ** user_power
+        weighted = interactions.multiply(counts[:, None].astype(np.float32)).tocsr()
+        matrix: np.ndarray = (interactions.T @ weighted).toarray().astype(np.float64)
+        own = matrix.diagonal().copy()
+        matrix[np.diag_indices(len(matrix))] += denoising * own
+        return cls(matrix, float(own.mean()))
+
+    def with_texts(self, rows: np.ndarray | None, weight: float) -> np.ndarray:
+        """The matrix with texts as further rows, in its place; None for none."""
+        if rows is not None:
+            for start in range(0, len(rows), BLOCK):
+                block = slice(start, start + BLOCK)
+                self.matrix[block] += (weight * self.scale * rows[block]) @ rows.T
+        return self.matrix
 
 
-def _ndcg(
-    histories: sparse.csr_array, held_out: sparse.csr_array, weights: Tensor, k: int = 10
-) -> float:
-    """Mean NDCG@k over users with held-out items, ranked among all that are not in their history.
-
-    Of more than ``MAX_USERS_OF_CHOICE`` such users it takes each second, third, …
-
-    Shapes:
-        histories, held_out: ``[n_users, n_items]``, entries 1; weights: ``[n_items, n_items]``.
-    """
-    k = min(k, len(weights))
-    discounts = 1 / torch.log2(torch.arange(2.0, k + 2))
-    users = np.flatnonzero(np.diff(held_out.indptr))
-    users = users[:: -(-len(users) // MAX_USERS_OF_CHOICE)]
-    total = 0.0
-    for batch in np.array_split(users, -(-len(users) // 1024)):
-        history = torch.from_numpy(histories[batch].toarray())
-        scores = (history @ weights).masked_fill_(history > 0, -torch.inf)
-        relevant = torch.from_numpy(held_out[batch].toarray())
-        gains = relevant.gather(1, scores.topk(k, dim=1).indices) @ discounts
-        best = discounts.cumsum(0)[relevant.sum(1).long().clamp(max=k) - 1]
-        total += float((gains / best).sum())
-    return total / len(users)
+def item_weights(gram: np.ndarray, reg_weight: float) -> Tensor:
+    """``B``: ``[n_items, n_items]``, float32; the inverse is made in the place of ``gram``."""
+    n = len(gram)
+    gram[np.diag_indices(n)] += reg_weight
+    # Positive definite: half the time of a general inverse. LAPACK reads columns, so its lower
+    # triangle is our upper one.
+    factor, failed = lapack.dpotrf(gram.T, lower=1, overwrite_a=1)
+    inverse, failed_too = lapack.dpotri(factor, lower=1, overwrite_c=1)
+    if failed or failed_too:
+        raise np.linalg.LinAlgError("the matrix of the linear item-item model is not definite")
+    rows, diagonal = inverse.T, inverse.diagonal().copy()
+    weights = torch.empty(n, n)
+    for start in range(0, n, BLOCK):
+        block = slice(start, min(start + BLOCK, n))
+        whole = np.triu(rows[block, start:])
+        own = whole[:, : block.stop - start]
+        own += np.triu(own, 1).T
+        rows[start:, block] = whole.T  # for the rows below
+        weights[block, :start] = torch.from_numpy(rows[block, :start] / -diagonal[:start])
+        weights[block, start:] = torch.from_numpy(whole / -diagonal[start:])
+    return weights.fill_diagonal_(0.0)
 
 
 def recency_weights(users: np.ndarray, times: np.ndarray, power: float) -> np.ndarray:
@@ -296,13 +334,3 @@ def centred(texts: np.ndarray) -> np.ndarray:
         rows[has_text] = texts[has_text] - texts[has_text].mean(axis=0)
         rows /= max(np.sqrt((rows[has_text] ** 2).sum(axis=1).mean()), 1e-12)
     return rows
-
-
-def standardize(scores: Tensor) -> Tensor:
-    """Each row with mean 0 and deviation 1; a constant row becomes 0.
-
-    Shapes:
-        scores and result: ``[B, n_items]``.
-    """
-    centered = scores - scores.mean(dim=1, keepdim=True)
-    return centered / centered.std(dim=1, keepdim=True).clamp(min=1e-12)
