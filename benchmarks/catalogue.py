@@ -1,0 +1,170 @@
+"""`best` on sparse data with many items: evaluation and building, as ratios in one run.
+
+    python benchmarks/catalogue.py --json=catalogue.json
+
+Synthetic data of 50,000 users, 17,000 items and 340,000 training interactions: items have degrees of
+a power law, users a taste that is planted. The texts are random constants of the encoder's shape, as
+in ``training.py``: what they say changes no second. One process, one thread, sides by turns.
+
+- ``evaluation``: one full-sort evaluation of `best` against our model without the linear part
+  (``linear_weight: 0``), and against RecBole's LightGCN as installed; ``unseen``: of `best` where a
+  fifth of the items has no training interactions. The first evaluation of a run, which computes each
+  user's constants, is left out and told: ``first``.
+- ``build``: the linear model with the choice of its L2 weight against one inverse of its size
+  (``torch.linalg.inv``, float64).
+- ``peak``: MiB of a process that builds and evaluates `best`.
+
+The floor beside an evaluation is what ``training.py`` counts, and the rows of the histories' items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import training  # type: ignore[import-not-found]
+
+GOALS = {
+    "evaluation": 2.0,
+    "unseen": 2.0,
+    "evaluation_lightgcn": 1.0,
+    "build": 3.0,
+    "peak_mib": 6144.0,
+}
+SIDES: dict[str, tuple[str, dict[str, Any]]] = {
+    "best": ("GaCLLM_best", {}),
+    "unseen": ("GaCLLM_best", {"cold_item_share": 0.2}),
+    "plain": ("GaCLLM_best", {"linear_weight": 0.0}),
+    "LightGCN": ("LightGCN", {}),
+}
+
+
+def write(folder: Path, n_users: int, n_items: int, n_edges: int) -> None:
+    """``synthetic.inter`` and the feature files that layer 0 asks for."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    popularity = 1 / (10 + np.arange(n_items)) ** 0.8
+    kind, taste = rng.integers(50, size=n_items), rng.integers(50, size=n_users)
+    users = np.concatenate([np.arange(n_users), rng.integers(n_users, size=n_edges - n_users)])
+    items = rng.choice(n_items, size=n_edges, p=popularity / popularity.sum())
+    by_kind = [np.flatnonzero(kind == one) for one in range(50)]
+    for place in np.flatnonzero(rng.random(n_edges) < 0.7):
+        own = by_kind[taste[users[place]]]
+        items[place] = own[int(len(own) * rng.random() ** 3)]
+    pairs = np.unique(np.stack([users, items], axis=1), axis=0)
+    target = folder / "synthetic"
+    target.mkdir(parents=True)
+    lines = "\n".join(f"u{user}\ti{item}" for user, item in pairs)
+    (target / "synthetic.inter").write_text(f"user_id:token\titem_id:token\n{lines}\n")
+    rows = "\n".join(f"i{item}\titem {item}" for item in range(n_items))
+    (target / "synthetic.item").write_text(f"item_id:token\ttitle:token_seq\n{rows}\n")
+
+
+def make(name: str, arguments: argparse.Namespace) -> Any:
+    """A side, built."""
+    from recbole_gacllm import model
+
+    model.prepare = training.random_texts
+    side, keys = SIDES[name]
+    return training.Side(side, arguments, **{"linear_weight": 0.5, **keys})
+
+
+def child(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to build, of the first and of later evaluations, and the peak."""
+    side = make(name, arguments)
+    first, _ = side.evaluate()
+    later = [side.evaluate()[0] for _ in range(arguments.repeats)]
+    return {
+        "build_seconds": side.build_seconds,
+        "first_seconds": first,
+        "seconds": statistics.median(later),
+        "peak_mib": training.peak_of_this_process(),
+        "floor_seconds": training.evaluation_floor(side, training.machine_rates())
+        if name != "LightGCN"
+        else None,
+        "n_evaluated": len(side.valid.uid_list),
+    }
+
+
+def build(arguments: argparse.Namespace) -> dict[str, float]:
+    """The linear model with its choice against one inverse of the size."""
+    import torch
+
+    from recbole_gacllm.inputs import TrainingData
+    from recbole_gacllm.objective.choice import choose_linear
+    from recbole_gacllm.objective.linear import ItemItemModel, centred, matrix_of
+
+    side = make("plain", arguments)
+    n_users, n_items = side.model.n_users, side.model.n_items
+    data = TrainingData.from_recbole(side.config, side.train._dataset)
+    users, items = data.graph.users + 1, data.graph.items + 1
+    rows = torch.randn(n_items, training.TEXT_WIDTH, dtype=torch.float64)
+
+    def linear() -> None:
+        interactions = matrix_of(users, items, n_users, n_items)
+        chosen = choose_linear(interactions, {(0,): centred(rows.numpy())}, None, 0.25)
+        ItemItemModel(users, items, n_users, n_items, chosen.reg_weight, rows, 0.25)
+
+    seconds = training.timed(linear)
+    matrix = torch.eye(n_items, dtype=torch.float64).mul_(float(n_items))
+    matrix += torch.rand(n_items, n_items, dtype=torch.float64)
+    inverse = training.timed(lambda: torch.linalg.inv(matrix))
+    return {"ours_seconds": seconds, "inverse_seconds": inverse, "ratio": seconds / inverse}
+
+
+def main() -> None:
+    """Measure and say."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--n_users", type=int, default=50_000)
+    parser.add_argument("--n_items", type=int, default=17_000)
+    parser.add_argument("--n_edges", type=int, default=425_000, help="of all three parts")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--data_path", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.dataset, arguments.steps = "synthetic", 1
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments.scratch = scratch
+        if arguments.child:
+            done = (
+                build(arguments)
+                if arguments.child == "build"
+                else child(arguments.child, arguments)
+            )
+            print(json.dumps(done))
+            return
+        write(Path(scratch), arguments.n_users, arguments.n_items, arguments.n_edges)
+        figures: dict[str, Any] = {}
+        for name in (*SIDES, "build"):
+            command = [sys.executable, __file__, f"--child={name}", f"--data_path={scratch}"]
+            command.append(f"--repeats={arguments.repeats}")
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            figures[name] = json.loads(run.stdout.splitlines()[-1])
+            print(name, figures[name], flush=True)
+    ratios = {
+        "evaluation": figures["best"]["seconds"] / figures["plain"]["seconds"],
+        "unseen": figures["unseen"]["seconds"] / figures["plain"]["seconds"],
+        "evaluation_lightgcn": figures["best"]["seconds"] / figures["LightGCN"]["seconds"],
+        "build": figures["build"]["ratio"],
+        "peak_mib": figures["best"]["peak_mib"],
+    }
+    for name, value in ratios.items():
+        print(f"{name:20} {value:8.2f}   goal {GOALS[name]:g}")
+    if arguments.json:
+        shown = {key: getattr(arguments, key) for key in ("n_users", "n_items", "n_edges")}
+        arguments.json.write_text(json.dumps({**shown, **figures, "ratios": ratios}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
