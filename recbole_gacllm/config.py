@@ -181,6 +181,7 @@ class GaCLLMConfig:
     llm_endpoint_concurrency: _Count
     llm_served_model: _Text | None
     llm_api_key_variable: Annotated[str, AfterValidator(_variable_name)]
+    llm_knowledge_tokens: _Number
     llm_n_layers: _Number
     llm_max_prompt_tokens: Annotated[int, Field(ge=64)]
     llm_max_neighbor_tokens: Annotated[int, Field(ge=4)]
@@ -243,7 +244,17 @@ class GaCLLMConfig:
     @property
     def is_described(self) -> bool:
         """Whether texts beyond the raw ones are wanted: an LLM or an import writes them."""
-        return self.text_source in ("generated", "shuffled") and self.llm_n_layers > 0
+        return self.text_source in ("generated", "shuffled") and self.n_text_layers > 0
+
+    @property
+    def has_knowledge(self) -> bool:
+        """Whether layer 1 is the knowledge step: from a node's own text alone."""
+        return self.llm_knowledge_tokens > 0
+
+    @property
+    def n_text_layers(self) -> int:
+        """Layers of texts above layer 0: the knowledge step, if there is one, and the L others."""
+        return self.has_knowledge + self.llm_n_layers
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> GaCLLMConfig:

@@ -182,7 +182,7 @@ class _Hook:
     def _descriptions(self, raw: Layer, imported: ImportedTexts | None) -> Job:
         """Fine-tuning and merging, if the run has them; then how layers 1..L are made."""
         options, data = self._options, self._data
-        layers = range(1, options.llm_n_layers + 1)
+        layers = range(1, options.n_text_layers + 1)
         key: dict[str, Any] = {
             "inputs": self.inputs.name,
             "n_layers": options.llm_n_layers,
@@ -190,6 +190,8 @@ class _Hook:
             "neighbor_rule": options.neighbor_rule,
             "n_neighbors": options.n_neighbors,
         }
+        if options.has_knowledge:
+            key["knowledge_tokens"] = options.llm_knowledge_tokens
         generator: dict[str, Any] = {}
         if imported is not None:
             key["imported"] = imported.digest()

@@ -42,6 +42,7 @@ ODD: dict[str, Any] = {
     "llm_dtype": "float32",
     "neighbor_rule": "random",
     "n_neighbors": 12,
+    "llm_knowledge_tokens": 10,
     "llm_n_layers": 2,
     "n_layers": 4,
     "llm_max_prompt_tokens": 1313,
