@@ -28,7 +28,7 @@ MODELS = {MODEL: "recbole_gacllm.model", "TextKNN": "recbole_gacllm.text_knn"}
 OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_", "linear_")
 
 #: Keys of ours that hold for any model; see ``splits.py``.
-SPLIT_KEYS = ("train_share", "cold_item_share")
+SPLIT_KEYS = ("train_share", "cold_item_share", "cold_user_share")
 
 
 def shipped_path(*parts: str) -> Path:
@@ -131,6 +131,7 @@ _Number = Annotated[int, Field(ge=0)]
 _Weight = Annotated[float, Field(ge=0)]
 _Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(gt=0, le=1)]
+_ColdShare = Annotated[float, Field(ge=0, lt=0.5)]
 _Dropout = Annotated[float, Field(ge=0, lt=1)]
 _Temperature = Annotated[float, Field(ge=0.025)]
 _Text = Annotated[str, Field(min_length=1)]
@@ -213,7 +214,8 @@ class GaCLLMConfig:
     encoder_batch_size: _Count
     encoder_dtype: _DType
     train_share: _Share
-    cold_item_share: Annotated[float, Field(ge=0, lt=0.5)]
+    cold_item_share: _ColdShare
+    cold_user_share: _ColdShare
     fast_paths: bool
     artifact_dir: _Text
 

@@ -9,7 +9,7 @@ RecBole trains, and a crash of an engine cannot take the run down.
     inputs-…/        graph.npz (training edges), layer_0.parquet (raw texts), item_names-….json
     sft-…/           adapter/ (peft, safetensors)
     merged-…/        model/ (the LLM with the adapter in its weights)
-    descriptions-…/  layer_1.parquet … layer_L.parquet
+    descriptions-…/  layer_1.parquet … layer_L.parquet (one more with a knowledge step, layer 1)
     embeddings-…/    layer_0.npy … layer_L.npy
 """
 

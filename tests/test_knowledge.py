@@ -25,7 +25,7 @@ from recbole_gacllm.run_config import build_config, training_data
 
 from .conftest import our_keys, tiny_settings, write_dataset
 from .test_convolution import NOTHING, WordTokenizer, graph_of, raw_layer
-from .test_pipeline import TINY
+from .test_pipeline import TINY, in_process
 
 SHIPPED = shipped_path("properties", "prompts")
 CHAT = ({"role": "user", "content": "Describe it."},)
@@ -122,6 +122,13 @@ def test_knowledge_alone_is_described_and_counts_as_generated(settings):
         assert ("llm" in concerns_of(config.final_config_dict)) == is_generated
 
 
+def describe(keys):
+    """The folder of a run's descriptions, made without a child process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recbole_gacllm.artifacts.children.run_child", in_process)
+        return pipeline.describe(*training_data("tiny", config_dict=dict(keys)))
+
+
 @pytest.fixture(scope="module")
 def described(tmp_path_factory, tiny_model):
     """A run with two layers of convolution above the knowledge step, and its knowledge alone."""
@@ -132,9 +139,7 @@ def described(tmp_path_factory, tiny_model):
         **{"llm_n_layers": 2, "llm_knowledge_tokens": 16},
     }
     with contextlib.chdir(root):
-        whole = pipeline.describe(*training_data("tiny", config_dict=dict(keys)))
-        alone = {**keys, "llm_n_layers": 0}
-        return keys, whole, pipeline.describe(*training_data("tiny", config_dict=alone))
+        return keys, describe(keys), describe({**keys, "llm_n_layers": 0})
 
 
 @pytest.mark.slow
@@ -176,7 +181,7 @@ def test_an_export_fills_the_same_layers_without_an_llm(described, tmp_path):
     file = tmp_path / "texts.parquet"
     RunDescriptions(whole).frame().to_parquet(file)
     filled = {**keys, "text_import_file": str(file), "llm_model": "/no/such/model"}
-    folder = pipeline.describe(*training_data("tiny", config_dict=filled))
+    folder = describe(filled)
     manifest = manifests.read_manifest(folder)
     assert [layer["kind"] for layer in manifest["layers"]] == [
         *("knowledge", "convolution", "convolution")

@@ -77,7 +77,7 @@ OTHERS = (
 #: the code of our models (None for others'): the name of the first version of every concern.
 FIRST_CODE = "4c40a0959ec716099133f613b0cf84f597bdedb04ad143ba68862d0614bca109"
 #: Keys that came after those runs, with the value under which the numbers are as they were.
-LATER_KEYS: dict[str, Any] = {"llm_knowledge_tokens": 0}
+LATER_KEYS: dict[str, Any] = {"llm_knowledge_tokens": 0, "cold_user_share": 0.0}
 _TABLE = shipped_path("properties", "computations.yaml")
 _TABLE_HEAD = """\
 # Versions of the code that computes (recbole_gacllm/compare/identity.py), in order. Those of
@@ -112,10 +112,10 @@ def concerns_of(config: Mapping[str, Any]) -> list[str]:
         and config["text_source"] in ("generated", "shuffled")
         and _n_text_layers(config) > 0
     )
-    splits = config.get("cold_item_share"), config.get("train_share")
+    cold = config.get("cold_item_share"), config.get("cold_user_share")
     wanted = {
         "runs": True,
-        "splits": splits[0] not in (None, 0) or splits[1] not in (None, 1),
+        "splits": any(cold) or config.get("train_share") not in (None, 1),
         "times": config["eval_args"]["order"] == "TO"
         or (generated and config["neighbor_rule"] == "recent"),
         "fast": bool(config.get("fast_paths")),

@@ -103,8 +103,10 @@ class RunDescriptions:
             in_order = [folder / f"layer_{number}.parquet" for number in range(1, len(files) + 1)]
             files = list(takewhile(Path.is_file, in_order))
         self.layers = [Layer.read(file) for file in (inputs / "layer_0.parquet", *files)]
-        has_knowledge = self._option("llm_knowledge_tokens") > 0
-        self.kinds: list[Kind] = [kind_of(at, has_knowledge) for at in range(len(self.layers))]
+        # Older runs have no such key.
+        self._has_knowledge = self._job.get("options", {}).get("llm_knowledge_tokens", 0) > 0
+        numbers = range(len(self.layers))
+        self.kinds: list[Kind] = [kind_of(number, self._has_knowledge) for number in numbers]
         self.graph = TrainGraph.load(inputs / "graph.npz")
         self.names = read_names(inputs, names_file)
         self.unfinished = self._progress() if is_unfinished else None
@@ -112,11 +114,7 @@ class RunDescriptions:
     @property
     def has_prompts(self) -> bool:
         """Whether texts were made from those of neighbours."""
-        return self._option("llm_n_layers") > 0
-
-    def _option(self, name: str) -> int:
-        """A count among the run's keys; 0 where it has none, or not this one yet."""
-        return int(self._job.get("options", {}).get(name, 0))
+        return "convolution" in self.kinds
 
     @classmethod
     def newest(cls, artifact_dir: Path, dataset: str) -> RunDescriptions:
@@ -161,7 +159,7 @@ class RunDescriptions:
     def _progress(self) -> Unfinished:
         """How far the stage is."""
         n_nodes = sum(map(len, self.layers[0].tokens.values()))
-        n_layers = (self._option("llm_knowledge_tokens") > 0) + self._option("llm_n_layers")
+        n_layers = self._has_knowledge + self._job["options"]["llm_n_layers"]
         return Unfinished(len(self.layers), n_layers, n_nodes)
 
     def page(self, side: Side, token: str) -> NodePage:
