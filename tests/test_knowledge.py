@@ -9,7 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from recbole_gacllm import model as model_module
 from recbole_gacllm import pipeline
+from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.cli.main import main
 from recbole_gacllm.compare.identity import concerns_of
@@ -24,6 +26,8 @@ from recbole_gacllm.inspection.reading import RunDescriptions
 from recbole_gacllm.run_config import build_config, training_data
 
 from .conftest import our_keys, tiny_settings, write_dataset
+from .random_texts import random_texts
+from .recommender import Recommender
 from .test_convolution import NOTHING, WordTokenizer, graph_of, raw_layer
 from .test_pipeline import TINY, in_process
 
@@ -120,6 +124,20 @@ def test_knowledge_alone_is_described_and_counts_as_generated(settings):
         assert our_keys(**keys).is_described == is_generated
         config = build_config("GaCLLM", "tiny", config_dict={**settings, **keys})
         assert ("llm" in concerns_of(config.final_config_dict)) == is_generated
+
+
+@pytest.mark.parametrize("n_layers", [0, 1])
+def test_a_run_may_have_more_layers_of_texts_than_hops(settings, monkeypatch, n_layers):
+    def prepare(options, data):
+        texts = random_texts(options, data)
+        tables = [texts.tables[0]] * (options.n_text_layers + 1)
+        return TextLayers(tables, texts.row_of_node, {})
+
+    monkeypatch.setattr(model_module, "prepare", prepare)
+    keys = {"n_layers": n_layers, "llm_n_layers": n_layers, "llm_knowledge_tokens": 9}
+    made = Recommender("GaCLLM", settings, text_weight=1.0, align_weight=1.0, **keys)
+    assert len(made.model.texts) == n_layers + 2
+    assert made.model.calculate_loss(made.batch).isfinite()
 
 
 def describe(keys):
