@@ -28,7 +28,7 @@ MODELS = {MODEL: "recbole_gacllm.model", "TextKNN": "recbole_gacllm.text_knn"}
 OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_", "linear_")
 
 #: Keys of ours that hold for any model; see ``splits.py``.
-SPLIT_KEYS = ("train_share", "cold_item_share")
+SPLIT_KEYS = ("train_share", "cold_item_share", "cold_user_share")
 
 
 def shipped_path(*parts: str) -> Path:
@@ -131,6 +131,7 @@ _Number = Annotated[int, Field(ge=0)]
 _Weight = Annotated[float, Field(ge=0)]
 _Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(gt=0, le=1)]
+_ColdShare = Annotated[float, Field(ge=0, lt=0.5)]
 _Dropout = Annotated[float, Field(ge=0, lt=1)]
 _Temperature = Annotated[float, Field(ge=0.025)]
 _Text = Annotated[str, Field(min_length=1)]
@@ -182,6 +183,7 @@ class GaCLLMConfig:
     llm_endpoint_concurrency: _Count
     llm_served_model: _Text | None
     llm_api_key_variable: Annotated[str, AfterValidator(_variable_name)]
+    llm_knowledge_tokens: _Number
     llm_n_layers: _Number
     llm_max_prompt_tokens: Annotated[int, Field(ge=64)]
     llm_max_neighbor_tokens: Annotated[int, Field(ge=4)]
@@ -213,7 +215,8 @@ class GaCLLMConfig:
     encoder_batch_size: _Count
     encoder_dtype: _DType
     train_share: _Share
-    cold_item_share: Annotated[float, Field(ge=0, lt=0.5)]
+    cold_item_share: _ColdShare
+    cold_user_share: _ColdShare
     fast_paths: bool
     artifact_dir: _Text
 
@@ -244,7 +247,17 @@ class GaCLLMConfig:
     @property
     def is_described(self) -> bool:
         """Whether texts beyond the raw ones are wanted: an LLM or an import writes them."""
-        return self.text_source in ("generated", "shuffled") and self.llm_n_layers > 0
+        return self.text_source in ("generated", "shuffled") and self.n_text_layers > 0
+
+    @property
+    def has_knowledge(self) -> bool:
+        """Whether layer 1 is the knowledge step: from a node's own text alone."""
+        return self.llm_knowledge_tokens > 0
+
+    @property
+    def n_text_layers(self) -> int:
+        """Layers of texts above layer 0: the knowledge step, if there is one, and the L others."""
+        return self.has_knowledge + self.llm_n_layers
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> GaCLLMConfig:

@@ -149,7 +149,7 @@ def imported_texts(options: GaCLLMConfig, raw: Layer) -> ImportedTexts | None:
     if options.text_import_file is None:
         return None
     imported = ImportedTexts.read(Path(options.text_import_file).resolve())
-    imported.check(raw.tokens, options.llm_n_layers if options.is_described else 0)
+    imported.check(raw.tokens, options.n_text_layers if options.is_described else 0)
     return imported
 
 

@@ -9,7 +9,7 @@ RecBole trains, and a crash of an engine cannot take the run down.
     inputs-…/        graph.npz (training edges), layer_0.parquet (raw texts), item_names-….json
     sft-…/           adapter/ (peft, safetensors)
     merged-…/        model/ (the LLM with the adapter in its weights)
-    descriptions-…/  layer_1.parquet … layer_L.parquet
+    descriptions-…/  layer_1.parquet … layer_L.parquet (one more with a knowledge step, layer 1)
     embeddings-…/    layer_0.npy … layer_L.npy
 """
 
@@ -182,7 +182,7 @@ class _Hook:
     def _descriptions(self, raw: Layer, imported: ImportedTexts | None) -> Job:
         """Fine-tuning and merging, if the run has them; then how layers 1..L are made."""
         options, data = self._options, self._data
-        layers = range(1, options.llm_n_layers + 1)
+        layers = range(1, options.n_text_layers + 1)
         key: dict[str, Any] = {
             "inputs": self.inputs.name,
             "n_layers": options.llm_n_layers,
@@ -190,6 +190,8 @@ class _Hook:
             "neighbor_rule": options.neighbor_rule,
             "n_neighbors": options.n_neighbors,
         }
+        if options.has_knowledge:
+            key["knowledge_tokens"] = options.llm_knowledge_tokens
         generator: dict[str, Any] = {}
         if imported is not None:
             key["imported"] = imported.digest()

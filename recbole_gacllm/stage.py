@@ -23,7 +23,7 @@ from recbole_gacllm import console
 from recbole_gacllm.artifacts import children, manifests
 from recbole_gacllm.convolution import setup
 from recbole_gacllm.convolution.imported import in_words, manifest_of
-from recbole_gacllm.convolution.layers import Layer
+from recbole_gacllm.convolution.layers import Layer, kind_of, layer_name
 from recbole_gacllm.convolution.neutralize import neutralize
 from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.job import Job
@@ -104,20 +104,21 @@ def descriptions(folder: Path, job: Job) -> dict[str, Any]:
             store = stack.enter_context(DescriptionStore(job.store))
             convolution = setup.convolution_of(job, graph, store, backend)
             stack.callback(convolution.close)
-        for number in range(1, job.options.llm_n_layers + 1):
+        for number in range(1, job.options.n_text_layers + 1):
+            kind = kind_of(number, job.options.has_knowledge)
             if imported is not None and number in imported.layers:
                 layer = imported.fill(number, layer)
                 coverage = imported.report(number, layer.tokens)
-                manifest["layers"].append(manifest_of(coverage))
+                made = manifest_of(coverage)
                 logger.info("imported %s", in_words(coverage))
             else:
                 assert convolution is not None
                 layer, report = convolution.next_layer(layer, nothing_known, number)
-                manifest["layers"].append(dataclasses.asdict(report))
+                made = dataclasses.asdict(report)
                 logger.info(
-                    "layer %d: %d of %d nodes generated, %d from the store, %d failed %s, "
+                    "%s: %d of %d nodes generated, %d from the store, %d failed %s, "
                     "%d prompt and %d output tokens, %.0f s",
-                    number,
+                    layer_name(number, kind),
                     report.n_generated,
                     report.n_nodes,
                     report.n_from_store,
@@ -127,6 +128,7 @@ def descriptions(folder: Path, job: Job) -> dict[str, Any]:
                     report.n_output_tokens,
                     report.seconds,
                 )
+            manifest["layers"].append({"kind": kind, **made})
             layer.write(folder / f"layer_{number}.parquet")
     return manifest
 

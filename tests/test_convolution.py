@@ -269,9 +269,9 @@ def test_a_layer_of_any_size_needs_no_list_of_its_prompts(convolve, monkeypatch)
     generator, ahead = FakeGenerator(window=4), []
     rendered = RequestMaker.request
 
-    def request(self, messages):
+    def request(self, *args):
         ahead.append(len(ahead) - generator.n_completed)
-        return rendered(self, messages)
+        return rendered(self, *args)
 
     monkeypatch.setattr(RequestMaker, "request", request)
     convolve(graph_of(200, 100), raw_layer(graph_of(200, 100)), generator)

@@ -42,6 +42,7 @@ ODD: dict[str, Any] = {
     "llm_dtype": "float32",
     "neighbor_rule": "random",
     "n_neighbors": 12,
+    "llm_knowledge_tokens": 10,
     "llm_n_layers": 2,
     "n_layers": 4,
     "llm_max_prompt_tokens": 1313,
@@ -88,6 +89,7 @@ WAYS = {
     *("text_import_file", "llm_model", "llm_backend", "llm_endpoints"),
     *("llm_served_model", "llm_adapter", "llm_merge_adapter", "llm_prompts_dir"),
     *("sft", "encoder_model", "train_share", "cold_item_share"),
+    "cold_user_share",
     *("fast_paths", "artifact_dir"),
 }
 
@@ -182,13 +184,15 @@ def test_generation(job, hear):
     with pytest.raises(HeardError):
         convolution.open_generator()
     maker = convolution.maker
-    sampling = maker.request(({"role": "user", "content": "x"},)).sampling
+    chat = ({"role": "user", "content": "x"},)
+    knowledge, sampling = (maker.request(chat, number).sampling for number in (1, 2))
     pieces = requests._Pieces(["a"], maker.tokenizer, maker._max_neighbor_tokens)
     assert {
         "neighbor_rule": chosen["rule"],
         "n_neighbors": chosen["n_neighbors"],
         "llm_max_prompt_tokens": opened["max_model_len"] - 15 - 64,
         "llm_max_neighbor_tokens": pieces._max_tokens,
+        "llm_knowledge_tokens": knowledge.max_new_tokens,
         "llm_max_new_tokens": sampling.max_new_tokens,
         "llm_temperature": sampling.temperature,
         "llm_repetition_penalty": sampling.repetition_penalty,
@@ -199,6 +203,7 @@ def test_generation(job, hear):
     } == odd(
         *("neighbor_rule", "n_neighbors", "llm_max_prompt_tokens", "llm_max_neighbor_tokens"),
         *("llm_max_new_tokens", "llm_temperature", "llm_repetition_penalty", "llm_dtype"),
+        "llm_knowledge_tokens",
         *("llm_tensor_parallel_size", "llm_pipeline_parallel_size", "llm_gpu_memory_utilization"),
     )
     assert (opened["seed"], chosen["seed"]) == (77, 77)
@@ -220,13 +225,21 @@ def test_servers(job, hear):
 def test_the_layers_and_the_number_of_prompts_files(tmp_path):
     shutil.copytree(shipped_path("properties", "prompts"), tmp_path / "prompts")
     hook = object.__new__(pipeline._Hook)
-    hook._options = our_keys(**ODD, text_import_file="odd.csv")
+    options = our_keys(**ODD, text_import_file="odd.csv")
+    hook._options = options
     hook._data = type("Data", (), {"seed": 77, "show_progress": False})
     hook.inputs = tmp_path
-    imported = type("Imported", (), {"layers": {1: {}, 2: {}}, "digest": lambda self: "odd"})()
+    imported = type(
+        "Imported", (), {"layers": {1: {}, 2: {}, 3: {}}, "digest": lambda self: "odd"}
+    )()
     made = hook._descriptions(None, imported)
-    assert made.outputs == ("layer_1.parquet", "layer_2.parquet")
+    assert made.outputs == ("layer_1.parquet", "layer_2.parquet", "layer_3.parquet")
     assert made.key["n_layers"] == ODD["llm_n_layers"]
+    assert made.key["knowledge_tokens"] == ODD["llm_knowledge_tokens"]
+    hook._options = dataclasses.replace(options, llm_knowledge_tokens=0)
+    without = hook._descriptions(None, imported)
+    assert without.outputs == ("layer_1.parquet", "layer_2.parquet")
+    assert without.key == {k: v for k, v in made.key.items() if k != "knowledge_tokens"}
 
 
 def test_encoding(job, hear, tmp_path):

@@ -61,6 +61,14 @@ def observed(model, settings, protocol, recorder=None, **more):
     return done.record, recorder
 
 
+def test_the_protocol_of_cold_users_records_its_users_and_their_degrees(settings):
+    record, recorder = observed("EASE", settings, "cold-users", cold_user_share=0.3)
+    with np.load(io.BytesIO(recorder.per_user(record["test"], 4))) as stored:
+        assert len(set(stored["users"])) == 4
+    with np.load(io.BytesIO(recorder.by_degree())) as stored:
+        assert stored["user_degree"].tolist() == [0] * 4
+
+
 @pytest.mark.parametrize(
     ("model", "protocol"), [("BPR", "general"), ("EASE", "general"), ("SASRec", "sequential")]
 )

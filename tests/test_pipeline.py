@@ -231,9 +231,9 @@ def test_planted_held_out_interactions_leave_no_trace_after_a_real_split(
             learnt.extend(part)
         return sample(*args)
 
-    def keying(self, messages):
+    def keying(self, messages, number):
         prompts.append("\n".join(message["content"] for message in messages))
-        return key_of(self, messages)
+        return key_of(self, messages, number)
 
     monkeypatch.setattr("recbole_gacllm.stage.sample_pairs", sampling)
     monkeypatch.setattr(RequestMaker, "key", keying)

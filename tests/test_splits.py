@@ -13,7 +13,7 @@ from recbole_gacllm import text_knn
 from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.compare.job import split_hashes, targets
 from recbole_gacllm.inputs import TrainingData
-from recbole_gacllm.plugin.splits import cold_items, kept_rows, ranks_among
+from recbole_gacllm.plugin.splits import cold_nodes, kept_rows, ranks_among
 from recbole_gacllm.run_config import build_config
 from tests.conftest import write_dataset
 from tests.recommender import Recommender
@@ -111,7 +111,7 @@ def test_cold_items_are_the_same_for_every_model_and_others_for_another_seed(set
 
 def test_too_few_cold_items_are_refused():
     with pytest.raises(ValueError, match=r"cold_item_share: 0.1 of 12 items is 1; .*larger share"):
-        cold_items(np.arange(12), 0.1, 2020)
+        cold_nodes(np.arange(12), 0.1, 2020)
 
 
 def test_candidates_keep_their_order_and_come_before_all_else():
@@ -130,7 +130,7 @@ def test_ties_are_broken_at_random_for_each_user():
 
 def recommended(model, settings, **keys):
     """Test metrics, the items that were among a user's best, and those of the test."""
-    one = Recommender(model, settings, cold_item_share=0.4, **keys)
+    one = Recommender(model, settings, **{"cold_item_share": 0.4, **keys})
     one.fit()
     best, collect = set(), one.trainer.eval_collector.eval_batch_collect
 
@@ -185,6 +185,33 @@ def test_negatives_of_training_are_items_with_interactions(settings, taste_texts
     assert negatives == set(one.train._dataset.inter_feat["item_id"].tolist())
 
 
+@pytest.mark.parametrize("model", ["GaCLLM", "BPR"])
+def test_a_cold_user_has_all_interactions_in_validation_or_in_the_test(settings, model):
+    everything = set().union(*map(pairs, loaders("BPR", settings)))
+    train, valid, test = map(pairs, loaders(model, settings, cold_user_share=0.3))
+    users = [{user for user, _ in part} for part in (train, valid, test)]
+    assert (len(users[1]), len(users[2])) == (3, 4)  # round(.3 x 24) = 7
+    assert sum(map(len, users)) == len(set().union(*users)) == 24
+    assert train | valid | test == everything
+
+
+@pytest.mark.parametrize("fast_paths", [False, True])
+def test_all_items_are_ranked_for_cold_users_and_ties_tell_nothing(settings, fast_paths):
+    keys = {"cold_item_share": 0.0, "cold_user_share": 0.4, "fast_paths": fast_paths}
+    _, best, _ = recommended("EASE", settings, **keys)  # it knows nothing of them
+    assert len(best) > 6  # three for all, by their ids, if ties were not broken
+
+
+@pytest.mark.parametrize("loss_type", ["SSM", "BPR"])
+def test_users_without_training_interactions_stand_no_model_in_the_way(
+    settings, taste_texts, loss_type
+):
+    keys = {"cold_item_share": 0.0, "cold_user_share": 0.4, "epochs": 2, "loss_type": loss_type}
+    for model in ("GaCLLM", "TextKNN"):
+        result, _, _ = recommended(model, settings, linear_weight=0.5, **keys)
+        assert 0 < result["ndcg@10"] <= 1
+
+
 @pytest.mark.parametrize(
     ("model", "keys", "message"),
     [
@@ -205,6 +232,16 @@ def test_negatives_of_training_are_items_with_interactions(settings, taste_texts
             "BPR",
             {"cold_item_share": 0.3, "eval_args": {"mode": "uni100"}},
             "cold items are ranked among themselves. Set mode: full",
+        ),
+        (
+            "BPR",
+            {"cold_user_share": 0.3, "eval_args": {"mode": "uni100"}},
+            "cold_user_share: 0.3 does not go with .* all items are ranked. Set mode: full",
+        ),
+        (
+            "BPR",
+            {"cold_user_share": 0.3, "cold_item_share": 0.2},
+            "each says what validation and test are. Set one of them to 0",
         ),
     ],
 )

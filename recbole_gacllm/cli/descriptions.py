@@ -15,7 +15,7 @@ from recbole_gacllm.cli import common
 from recbole_gacllm.cli.common import say_wrapped
 from recbole_gacllm.config import preset_names
 from recbole_gacllm.console import say
-from recbole_gacllm.convolution.layers import SIDES
+from recbole_gacllm.convolution.layers import SIDES, layer_name
 
 # RecBole's import takes seconds, so those that bring it stand in the commands: --help and mistakes
 # of the command line do not wait for it.
@@ -80,7 +80,7 @@ def describe(argv: list[str]) -> None:
     name = f", {page.name}" if page.name else ""
     say(f"{side} {token}{name}: {page.degree} training interactions")
     for number, (status, text) in enumerate(page.texts):
-        say("", f"layer {number} ({status})")
+        say("", f"{layer_name(number, descriptions.kinds[number])} ({status})")
         say_wrapped(text, "  ", "  ")
     if page.neighbors:
         say("", "neighbours in its prompts")
@@ -234,17 +234,18 @@ def import_descriptions(argv: list[str]) -> None:
     from recbole_gacllm.convolution.imported import ImportedTexts, in_words
 
     imported = ImportedTexts.read(args.file.resolve())
+    has_knowledge = str(keys.get("llm_knowledge_tokens", 0)) != "0"
     if max(imported.layers) > 0 and "llm_n_layers" not in keys:
-        keys["llm_n_layers"] = str(max(imported.layers))
+        keys["llm_n_layers"] = str(max(imported.layers) - has_knowledge)
 
     from recbole_gacllm import pipeline
     from recbole_gacllm.run_config import training_data
 
     options, data = training_data(args.dataset, args.config_files.split(), dict(keys))
     tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
-    for report in imported.check(tokens, options.llm_n_layers):
+    for report in imported.check(tokens, options.n_text_layers):
         say(in_words(report))
-    to_make = set(range(1, options.llm_n_layers + 1)) - set(imported.layers)
+    to_make = set(range(1, options.n_text_layers + 1)) - set(imported.layers)
     if to_make:
         say(f"left to the LLM of the run: layer {', '.join(map(str, sorted(to_make)))}")
     else:
@@ -257,7 +258,8 @@ def export_descriptions(argv: list[str]) -> None:
     """Write all descriptions to one file."""
     parser = _artifact_parser(
         "export-descriptions",
-        "Write all descriptions to one file: side, token, layer, text, status, reason, tokens.",
+        "Write all descriptions to one file: side, token, layer, kind (raw, knowledge or "
+        "convolution), text, status, reason, tokens.",
         "example:\n"
         "  python -m recbole_gacllm export-descriptions --dataset=ml-100k --output=texts.parquet",
     )
@@ -288,7 +290,7 @@ def export_embeddings(argv: list[str]) -> None:
         "  python -m recbole_gacllm export-embeddings --dataset=ml-1m --layer=1 --output=ml-1m",
     )
     parser.add_argument(
-        "--layer", type=int, required=True, help="0: raw texts; l: after l layers of convolution"
+        "--layer", type=int, required=True, help="0: raw texts; l: texts of layer l"
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="folder to write to; the files get its name"

@@ -15,6 +15,7 @@ from recbole_gacllm.artifacts import launchers
 from recbole_gacllm.cli import check, common, compare, descriptions
 from recbole_gacllm.config import preset_names
 from recbole_gacllm.console import flush, one_line, prepare, say
+from recbole_gacllm.convolution.layers import layer_name
 from recbole_gacllm.errors import GaCLLMError
 
 _RUN_EPILOG = """\
@@ -193,8 +194,8 @@ def _stage_line(figures: dict[str, Any]) -> str:
     for number, layer in enumerate(figures.get("layers", []), 1):
         if "n_generated" in layer:
             parts.append(
-                f"layer {number}: {layer['n_generated']} generated, {layer['n_from_store']} from "
-                f"the store, {layer['n_failed']} failed, {layer['n_prompt_tokens']} tokens in, "
-                f"{layer['n_output_tokens']} out"
+                f"{layer_name(number, layer.get('kind'))}: {layer['n_generated']} generated, "
+                f"{layer['n_from_store']} from the store, {layer['n_failed']} failed, "
+                f"{layer['n_prompt_tokens']} tokens in, {layer['n_output_tokens']} out"
             )
     return "; ".join(parts)

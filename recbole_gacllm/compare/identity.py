@@ -77,7 +77,7 @@ OTHERS = (
 #: the code of our models (None for others'): the name of the first version of every concern.
 FIRST_CODE = "4c40a0959ec716099133f613b0cf84f597bdedb04ad143ba68862d0614bca109"
 #: Keys that came after those runs, with the value under which the numbers are as they were.
-LATER_KEYS: dict[str, Any] = {}
+LATER_KEYS: dict[str, Any] = {"llm_knowledge_tokens": 0, "cold_user_share": 0.0}
 _TABLE = shipped_path("properties", "computations.yaml")
 _TABLE_HEAD = """\
 # Versions of the code that computes (recbole_gacllm/compare/identity.py), in order. Those of
@@ -110,12 +110,12 @@ def concerns_of(config: Mapping[str, Any]) -> list[str]:
         model == MODEL
         and with_text
         and config["text_source"] in ("generated", "shuffled")
-        and config["llm_n_layers"] > 0
+        and _n_text_layers(config) > 0
     )
-    splits = config.get("cold_item_share"), config.get("train_share")
+    cold = config.get("cold_item_share"), config.get("cold_user_share")
     wanted = {
         "runs": True,
-        "splits": splits[0] not in (None, 0) or splits[1] not in (None, 1),
+        "splits": any(cold) or config.get("train_share") not in (None, 1),
         "times": config["eval_args"]["order"] == "TO"
         or (generated and config["neighbor_rule"] == "recent"),
         "fast": bool(config.get("fast_paths")),
@@ -211,7 +211,8 @@ def input_digests(config: Mapping[str, Any], sha256: Callable[[Path], str]) -> d
         return digests
     if config["llm_prompts_dir"] is not None:
         nouns = config["text_user_noun"], config["text_item_noun"]
-        templates = PromptTemplates.load(Path(config["llm_prompts_dir"]), *nouns)
+        knowledge = config.get("llm_knowledge_tokens", 0) > 0
+        templates = PromptTemplates.load(Path(config["llm_prompts_dir"]), *nouns, knowledge)
         digests["llm_prompts_dir"] = _digest(templates.texts)
     if config["llm_adapter"] is not None:
         digests["llm_adapter"] = weights.fingerprint(Path(config["llm_adapter"]))
@@ -228,7 +229,12 @@ def _all_imported(config: Mapping[str, Any]) -> bool:
     if config["text_import_file"] is None:
         return False
     layers = ImportedTexts.read(Path(config["text_import_file"])).layers
-    return set(range(1, config["llm_n_layers"] + 1)) <= set(layers)
+    return set(range(1, _n_text_layers(config) + 1)) <= set(layers)
+
+
+def _n_text_layers(config: Mapping[str, Any]) -> int:
+    """Of a configuration that may be older than the knowledge step."""
+    return int(config["llm_n_layers"]) + int(config.get("llm_knowledge_tokens", 0) > 0)
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -225,6 +225,11 @@ def evaluation(config: dict[str, Any]) -> str:
             f"by item: {cold:.0%} of the items have no training interaction, those of half of them "
             f"are validation, of the others test, each ranked within its half{sparse}"
         )
+    if cold := config.get("cold_user_share"):
+        return (
+            f"by user: {cold:.0%} of the users have no training interaction, those of half of them "
+            f"are validation, of the others test, all items ranked{sparse}"
+        )
     mode = arguments["mode"]["test"]
     ranking = "full sort" if mode == "full" else mode
     if files := config.get("benchmark_filename"):

@@ -264,7 +264,7 @@ class _Layers:
         self._retry_file = job.folder / "second_attempts.txt"
         self._stack = ExitStack()
         self._convolution: Convolution | None = None
-        self.number, self.n_layers = 1, job.options.llm_n_layers
+        self.number, self.n_layers = 1, job.options.n_text_layers
 
     def __enter__(self) -> Self:
         job = self._job

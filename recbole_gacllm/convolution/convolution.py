@@ -279,7 +279,7 @@ class Convolution:
         prompts = self._prompts(below, nothing_known, number)
         while chunk := list(islice(prompts, CHUNK)):
             requests = [
-                None if messages is None else self.maker.request(messages)
+                None if messages is None else self.maker.request(messages, number)
                 for _, _, messages in chunk
             ]
             records = self.store.get_many([request.id for request in requests if request])

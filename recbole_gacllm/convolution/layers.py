@@ -17,6 +17,9 @@ from recbole_gacllm.errors import GaCLLMError
 Side = Literal["user", "item"]
 SIDES: tuple[Side, Side] = ("user", "item")
 
+# How a layer is made: raw texts, from the node's own text alone, or from its neighbours', too.
+Kind = Literal["raw", "knowledge", "convolution"]
+
 # What a text is: raw (layer 0), generated, imported, or the text of the layer below carried over
 # because generation failed, there was nothing to tell the LLM, or an import lacked the node.
 Status = Literal["raw", "generated", "failed", "nothing_known", "imported", "missing"]
@@ -114,6 +117,18 @@ class Layer:
                 f"{path} is damaged: {error}. Delete it and start again: its texts are in the "
                 "description store and nothing is generated twice."
             ) from error
+
+
+def kind_of(number: int, has_knowledge: bool) -> Kind:
+    """What layer ``number`` of a run is; with a knowledge step layer 1 is that."""
+    if number == 0:
+        return "raw"
+    return "knowledge" if has_knowledge and number == 1 else "convolution"
+
+
+def layer_name(number: int, kind: str | None) -> str:
+    """A layer in words."""
+    return f"layer {number}, knowledge" if kind == "knowledge" else f"layer {number}"
 
 
 def layer_files(folder: Path) -> list[Path]:

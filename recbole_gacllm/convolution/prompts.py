@@ -35,6 +35,8 @@ _PLACEHOLDERS: dict[str, frozenset[str]] = {
     "item_isolated": frozenset({"text"}),
     "user_deeper": frozenset({"text", "neighbors"}),
     "item_deeper": frozenset({"text", "neighbors"}),
+    "user_knowledge": frozenset({"text"}),
+    "item_knowledge": frozenset({"text"}),
     "sft_user_to_item": frozenset({"text"}),
     "sft_item_to_user": frozenset({"text"}),
 }
@@ -56,8 +58,10 @@ class PromptTemplates:
     texts: Mapping[str, str]
 
     @classmethod
-    def load(cls, folder: Path, user_noun: str, item_noun: str) -> PromptTemplates:
-        """Read and check the prompt files.
+    def load(
+        cls, folder: Path, user_noun: str, item_noun: str, knowledge: bool = False
+    ) -> PromptTemplates:
+        """Read and check the prompt files; those of the knowledge step where a run has it.
 
         An empty ``system.txt`` means no system message, for models whose chat template has none.
 
@@ -67,6 +71,8 @@ class PromptTemplates:
         nouns = {"user_noun": user_noun, "item_noun": item_noun}
         texts = {}
         for name, placeholders in _PLACEHOLDERS.items():
+            if name.endswith("_knowledge") and not knowledge:
+                continue
             template = _read_template(folder / f"{name}.txt", placeholders)
             # `$$` must stay escaped until the last substitution.
             texts[name] = Template(template.replace("$$", "$$$$")).substitute(
@@ -74,6 +80,11 @@ class PromptTemplates:
                 **{placeholder: f"${{{placeholder}}}" for placeholder in placeholders},
             )
         return cls(texts)
+
+    @property
+    def wordings(self) -> tuple[int, ...]:
+        """Layers with words of their own: the knowledge step (0), layer 1, and all deeper (2)."""
+        return (0, 1, 2) if "item_knowledge" in self.texts else (1, 2)
 
     def version(self, n_layers: int = 1) -> str:
         """Hash of the wordings that a description of this many layers may go back to.
@@ -97,11 +108,16 @@ class PromptTemplates:
     ) -> tuple[Message, ...]:
         """The chat that asks for a node's next description: ``PROMPT_side(text, neighbors)``.
 
+        Layers are those of the convolution; 0 is the knowledge step, from the text alone.
+
         From layer 2 on a node's own text is an answer to the first wording; asked in the same
         words again, a small model repeats it. So deeper layers have a wording of their own, and so
         has a node without neighbours.
         """
-        name = f"{side}_isolated" if not neighbors else side if layer == 1 else f"{side}_deeper"
+        if layer == 0:
+            name = f"{side}_knowledge"
+        else:
+            name = f"{side}_isolated" if not neighbors else side if layer == 1 else f"{side}_deeper"
         lines = "\n".join(_BULLET + neighbor for neighbor in neighbors)
         return self._chat(name, {"text": text, "neighbors": lines})
 
@@ -159,11 +175,11 @@ class PromptRenderer:
     ) -> None:
         self._templates = templates
         self._line_tokens = count_tokens([f"\n{_BULLET}"])[0]
-        self._fixed: dict[tuple[Side, bool], int] = {}  # of a side, in deeper layers or the first
-        for side, layer in product(SIDES, (1, 2)):
+        self._fixed: dict[tuple[Side, int], int] = {}  # of a side and a wording
+        for side, layer in product(SIDES, templates.wordings):
             # The instruction of a node may be either wording: the longer one counts for both.
             chats = [templates.messages(side, "", neighbors, layer) for neighbors in ([], [""])]
-            self._fixed[side, layer > 1] = chat_tokens + max(
+            self._fixed[side, layer] = chat_tokens + max(
                 sum(count_tokens([message["content"] for message in chat])) for chat in chats
             )
         least = max(self._fixed.values()) + _MIN_TEXT_TOKENS
@@ -176,7 +192,7 @@ class PromptRenderer:
 
     def own_text_limit(self, side: Side, layer: int = 1) -> int:
         """Longest own text of a node that fits beside the instruction of a layer, in tokens."""
-        return self._max_prompt_tokens - self._fixed[side, layer > 1]
+        return self._max_prompt_tokens - self._fixed[side, min(layer, 2)]
 
     def render(
         self,

@@ -60,7 +60,7 @@ def renderer_for(
         ValueError: If the token budget is below the instruction.
     """
     chat_tokens = 0
-    for side, neighbors, layer in product(SIDES, ([], [""]), (1, 2)):
+    for side, neighbors, layer in product(SIDES, ([], [""]), templates.wordings):
         probe = templates.messages(side, "", neighbors, layer)
         contents = [message["content"] for message in probe]
         added = len(tokenizer.encode_chat(probe)) - sum(tokenizer.count_tokens(contents))
@@ -93,23 +93,23 @@ class RequestMaker:
         seed: int,
     ) -> None:
         self.tokenizer, self._max_neighbor_tokens = tokenizer, options.llm_max_neighbor_tokens
-        self._sampling = Sampling(
-            options.llm_max_new_tokens, options.llm_temperature, options.llm_repetition_penalty
+        self._n_knowledge = int(options.has_knowledge)  # layers below those of the convolution
+        knowledge, described = (
+            Sampling(n_tokens, options.llm_temperature, options.llm_repetition_penalty)
+            for n_tokens in (options.llm_knowledge_tokens, options.llm_max_new_tokens)
         )
+        self._sampling_of = {True: knowledge, False: described}  # of the knowledge step?
         self._own_lines = templates.own_lines()
         self.renderer = renderer_for(templates, tokenizer, options.llm_max_prompt_tokens)
         self.neighbors: dict[Side, NeighborLists] = {
             side: select_neighbors(graph, side, options.neighbor_rule, options.n_neighbors, seed)
             for side in SIDES
         }
-        sampling = dataclasses.asdict(self._sampling)
-        if self._sampling.temperature > 0:
-            sampling["seed"] = seed
+        self._seed = {"seed": seed} if options.llm_temperature > 0 else {}
         self._key_of_all = {
             "generator": generator_key,
             "prompts": templates.version(),
             "cleaning": CLEANING_VERSION,
-            "sampling": sampling,
         }
         # How an answer is cleaned does not change how it is drawn.
         self._draw_of_all = {**self._key_of_all, "cleaning": _DRAWS}
@@ -144,41 +144,62 @@ class RequestMaker:
         """Prompts of the nodes from ``start`` on, one chunk, and how many neighbours each has."""
         indptr = self.neighbors[side].indptr[start : start + CHUNK + 1]
         around = self.neighbors[side].indices[indptr[0] : indptr[-1]]
+        layer = number - self._n_knowledge  # of the convolution
+        if layer == 0:  # each node from its own text alone
+            indptr, around = np.zeros_like(indptr), around[:0]
         nodes = np.arange(start, start + len(indptr) - 1)
         own.prepare(nodes)
         others.prepare(np.unique(around))
-        texts, counts = own.fitting(nodes, self.renderer.own_text_limit(side, number))
+        texts, counts = own.fitting(nodes, self.renderer.own_text_limit(side, layer))
         neighbors = [others.short[neighbor] for neighbor in around.tolist()]
         neighbor_counts = others.n_short[around].tolist()
         bounds = (indptr - indptr[0]).tolist()
         for row in range(len(nodes)):
             here = slice(bounds[row], bounds[row + 1])
             chat = self.renderer.render(
-                side, texts[row], counts[row], neighbors[here], neighbor_counts[here], number
+                side, texts[row], counts[row], neighbors[here], neighbor_counts[here], layer
             )
             yield chat, bounds[row + 1] - bounds[row]
 
-    def key(self, messages: Messages) -> str:
-        """Address of the description that this prompt gives."""
-        return manifests.fingerprint({**self._key_of_all, "messages": messages})
+    def key(self, messages: Messages, number: int | None = None) -> str:
+        """Address of the description that this prompt gives; arguments are those of `request`."""
+        return self._address(self._key_of_all, messages, self._sampling(number))
 
-    def request(self, messages: Messages) -> Request:
-        """The first attempt, drawn with a seed of the prompt's own: order does not matter."""
-        sampling = dataclasses.replace(self._sampling, seed=self._seeds(messages)[0])
-        return Request(self.key(messages), messages, sampling)
+    def request(self, messages: Messages, number: int | None = None) -> Request:
+        """The first attempt, drawn with a seed of the prompt's own: order does not matter.
+
+        Args:
+            messages: The prompt.
+            number: Of the layer that is made; None is one of the convolution.
+        """
+        sampling = self._sampling(number)
+        seed = self._seeds(messages, sampling)[0]
+        return Request(
+            self.key(messages, number), messages, dataclasses.replace(sampling, seed=seed)
+        )
 
     def retry_of(self, request: Request) -> Request:
         """The second attempt at a request."""
+        first = dataclasses.replace(request.sampling, seed=0)
         sampling = dataclasses.replace(
-            self._sampling,
-            temperature=max(RETRY_TEMPERATURE, self._sampling.temperature),
-            seed=self._seeds(request.messages)[1],
+            first,
+            temperature=max(RETRY_TEMPERATURE, first.temperature),
+            seed=self._seeds(request.messages, first)[1],
         )
         return dataclasses.replace(request, sampling=sampling)
 
-    def _seeds(self, messages: Messages) -> tuple[int, int]:
+    def _sampling(self, number: int | None) -> Sampling:
+        """How the texts of a layer are drawn, but for the seed of each."""
+        is_knowledge = number is not None and number <= self._n_knowledge
+        return self._sampling_of[is_knowledge]
+
+    def _address(self, of_all: dict[str, Any], messages: Messages, sampling: Sampling) -> str:
+        drawn = dataclasses.asdict(sampling) | self._seed
+        return manifests.fingerprint({**of_all, "sampling": drawn, "messages": messages})
+
+    def _seeds(self, messages: Messages, sampling: Sampling) -> tuple[int, int]:
         """Of the first and the second attempt at a prompt."""
-        digest = manifests.fingerprint({**self._draw_of_all, "messages": messages})
+        digest = self._address(self._draw_of_all, messages, sampling)
         return int(digest[:8], 16), int(digest[8:16], 16)
 
     def context_of(self, request: Request) -> CleaningContext:

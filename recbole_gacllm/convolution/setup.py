@@ -51,6 +51,7 @@ def templates_of(options: GaCLLMConfig) -> PromptTemplates:
     return PromptTemplates.load(
         Path(folder) if folder else shipped_path("properties", "prompts"),
         *(options.text_user_noun, options.text_item_noun),
+        options.has_knowledge,
     )
 
 
@@ -65,12 +66,14 @@ def tokenizer_of(job: Job) -> ChatTokenizer:
     assert job.model_dir is not None
     options = job.options
     tokenizer = ChatTokenizer(job.model_dir)
-    if options.llm_max_prompt_tokens + options.llm_max_new_tokens > tokenizer.max_length:
-        raise ValueError(
-            f"llm_max_prompt_tokens: {options.llm_max_prompt_tokens} and llm_max_new_tokens: "
-            f"{options.llm_max_new_tokens} together are above the model's window of "
-            f"{tokenizer.max_length} tokens; lower one of them."
-        )
+    for name in ("llm_max_new_tokens", "llm_knowledge_tokens"):
+        n_tokens = getattr(options, name)
+        if options.llm_max_prompt_tokens + n_tokens > tokenizer.max_length:
+            raise ValueError(
+                f"llm_max_prompt_tokens: {options.llm_max_prompt_tokens} and {name}: {n_tokens} "
+                f"together are above the model's window of {tokenizer.max_length} tokens; lower "
+                "one of them."
+            )
     renderer_for(templates_of(options), tokenizer, options.llm_max_prompt_tokens)
     return tokenizer
 
@@ -105,9 +108,8 @@ def convolution_of(
         },
     }
     # Pieces tokenised together may, rarely, take a few tokens more than alone.
-    window = min(
-        options.llm_max_prompt_tokens + options.llm_max_new_tokens + 64, tokenizer.max_length
-    )
+    n_new_tokens = max(options.llm_max_new_tokens, options.llm_knowledge_tokens)
+    window = min(options.llm_max_prompt_tokens + n_new_tokens + 64, tokenizer.max_length)
 
     def load() -> TextGenerator:
         return open_generator(

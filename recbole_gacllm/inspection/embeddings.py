@@ -51,7 +51,7 @@ def export_embeddings(folder: Path, layer: int, output: Path) -> list[Path]:
 
     Args:
         folder: An ``embeddings-…`` folder with a manifest.
-        layer: 0 is raw text, l is text after l layers of description convolution.
+        layer: 0 is raw text, l is the text of layer l.
         output: Folder to write to, made if need be.
 
     Returns:

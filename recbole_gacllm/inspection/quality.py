@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import py3langid
 
-from recbole_gacllm.convolution.layers import SIDES, Side
+from recbole_gacllm.convolution.graph import NeighborLists
+from recbole_gacllm.convolution.layers import SIDES, Kind, Side, layer_name
 from recbole_gacllm.convolution.words import words as words_of
 from recbole_gacllm.inspection.mentions import MIN_NAME_CHARS
 from recbole_gacllm.inspection.reading import RunDescriptions
@@ -77,6 +78,7 @@ class LayerQuality:
     """Layer ``number``, from 1: what the stage's manifest says of it, and figures of both sides."""
 
     number: int
+    kind: Kind
     report: dict[str, Any]
     sides: dict[Side, SideQuality]
 
@@ -95,6 +97,7 @@ def layer_qualities(run: RunDescriptions, n_samples: int, seed: int) -> Iterator
         n_of_side = {"user": n_samples // 2, "item": n_samples - n_samples // 2}
         yield LayerQuality(
             number,
+            run.kinds[number],
             reports[number - 1] if number <= len(reports) else {},
             {side: _side_quality(run, number, side, n_of_side[side], rng) for side in SIDES},
         )
@@ -116,6 +119,8 @@ def _side_quality(
     # Between blanks, so that a name is a sequence of whole words.
     names = [f" {' '.join(words_of(run.names[token]))} " for token in layer.tokens["item"]]
     neighbors = run.neighbor_lists(side)
+    if run.kinds[number] == "knowledge":  # its prompts show none
+        neighbors = NeighborLists(np.zeros_like(neighbors.indptr), neighbors.indices[:0])
     times = Counter(plain)
     new_nodes = [node for node in range(n_nodes) if statuses[node] in ("generated", "imported")]
 
@@ -200,7 +205,7 @@ def _languages(texts: Sequence[str], rng: random.Random) -> dict[str, float]:
 def quality_lines(layer: LayerQuality) -> Iterator[str]:
     """What a layer is like, line by line."""
     report = layer.report
-    yield f"layer {layer.number}"
+    yield layer_name(layer.number, layer.kind)
     if report.get("imported"):
         yield (
             f"  imported        {report['n_imported']} nodes, {report['n_missing']} missing, "

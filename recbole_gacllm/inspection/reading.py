@@ -17,7 +17,7 @@ import pandas as pd
 
 from recbole_gacllm.artifacts import locate, manifests
 from recbole_gacllm.convolution.graph import NeighborLists, TrainGraph, select_neighbors
-from recbole_gacllm.convolution.layers import SIDES, Layer, Side, layer_files
+from recbole_gacllm.convolution.layers import SIDES, Kind, Layer, Side, kind_of, layer_files
 from recbole_gacllm.convolution.names import names_file_of, read_names
 
 
@@ -55,6 +55,7 @@ class RunDescriptions:
 
     Attributes:
         layers: Those that are finished, the raw one first.
+        kinds: What each of them is.
         graph: Training edges.
         unfinished: None if the stage is finished.
 
@@ -102,6 +103,10 @@ class RunDescriptions:
             in_order = [folder / f"layer_{number}.parquet" for number in range(1, len(files) + 1)]
             files = list(takewhile(Path.is_file, in_order))
         self.layers = [Layer.read(file) for file in (inputs / "layer_0.parquet", *files)]
+        # Older runs have no such key.
+        self._has_knowledge = self._job.get("options", {}).get("llm_knowledge_tokens", 0) > 0
+        numbers = range(len(self.layers))
+        self.kinds: list[Kind] = [kind_of(number, self._has_knowledge) for number in numbers]
         self.graph = TrainGraph.load(inputs / "graph.npz")
         self.names = read_names(inputs, names_file)
         self.unfinished = self._progress() if is_unfinished else None
@@ -109,7 +114,7 @@ class RunDescriptions:
     @property
     def has_prompts(self) -> bool:
         """Whether texts were made from those of neighbours."""
-        return bool(self._job)
+        return "convolution" in self.kinds
 
     @classmethod
     def newest(cls, artifact_dir: Path, dataset: str) -> RunDescriptions:
@@ -154,7 +159,8 @@ class RunDescriptions:
     def _progress(self) -> Unfinished:
         """How far the stage is."""
         n_nodes = sum(map(len, self.layers[0].tokens.values()))
-        return Unfinished(len(self.layers), self._job["options"]["llm_n_layers"], n_nodes)
+        n_layers = self._has_knowledge + self._job["options"]["llm_n_layers"]
+        return Unfinished(len(self.layers), n_layers, n_nodes)
 
     def page(self, side: Side, token: str) -> NodePage:
         """Everything about one node.
@@ -194,6 +200,7 @@ class RunDescriptions:
                     "side": side,
                     "token": layer.tokens[side],
                     "layer": number,
+                    "kind": self.kinds[number],
                     "text": layer.texts[side],
                     "status": layer.statuses[side],
                     "reason": layer.reasons[side],

@@ -1,11 +1,11 @@
 """Sparse and cold: what a run keeps of RecBole's split, for every model alike.
 
 ``train_share`` keeps a share of the training interactions, ``cold_item_share`` takes all of some
-items' interactions away from training. Both act where RecBole splits (``Dataset.build``), so that
-models, samplers, texts and audits see only what is left. Without the keys everything is RecBole's
-own.
+items' interactions away from training, ``cold_user_share`` those of some users. They act where
+RecBole splits (``Dataset.build``), so that models, samplers, texts and audits see only what is
+left. Without the keys everything is RecBole's own.
 
-Source: ours; RecBole has neither.
+Source: ours; RecBole has none of them.
 """
 
 from __future__ import annotations
@@ -28,35 +28,43 @@ def check(config: Any) -> None:
     Raises:
         ValueError: Names the key, the value, what is allowed and the next step.
     """
-    train_share, cold_share = shares(config)
-    if train_share == 1 and cold_share == 0:
+    train_share, cold_items, cold_users = shares(config)
+    if train_share == 1 and cold_items == cold_users == 0:
         return
     if config["MODEL_TYPE"].name == "SEQUENTIAL":
         raise ValueError(
-            f"train_share: {train_share:g}, cold_item_share: {cold_share:g} do not go with the "
-            f"sequential model {config['model']}: what is taken from training would stay in its "
-            "sequences. Leave the keys out, or choose general models."
+            f"train_share: {train_share:g}, cold_item_share: {cold_items:g}, cold_user_share: "
+            f"{cold_users:g} do not go with the sequential model {config['model']}: what is taken "
+            "from training would stay in its sequences. Leave the keys out, or choose general "
+            "models."
+        )
+    if cold_items > 0 and cold_users > 0:
+        raise ValueError(
+            f"cold_user_share: {cold_users:g} does not go with cold_item_share: {cold_items:g}, as "
+            "each says what validation and test are. Set one of them to 0."
         )
     modes = config["eval_args"]["mode"]
-    if cold_share > 0 and (modes["valid"], modes["test"]) != ("full", "full"):
+    if cold_items + cold_users > 0 and (modes["valid"], modes["test"]) != ("full", "full"):
+        what = "item" if cold_items > 0 else "user"
+        among = "cold items are ranked among themselves"
         raise ValueError(
-            f"cold_item_share: {cold_share:g} does not go with eval_args mode {modes}: cold items "
-            "are ranked among themselves. Set mode: full."
+            f"cold_{what}_share: {cold_items + cold_users:g} does not go with eval_args mode "
+            f"{modes}: {among if what == 'item' else 'all items are ranked'}. Set mode: full."
         )
 
 
-def shares(config: Any) -> tuple[float, float]:
-    """``train_share`` and ``cold_item_share`` of any model's configuration.
+def shares(config: Any) -> tuple[float, float, float]:
+    """``train_share``, ``cold_item_share`` and ``cold_user_share`` of any model's configuration.
 
     Raises:
         ValueError: If one is not a number of its range.
     """
     values = (config[key] for key in SPLIT_KEYS)
-    train, cold = (
+    train, cold_items, cold_users = (
         default if value is None else float(checked(key, value))
-        for key, value, default in zip(SPLIT_KEYS, values, (1.0, 0.0), strict=True)
+        for key, value, default in zip(SPLIT_KEYS, values, (1.0, 0.0, 0.0), strict=True)
     )
-    return train, cold
+    return train, cold_items, cold_users
 
 
 # Splitting
@@ -80,20 +88,20 @@ def kept_rows(users: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDAr
     return np.flatnonzero(keep)
 
 
-def cold_items(
-    items: npt.NDArray[np.int64], share: float, seed: int
+def cold_nodes(
+    nodes: npt.NDArray[np.int64], share: float, seed: int, side: str = "item"
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """A share of the items that have any interaction: half for validation, half for the test.
+    """A share of the nodes of a side that have any interaction: half for validation, half for test.
 
     Raises:
         ValueError: If there are fewer than two.
     """
-    distinct = np.unique(items)
+    distinct = np.unique(nodes)
     n_cold = round(share * len(distinct))
     if n_cold < 2:
         raise ValueError(
-            f"cold_item_share: {share:g} of {len(distinct)} items is {n_cold}; validation and test "
-            "need one at least. Give a larger share."
+            f"cold_{side}_share: {share:g} of {len(distinct)} {side}s is {n_cold}; validation and "
+            "test need one at least. Give a larger share."
         )
     cold = np.random.default_rng(seed).permutation(distinct)[:n_cold]
     return cold[: n_cold // 2], cold[n_cold // 2 :]
@@ -104,8 +112,8 @@ def add_to_dataset(module: ModuleType) -> None:
 
     @replaces(module.Dataset, "build")
     def build_and_take_away(original: Any, self: Any) -> Any:
-        train_share, cold_share = shares(self.config)
-        parts = _cold_split(self, cold_share) if cold_share > 0 else original(self)
+        train_share, *cold = shares(self.config)
+        parts = _cold_split(self, *cold) if any(cold) else original(self)
         if train_share < 1:
             train = parts[0]
             users = train.inter_feat[train.uid_field].numpy()
@@ -114,13 +122,14 @@ def add_to_dataset(module: ModuleType) -> None:
         return parts
 
 
-def _cold_split(dataset: Any, share: float) -> list[Any]:
-    """Train, valid and test by item: a cold item has all its interactions in one of the latter."""
+def _cold_split(dataset: Any, of_items: float, of_users: float) -> list[Any]:
+    """Train, valid and test by item or user: a cold one has all it has in one of the latter."""
     dataset._change_feat_format()
     inter = dataset.inter_feat
-    items = inter[dataset.iid_field].numpy()
+    side, share = ("item", of_items) if of_items > 0 else ("user", of_users)
+    nodes = inter[dataset.iid_field if side == "item" else dataset.uid_field].numpy()
     in_valid, in_test = (
-        np.isin(items, cold) for cold in cold_items(items, share, dataset.config["seed"])
+        np.isin(nodes, cold) for cold in cold_nodes(nodes, share, dataset.config["seed"], side)
     )
     masks = (~(in_valid | in_test), in_valid, in_test)
     return [dataset.copy(inter[np.flatnonzero(mask)]) for mask in masks]
@@ -147,14 +156,20 @@ def ranks_among(scores: Tensor, candidates: Tensor, generator: torch.Generator) 
 
 
 def add_to_trainer(module: ModuleType) -> None:
-    """Rank the cold items of the evaluated part among themselves."""
+    """Rank the cold items of the evaluated part among themselves; for cold users, all items.
+
+    To most models all cold users are one, and items of one score are in the order of their ids.
+    """
 
     @replaces(module.Trainer, "evaluate")
     def evaluate(original: Any, self: Any, eval_data: Any, *args: Any, **keys: Any) -> Any:
         self.cold_candidates = None
-        if eval_data and shares(self.config)[1] > 0:
+        _, of_items, of_users = shares(self.config)
+        if eval_data and of_items + of_users > 0:
             dataset = eval_data._dataset
             items = dataset.inter_feat[dataset.iid_field].unique()
+            if of_users > 0:
+                items = torch.arange(1, dataset.item_num)
             generator = torch.Generator().manual_seed(self.config["seed"])
             self.cold_candidates = items, generator
         return original(self, eval_data, *args, **keys)

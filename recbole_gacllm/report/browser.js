@@ -182,7 +182,7 @@ function startBrowser(data) {
     return data[side].x.map((texts, layer) => {
       if (view.layer !== "all" && view.layer !== layer) return null;
       const status = data[side].s[layer][at];
-      const head = element("h4", [layer === 0 ? "Layer 0, raw" : `Layer ${layer}`]);
+      const head = element("h4", [layer === 0 ? "Layer 0, raw" : data.names[layer]]);
       if (status) head.append(element("span", status, { class: "tag" }));
       const text = element("p");
       if (layer === 0) text.append(texts[at]);

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recbole_gacllm.convolution.layers import SIDES, Layer, Side
+from recbole_gacllm.convolution.layers import SIDES, Layer, Side, layer_name
 from recbole_gacllm.report.charts import N_COLOURS, scaled
 from recbole_gacllm.report.scoring import Scored
 from recbole_gacllm.report.texts import Texts
@@ -32,7 +32,8 @@ def browser_data(texts: Texts, scored: Scored | str) -> dict[str, Any]:
         ``user`` and ``item``, each with one list entry a node: token ``t``, training interactions
         ``d``, texts of each layer ``x``, neighbours ``n``; for items names ``c`` and categories
         ``g``; for users recommended items ``r`` and held-out items ``h``. Nodes are named by their
-        place in these lists. ``s`` holds the statuses that are not the usual ones.
+        place in these lists. ``names`` are the layers'. ``s`` holds the statuses that are not the
+        usual ones.
     """
     layers = texts.run.layers
     nodes_of = {side: _sample(texts, side) for side in SIDES}
@@ -43,6 +44,7 @@ def browser_data(texts: Texts, scored: Scored | str) -> dict[str, Any]:
     }
     data: dict[str, Any] = {
         "layers": len(layers),
+        "names": [layer_name(*layer).capitalize() for layer in enumerate(texts.run.kinds)],
         "total": {side: len(tokens[side]) for side in SIDES},
     }
     for side, nodes in nodes_of.items():

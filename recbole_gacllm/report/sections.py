@@ -7,6 +7,7 @@ from typing import Any
 
 from recbole_gacllm.compare.markdown import metric_name
 from recbole_gacllm.compare.significance import mean_interval
+from recbole_gacllm.convolution.layers import layer_name
 from recbole_gacllm.inspection.leakage import verdict
 from recbole_gacllm.report import charts
 from recbole_gacllm.report.charts import Series
@@ -92,8 +93,9 @@ def text_map(source: Source) -> dict[str, Any]:
         groups: list[list[tuple[int, int]]] = [[] for _ in names]
         for point, group in zip(points, colours, strict=True):
             groups[group].append(point)
-        chart = charts.point_map(groups, f"Item texts of layer {number}")
-        figures.append((f"Layer {number}" if number else "Layer 0, raw texts", chart))
+        name = layer_name(number, source.texts.run.kinds[number])
+        chart = charts.point_map(groups, f"Item texts of {name}")
+        figures.append((name.capitalize() if number else "Layer 0, raw texts", chart))
     last = len(names) - 1
     legend = [(names[at], "other" if at == last else f"c{at}") for at in sorted(set(colours))]
     category = source.texts.category and source.texts.category[0]
@@ -107,7 +109,7 @@ def cost(source: Source) -> dict[str, Any]:
         raise LookupError(_why_no_texts(source, "the run generated no texts"))
     descriptions = stages.get("descriptions", {})
     layers = {
-        f"Layer {number}": layer
+        layer_name(number, layer.get("kind")).capitalize(): layer
         for number, layer in enumerate(descriptions.get("layers", []), 1)
         if "n_generated" in layer
     }
@@ -130,7 +132,7 @@ def quality(source: Source) -> dict[str, Any]:
     if not layers:
         raise LookupError(_why_no_texts(source, "the run recorded no such figures"))
     sides = {
-        f"Layer {layer['number']}, {side}s": figures
+        f"{layer_name(layer['number'], layer.get('kind'))}, {side}s".capitalize(): figures
         for layer in layers
         for side, figures in layer["sides"].items()
     }
