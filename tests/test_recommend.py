@@ -46,6 +46,7 @@ RUNS = {
     "TextKNN": ("TextKNN", {}),
     "BPR": ("BPR", {}),
     "LightGCN": ("LightGCN", {"fast_paths": True}),
+    "Pop": ("Pop", {}),  # which has many ties
     "EASE": ("EASE", {}),
     "ItemKNN": ("ItemKNN", {}),
     "UserKNN": ("ItemKNN", {"knn_method": "user"}),
@@ -138,8 +139,8 @@ def left_out_of(run):
 @pytest.mark.parametrize("name", [name for name in RUNS if "cold" not in name])
 def test_lists_are_those_of_the_test_evaluation(run_of, name):
     run = open_run(RunFiles.read(run_of(name)))
-    frame = recommend(run_of(name), k=5, keep_history=run.config["repeatable"])
-    expected = evaluated(run, 5)
+    frame = recommend(run_of(name), k=3, keep_history=run.config["repeatable"])
+    expected = {user: items[:3] for user, items in evaluated(run, 5).items()}
     lists = lists_of(frame)
     assert len(lists) == 24
     assert {user: lists[user] for user in expected} == expected
@@ -163,6 +164,19 @@ def test_items_of_the_history_are_left_out_unless_kept(run_of, name):
     )
     lists = lists_of(recommend(run_of(name), k=40, keep_history=True))
     assert all(len(items) == 30 for items in lists.values())
+
+
+def test_an_item_of_the_history_stays_where_it_is_in_the_test_too(tmp_path):
+    root = write_dataset(tmp_path / "data")
+    header, *lines = (root / "tiny" / "tiny.inter").read_text().splitlines()
+    (root / "tiny" / "tiny.inter").write_text("\n".join([header, *lines, *lines]) + "\n")
+    keys = {"topk": [20], "valid_metric": "NDCG@20"}
+    file = runner.run("BPR", "tiny", config_dict=tiny_settings(root, tmp_path) | keys).run_file
+    lists = lists_of(recommend(file, k=20))
+    expected = evaluated(open_run(RunFiles.read(file)), 20)
+    assert {user: lists[user] for user in expected} == {
+        user: items[: len(lists[user])] for user, items in expected.items()
+    }
 
 
 def test_users_come_as_asked_and_blocks_change_nothing(run_of, monkeypatch):

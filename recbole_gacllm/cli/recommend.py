@@ -92,7 +92,10 @@ def recommend(argv: list[str]) -> None:
         elif args.output.suffix == ".jsonl":
             frame.to_json(file, orient="records", lines=True, force_ascii=False)
         else:
-            file.write_text(csv_of(frame.map(no_formula)), "utf-8", newline="")
+            for column in frame:
+                if frame[column].dtype.kind == "O":
+                    frame[column] = frame[column].map(no_formula)
+            file.write_text(csv_of(frame), "utf-8", newline="")
     say(f"{frame['user'].nunique()} lists, {len(frame)} rows, written to {args.output}")
 
 

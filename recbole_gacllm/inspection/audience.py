@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,9 +78,23 @@ class Audience:
         self._trainer.item_tensor = run.test._dataset.get_item_feature().to(run.config["device"])
 
     def evaluated(self, interaction: Interaction) -> Tensor:
-        """Scores of all items by RecBole's evaluation: ``[B, n_items]``."""
-        scores: Tensor = self._trainer._full_sort_batch_eval((interaction, None, None, None))[1]
+        """Scores of all items by RecBole's evaluation: ``[B, n_items]``.
+
+        Raises:
+            ValueError: If the model reads what is not known of an item that nobody has chosen yet.
+        """
+        try:
+            scores: Tensor = self._trainer._full_sort_batch_eval((interaction, None, None, None))[1]
+        except KeyError as error:
+            raise self.refusal(str(error)) from error
         return scores
+
+    def refusal(self, field: str) -> ValueError:
+        """The error where the model asks for a field that nobody has."""
+        return ValueError(
+            f"{self.run.config['model']} reads {field} of each interaction, and a recommended item "
+            "has none yet. Train it without that column: leave it out of load_col's inter."
+        )
 
     def blocks(self) -> Iterator[Block]:
         """Everybody's scores."""
@@ -192,12 +205,14 @@ class NewUsers(Audience):
                 yield Block(rows, scores, parts)
             elif self.is_sequential:
                 interaction = _sequences_of(self.run.model, [sequences[row] for row in rows])
-                with self._refusing_other_fields():
-                    scores = self.evaluated(interaction)
-                yield Block(rows, scores, {})
+                yield Block(rows, self.evaluated(interaction), {})
             else:
                 interaction = asking_about(self.run.model, self._name, counts[rows])
                 yield Block(rows, self.evaluated(interaction), {})
+
+    def refusal(self, field: str) -> ValueError:
+        """A sequential model that reads more than items."""
+        return no_rule(self._name, f"reads {field}, too")
 
     def _counts(self) -> sparse.csr_array:
         """What the items count: those of GaCLLM's linear model by how recent they are."""
@@ -211,13 +226,6 @@ class NewUsers(Audience):
             return self.known
         weights = recency_weights(self._histories.users, times, recency)
         return self._histories.counts(self.n_items, weights)
-
-    @contextlib.contextmanager
-    def _refusing_other_fields(self) -> Iterator[None]:
-        try:
-            yield
-        except KeyError as error:
-            raise no_rule(self._name, f"reads {error}, too") from error
 
 
 def interactions(dataset: Any, lists: bool) -> sparse.csr_array:

@@ -208,6 +208,8 @@ def require_rule(model: Any, name: str) -> None:
         name in ("GaCLLM", *ITEM_BASED, *AUTOENCODERS) or hasattr(model, "ITEM_SEQ")
     ):
         raise no_rule(name, "scores users by what it learnt of each of them")
+    if name == "GaCLLM" and not model.options.n_layers and model.linear is None:
+        raise no_rule(name, "with n_layers: 0 and linear_weight: 0 learns nothing of neighbours")
 
 
 def no_rule(name: str, why: str) -> ValueError:
