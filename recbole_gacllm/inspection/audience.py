@@ -20,7 +20,6 @@ from recbole_gacllm.inspection.histories import (
     asking_about,
     no_rule,
     padded,
-    require_rule,
     some,
 )
 from recbole_gacllm.inspection.opened import OpenRun, trainer_of
@@ -181,13 +180,12 @@ class RunUsers(Audience):
 class NewUsers(Audience):
     """Users who are known by their histories alone, whoever the run calls by their names.
 
-    Raises:
-        ValueError: If the run's model has no rule for them.
+    Args:
+        run: Of a model that has a rule for them (:func:`.require_rule`).
     """
 
     def __init__(self, run: OpenRun, histories: Histories, parts: ScoreParts | None) -> None:
         self._name, self._histories = run.config["model"], histories
-        require_rule(run.model, self._name)
         items = histories.counts(run.test._dataset.item_num)
         super().__init__(run, histories.tokens, items, items, parts)
         if self._name == "GaCLLM" and parts is None:

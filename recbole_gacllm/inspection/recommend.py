@@ -19,7 +19,7 @@ from recbole_gacllm.inspection.explained import (
     names_of_items,
     require_explainable,
 )
-from recbole_gacllm.inspection.histories import Histories, read_histories, some
+from recbole_gacllm.inspection.histories import Histories, read_histories, require_rule, some
 from recbole_gacllm.inspection.opened import OpenRun, open_run
 from recbole_gacllm.inspection.parts import ScoreParts
 
@@ -106,6 +106,7 @@ def recommend(
 def _histories(
     opened: OpenRun, history: str | Path | pd.DataFrame, users: Sequence[str] | None
 ) -> Histories:
+    require_rule(opened.model, opened.config["model"])
     source = history if isinstance(history, pd.DataFrame) else Path(history)
     table = read_histories(source, opened.config)
     if users is not None:
