@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import runpy
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ from recbole_gacllm.inspection.histories import Histories
 from recbole_gacllm.inspection.opened import open_run, trainer_of
 from recbole_gacllm.inspection.parts import ScoreParts
 from recbole_gacllm.inspection.recommend import recommend
-from tests.conftest import tiny_settings, write_dataset
+from tests.conftest import ROOT, tiny_settings, write_dataset
 from tests.test_report import prepare
 
 BY_TIME = {"eval_args": {"order": "TO", "split": {"LS": "valid_and_test"}}}
@@ -129,8 +130,19 @@ def trained_table(run):
 
 
 def left_out_of(run):
-    parts = (interactions(part._dataset, lists=True) for part in (run.train, run.valid))
-    return [set(np.flatnonzero(row)) for row in sum(parts).toarray()]
+    """User -> items of training and validation, as tokens."""
+    dataset, left_out = run.test._dataset, {}
+    users, items = (dataset.field2id_token[name] for name in (dataset.uid_field, dataset.iid_field))
+    inter = dataset.inter_feat
+    if "item_id_list" in inter:  # all that came before the test item
+        for user, row in zip(inter["user_id"], inter["item_id_list"], strict=True):
+            left_out[users[user]] = set(items[row[row > 0].numpy()])
+        return left_out
+    for part in (run.train, run.valid):
+        inter = part._dataset.inter_feat
+        for user, item in zip(inter["user_id"], inter["item_id"], strict=True):
+            left_out.setdefault(users[user], set()).add(items[item])
+    return left_out
 
 
 # The ranking
@@ -150,14 +162,7 @@ def test_lists_are_those_of_the_test_evaluation(run_of, name):
 
 @pytest.mark.parametrize("name", ["EASE", "SASRec"])
 def test_items_of_the_history_are_left_out_unless_kept(run_of, name):
-    run = opened(run_of(name))
-    dataset = run.test._dataset
-    history = {
-        dataset.field2id_token[dataset.uid_field][user]: {
-            dataset.field2id_token[dataset.iid_field][item] for item in items
-        }
-        for user, items in enumerate(left_out_of(run))
-    }
+    history = left_out_of(opened(run_of(name)))
     lists = lists_of(recommend(run_of(name), k=40))
     assert all(
         set(items) == {f"i{n}" for n in range(30)} - history[u] for u, items in lists.items()
@@ -453,6 +458,14 @@ def test_the_function_is_the_packages_and_is_loaded_when_asked_for():
     )
     assert "function recommend" in printed.stdout
     assert recbole_gacllm.recommend is recommend
+
+
+def test_the_example_runs(run_of, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recommend.py", str(run_of("GaCLLM"))])
+    runpy.run_path(str(ROOT / "examples" / "recommend.py"))
+    printed = capsys.readouterr().out
+    assert "The Great Film" in printed
+    assert "somebody new" in printed
 
 
 def test_nothing_is_run_or_left_behind(run_of, tmp_path, monkeypatch):

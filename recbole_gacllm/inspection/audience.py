@@ -231,7 +231,8 @@ def interactions(dataset: Any, lists: bool) -> sparse.csr_array:
 
     Args:
         dataset: RecBole's.
-        lists: Count those in the item lists of a sequential part, too.
+        lists: Count those in the first item list of a sequential part's users, too: what came
+            after is the target of another row.
 
     Shapes:
         result: ``[n_users, n_items]``, with padding.
@@ -240,8 +241,9 @@ def interactions(dataset: Any, lists: bool) -> sparse.csr_array:
     users, items = (inter[name].numpy() for name in (dataset.uid_field, dataset.iid_field))
     list_field = getattr(dataset, f"{dataset.iid_field}_list_field", None)
     if lists and list_field in inter:
-        before = inter[list_field].numpy()  # [n, length]
-        users = np.append(users, np.repeat(users, before.shape[1]))
+        owners, rows = np.unique(users, return_index=True)
+        before = inter[list_field][rows].numpy()  # [n_users, length]
+        users = np.append(users, np.repeat(owners, before.shape[1]))
         items = np.append(items, before.ravel())
     users, items = users[items > 0], items[items > 0]
     shape = dataset.user_num, dataset.item_num
