@@ -29,7 +29,8 @@ ROOMS = {
     "model": "alignment config inputs objective pipeline",
     "run_config": "config data inputs plugin",
     "text_knn": "config inputs objective pipeline",
-    "inspection": "alignment artifacts config convolution data errors inputs run_config",
+    "inspection": "alignment artifacts config convolution data errors inputs llm objective "
+    "run_config",
     "run": "__init__ alignment artifacts console convolution errors inputs inspection model "
     "plugin redaction run_config text_knn",
     "compare": "__init__ artifacts config console convolution data errors inspection llm run "

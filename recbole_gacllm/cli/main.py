@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_gacllm.artifacts import launchers
-from recbole_gacllm.cli import check, common, compare, descriptions
+from recbole_gacllm.cli import check, common, compare, descriptions, recommend
 from recbole_gacllm.config import preset_names
 from recbole_gacllm.console import flush, one_line, prepare, say
 from recbole_gacllm.convolution.layers import layer_name
@@ -32,6 +32,7 @@ other commands (each has --help):
   check                 read a data set as a run would, and show three texts of each side
   leaderboard           models x data sets x seeds on identical splits, with tests and tables
   tune                  search hyper-parameters with RecBole's HyperTuning
+  recommend             write top-k lists of a finished run, for its users or for others
   report                write a page about a run or a leaderboard: one HTML file
   describe              print what was written about a user or an item, layer by layer; or make
                         the descriptions of a run, here or by way of a cluster (batch files)
@@ -45,6 +46,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "check": check.check,
     "leaderboard": compare.leaderboard,
     "tune": compare.tune,
+    "recommend": recommend.recommend,
     "report": compare.report,
     "describe": descriptions.describe,
     "audit": descriptions.quality,

@@ -8,6 +8,7 @@ from its artefacts, no pickle is read, and nothing is written or downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
-from recbole.utils import EvaluatorType, InputType, ModelType, get_model, init_seed
+from recbole.utils import EvaluatorType, InputType, ModelType, get_model, get_trainer, init_seed
 from torch import Tensor
 
 from recbole_gacllm.alignment.embeddings import TextLayers
@@ -74,6 +75,16 @@ def open_run(files: RunFiles) -> OpenRun:
     model.load_state_dict(state)
     model.load_other_parameter(_on(config["device"], others))
     return OpenRun(files, config, train, valid, test, model)
+
+
+def trainer_of(run: OpenRun) -> Any:
+    """RecBole's trainer of a run, to evaluate with; the folders it makes are gone."""
+    trainer_class = get_trainer(run.config["MODEL_TYPE"], run.config["model"])
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), no_pickles():
+        run.config["checkpoint_dir"] = folder
+        trainer = trainer_class(run.config, run.model)
+        trainer.tensorboard.close()
+    return trainer
 
 
 def _config_of(record: dict[str, Any], data_path: str, checkpoint_dir: str) -> Config:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
 from recbole.data.dataloader import FullSortEvalDataLoader
-from recbole.utils import get_trainer
 from torch import Tensor
 
 from recbole_gacllm.artifacts.checkpoint import no_pickles
 from recbole_gacllm.compare.degrees import Degrees, count_degrees
 from recbole_gacllm.compare.job import Recorder, histories, targets
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.inspection.opened import OpenRun
+from recbole_gacllm.inspection.opened import OpenRun, trainer_of
 
 N_RECOMMENDED = 10
 # Other machines and PyTorch versions move a rank here and there, no more.
@@ -51,12 +48,8 @@ def score(run: OpenRun) -> Scored:
     Raises:
         GaCLLMError: If the model no longer gives the run's metrics.
     """
-    trainer_class = get_trainer(run.config["MODEL_TYPE"], run.config["model"])
-    # RecBole's trainer makes folders for logs and checkpoints.
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), no_pickles():
-        run.config["checkpoint_dir"] = folder
-        trainer = trainer_class(run.config, run.model)
-        trainer.tensorboard.close()
+    trainer = trainer_of(run)
+    with no_pickles():
         trainer.eval_collector.data_collect(run.train)  # what some metrics count; in fit otherwise
         valid, _, _ = _evaluate(trainer, run, run.valid)
         rows = _collect_top(trainer)
