@@ -2,14 +2,14 @@
 
     python benchmarks/catalogue.py --json=catalogue.json
 
-Synthetic data of 50,000 users, 17,000 items and 340,000 training interactions: items have degrees of
-a power law, users a taste that is planted. The texts are random constants of the encoder's shape, as
-in ``training.py``: what they say changes no second. One process, one thread, sides by turns.
+Synthetic data of 50,000 users, 17,000 items and 340,000 training interactions: items have degrees
+of a power law, users a taste that is planted. The texts are random constants of the encoder's
+shape, as in ``training.py``: what they say changes no second. A process a side, one thread.
 
 - ``evaluation``: one full-sort evaluation of `best` against our model without the linear part
   (``linear_weight: 0``), and against RecBole's LightGCN as installed; ``unseen``: of `best` where a
-  fifth of the items has no training interactions. The first evaluation of a run, which computes each
-  user's constants, is left out and told: ``first``.
+  fifth of the items has no training interactions. The first evaluation of a run, which computes
+  each user's constants, is left out and told: ``first``.
 - ``build``: the linear model with the choice of its L2 weight against one inverse of its size
   (``torch.linalg.inv``, float64).
 - ``peak``: MiB of a process that builds and evaluates `best`.

@@ -353,7 +353,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         return self
 
     @torch.no_grad()
-    def _restore(self) -> tuple[Tensor, Tensor]:
+    def scored_embeddings(self) -> tuple[Tensor, Tensor]:
         """Embeddings for scoring, computed once per evaluation; of unit length before with SSM."""
         if self.restored is None:
             users, items = self.forward()
@@ -367,16 +367,16 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         """Scores of user-item pairs: ``[B]``."""
         user, item = interaction[self.USER_ID], interaction[self.ITEM_ID]
         if self.linear is None:
-            users, items = self._restore()
+            users, items = self.scored_embeddings()
             return (users[user] * items[item]).sum(dim=1)
         # The linear model's scores of a user are made for all items at once.
         distinct, place = torch.unique(user, return_inverse=True)
-        return self.scoring.scores(*self._restore(), distinct)[place, item]
+        return self.scoring.scores(*self.scored_embeddings(), distinct)[place, item]
 
     @torch.no_grad()
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Scores of users with every item: ``[B * n_items]``, a fresh tensor."""
-        return self.scoring.scores(*self._restore(), interaction[self.USER_ID]).view(-1)
+        return self.scoring.scores(*self.scored_embeddings(), interaction[self.USER_ID]).view(-1)
 
 
 def _forget_restored(module: nn.Module, _incompatible_keys: Any) -> None:

@@ -304,7 +304,9 @@ def test_where_all_items_have_interactions_scores_and_draws_are_the_plain_ones(m
         linear = standardized(model.linear.scores(user))
         expected = standardized(expected) + linear_weight * linear
     for _ in range(2):  # deviations are computed once
-        assert torch.allclose(model.scoring.scores(*model._restore(), user), expected, atol=1e-5)
+        assert torch.allclose(
+            model.scoring.scores(*model.scored_embeddings(), user), expected, atol=1e-5
+        )
     torch.manual_seed(7)
     negatives = model._draw_negatives()
     torch.manual_seed(7)

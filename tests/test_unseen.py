@@ -92,7 +92,7 @@ def lonely(settings):
 def test_a_user_without_interactions_has_what_the_text_predicts_of_the_scores_of_others(lonely):
     _, model = lonely
     users = torch.arange(1, model.n_users)
-    scores = model.scoring.scores(*model._restore(), users)
+    scores = model.scoring.scores(*model.scored_embeddings(), users)
     texts = model.texts.rows((0,), torch.arange(model.n_users))
     ridge = model.choices["unseen user"].reg_weight
     expected = dense(texts, scores[3:].T, torch.arange(4, model.n_users), ridge).T[1:]
@@ -100,4 +100,6 @@ def test_a_user_without_interactions_has_what_the_text_predicts_of_the_scores_of
     with torch.no_grad():
         model.user_embedding.weight[1:4] += 5.0  # untrained
     model.restored = None
-    assert torch.allclose(model.scoring.scores(*model._restore(), users), scores, atol=1e-5)
+    assert torch.allclose(
+        model.scoring.scores(*model.scored_embeddings(), users), scores, atol=1e-5
+    )

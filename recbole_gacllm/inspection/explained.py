@@ -19,9 +19,8 @@ from recbole_gacllm.convolution.names import item_names, names_file_of, read_nam
 from recbole_gacllm.convolution.text import read_features
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.inspection.opened import OpenRun
-from recbole_gacllm.inspection.parts import ScoreParts, linear_scores
+from recbole_gacllm.inspection.parts import ScoreParts
 from recbole_gacllm.llm import weights
-from recbole_gacllm.objective.linear import standardize
 
 _N_NEAREST = 3
 
@@ -83,11 +82,12 @@ def intent_scores(run: OpenRun, sentence: str) -> Tensor:
         encoder.encode_to_file([sentence], file)
         vector = torch.from_numpy(np.load(file)[0]).float().to(run.model.device)
     nodes = run.model.n_users + torch.arange(run.model.n_items, device=run.model.device)
-    rows = [texts.rows(0, block) for block in nodes.split(MAX_ROWS)]
+    rows = [texts.rows((0,), block) for block in nodes.split(MAX_ROWS)]
     scores = torch.cat([block @ vector for block in rows])
     has_text = torch.cat([block.any(dim=1) for block in rows])
     result = torch.zeros_like(scores)
-    result[has_text] = standardize(scores[has_text][None])[0]
+    deviation, mean = torch.std_mean(scores[has_text])
+    result[has_text] = (scores[has_text] - mean) / deviation.clamp(min=1e-12)
     return result
 
 
@@ -110,10 +110,10 @@ class Explained:
     def __init__(self, run: OpenRun, parts: ScoreParts | None) -> None:
         model = run.model
         self._model, self._linear = model, getattr(model, "linear", None)
-        self._rows: Tensor | None = None  # [n_items, width], unit length
+        self._rows = torch.empty(0)  # [n_items, width], unit length
         if self._linear is None and model.texts is not None:
             nodes = model.n_users + torch.arange(model.n_items, device=model.device)
-            texts = model.texts.rows(0, nodes)
+            texts = model.texts.rows((0,), nodes)
             has_text = texts.any(dim=1, keepdim=True)
             centred = (texts - texts.sum(0) / has_text.sum().clamp(min=1)) * has_text
             self._rows = F.normalize(centred, dim=1)
@@ -135,11 +135,11 @@ class Explained:
         """
         if not len(history):
             return [history] * len(items)
-        if self._rows is None:
+        if self._linear is not None:
             n = self._model.n_items
             ones = np.ones(len(history), np.float32)
             alone = sparse.csr_array((ones, (np.arange(len(history)), history)), (len(history), n))
-            near = linear_scores(self._linear, alone)[:, items]  # [H, k]
+            near = self._linear.scores_of(alone)[:, items]  # [H, k]
         else:
             near = self._rows[history] @ self._rows[items].T
         values, places = near.topk(min(_N_NEAREST, len(history)), dim=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recbole_gacllm.alignment.propagation import csr_tensor, product
-from recbole_gacllm.objective.linear import standardize
+from recbole_gacllm.objective.choice import Layers
+from recbole_gacllm.objective.scoring import standardize
 
 #: Part -> its summand of each score, ``[B, n_items]``.
 Parts = dict[str, Tensor]
@@ -24,8 +24,8 @@ class ScoreParts:
     With ``z = g + t``, the mean of the hops and the projected texts, and both scaled as the model
     scales ``z``, the graph's part is :math:`\langle g_u, g_i \rangle` and the texts' part is the
     rest of :math:`\langle z_u, z_i \rangle`. Beside a linear model both are standardised as their
-    sum is. An item without training interactions that the model scores by its text has that part
-    only. The sum of the parts is ``full_sort_predict``'s score.
+    sum is. A user or item without training interactions has no part of the graph. The sum of the
+    parts is ``full_sort_predict``'s score.
 
     Holds the hops of all nodes: ``4 (K + 4) (n_users + n_items) d`` bytes at most.
 
@@ -51,8 +51,17 @@ class ScoreParts:
         Shapes:
             users: ``[B]``, RecBole's ids; each result ``[B, n_items]``.
         """
-        linear = None if self.model.linear is None else self.model.linear.scores(users)
-        return self._parts(self._graph[users], self._text[users], linear)
+        model, linear = self.model, None
+        if model.linear is not None:
+            scores, mean = model.linear.standardized(users, model.scoring.ranked)
+            linear = scores - mean[:, None]
+        parts = self._parts(self._graph[users], self._text[users], linear)
+        if (unseen := model.unseen_users) is not None:
+            rows = (~unseen.is_seen[users]).nonzero()[:, 0]
+            of_users, of_items = model.scored_embeddings()
+            parts["graph"][rows] = 0.0
+            parts["text"][rows] = of_users[users[rows]] @ of_items.T
+        return parts
 
     @torch.no_grad()
     def of_histories(self, counts: sparse.csr_array) -> Parts:
@@ -86,65 +95,49 @@ class ScoreParts:
         text = torch.zeros_like(graph)
         if model.texts is not None and model.options.text_weight > 0:
             weight = model.options.text_weight / (n_layers + 1)
-            for layer, projection in enumerate(model.projections):
-                text += weight * projection(self._mean_text(layer, counts))
+            for layers, projection in zip(model.text_layers, model.projections, strict=True):
+                text += weight * projection(self._mean_text(layers, counts))
         if model.linear is not None:
-            linear = linear_scores(model.linear, counts)
+            linear = model.linear.scores_of(counts)
+            deviation, mean = torch.std_mean(linear[:, model.scoring.ranked], dim=1, keepdim=True)
+            linear = (linear - mean) / deviation.clamp(min=1e-12)
         return self._parts(graph, text, linear)
 
     def item_embeddings(self) -> Tensor:
         """Fused embeddings of the items: ``[n_items, d]``."""
         return (self._graph + self._text)[self.n_users :]
 
-    def _mean_text(self, layer: int, counts: sparse.csr_array) -> Tensor:
+    def _mean_text(self, layers: Layers, counts: sparse.csr_array) -> Tensor:
         """Text embeddings of users as the mean of their items', at unit length: ``[B, width]``."""
         model = self.model
         items = np.unique(counts.indices)
         ones = counts[:, items]
         ones.data = np.ones_like(ones.data, dtype=np.float32)
-        rows = model.texts.rows(layer, self.n_users + torch.from_numpy(items).to(model.device))
+        rows = model.texts.rows(layers, self.n_users + torch.from_numpy(items).to(model.device))
         return F.normalize(product(csr_tensor(ones).to(model.device), rows), dim=1)
 
     def _parts(self, graph: Tensor, text: Tensor, linear: Tensor | None) -> Parts:
-        """Parts from the sides of users, ``[B, d]``, and their linear scores ``[B, n_items]``."""
-        model = self.model
-        seen = slice(None) if model.unseen is None else model.unseen.seen
-        item_graph, item_text = (side[self.n_users :][seen] for side in (self._graph, self._text))
+        """Parts of users from both sides ``[B, d]`` and standardised linear scores."""
+        model, ranked = self.model, self.model.scoring.ranked
+        item_graph, item_text = (side[self.n_users :] for side in (self._graph, self._text))
         if model.options.loss_type == "SSM":
             graph, text = _at_unit_length(graph, text)
             item_graph, item_text = _at_unit_length(item_graph, item_text)
-        matching = (graph + text) @ (item_graph + item_text).T  # [B, S]
+        users, items = graph + text, item_graph + item_text
         of_graph = graph @ item_graph.T
-        parts = {"graph": of_graph, "text": matching - of_graph}
         if linear is not None:
-            deviation = matching.std(dim=1, keepdim=True).clamp(min=1e-12)
-            parts = {
-                name: (part - part.mean(dim=1, keepdim=True)) / deviation
-                for name, part in parts.items()
-            }
-            parts["linear"] = model.options.linear_weight * standardize(linear[:, seen])
-        if model.unseen is None:
-            return parts
-        complete = model.unseen.complete(torch.stack(list(parts.values())).sum(0))
-        whole = {name: torch.zeros_like(complete) for name in parts}
-        whole["text"] = complete  # of the items without training interactions
-        for name, part in parts.items():
-            whole[name][:, seen] = part
-        return whole
+            deviation = (users @ items[ranked].T).std(dim=1, keepdim=True).clamp(min=1e-12)
+            users, items = standardize(users, items, ranked)
+            of_graph = (of_graph - of_graph[:, ranked].mean(dim=1, keepdim=True)) / deviation
+        if model.unseen_items is not None:
+            items = model.unseen_items.complete(items)
+            of_graph[:, model.unseen_items.unseen] = 0.0
+        parts = {"graph": of_graph, "text": users @ items.T - of_graph}
+        if linear is not None:
+            parts["linear"] = model.options.linear_weight * linear
+        return parts
 
 
 def _at_unit_length(graph: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     length = (graph + text).norm(dim=1, keepdim=True).clamp(min=1e-12)
     return graph / length, text / length
-
-
-def linear_scores(linear: Any, counts: sparse.csr_array) -> Tensor:
-    """Scores of :class:`.ItemItemModel` for histories that are not those it was made from.
-
-    Shapes:
-        counts: ``[B, n_items]``; result ``[B, n_items]``.
-    """
-    other = copy.copy(linear)
-    other._histories = counts if linear._covered is None else counts[:, linear._covered.cpu()]
-    scores: Tensor = other.scores(torch.arange(counts.shape[0]))
-    return scores

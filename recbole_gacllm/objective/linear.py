@@ -97,11 +97,12 @@ class ItemItemModel:
             counts = recency.astype(np.float32)
             histories = sparse.csr_array((counts, (users, items)), shape=(n_users, n_items))
         self._covered: Tensor | None = None  # [MAX_ITEMS] at most; None for all items
+        self._inputs: np.ndarray | None = None  # those of histories
         if n_items > MAX_ITEMS:
             degrees = np.bincount(interactions.indices, minlength=n_items)
             columns = np.sort(np.argsort(-degrees, kind="stable")[:MAX_ITEMS])
             interactions, histories = interactions[:, columns], histories[:, columns]
-            self._covered = torch.from_numpy(columns).to(device)
+            self._covered, self._inputs = torch.from_numpy(columns).to(device), columns
             texts = None if texts is None else texts[self._covered.to(texts.device)]
         self._histories, self._n_items = histories, n_items
         self.n_covered = interactions.shape[1]
@@ -160,7 +161,16 @@ class ItemItemModel:
         Shapes:
             users: ``[B]``; result ``[B, n_items]``.
         """
-        return self._of_all(self._products(users, None))
+        return self._of_all(self._products(self._histories[users.cpu().numpy()], None))
+
+    def scores_of(self, histories: sparse.csr_array) -> Tensor:
+        """Scores for histories of users who were not in training.
+
+        Shapes:
+            histories: ``[B, n_items]``, what each item counts; result ``[B, n_items]``.
+        """
+        rows = histories if self._inputs is None else histories[:, self._inputs]
+        return self._of_all(self._products(rows, None))
 
     def standardized(self, users: Tensor, items: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Scores over their deviation over some items, and the means of these.
@@ -177,28 +187,29 @@ class ItemItemModel:
             deviation = deviation.clamp(min=1e-12)
             self._moments[:, users] = torch.stack([mean / deviation, deviation])
         mean, deviation = self._moments[:, users]
-        scores = self._of_all(self._products(users, 1 / deviation))
+        histories = self._histories[users.cpu().numpy()]
+        scores = self._of_all(self._products(histories, 1 / deviation))
         if self._of_unseen is not None:
             unseen, *fitted = self._of_unseen
             rows = (~unseen.is_seen[users]).nonzero()[:, 0]
             scores[rows], mean[rows] = unseen.apply(users[rows], *fitted), 0.0
         return scores, mean
 
-    def _products(self, users: Tensor, scale: Tensor | None) -> Tensor:
-        """Scores with covered items, times ``scale`` of each user: ``[B, n_columns]``."""
-        rows, device = self._histories[users.cpu().numpy()], self._weights.device
+    def _products(self, rows: sparse.csr_array, scale: Tensor | None) -> Tensor:
+        """Histories times weights, and times ``scale`` of each user: ``[B, n_columns]``."""
+        device, n_rows = self._weights.device, rows.shape[0]
         items, counts = (torch.from_numpy(part).to(device) for part in (rows.indices, rows.data))
         lengths = torch.from_numpy(np.diff(rows.indptr)).to(device)
         if scale is not None:
             counts = counts * scale.repeat_interleave(lengths)
-        if rows.nnz < SPARSE * len(users) * self.n_covered:
+        if rows.nnz < SPARSE * n_rows * self.n_covered:
             starts = torch.from_numpy(rows.indptr[:-1]).to(device)
             return F.embedding_bag(
                 items, self._weights, starts, mode="sum", per_sample_weights=counts
             )
         # Made dense where they are multiplied: a host's rows would take longer to copy.
-        of_row = torch.arange(len(users), device=device).repeat_interleave(lengths)
-        history = self._weights.new_zeros(len(users), self.n_covered)
+        of_row = torch.arange(n_rows, device=device).repeat_interleave(lengths)
+        history = self._weights.new_zeros(n_rows, self.n_covered)
         return history.index_put_((of_row, items.long()), counts) @ self._weights
 
     def _of_all(self, scores: Tensor) -> Tensor:
