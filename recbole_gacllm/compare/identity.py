@@ -52,6 +52,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
         *("pipeline.py", "stage.py", "job.py", "alignment/encoder.py", "artifacts/csv_cells.py"),
         *("convolution/__init__.py", "convolution/text.py", "convolution/templates.py"),
         *("convolution/values.py", "convolution/words.py", "convolution/neutralize.py"),
+        "data/markup.py",
         *("convolution/layers.py", "convolution/imported.py", "convolution/setup.py"),
         *("llm/__init__.py", "llm/weights.py", "llm/hardware.py"),
     ),
@@ -71,7 +72,9 @@ CONCERNS: dict[str, tuple[str, ...]] = {
 OTHERS = (
     *("__main__.py", "errors.py", "redaction.py", "console.py", "data/checks.py", "artifacts/"),
     *("plugin/key_checks.py", "plugin/run_folder.py", "llm/formats.py", "convolution/names.py"),
-    *("inspection/", "compare/", "report/", "cli/"),
+    *("data/tables.py", "data/guessing.py", "data/recipes.py", "data/recipe_rows.py"),
+    *("data/sources.py", "data/interactions.py", "data/features.py", "data/describing.py"),
+    *("data/importing.py", "inspection/", "compare/", "report/", "cli/"),
 )
 #: What the first runs of this package, which hold no digests of this kind, have in their keys for
 #: the code of our models (None for others'): the name of the first version of every concern.
