@@ -28,7 +28,7 @@ MODELS = {MODEL: "recbole_gacllm.model", "TextKNN": "recbole_gacllm.text_knn"}
 OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_", "linear_")
 
 #: Keys of ours that hold for any model; see ``splits.py``.
-SPLIT_KEYS = ("train_share", "cold_item_share")
+SPLIT_KEYS = ("train_share", "cold_item_share", "known_users_only")
 
 
 def shipped_path(*parts: str) -> Path:
@@ -230,6 +230,7 @@ class GaCLLMConfig:
     encoder_dtype: _DType
     train_share: _Share
     cold_item_share: Annotated[float, Field(ge=0, lt=0.5)]
+    known_users_only: bool
     fast_paths: bool
     artifact_dir: _Text
 

@@ -80,7 +80,7 @@ OTHERS = (
 #: the code of our models (None for others'): the name of the first version of every concern.
 FIRST_CODE = "4c40a0959ec716099133f613b0cf84f597bdedb04ad143ba68862d0614bca109"
 #: Keys that came after those runs, with the value under which the numbers are as they were.
-LATER_KEYS: dict[str, Any] = {}
+LATER_KEYS: dict[str, Any] = {"known_users_only": False}
 _TABLE = shipped_path("properties", "computations.yaml")
 _TABLE_HEAD = """\
 # Versions of the code that computes (recbole_gacllm/compare/identity.py), in order. Those of
@@ -118,7 +118,9 @@ def concerns_of(config: Mapping[str, Any]) -> list[str]:
     splits = config.get("cold_item_share"), config.get("train_share")
     wanted = {
         "runs": True,
-        "splits": splits[0] not in (None, 0) or splits[1] not in (None, 1),
+        "splits": splits[0] not in (None, 0)
+        or splits[1] not in (None, 1)
+        or bool(config.get("known_users_only")),
         "times": config["eval_args"]["order"] == "TO"
         or (generated and config["neighbor_rule"] == "recent"),
         "fast": bool(config.get("fast_paths")),

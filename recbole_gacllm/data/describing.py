@@ -75,9 +75,10 @@ def _templates(
     for side, template in (("user", recipe.user_template), ("item", recipe.item_template)):
         there = set(columns.get(side, ()))
         if template and _fields(_BRACKETS.sub("", template)) <= there:
-            templates[side] = _BRACKETS.sub(
-                lambda part, there=there: part[0] if _fields(part[0]) <= there else "", template
-            )
+            for part in _BRACKETS.findall(template):
+                if not _fields(part) <= there:
+                    template = template.replace(part, "")
+            templates[side] = template
     return templates
 
 

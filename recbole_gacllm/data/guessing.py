@@ -62,7 +62,7 @@ _USERS, _ITEMS = (
     ),
 )
 _MAX_RATINGS = 101  # different values
-_MOST = 0.9
+_MOST = 0.8
 _LONGEST_ID = 80
 
 
@@ -80,15 +80,18 @@ def guess_interactions(table: Table) -> dict[str, str]:
     roles = {role: by_name(role, table.names) for role in ROLES}
     fits = {"rating": is_rating, "time": is_time}
     for role, is_one in fits.items():
-        names = [name for name in _ranked(role, table.names) if is_one(sample[name])]
+        named = _ranked(role, table.names)
+        names = [name for name in named if is_one(sample[name])]
+        if role == "time" and not names:  # numbers that are an order, no dates
+            names = [name for name in named if _are_numbers(sample[name])]
         roles[role] = next(iter(names), None)
-    if roles["user"] is None or roles["item"] is None or not table.has_header:
-        for role in ("time", "rating"):
-            free = [name for name in table.names if name not in roles.values()]
-            if roles[role] is None:
-                roles[role] = next((name for name in free if fits[role](sample[name])), None)
-                if role == "rating" and len(table.names) - sum(map(bool, roles.values())) < 2:
-                    roles[role] = None  # two columns are left for the ids
+    n_missing = [roles["user"], roles["item"]].count(None)
+    for role in ("time", "rating") if n_missing else ():
+        free = [name for name in table.names if name not in roles.values()]
+        if role == "rating":
+            free = free[n_missing:]  # the first ones are left for the ids
+        if roles[role] is None:
+            roles[role] = next((name for name in free if fits[role](sample[name])), None)
     for role in ("user", "item"):
         if roles[role] is None:
             free = [name for name in table.names if name not in roles.values()]
@@ -143,12 +146,16 @@ def side_of(table: Table, ids: Mapping[str, Iterable[str]]) -> tuple[str, str] |
     return max(n_met, key=lambda key: n_met[key], default=None)
 
 
+def _are_numbers(column: pd.Series) -> bool:
+    values = texts(column).dropna()
+    return bool(len(values) and values.map(is_number).mean() >= _MOST)
+
+
 def is_rating(column: pd.Series) -> bool:
     """Few different numbers, none of them large."""
-    values = texts(column).dropna()
-    if not len(values) or values.map(is_number).mean() < _MOST:
+    if not _are_numbers(column):
         return False
-    numbers = pd.to_numeric(values, errors="coerce")
+    numbers = pd.to_numeric(texts(column).dropna(), errors="coerce")
     return bool(numbers.nunique() <= _MAX_RATINGS and numbers.abs().max() < 1e6)
 
 
@@ -183,7 +190,7 @@ def texts(column: pd.Series) -> pd.Series:
         if (whole % 1 == 0).all():
             column = column.astype("Int64")
     if column.dtype != object:
-        column = column.astype(object).where(column.notna(), None)
+        column = pd.Series([None if pd.isna(cell) else cell for cell in column], column.index)
     cells = column.map(_text)
     return cells.mask(cells.isin(MISSING), None)
 

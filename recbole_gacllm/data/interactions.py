@@ -141,7 +141,8 @@ def _as_numbers(
     values = pd.to_numeric(written, errors="coerce").to_numpy(np.float64)
     if np.isnan(values).mean() > 0.5:
         values = _dates(written, path)
-    return np.append(values, np.nan)[np.concatenate(columns)]
+    of_rows: npt.NDArray[np.float64] = np.append(values, np.nan)[np.concatenate(columns)]
+    return of_rows
 
 
 def _dates(written: pd.Series, path: Path) -> npt.NDArray[np.float64]:

@@ -43,7 +43,7 @@ def piped_genres(chunks: Chunks) -> Chunks:
 
 def movie_lines(chunks: Chunks) -> Chunks:
     """``8:`` begins the ratings of movie 8."""
-    movie: object = None
+    movie: str | None = None
     for chunk in chunks:
         head = chunk["user"].str.endswith(":", na=False)
         movies = chunk["user"].str.rstrip(": ").where(head).ffill()

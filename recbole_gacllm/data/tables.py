@@ -87,7 +87,7 @@ class Table:
 
     def chunks(self, columns: Sequence[str], n_rows: int = 100_000) -> Iterator[pd.DataFrame]:
         """The rows of some columns, about so many at a time."""
-        self.dropped = Counter()
+        self.dropped.clear()
         read = {"text": _text_chunks, "json": _json_chunks, "parquet": _parquet_chunks}[self.kind]
         return (chunk for chunk in read(self, columns, n_rows) if len(chunk))
 
@@ -299,7 +299,6 @@ def _plain_rows(table: Table, separator: str, text: str, columns: Sequence[str])
             sep=separator,
             header=0,
             names=table.names,
-            usecols=list(columns),
             index_col=False,
             dtype=str,
             na_filter=False,
@@ -320,7 +319,7 @@ def _quoted_rows(
     if table.form.escaped:
         block = [_doubled(line) for line in block]
     file = AtomicFile(table.path, table.names, [], pd.DataFrame())
-    end = len(block) if is_last else max(1, len(block) - MAX_LINES)
+    end = len(block) if is_last else len(block) - MAX_LINES
     rows: list[list[str]] = []
     carried: list[str] = []
     for line, cells in Lines(block, separator, len(table.names), 0, None).rows(0, file):
