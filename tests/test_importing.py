@@ -491,7 +491,8 @@ PUBLIC: dict[str, tuple[dict[str, str | bytes], dict[str, dict[str, list]]]] = {
             '"276726";"0155061224";"5"\n',
             "BX-Books.csv": (
                 '"ISBN";"Book-Title";"Book-Author";"Year-Of-Publication";"Publisher";"Image-URL-S"\n'
-                '"034545104X";"Flesh; \\"Tones\\" &amp; more";"M. Rose";"2002";"B\xfccher";"http"\n'
+                + '"000";"Other";"A";"1999";"P";"http"\n' * 250
+                + '"034545104X";"Flesh; \\"Tones\\" &amp; more";"M. Rose";"2002";"B\xfccher";"http"\n'
             ).encode("latin-1"),
             "BX-Users.csv": '"User-ID";"Location";"Age"\n"276725";"tyler, texas, usa";NULL\n'
             '"276726";"seattle, washington, usa";"18"\n',
@@ -585,6 +586,16 @@ def test_from_a_csv_to_a_run_that_is_told_in_the_end(tmp_path, capsys):
     record = json.loads(next(Path("saved").rglob("run.json")).read_text("utf-8"))
     assert record["config"]["text_item_noun"] == "product"
     assert record["data"]["covered"] == {"item": 1.0}
+
+
+def test_a_ready_split_is_the_split_of_a_run(tmp_path, capsys):
+    log, items = shop()
+    head, *rows = log.read_text().split()
+    parts = {"train": rows[:120], "valid": rows[120:140], "test": rows[140:]}
+    files = [write(f"{part}.csv", "\n".join([head, *of])) for part, of in parts.items()]
+    imported(*files, items, name="my-shop", data_path=Path("data"))
+    main(["check", "--dataset=my-shop", "--data_path=data", "--model=BPR"])
+    assert "160 interactions (training, validation, test: 120, 20, 20)" in capsys.readouterr().out
 
 
 def test_a_broken_yaml_of_a_data_set_is_named(tmp_path):

@@ -16,6 +16,7 @@ from recbole_gacllm.data.numbers import times
 
 # A number of seconds is below the first, of milliseconds below the second, then micro, then nano.
 _UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (np.inf, 1e9))
+_MANY_DATES = 1_000_000  # that are held as text
 _FEW_TIMES = 0.5  # of the rows have one: the column is left out
 
 
@@ -110,8 +111,12 @@ def collect(
             rating = pd.to_numeric(chunk["rating"], errors="coerce")
             columns["rating"].append(rating.to_numpy(np.float64, na_value=np.nan))
         if "time" in roles:
-            columns["time"].append(codes["time"].add(chunk["time"]))
-            if moments or len(codes["time"].of) > 1_000_000:  # numbers, hardly a date twice
+            numbers = _numbers(chunk["time"])
+            if not columns["time"] and numbers.notna().mean() > 0.5:
+                moments.append(numbers.to_numpy(np.float64))
+            else:  # dates, of which many stand more than once
+                columns["time"].append(codes["time"].add(chunk["time"]))
+            if len(codes["time"].of) > _MANY_DATES:
                 moments.append(_as_numbers(codes["time"], columns["time"], path))
                 codes["time"], columns["time"] = Codes(), []
         columns["part"].append(np.full(len(chunk), number, dtype=np.int8))
@@ -131,6 +136,13 @@ def collect(
     made.keep((made.user >= 0) & (made.item >= 0), "without a user or an item")
     _to_seconds(made)
     return made
+
+
+def _numbers(column: pd.Series) -> pd.Series:
+    """Cells that are numbers, NaN elsewhere."""
+    if column.dtype.kind in "mM":
+        return pd.Series(np.nan, index=column.index)
+    return pd.to_numeric(column, errors="coerce").astype(np.float64)
 
 
 def _as_numbers(
