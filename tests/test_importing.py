@@ -74,10 +74,13 @@ RATINGS = "user_id,item_id,rating,timestamp\n007,B0,5,1600000000\n08,A1,3,160000
         ),
         RATINGS.replace("1600000000", '"Sep 13, 2020"').replace("1600000060", '"Sep 14, 2020"'),
         RATINGS.replace("007", '"007"'),
+        RATINGS.replace("timestamp", "t_dat")
+        .replace("1600000000", "2020-09-13 12:26:40")
+        .replace("1600000060", "2020-09-13 12:27:40"),
     ],
     ids=[
         *("csv", "crlf", "bom", "utf16", "tsv", "semicolon", "colons", "names", "headless", "ms"),
-        *("iso", "words", "quotes"),
+        *("iso", "words", "quotes", "t_dat"),
     ],
 )
 def test_interactions_are_read_in_any_dress_and_ids_keep_their_zeros(tmp_path, content):
@@ -492,7 +495,7 @@ PUBLIC: dict[str, tuple[dict[str, str | bytes], dict[str, dict[str, list]]]] = {
             "BX-Books.csv": (
                 '"ISBN";"Book-Title";"Book-Author";"Year-Of-Publication";"Publisher";"Image-URL-S"\n'
                 + '"000";"Other";"A";"1999";"P";"http"\n' * 250
-                + '"034545104X";"Flesh; \\"Tones\\" &amp; more";"M. Rose";"2002";"B\xfccher";"http"\n'
+                + '"034545104X";"Flesh; \\"Tones\\" &amp; more";"Rose";"2002";"B\xfccher";"http"\n'
             ).encode("latin-1"),
             "BX-Users.csv": '"User-ID";"Location";"Age"\n"276725";"tyler, texas, usa";NULL\n'
             '"276726";"seattle, washington, usa";"18"\n',

@@ -84,6 +84,10 @@ def guess_interactions(table: Table) -> dict[str, str]:
         names = [name for name in named if is_one(sample[name])]
         if role == "time" and not names:  # numbers that are an order, no dates
             names = [name for name in named if _are_numbers(sample[name])]
+        if role == "time" and not names:  # H&M calls its days t_dat
+            ids = (roles["user"], roles["item"])
+            free = [name for name in table.names if name not in ids and table.has_header]
+            names = [n for n in free if is_time(sample[n]) and not _are_numbers(sample[n])]
         roles[role] = next(iter(names), None)
     n_missing = [roles["user"], roles["item"]].count(None)
     for role in ("time", "rating") if n_missing else ():

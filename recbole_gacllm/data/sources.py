@@ -18,7 +18,8 @@ FIELDS = {"user": "user_id", "item": "item_id", "rating": "rating", "time": "tim
 SIDES = ("user", "item")
 _PARTS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid"}
 _PARTS["test"] = "test"
-_FEWEST = 3  # nodes with several rows, to tell whether a column is of the node
+# Nodes with several rows, and rows beyond the first of each, that show what a column is of.
+_FEWEST, _FEWEST_ROWS = 3, 20
 
 
 @dataclass
@@ -172,7 +173,9 @@ def _columns_of_nodes(table: Table, roles: Mapping[str, str]) -> dict[str, str]:
         for side in ("item", "user"):
             several = ids[side].duplicated(keep=False)
             n_values = values[several].groupby(ids[side][several]).nunique()
-            if len(n_values) >= _FEWEST and (n_values == 1).all() and values.nunique() > 1:
+            n_more = int(several.sum()) - len(n_values)
+            is_shown = len(n_values) >= _FEWEST and n_more >= _FEWEST_ROWS
+            if is_shown and (n_values == 1).all() and values.nunique() > 1:
                 columns[f"user.{name}" if side == "user" else name] = name
                 break
     return columns

@@ -99,7 +99,8 @@ def open_table(path: Path, form: Form | None = None) -> Table:
         ValueError: If it is not there, is empty, or is no table.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is not a file.")
+        what = f"a folder: give its files, such as {path}/*.csv" if path.is_dir() else "not a file"
+        raise ValueError(f"{path} is {what}.")
     form = form or Form()
     with _binary(path) as stream:
         head = stream.read(1 << 16)
