@@ -28,7 +28,7 @@ MODELS = {MODEL: "recbole_gacllm.model", "TextKNN": "recbole_gacllm.text_knn"}
 OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_", "linear_")
 
 #: Keys of ours that hold for any model; see ``splits.py``.
-SPLIT_KEYS = ("train_share", "cold_item_share", "cold_user_share")
+SPLIT_KEYS = ("train_share", "cold_item_share", "cold_user_share", "known_users_only")
 
 
 def shipped_path(*parts: str) -> Path:
@@ -43,7 +43,13 @@ def shipped_path(*parts: str) -> Path:
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not yaml in UTF-8: {error}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{path} holds no lines of the form 'key: value'.")
+    return dict(content or {})
 
 
 def preset_names() -> list[str]:
@@ -69,10 +75,21 @@ def model_defaults(preset: str | None = None) -> dict[str, Any]:
     return defaults
 
 
-def dataset_defaults(dataset: str) -> dict[str, Any]:
-    """The shipped dataset config of a data set; empty if we ship none for it."""
-    path = shipped_path("dataset_configs", f"{dataset}.yaml")
-    return _load_yaml(path) if path.is_file() else {}
+def dataset_file(dataset: str, data_path: str | None = None) -> Path | None:
+    """The yaml of a data set: ``data_path/NAME/NAME.yaml``, else the shipped one, if any."""
+    own = [Path(data_path, dataset, f"{dataset}.yaml")] if data_path is not None else []
+    files = (*own, shipped_path("dataset_configs", f"{dataset}.yaml"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def dataset_defaults(dataset: str, data_path: str | None = None) -> dict[str, Any]:
+    """What :func:`dataset_file` holds; empty if there is none.
+
+    Raises:
+        ValueError: If it is no yaml of keys.
+    """
+    path = dataset_file(dataset, data_path)
+    return {} if path is None else _load_yaml(path)
 
 
 def check_keys(external: Mapping[str, Any], others: Collection[str] = ()) -> None:
@@ -217,6 +234,7 @@ class GaCLLMConfig:
     train_share: _Share
     cold_item_share: _ColdShare
     cold_user_share: _ColdShare
+    known_users_only: bool
     fast_paths: bool
     artifact_dir: _Text
 

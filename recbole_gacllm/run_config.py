@@ -15,7 +15,7 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import ModelType, get_model, init_seed
 
-from recbole_gacllm.config import MODELS, GaCLLMConfig, shipped_path
+from recbole_gacllm.config import MODELS, GaCLLMConfig, dataset_file
 from recbole_gacllm.data.atomic import read_header
 from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.plugin.key_checks import check_evaluation, check_given
@@ -50,7 +50,7 @@ def build_config(
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f"config_files: {file!r} is not a file.")
-        _check_yaml(file)
+        _check_yaml("config_files", file)
     overrides = dict(config_dict or {})
     external, internal = _external_and_internal(model, model_class, dataset, files, overrides)
     keys = {**internal, **external}
@@ -59,9 +59,10 @@ def build_config(
     _check_dataset(dataset, keys["data_path"])
     feature_models = (ModelType.CONTEXT, ModelType.DECISIONTREE, ModelType.KNOWLEDGE)
     takes_features = model_class.type in feature_models or "selected_features" in keys
-    shipped = shipped_path("dataset_configs", f"{dataset}.yaml")
-    if shipped.is_file() and not takes_features:
-        files.insert(0, str(shipped))
+    described = dataset_file(dataset, keys["data_path"])
+    if described is not None and not takes_features:
+        _check_yaml("the data set's own file", described)
+        files.insert(0, str(described))
     elif "load_col" not in external:
         overrides.update(_columns(keys))
     cross_entropy = model_class.type == ModelType.SEQUENTIAL and keys.get("loss_type") == "CE"
@@ -83,14 +84,14 @@ def _without_command_line() -> Iterator[None]:
         sys.argv = argv
 
 
-def _check_yaml(file: str) -> None:
+def _check_yaml(key: str, file: str | Path) -> None:
     """Refuse a file that holds no keys, with the place of the mistake."""
     try:
         content = yaml.safe_load(Path(file).read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config_files: {file!r} is not yaml in UTF-8: {error}") from error
+        raise ValueError(f"{key}: {str(file)!r} is not yaml in UTF-8: {error}") from error
     if content is not None and not isinstance(content, dict):
-        raise ValueError(f"config_files: {file!r} holds no lines of the form 'key: value'.")
+        raise ValueError(f"{key}: {str(file)!r} holds no lines of the form 'key: value'.")
 
 
 def _find_model(model: str) -> Any:

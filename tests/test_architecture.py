@@ -36,8 +36,8 @@ ROOMS = {
     "compare": "__init__ artifacts config console convolution data errors inspection llm run "
     "run_config",
     "report": "__init__ artifacts compare convolution errors inspection",
-    "cli": "artifacts compare config console convolution errors inspection pipeline report run "
-    "run_config",
+    "cli": "artifacts compare config console convolution data errors inspection pipeline report "
+    "run run_config",
     "__main__": "cli",
 }
 #: A library -> the modules, or rooms, that may import it.

@@ -88,7 +88,7 @@ WAYS = {
     *("preset", "use_text", "loss_type", "text_source"),
     *("text_import_file", "llm_model", "llm_backend", "llm_endpoints"),
     *("llm_served_model", "llm_adapter", "llm_merge_adapter", "llm_prompts_dir"),
-    *("sft", "encoder_model", "train_share", "cold_item_share"),
+    *("sft", "encoder_model", "train_share", "cold_item_share", "known_users_only"),
     "cold_user_share",
     *("fast_paths", "artifact_dir"),
 }

@@ -181,7 +181,12 @@ def test_a_row_may_have_the_first_seeds_only_and_keeps_its_name_and_runs(keys):
         ("GaCLLM:llm_modle=x", {}, "unknown key 'llm_modle'"),
         ("BRP", {}, "model: 'BRP' is neither GaCLLM"),
         ("BPR SASRec", {}, "SASRec is sequential.*--protocol=sequential"),
-        ("BPR", {"protocol": "other"}, "protocol: 'other' is not one of cold, general, sequential"),
+        ("SASRec", {"protocol": "temporal"}, "known_users_only: True .* sequential model SASRec"),
+        (
+            "BPR",
+            {"protocol": "other"},
+            "protocol: 'other' is not one of cold, general, sequential, temporal",
+        ),
         ("BPR", {"n_seeds": 0}, "seeds: 0"),
         ("BPR", {"nproc": 0}, "nproc: 0"),
     ],

@@ -72,13 +72,13 @@ def test_layers_of_defaults_stand_in_the_stated_order(monkeypatch: pytest.Monkey
     made = config()
     assert made["seq_separator"] == " "  # sample.yaml over GaCLLM.yaml
     monkeypatch.setattr(
-        registration, "dataset_defaults", lambda name: {"seq_separator": name, "epochs": 12}
+        registration, "dataset_defaults", lambda name, _: {"seq_separator": name, "epochs": 12}
     )
     without_epochs = {key: value for key, value in SETTINGS.items() if key != "epochs"}
     monkeypatch.setitem(globals(), "SETTINGS", without_epochs)
     made = config()
     assert (made["seq_separator"], made["epochs"]) == ("tiny", 12)  # our data set config over both
-    monkeypatch.setattr(registration, "dataset_defaults", lambda name: {})
+    monkeypatch.setattr(registration, "dataset_defaults", lambda *_: {})
     assert config()["epochs"] == 11  # GaCLLM.yaml over overall.yaml
     assert config(epochs=13)["epochs"] == 13  # the user over all
 
@@ -136,7 +136,7 @@ def test_keys_of_our_data_set_config_decide_whether_a_saved_data_set_is_reused(
 ) -> None:
     before = list(argument_list.dataset_arguments)
     ours = {"numerical_features": ["age"], "text_user_noun": "viewer"}
-    monkeypatch.setattr(registration, "dataset_defaults", lambda name: ours)
+    monkeypatch.setattr(registration, "dataset_defaults", lambda *_: ours)
     try:
         config(), config()
         assert argument_list.dataset_arguments == [*before, "numerical_features"]

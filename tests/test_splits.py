@@ -89,6 +89,67 @@ def test_graph_and_samplers_hold_the_kept_interactions_only(settings):
     assert used == pairs(train) | pairs(valid) | pairs(test)
 
 
+# One point in time
+
+
+TEMPORAL = {
+    "eval_args": {
+        "split": {"RS": [0.8, 0.1, 0.1]},
+        "order": "TO",
+        "group_by": "none",
+        "mode": "full",
+    },
+}
+
+
+def test_nothing_of_training_is_later_than_the_cut_and_all_models_have_one_split(
+    tmp_path, settings
+):
+    root = write_dataset(tmp_path / "late")
+    file = root / "tiny" / "tiny.inter"
+    late = [f"new\ti{n}\t3\t{9_000_000 + n}\n" for n in range(4)]  # of somebody who has just come
+    file.write_text(file.read_text() + "".join(late))
+    settings = {**settings, "data_path": str(root), **TEMPORAL}
+    whole = loaders("BPR", settings)
+    n_rows = sum(len(part._dataset.inter_feat) for part in whole)
+    train, valid, test = (part._dataset.inter_feat["timestamp"].numpy() for part in whole)
+    assert train.max() <= valid.min()
+    assert valid.max() <= test.min()
+    assert len(test) == len(valid) == n_rows // 10
+    assert {user for user, _ in pairs(whole[2])} - {user for user, _ in pairs(whole[0])} == {"new"}
+    known = [hashes(model, settings, known_users_only=True) for model in MODELS]
+    assert all(split == known[0] for split in known)
+    assert known[0]["train"] == hashes("BPR", settings)["train"]
+    assert known[0]["n_test"] == len(test) - len(late)
+
+
+@pytest.mark.parametrize("model", ["GaCLLM", "EASE", "BPR", "LightGCN"])
+def test_users_and_items_that_come_after_the_cut_stand_no_run_in_the_way(tmp_path, settings, model):
+    root = write_dataset(tmp_path / "late")
+    file = root / "tiny" / "tiny.inter"
+    late = [f"{user}\tlater\t3\t9000000\n" for user in ("new", "u1")]
+    file.write_text(file.read_text() + "".join(late))
+    (root / "tiny" / "tiny.item").open("a").write("later\tThe Last Film\tHorror\n")
+    keys = {"data_path": str(root), "known_users_only": True, "epochs": 1}
+    keys |= {"use_text": False} if model == "GaCLLM" else {}
+    config = build_config(model, "tiny", config_dict={**settings, **keys, **TEMPORAL})
+    init_seed(config["seed"], True)
+    dataset = create_dataset(config)
+    data_preparation(config, dataset)
+    report = dataset.data_report
+    assert ("known_users_only", 242, 241) in report.filters
+    one = Recommender(model, {**settings, **keys, **TEMPORAL})
+    one.fit()
+    assert 0 <= one.trainer.evaluate(one.test)["ndcg@10"] <= 1
+    one.trainer.tensorboard.close()
+
+
+def test_sequential_models_are_cut_elsewhere_and_refused(settings):
+    keys = {**settings, **TEMPORAL, "known_users_only": True, "train_neg_sample_args": None}
+    with pytest.raises(ValueError, match=r"known_users_only: True .*sequential model SASRec"):
+        build_config("SASRec", "tiny", config_dict=keys)
+
+
 # Cold
 
 

@@ -35,7 +35,8 @@ examples:
 """
 _PROTOCOL_HELP = (
     "general (random 8:1:1 split of each user; default), sequential (leave one out by time, for "
-    "general and sequential models) or cold (items without training interactions)"
+    "general and sequential models), temporal (one point in time for all users) or cold (items "
+    "without training interactions)"
 )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_gacllm.artifacts import launchers
-from recbole_gacllm.cli import check, common, compare, descriptions, recommend
+from recbole_gacllm.cli import check, common, compare, descriptions, import_data, recommend
 from recbole_gacllm.config import preset_names
 from recbole_gacllm.console import flush, one_line, prepare, say
 from recbole_gacllm.convolution.layers import layer_name
@@ -29,6 +29,7 @@ examples:
   python run_recbole_gacllm.py --dataset=ml-100k --nproc=2 --use_gpu=False
 
 other commands (each has --help):
+  import-data           make a data set of your own files: CSV, TSV, JSON lines, Parquet
   check                 read a data set as a run would, and show three texts of each side
   leaderboard           models x data sets x seeds on identical splits, with tests and tables
   tune                  search hyper-parameters with RecBole's HyperTuning
@@ -43,6 +44,7 @@ other commands (each has --help):
 """
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "import-data": import_data.import_data,
     "check": check.check,
     "leaderboard": compare.leaderboard,
     "tune": compare.tune,

@@ -52,6 +52,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
         *("pipeline.py", "stage.py", "job.py", "alignment/encoder.py", "artifacts/csv_cells.py"),
         *("convolution/__init__.py", "convolution/text.py", "convolution/templates.py"),
         *("convolution/values.py", "convolution/words.py", "convolution/neutralize.py"),
+        "data/markup.py",
         *("convolution/layers.py", "convolution/imported.py", "convolution/setup.py"),
         *("llm/__init__.py", "llm/weights.py", "llm/hardware.py"),
     ),
@@ -71,13 +72,18 @@ CONCERNS: dict[str, tuple[str, ...]] = {
 OTHERS = (
     *("__main__.py", "errors.py", "redaction.py", "console.py", "data/checks.py", "artifacts/"),
     *("plugin/key_checks.py", "plugin/run_folder.py", "llm/formats.py", "convolution/names.py"),
-    *("inspection/", "compare/", "report/", "cli/"),
+    *("data/tables.py", "data/guessing.py", "data/recipes.py", "data/recipe_rows.py"),
+    *("data/sources.py", "data/interactions.py", "data/features.py", "data/describing.py"),
+    *("data/importing.py", "inspection/", "compare/", "report/", "cli/"),
 )
 #: What the first runs of this package, which hold no digests of this kind, have in their keys for
 #: the code of our models (None for others'): the name of the first version of every concern.
 FIRST_CODE = "4c40a0959ec716099133f613b0cf84f597bdedb04ad143ba68862d0614bca109"
 #: Keys that came after those runs, with the value under which the numbers are as they were.
-LATER_KEYS: dict[str, Any] = {"llm_knowledge_tokens": 0, "cold_user_share": 0.0}
+LATER_KEYS: dict[str, Any] = {
+    **{"llm_knowledge_tokens": 0, "cold_user_share": 0.0, "known_users_only": False},
+    "text_layers": "hops",
+}
 _TABLE = shipped_path("properties", "computations.yaml")
 _TABLE_HEAD = """\
 # Versions of the code that computes (recbole_gacllm/compare/identity.py), in order. Those of
@@ -115,7 +121,9 @@ def concerns_of(config: Mapping[str, Any]) -> list[str]:
     cold = config.get("cold_item_share"), config.get("cold_user_share")
     wanted = {
         "runs": True,
-        "splits": any(cold) or config.get("train_share") not in (None, 1),
+        "splits": any(cold)
+        or config.get("train_share") not in (None, 1)
+        or bool(config.get("known_users_only")),
         "times": config["eval_args"]["order"] == "TO"
         or (generated and config["neighbor_rule"] == "recent"),
         "fast": bool(config.get("fast_paths")),

@@ -220,6 +220,8 @@ def evaluation(config: dict[str, Any]) -> str:
     arguments = config["eval_args"]
     share = config.get("train_share") or 1
     sparse = "" if share == 1 else f"; {share:.0%} of the training interactions kept"
+    if config.get("known_users_only"):
+        sparse += "; users without training interactions left out"
     if cold := config.get("cold_item_share"):
         return (
             f"by item: {cold:.0%} of the items have no training interaction, those of half of them "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
-import html
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from recbole_gacllm.data.markup import without_markup
 
 Value = str | tuple[str, ...]
 
@@ -25,14 +26,6 @@ _NO_WORDS = re.compile(
     re.IGNORECASE,
 )
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
-_ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[a-zA-Z]\w*);")
-_BLOCKS = re.compile(r"<!--.*?-->|<(script|style)\b.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
-_TAGS = re.compile(
-    r"</?(?:a|abbr|article|b|big|blockquote|body|br|center|cite|code|dd|div|dl|dt|em|figure|font|"
-    r"footer|h[1-6]|head|header|hr|html|i|iframe|img|ins|li|link|main|meta|nav|ol|p|pre|section|"
-    r"small|span|strong|sub|sup|table|tbody|td|th|thead|title|tr|tt|u|ul|video)(?:\s[^<>]*)?/?>",
-    re.IGNORECASE,
-)
 _URL = re.compile(r"(?:https?://|www\.)[^\s<>\"']+")
 # A code: letters and digits mixed, or many digits.
 _CODE = re.compile(r"(?=[^\s]*\d)(?=[^\s]*[A-Za-z])[A-Za-z0-9_-]{8,}|\d{6,}|[0-9a-f]{12,}")
@@ -48,12 +41,7 @@ _MAX_LITERAL = 100_000  # characters
 
 def plain(text: str) -> str:
     """A text without HTML entities, tags and addresses."""
-    for _ in range(3):  # `&amp;amp;` is met in the wild
-        if "&" not in text or not _ENTITY.search(text):
-            break
-        text = html.unescape(text)
-    if "<" in text:
-        text = _TAGS.sub(" ", _BLOCKS.sub(" ", text))
+    text = without_markup(text)
     if "://" in text or "www." in text:
         text = _URL.sub(" ", text)
     return text

@@ -39,7 +39,7 @@ _SEPARATORS = {"\t": r"\t", ",": ",", ";": ";", "|": "|", "::": "::", " ": "a bl
 _TYPED = re.compile(r":(?:token|float)")
 _LINE_END = re.compile(r"(?<!\r)\r+(?:\n|\Z)")  # as Windows writes; any other \r is of a text
 # A quoted cell has at most so many lines.
-_MAX_LINES = 1000
+MAX_LINES = 1000
 # Of the rows of a feature file so many may fit no reading; more, and the file is refused.
 _MAX_DROPPED = 0.05
 _MOST_ZERO_BYTES = 0.1
@@ -118,7 +118,7 @@ def read_atomic(
         )
         return file
     id_at = names.index(id_field) if id_field in names else 0
-    numbered = [*_Lines(lines, separator, len(names), id_at, ids).rows(first + 1, file)]
+    numbered = [*Lines(lines, separator, len(names), id_at, ids).rows(first + 1, file)]
     _refuse_or_tell(file, len(numbered))
     file.lines = [line for line, _ in numbered]
     frame = pd.DataFrame([row for _, row in numbered], columns=names, dtype=object)
@@ -216,7 +216,7 @@ def _advice_on_header(line: str, separator: str, cells: list[str]) -> str:
 
 
 @dataclass
-class _Lines:
+class Lines:
     """The lines of a file that has to be read row by row."""
 
     lines: list[str]
@@ -245,7 +245,7 @@ class _Lines:
         """Lines and cells of the row that begins here, read with quoting, if that fits."""
         if len(self.separator) != 1:
             return 1, None
-        several = (f"{line}\n" for line in self.lines[at : at + _MAX_LINES])
+        several = (f"{line}\n" for line in self.lines[at : at + MAX_LINES])
         reader = csv.reader(several, delimiter=self.separator, strict=True)
         try:
             cells = next(reader)

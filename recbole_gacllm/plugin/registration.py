@@ -110,7 +110,7 @@ def _load_layers(config: Any, load_internal: functools.partial[None]) -> None:
         del config._update_internal_config_dict  # the class's method again; Config gets pickled
 
     internal = config.internal_config_dict
-    ours = dataset_defaults(config.dataset)
+    ours = dataset_defaults(config.dataset, external.get("data_path", internal["data_path"]))
     internal.update(ours)
     # As RecBole does with its own data set yaml: a saved data set is reused only if these agree.
     compared = config.parameters["Dataset"]

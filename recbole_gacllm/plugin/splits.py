@@ -1,9 +1,10 @@
 """Sparse and cold: what a run keeps of RecBole's split, for every model alike.
 
 ``train_share`` keeps a share of the training interactions, ``cold_item_share`` takes all of some
-items' interactions away from training, ``cold_user_share`` those of some users. They act where
-RecBole splits (``Dataset.build``), so that models, samplers, texts and audits see only what is
-left. Without the keys everything is RecBole's own.
+items' interactions away from training, ``cold_user_share`` those of some users, and
+``known_users_only`` takes held-out interactions of users who have none in training, as a split at
+one point in time leaves them. All act where RecBole splits (``Dataset.build``), so that models,
+samplers, texts and audits see only what is left. Without the keys everything is RecBole's own.
 
 Source: ours; RecBole has none of them.
 """
@@ -29,9 +30,18 @@ def check(config: Any) -> None:
         ValueError: Names the key, the value, what is allowed and the next step.
     """
     train_share, cold_items, cold_users = shares(config)
-    if train_share == 1 and cold_items == cold_users == 0:
+    known_only = only_known_users(config)
+    if train_share == 1 and cold_items == cold_users == 0 and not known_only:
         return
-    if config["MODEL_TYPE"].name == "SEQUENTIAL":
+    is_sequential = config["MODEL_TYPE"].name == "SEQUENTIAL"
+    if known_only and is_sequential:
+        raise ValueError(
+            f"known_users_only: True does not go with the sequential model {config['model']}: "
+            "RecBole cuts its sequences at another time than the interactions of general models. "
+            "Leave --protocol=temporal out (--protocol=sequential takes both), or choose general "
+            "models."
+        )
+    if is_sequential:
         raise ValueError(
             f"train_share: {train_share:g}, cold_item_share: {cold_items:g}, cold_user_share: "
             f"{cold_users:g} do not go with the sequential model {config['model']}: what is taken "
@@ -42,6 +52,11 @@ def check(config: Any) -> None:
         raise ValueError(
             f"cold_user_share: {cold_users:g} does not go with cold_item_share: {cold_items:g}, as "
             "each says what validation and test are. Set one of them to 0."
+        )
+    if cold_users > 0 and known_only:
+        raise ValueError(
+            f"cold_user_share: {cold_users:g} does not go with known_users_only: True, which would "
+            "leave out all that is held out. Leave one of them out."
         )
     modes = config["eval_args"]["mode"]
     if cold_items + cold_users > 0 and (modes["valid"], modes["test"]) != ("full", "full"):
@@ -59,12 +74,22 @@ def shares(config: Any) -> tuple[float, float, float]:
     Raises:
         ValueError: If one is not a number of its range.
     """
-    values = (config[key] for key in SPLIT_KEYS)
+    values = (config[key] for key in SPLIT_KEYS[:3])
     train, cold_items, cold_users = (
         default if value is None else float(checked(key, value))
-        for key, value, default in zip(SPLIT_KEYS, values, (1.0, 0.0, 0.0), strict=True)
+        for key, value, default in zip(SPLIT_KEYS[:3], values, (1.0, 0.0, 0.0), strict=True)
     )
     return train, cold_items, cold_users
+
+
+def only_known_users(config: Any) -> bool:
+    """``known_users_only`` of any model's configuration.
+
+    Raises:
+        ValueError: If it is neither True nor False.
+    """
+    value = config["known_users_only"]
+    return value is not None and bool(checked("known_users_only", value))
 
 
 # Splitting
@@ -119,7 +144,22 @@ def add_to_dataset(module: ModuleType) -> None:
             users = train.inter_feat[train.uid_field].numpy()
             rows = kept_rows(users, train_share, self.config["seed"])
             parts[0] = train.copy(train.inter_feat[rows])
+        if only_known_users(self.config):
+            n_before = sum(len(part.inter_feat) for part in parts)
+            parts = [parts[0], *(_of_known_users(part, parts[0]) for part in parts[1:])]
+            counts = n_before, sum(len(part.inter_feat) for part in parts)
+            self.filter_counts = [
+                *getattr(self, "filter_counts", []),
+                ("known_users_only", *counts),
+            ]
         return parts
+
+
+def _of_known_users(part: Any, train: Any) -> Any:
+    """A held-out part without the users who have no training interaction."""
+    users = part.inter_feat[part.uid_field].numpy()
+    known = np.isin(users, train.inter_feat[train.uid_field].numpy())
+    return part.copy(part.inter_feat[np.flatnonzero(known)])
 
 
 def _cold_split(dataset: Any, of_items: float, of_users: float) -> list[Any]:
