@@ -15,6 +15,7 @@ import torch
 from recbole.utils import utils as recbole_utils
 from torch.utils.tensorboard import SummaryWriter
 
+from recbole_gacllm.artifacts import children, manifests
 from recbole_gacllm.config import GaCLLMConfig, model_defaults
 from recbole_gacllm.job import Job
 
@@ -68,6 +69,32 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from .test_generator_contract import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def run_stage(stage: str, folder: Path, **_: object) -> None:
+    """A stage in this process, as :func:`recbole_gacllm.stage.main` runs it in a child."""
+    from recbole_gacllm.stage import STAGES
+
+    job = Job.read(folder)
+    report = STAGES[stage](folder, job)
+    told = {"stage": stage, "key": job.key, "files": manifests.digests(folder, job.outputs)}
+    manifests.write_manifest(folder, {**report, **told, "seconds": 0})
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No interpreter for each stage: where the child process is not the claim."""
+    monkeypatch.setattr(children, "run_child", run_stage)
+
+
+@pytest.fixture
+def no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that starts is an error."""
+
+    def refuse(stage: str, folder: Path, **_: object) -> None:
+        raise AssertionError(f"stage {stage} was started in {folder}")
+
+    monkeypatch.setattr(children, "run_child", refuse)
 
 
 @pytest.fixture
