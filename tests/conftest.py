@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -85,6 +87,38 @@ def run_stage(stage: str, folder: Path, **_: object) -> None:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """No interpreter for each stage: where the child process is not the claim."""
     monkeypatch.setattr(children, "run_child", run_stage)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A folder with a model, an encoder and the data set ``tiny``, for runs that are disturbed."""
+    from .crash_lab import save_tiny_encoder
+
+    root = tmp_path_factory.mktemp("place")
+    shutil.copytree(tiny_model, root / "model")
+    save_tiny_encoder(root / "encoder")
+    write_dataset(root / "data")
+    return root
+
+
+@pytest.fixture(scope="session")
+def lab(place: Path) -> Iterator[Any]:
+    from .crash_lab import Lab
+
+    lab = Lab(place / "lab.log")
+    yield lab
+    lab.close()
+
+
+@pytest.fixture(scope="session")
+def whole(place: Path, lab: Any) -> tuple[dict[str, Any], dict[str, Any], list[list[Any]]]:
+    """Results, answer and record of a run that nobody disturbed, in ``place / "whole"``."""
+    from .test_kill_sweep import Folder
+
+    folder = Folder(place, "whole")
+    answer, lines = folder.run(lab)
+    assert answer["status"] == "done", answer
+    return folder.results(), answer, lines
 
 
 @pytest.fixture
