@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import time
 from pathlib import Path
@@ -76,6 +77,11 @@ def test_processes_that_claim_at_once_get_a_name_each(runs, one_second):
         assert len(names) == len(set(names)) == 6
 
 
+def start_alone(flags):
+    logging.root.handlers.clear()  # pytest's own, one of which has a file
+    main(flags)
+
+
 @pytest.mark.slow
 def test_three_seeds_started_at_once_have_the_numbers_of_each_alone(settings, tmp_path, one_second):
     keys = {**settings, "epochs": 3}
@@ -85,7 +91,7 @@ def test_three_seeds_started_at_once_have_the_numbers_of_each_alone(settings, tm
     columns.write_text("load_col: {inter: [user_id, item_id, rating, timestamp]}\n")
     flags.append(f"--config_files={columns}")
     start = multiprocessing.get_context("fork").Process
-    processes = [start(target=main, args=([*flags, f"--seed={seed}"],)) for seed in (1, 2, 3)]
+    processes = [start(target=start_alone, args=([*flags, f"--seed={n}"],)) for n in (1, 2, 3)]
     for process in processes:
         process.start()
     for process in processes:
