@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -71,6 +72,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from .test_generator_contract import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def fresh_process(target: Callable[..., Any], *args: Any) -> Any:
+    """A process of its own, forked from one that has only imported what takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ddp_process"])
+    process = context.Process(target=target, args=args)
+    process.start()
+    return process
 
 
 def run_stage(stage: str, folder: Path, **_: object) -> None:

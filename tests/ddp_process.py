@@ -45,6 +45,7 @@ class Watch:
 
 
 def work(rank: int, size: int, ports: list[int], settings: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
     Sampler.sample_by_user_ids = drawn_by_pair
     model_module.prepare = random_texts
     runner._text_record = lambda *_: {}  # no stages, no manifests

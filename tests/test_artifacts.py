@@ -373,11 +373,13 @@ def test_ctrl_c_reaches_the_stage_and_then_the_parent(tmp_path: Path) -> None:
         tmp_path,
         """
         try:
+            (folder / "ready").write_text("")
             time.sleep(600)
         finally:
             (folder / "tidied").write_text("")
         """,
     )
+    wait_until((tmp_path / "folder" / "ready").exists)
     parent.send_signal(signal.SIGINT)
     assert parent.communicate()[0] == "interrupted\n"
     assert (tmp_path / "folder" / "tidied").exists()

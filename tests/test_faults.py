@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import re
@@ -30,7 +29,7 @@ from recbole_gacllm.llm import weights
 from recbole_gacllm.llm.formats import check_safetensors
 from recbole_gacllm.llm.generator import Request
 
-from .conftest import run_stage
+from .conftest import fresh_process, run_stage
 from .crash_lab import Lab, prepare
 from .fake_generator import FakeGenerator
 from .test_convolution import convolve, graph_of, raw_layer, templates  # noqa: F401  (fixtures)
@@ -310,10 +309,7 @@ def test_two_processes_started_on_one_folder_at_once_share_the_work(
 ) -> None:
     folder = Folder(place, "shared")
     files = [tmp_path / "1.log", tmp_path / "2.log"]
-    start = multiprocessing.get_context("fork").Process
-    runs = [start(target=prepare_here, args=(folder.keys, place / "data", log)) for log in files]
-    for run in runs:
-        run.start()
+    runs = [fresh_process(prepare_here, folder.keys, place / "data", log) for log in files]
     for run in runs:
         run.join()
     logs = [log.read_text() for log in files]

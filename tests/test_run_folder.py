@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import time
 from pathlib import Path
@@ -13,6 +12,8 @@ import pytest
 from recbole_gacllm.cli.main import main
 from recbole_gacllm.plugin.run_folder import claimed, require_writable
 from recbole_gacllm.run import run
+
+from .conftest import fresh_process
 
 SECOND = "Nov-29-2026_10-00-00"
 
@@ -77,23 +78,20 @@ def test_processes_that_claim_at_once_get_a_name_each(runs, one_second):
         assert len(names) == len(set(names)) == 6
 
 
-def start_alone(flags):
-    logging.root.handlers.clear()  # pytest's own, one of which has a file
+def start(flags):
+    time.strftime = lambda *_: SECOND
     main(flags)
 
 
 @pytest.mark.slow
-def test_three_seeds_started_at_once_have_the_numbers_of_each_alone(settings, tmp_path, one_second):
+def test_three_seeds_started_at_once_have_the_numbers_of_each_alone(settings, tmp_path):
     keys = {**settings, "epochs": 3}
     flags = ["--dataset=tiny", "--model=BPR", "--quiet"]
     flags += [f"--{key}={value}" for key, value in keys.items() if key != "load_col"]
     columns = tmp_path / "columns.yaml"
     columns.write_text("load_col: {inter: [user_id, item_id, rating, timestamp]}\n")
     flags.append(f"--config_files={columns}")
-    start = multiprocessing.get_context("fork").Process
-    processes = [start(target=start_alone, args=([*flags, f"--seed={n}"],)) for n in (1, 2, 3)]
-    for process in processes:
-        process.start()
+    processes = [fresh_process(start, [*flags, f"--seed={seed}"]) for seed in (1, 2, 3)]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]

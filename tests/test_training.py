@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import multiprocessing
 import socket
 import sys
 
@@ -18,7 +17,7 @@ from recbole.utils import init_seed
 
 from recbole_gacllm import model as model_module
 from recbole_gacllm.run_config import build_config
-from tests.conftest import tiny_settings, write_dataset
+from tests.conftest import fresh_process, tiny_settings, write_dataset
 from tests.ddp_process import work
 from tests.random_texts import random_texts
 from tests.recommender import Recommender, without
@@ -241,12 +240,9 @@ def processes(tmp_path_factory) -> list[dict]:
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server(("localhost", 0))) for _ in range(3)]
         ports = [probe.getsockname()[1] for probe in probes]
-    start = multiprocessing.get_context("fork").Process
     with contextlib.chdir(root):
         for size in (1, 2):
-            ranks = [start(target=work, args=(n, size, ports, settings)) for n in range(size)]
-            for process in ranks:
-                process.start()
+            ranks = [fresh_process(work, rank, size, ports, settings) for rank in range(size)]
             for process in ranks:
                 process.join()
             assert [process.exitcode for process in ranks] == [0] * size
