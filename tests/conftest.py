@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -15,6 +18,7 @@ import torch
 from recbole.utils import utils as recbole_utils
 from torch.utils.tensorboard import SummaryWriter
 
+from recbole_gacllm.artifacts import children, manifests
 from recbole_gacllm.config import GaCLLMConfig, model_defaults
 from recbole_gacllm.job import Job
 
@@ -68,6 +72,73 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from .test_generator_contract import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def fresh_process(target: Callable[..., Any], *args: Any) -> Any:
+    """A process of its own, forked from one that has only imported what takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ddp_process"])
+    process = context.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def run_stage(stage: str, folder: Path, **_: object) -> None:
+    """A stage in this process, as :func:`recbole_gacllm.stage.main` runs it in a child."""
+    from recbole_gacllm.stage import STAGES
+
+    job = Job.read(folder)
+    report = STAGES[stage](folder, job)
+    told = {"stage": stage, "key": job.key, "files": manifests.digests(folder, job.outputs)}
+    manifests.write_manifest(folder, {**report, **told, "seconds": 0})
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No interpreter for each stage: where the child process is not the claim."""
+    monkeypatch.setattr(children, "run_child", run_stage)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A folder with a model, an encoder and the data set ``tiny``, for runs that are disturbed."""
+    from .crash_lab import save_tiny_encoder
+
+    root = tmp_path_factory.mktemp("place")
+    shutil.copytree(tiny_model, root / "model")
+    save_tiny_encoder(root / "encoder")
+    write_dataset(root / "data")
+    return root
+
+
+@pytest.fixture(scope="session")
+def lab(place: Path) -> Iterator[Any]:
+    from .crash_lab import Lab
+
+    lab = Lab(place / "lab.log")
+    yield lab
+    lab.close()
+
+
+@pytest.fixture(scope="session")
+def whole(place: Path, lab: Any) -> tuple[dict[str, Any], dict[str, Any], list[list[Any]]]:
+    """Results, answer and record of a run that nobody disturbed, in ``place / "whole"``."""
+    from .test_kill_sweep import Folder
+
+    folder = Folder(place, "whole")
+    answer, lines = folder.run(lab)
+    assert answer["status"] == "done", answer
+    return folder.results(), answer, lines
+
+
+@pytest.fixture
+def no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that starts is an error."""
+
+    def refuse(stage: str, folder: Path, **_: object) -> None:
+        raise AssertionError(f"stage {stage} was started in {folder}")
+
+    monkeypatch.setattr(children, "run_child", refuse)
 
 
 @pytest.fixture

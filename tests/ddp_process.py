@@ -6,8 +6,6 @@ Three things that RecBole draws anew in each process are fixed here: the order o
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import torch
@@ -46,9 +44,7 @@ class Watch:
         self.trainer = trainer
 
 
-def main() -> None:
-    rank, size, ports, settings = map(json.loads, sys.argv[1:5])
-    sys.argv[1:] = []  # RecBole reads it
+def work(rank: int, size: int, ports: list[int], settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     Sampler.sample_by_user_ids = drawn_by_pair
     model_module.prepare = random_texts
@@ -71,7 +67,3 @@ def main() -> None:
             "state": watch.trainer.model.state_dict(),
         }
     torch.save(results, f"rank_{rank}_of_{size}.pt")
-
-
-if __name__ == "__main__":
-    main()

@@ -72,11 +72,13 @@ def test_a_value_that_is_not_json_is_refused_by_its_place(obj: dict[str, Any], w
         fingerprint(obj)
 
 
-def test_a_manifest_comes_back(tmp_path: Path) -> None:
+def test_a_manifest_comes_back_and_is_json_for_other_programs(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
-    write_manifest(tmp_path, {"n": 1, "text": "é"})
-    write_manifest(tmp_path, {"n": 2, "text": "é"})
-    assert read_manifest(tmp_path) == {"n": 2, "text": "é"}
+    write_manifest(tmp_path, {"n": 1})
+    manifest = {"lone": "\udc80", "text": "é", "n": [1, 2.5, None]}
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+    assert json.loads((tmp_path / "manifest.json").read_text("utf-8")) == manifest
     assert os.listdir(tmp_path) == ["manifest.json"]
 
 
@@ -349,21 +351,19 @@ def start_parent(tmp_path: Path, body: str) -> tuple[subprocess.Popen[str], list
 BUSY = "import re; re.match('(a+)+b', 'a' * 64)"  # never gives the interpreter back
 
 
-@pytest.mark.parametrize("body", ["time.sleep(600)", BUSY], ids=["asleep", "busy interpreter"])
-def test_a_stage_and_its_helpers_die_with_a_killed_parent(tmp_path: Path, body: str) -> None:
+@pytest.mark.parametrize(
+    ("body", "with_stage"),
+    [("time.sleep(600)", False), (BUSY, False), ("time.sleep(600)", True)],
+    ids=["asleep", "busy interpreter", "killed with its stage"],
+)
+def test_a_stage_and_its_helpers_die_with_a_killed_parent(
+    tmp_path: Path, body: str, with_stage: bool
+) -> None:
     parent, pids = start_parent(tmp_path, body)
     assert all(is_alive(pid) for pid in pids)
     parent.kill()
-    parent.wait()
-    wait_until(lambda: not any(is_alive(pid) for pid in pids), seconds=2)
-
-
-def test_a_stage_and_its_helpers_die_when_the_stage_is_killed_with_its_parent(
-    tmp_path: Path,
-) -> None:
-    parent, pids = start_parent(tmp_path, "time.sleep(600)")
-    parent.kill()
-    os.kill(pids[0], signal.SIGKILL)
+    if with_stage:
+        os.kill(pids[0], signal.SIGKILL)
     parent.wait()
     wait_until(lambda: not any(is_alive(pid) for pid in pids), seconds=2)
 
@@ -373,11 +373,13 @@ def test_ctrl_c_reaches_the_stage_and_then_the_parent(tmp_path: Path) -> None:
         tmp_path,
         """
         try:
+            (folder / "ready").write_text("")
             time.sleep(600)
         finally:
             (folder / "tidied").write_text("")
         """,
     )
+    wait_until((tmp_path / "folder" / "ready").exists)
     parent.send_signal(signal.SIGINT)
     assert parent.communicate()[0] == "interrupted\n"
     assert (tmp_path / "folder" / "tidied").exists()
@@ -411,12 +413,6 @@ def test_a_stage_is_not_started_by_hand(tmp_path: Path) -> None:
     )
     assert result.returncode == 1
     assert "started by the pipeline" in result.stderr
-
-
-def test_a_manifest_is_json_for_other_programs(tmp_path: Path) -> None:
-    write_manifest(tmp_path, {"lone": "\udc80", "n": [1, 2.5, None]})
-    manifest = json.loads((tmp_path / "manifest.json").read_text("utf-8"))
-    assert manifest == {"lone": "\udc80", "n": [1, 2.5, None]}
 
 
 # Launchers

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,11 +26,11 @@ from recbole_gacllm.convolution.batch import (
 from recbole_gacllm.convolution.layers import SIDES, Layer
 from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.llm.engines import open_generator
 from recbole_gacllm.llm.generator import Request, Sampling
 
 from .fake_generator import FakeGenerator
 from .fake_server import chat_completion
-from .test_generator_contract import save_tiny_model
 from .test_pipeline import TINY
 
 KEYS = [f"{number:064x}" for number in range(8)]
@@ -215,14 +216,9 @@ def sometimes_empty(request: Request) -> str:
     return "" if seed % (7 if request.sampling.temperature > 0 else 3) == 0 else text
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
-
-
 @pytest.fixture
 def tiny_keys(settings, tiny_model) -> dict:
-    return {**settings, **TINY, "llm_model": tiny_model, "sft": False, "llm_n_layers": 2}
+    return {**settings, **TINY, "llm_model": str(tiny_model), "sft": False, "llm_n_layers": 2}
 
 
 @pytest.fixture
@@ -365,8 +361,6 @@ def test_any_mix_of_parts_adds_up(fakes, generator, data):
 
 @pytest.fixture
 def flags(tiny_keys, tmp_path) -> list[str]:
-    import yaml
-
     (tmp_path / "keys.yaml").write_text(yaml.safe_dump(tiny_keys))
     return ["--dataset=tiny", "--config_files=keys.yaml"]
 
@@ -377,20 +371,9 @@ def run_cli(*arguments: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_embedded_model_answers_a_batch_as_a_run_here_would(settings, tmp_path, capfd):
-    """Export, the real default model through transformers, import: the store of a local run."""
-    import yaml
-
-    from recbole_gacllm.llm.engines import open_generator
-
-    keys = {
-        **settings,
-        **TINY,
-        "sft": False,
-        "llm_max_new_tokens": 24,
-        "llm_model": "embedded",
-        "artifact_dir": str(tmp_path / "cluster"),
-    }
+def test_an_engine_answers_a_batch_as_a_run_here_would(tiny_keys, in_process, tmp_path, capfd):
+    """Export, a model through transformers, import: the store of a local run."""
+    keys = {**tiny_keys, "llm_n_layers": 1, "artifact_dir": str(tmp_path / "cluster")}
     (tmp_path / "keys.yaml").write_text(yaml.safe_dump(keys))
     flags = ["--dataset=tiny", "--config_files=keys.yaml"]
     exported = []
@@ -422,13 +405,13 @@ def test_the_embedded_model_answers_a_batch_as_a_run_here_would(settings, tmp_pa
     run_cli(*flags)
     folder = Path(capfd.readouterr().out.splitlines()[0])
     report = manifests.read_manifest(folder)["layers"][0]
-    assert (report["n_generated"], report["n_retried"]) == (0, 0)
+    assert report["n_generated"] == 0 < report["n_retried"]  # second attempts were exported, too
     layer = Layer.read(folder / "layer_1.parquet")
     local = tmp_path / "local"
     run_cli(*flags, f"--artifact_dir={local}")
     here = Layer.read(next(local.glob("tiny/descriptions-*/layer_1.parquet")))
     assert [layer.texts, layer.statuses] == [here.texts, here.statuses]
-    assert sum(layer.statuses[side].count("generated") for side in SIDES) > 40
+    assert sum(layer.statuses[side].count("generated") for side in SIDES) > 30
     stores = [records_in(tmp_path / name / "store.sqlite") for name in ("cluster", "local")]
     assert stores[0] == stores[1]
 

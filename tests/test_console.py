@@ -116,9 +116,10 @@ def run_program(arguments, **others):
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
-@pytest.mark.parametrize("encoding", [ASCII, {"PYTHONIOENCODING": "latin-1"}], ids=str)
-@pytest.mark.parametrize("command", ["audit", "describe"])
-def test_no_encoding_is_an_error(described, encoding, command):  # noqa: F811
+@pytest.mark.parametrize(
+    ("command", "encoding"), [("audit", ASCII), ("describe", {"PYTHONIOENCODING": "latin-1"})]
+)
+def test_no_encoding_is_an_error(described, command, encoding):  # noqa: F811
     inputs = described.parent / "inputs-1"
     layer = Layer.read(inputs / "layer_0.parquet")
     layer.texts["user"][0] = "喜欢 → die Oper"

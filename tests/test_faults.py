@@ -7,34 +7,40 @@ The engine is deterministic, so a run that goes on must end with the results of 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from recbole_gacllm.artifacts import children
 from recbole_gacllm.convolution.layers import SIDES, Layer
 from recbole_gacllm.convolution.store import DescriptionStore, Record
 from recbole_gacllm.errors import GaCLLMError, StoreError, WeightsError
+from recbole_gacllm.llm import weights
+from recbole_gacllm.llm.formats import check_safetensors
 from recbole_gacllm.llm.generator import Request
 
-from .crash_lab import Lab
+from .conftest import fresh_process, run_stage
+from .crash_lab import Lab, prepare
 from .fake_generator import FakeGenerator
 from .test_convolution import convolve, graph_of, raw_layer, templates  # noqa: F401  (fixtures)
-from .test_kill_sweep import REAL, Folder, lab, place, whole  # noqa: F401  (fixtures)
+from .test_kill_sweep import Folder
 from .test_store import damage_page_of, fill, key_of
 
 Whole = tuple[dict[str, Any], dict[str, Any], list[list[Any]]]
 
 
 @pytest.fixture
-def folder(place: Path, whole: Whole) -> Iterator[Folder]:  # noqa: F811
+def folder(place: Path, whole: Whole) -> Iterator[Folder]:
     """A copy of the finished artefacts, in the same place, as paths are part of a job."""
     kept = place / "kept"
     if not kept.exists():
@@ -89,9 +95,9 @@ def forget(folder: Folder, stage: str) -> None:
 )
 @pytest.mark.slow
 def test_a_damaged_output_is_found_told_and_made_again_and_no_text_is_generated_again(
-    lab: Lab,  # noqa: F811
+    lab: Lab,
     folder: Folder,
-    whole: Whole,  # noqa: F811
+    whole: Whole,
     stage: str,
     output: str,
     damage: Any,
@@ -112,7 +118,7 @@ def test_a_damaged_output_is_found_told_and_made_again_and_no_text_is_generated_
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["llm_model", "encoder_model", "llm_adapter"])
 def test_truncated_weights_of_the_user_are_named_before_any_stage(
-    lab: Lab,  # noqa: F811
+    lab: Lab,
     folder: Folder,
     which: str,
 ) -> None:
@@ -134,9 +140,9 @@ def test_truncated_weights_of_the_user_are_named_before_any_stage(
 @pytest.mark.slow
 @pytest.mark.parametrize("unfinished", [False, True], ids=["manifest", "half-written folder"])
 def test_a_folder_of_another_configuration_is_refused_by_what_differs(
-    lab: Lab,  # noqa: F811
+    lab: Lab,
     folder: Folder,
-    whole: Whole,  # noqa: F811
+    whole: Whole,
     unfinished: bool,
 ) -> None:
     other = only(folder, "tiny/descriptions-*")
@@ -164,9 +170,9 @@ def test_a_folder_of_another_configuration_is_refused_by_what_differs(
 
 @pytest.mark.slow
 def test_a_damaged_page_of_the_store_costs_its_own_rows_and_the_next_start_makes_them_again(
-    lab: Lab,  # noqa: F811
+    lab: Lab,
     folder: Folder,
-    whole: Whole,  # noqa: F811
+    whole: Whole,
 ) -> None:
     (only(folder, "tiny/descriptions-*") / "manifest.json").unlink()
     longest = max((row[0] for row in folder.rows.values()), key=len)  # a short one stands anywhere
@@ -212,9 +218,9 @@ WRITERS = (
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_disk_that_is_full_at_any_writer_is_one_clear_error_and_loses_nothing(
-    place: Path,  # noqa: F811
-    lab: Lab,  # noqa: F811
-    whole: Whole,  # noqa: F811
+    place: Path,
+    lab: Lab,
+    whole: Whole,
 ) -> None:
     folder = Folder(place, "full")
     hit = []
@@ -254,9 +260,9 @@ def mount(*arguments: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_on_a_real_disk_that_grows_too_slowly_every_start_is_a_clear_error_or_a_step_on(
-    place: Path,  # noqa: F811
-    lab: Lab,  # noqa: F811
-    whole: Whole,  # noqa: F811
+    place: Path,
+    lab: Lab,
+    whole: Whole,
     small_disk: Path,
 ) -> None:
     folder = Folder(place, "unused")
@@ -291,21 +297,23 @@ def test_on_a_real_disk_that_grows_too_slowly_every_start_is_a_clear_error_or_a_
     assert folder.results() == whole[0]
 
 
+def prepare_here(keys: dict[str, Any], data: Path, log: Path) -> None:
+    logging.basicConfig(level=logging.INFO, filename=log, force=True)
+    children.run_child = run_stage
+    prepare(keys, data)
+
+
 @pytest.mark.slow
-def test_two_real_runs_started_on_one_folder_at_once_share_the_work(
-    place: Path,  # noqa: F811
-    whole: Whole,  # noqa: F811
+def test_two_processes_started_on_one_folder_at_once_share_the_work(
+    place: Path, whole: Whole, tmp_path: Path
 ) -> None:
     folder = Folder(place, "shared")
-    arguments = [json.dumps(folder.keys), str(place / "data")]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", REAL, *arguments], stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    logs = [run.communicate()[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], logs
+    files = [tmp_path / "1.log", tmp_path / "2.log"]
+    runs = [fresh_process(prepare_here, folder.keys, place / "data", log) for log in files]
+    for run in runs:
+        run.join()
+    logs = [log.read_text() for log in files]
+    assert [run.exitcode for run in runs] == [0, 0], logs
     for stage in ("sft", "merged", "descriptions", "embeddings"):
         assert sum(log.count(f"stage {stage} starts in") for log in logs) == 1, stage
         assert sum(log.count(f"stage {stage} was done before") for log in logs) == 1, stage
@@ -377,8 +385,6 @@ def test_a_damaged_store_is_told_by_its_damage_also_to_a_caller_that_writes_once
 def test_a_file_of_the_cache_that_changed_without_changing_its_size_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recbole_gacllm.llm import weights
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = []
 
@@ -395,11 +401,6 @@ def test_a_file_of_the_cache_that_changed_without_changing_its_size_is_made_agai
 
 
 def test_a_truncated_file_is_found_by_its_header_alone(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    from recbole_gacllm.llm.formats import check_safetensors
-
     file = tmp_path / "model-00002-of-00002.safetensors"
     save_file({"a": torch.zeros(1000)}, file)
     check_safetensors(tmp_path)

@@ -154,6 +154,12 @@ def vllm(smollm2: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory)
     return SimpleNamespace(start=start, hosts=file)
 
 
+@pytest.fixture(scope="module")
+def one_vllm(vllm: Any) -> Iterator[Fleet]:
+    with closing(vllm.start("0")) as started:
+        yield started
+
+
 def load_watched(window: int | None, options: dict[str, Any], file: Path) -> Any:
     """vLLM, noting every address that Python code of its process connects to."""
     from recbole_gacllm.llm.vllm_engine import VLLMGenerator
@@ -189,9 +195,11 @@ def generator(request: pytest.FixtureRequest) -> Iterator[TextGenerator]:
             started: Any = FakeGenerator(max_model_len=MAX_MODEL_LEN)
         elif request.param == "fleet":
             started = Fleet([({}, load_fake_engine)] * 2)
-        elif request.param.startswith("vllm"):
-            in_two = "two" in request.param
-            started = request.getfixturevalue("vllm").start(str(int(in_two)))
+        elif request.param == "vllm":
+            yield request.getfixturevalue("one_vllm")
+            return
+        elif request.param == "vllm in two processes":
+            started = request.getfixturevalue("vllm").start("1")
         else:
             options: dict[str, Any] = {"dtype": "float32", "batch_size": 3}
             if request.param == "server":
@@ -512,12 +520,6 @@ def pretend_installed(patch: pytest.MonkeyPatch, versions: dict[str, str], gpu: 
     patch.setattr(engines.metadata, "version", version)
     patch.setattr(engines.importlib.util, "find_spec", find)
     patch.setattr(torch.cuda, "is_available", lambda: gpu)
-
-
-@pytest.fixture(scope="module")
-def one_vllm(vllm: Any) -> Iterator[Fleet]:
-    with closing(vllm.start("0")) as started:
-        yield started
 
 
 @pytest.mark.engine

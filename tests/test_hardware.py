@@ -160,21 +160,27 @@ def test_the_command_line_says_it_in_one_line(cards: Any, tmp_path: Path) -> Non
 
 CHOICE = """
 import json, os, sys
-import recbole_gacllm
-import torch
-from recbole.config import Config
-made = []
-for keys in json.loads(sys.argv.pop()):
-    keys |= {"data_path": "data", "state": "ERROR"}
-    config = Config(model="BPR", dataset="tiny", config_dict=keys)
-    made.append([config["gpu_id"], os.environ["CUDA_VISIBLE_DEVICES"]])
-print(json.dumps(made))
+import pandas, sklearn.metrics, torch, torch.utils.tensorboard  # once for all forks
+for case, (variable, runs) in enumerate(json.loads(sys.argv.pop())):
+    if os.fork() == 0:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if variable is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = variable
+        import recbole_gacllm
+        from recbole.config import Config
+        made = []
+        for keys in runs:
+            keys |= {"data_path": "data", "state": "ERROR"}
+            config = Config(model="BPR", dataset="tiny", config_dict=keys)
+            made.append([config["gpu_id"], os.environ["CUDA_VISIBLE_DEVICES"]])
+        json.dump(made, open(f"{case}.json", "w"))
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
 
 
-@pytest.mark.parametrize(
-    ("variable", "runs", "expected"),
-    [
+def test_the_users_variable_is_the_default_of_gpu_id(dataset_root: Path, tmp_path: Path) -> None:
+    cases: list[tuple[str | None, list[dict[str, Any]], list[str]]] = [
         ("3", [{}], ["3"]),
         ("2,5", [{}], ["2,5"]),
         ("GPU-aaaa", [{}], ["GPU-aaaa"]),
@@ -182,26 +188,14 @@ print(json.dumps(made))
         (None, [{}], ["0"]),
         ("3", [{"gpu_id": "1"}], ["1"]),
         ("3", [{"gpu_id": [0, 1]}], ["0,1"]),
-        ("3", [{"use_gpu": False}], [""]),
         ("3", [{"use_gpu": False}, {}, {"gpu_id": 1}, {}], ["", "3", "1", "3"]),
         (None, [{"gpu_id": 1}, {}], ["1", "0"]),
-    ],
-)
-def test_the_users_variable_is_the_default_of_gpu_id(
-    dataset_root: Path, tmp_path: Path, variable: str | None, runs: list[Any], expected: list[str]
-) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-    if variable is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = variable
-    ran = subprocess.run(
-        [sys.executable, "-c", CHOICE, json.dumps(runs)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    ]
+    asked = json.dumps([case[:2] for case in cases])
+    ran = subprocess.run([sys.executable, "-c", CHOICE, asked], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert json.loads(ran.stdout.splitlines()[-1]) == [[value, value] for value in expected]
+    made = [json.loads((tmp_path / f"{n}.json").read_text()) for n in range(len(cases))]
+    assert made == [[[value, value] for value in expected] for *_, expected in cases]
 
 
 def test_more_processes_than_cards_are_refused_with_the_keys(

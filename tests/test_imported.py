@@ -163,7 +163,9 @@ def full_import(file: Path, n_layers: int = 1) -> Path:
     return write(file, rows)
 
 
-def test_a_run_on_imported_texts_needs_no_llm_and_says_so(settings, tmp_path, monkeypatch):
+def test_a_run_on_imported_texts_needs_no_llm_and_says_so(
+    settings, in_process, tmp_path, monkeypatch
+):
     file = full_import(tmp_path / "texts.csv")
     keys = {**settings, "text_import_file": str(file), "llm_model": "/no/such/model"}
     done = run("GaCLLM", "tiny", config_dict=keys)
@@ -188,7 +190,9 @@ def test_a_run_on_imported_texts_needs_no_llm_and_says_so(settings, tmp_path, mo
         run("GaCLLM", "tiny", config_dict=keys)
 
 
-def test_imported_texts_of_layer_0_are_audited_for_leaks(settings, dataset_root, tmp_path):
+def test_imported_texts_of_layer_0_are_audited_for_leaks(
+    settings, in_process, dataset_root, tmp_path
+):
     people = dataset_root / "tiny" / "tiny.user"
     header, *rows = people.read_text().splitlines()
     rows = [f"{row}\tAnna Person{at}" for at, row in enumerate(rows)]
@@ -213,20 +217,21 @@ def test_imported_texts_of_layer_0_are_audited_for_leaks(settings, dataset_root,
         assert audit["not_checked"][f"{'item' if side == 'user' else 'user'}_texts"] > 40
 
 
-def test_a_layer_that_is_not_imported_is_generated_from_the_imported_one(settings, tmp_path):
-    from .test_generator_contract import save_tiny_model
+def test_a_layer_that_is_not_imported_is_generated_from_the_imported_one(
+    settings, in_process, tiny_model, tmp_path
+):
     from .test_pipeline import TINY
 
     file = full_import(tmp_path / "texts.parquet")
     keys = {**settings, **TINY, "llm_n_layers": 2, "sft": False, "text_import_file": str(file)}
-    keys["llm_model"] = str(save_tiny_model(tmp_path / "model"))
+    keys["llm_model"] = str(tiny_model)
     done = run("GaCLLM", "tiny", config_dict=keys)
     imported, generated = done.record["stages"]["descriptions"]["layers"]
     assert imported["imported"]
     assert generated["n_generated"] == 54
 
 
-def test_the_command_fills_the_layers_that_a_run_then_finds(settings, tmp_path, capsys):
+def test_the_command_fills_the_layers_that_a_run_then_finds(settings, in_process, tmp_path, capsys):
     file = full_import(tmp_path / "texts.csv")
     with file.open("a") as rows:
         rows.write("user,u99,1,Nobody.\n")

@@ -1,8 +1,9 @@
-"""SIGKILL at 75 moments of the preprocessing hook: nothing finished is lost, changed or repeated.
+"""SIGKILL at 45 moments of the preprocessing hook: nothing finished is lost, changed or repeated.
 
-25 moments are exact (the n-th rename, write, sync or SQL statement of a stage), 50 are
-random times; some kill the run alone, some its stage alone, some all at once. transformers in
-float32 is deterministic, so every interrupted run must end with the bytes of one that was not.
+25 moments are exact (the n-th rename, write, sync or SQL statement of a stage): between two of
+these nothing on the disk changes. 20 are random times, within a write, too; some kill the run
+alone, some its stage alone, some all at once. transformers in float32 is deterministic, so every
+interrupted run must end with the bytes of one that was not.
 """
 
 from __future__ import annotations
@@ -16,24 +17,22 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.artifacts.manifests import read_manifest
 from recbole_gacllm.convolution.layers import Layer
 
-from .conftest import write_dataset
-from .crash_lab import Lab, save_tiny_encoder
-from .test_generator_contract import save_tiny_model
+from .crash_lab import Lab
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 N_EXACT = 25
-N_RANDOM = 50
+N_RANDOM = 20
 KILLS_A_RUN = 8
 STAGES = ("inputs", "sft", "merged", "descriptions", "embeddings")
 OUTPUTS = {
@@ -57,23 +56,6 @@ TINY = {
     "encoder_dtype": "float32",
     "encoder_batch_size": 1,
 }
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, an encoder and the data set ``tiny``."""
-    root = tmp_path_factory.mktemp("sweep")
-    save_tiny_model(root / "model")
-    save_tiny_encoder(root / "encoder")
-    write_dataset(root / "data")
-    return root
-
-
-@pytest.fixture(scope="module")
-def lab(place: Path) -> Iterator[Lab]:
-    lab = Lab(place / "lab.log")
-    yield lab
-    lab.close()
 
 
 class Folder:
@@ -170,15 +152,6 @@ def stored(artifact_dir: Path, scratch: Path) -> dict[str, tuple[Any, ...]]:
     return rows
 
 
-@pytest.fixture(scope="module")
-def whole(place: Path, lab: Lab) -> tuple[dict[str, Any], dict[str, Any], list[list[Any]]]:
-    """Results, answer and record of a run that nobody killed."""
-    folder = Folder(place, "whole")
-    answer, lines = folder.run(lab)
-    assert answer["status"] == "done", answer
-    return folder.results(), answer, lines
-
-
 def plan(answer: dict[str, Any], lines: list[list[Any]], draw: random.Random) -> list[list[dict]]:
     """Kills for each of several runs, in the order in which they can happen.
 
@@ -227,7 +200,7 @@ def plan(answer: dict[str, Any], lines: list[list[Any]], draw: random.Random) ->
     return runs
 
 
-def test_kills_at_exact_and_at_fifty_random_moments_lose_change_and_repeat_nothing(
+def test_kills_at_exact_and_at_random_moments_lose_change_and_repeat_nothing(
     place: Path, lab: Lab, whole: tuple[dict[str, Any], dict[str, Any], list[list[Any]]]
 ) -> None:
     results, answer, lines = whole
@@ -280,19 +253,13 @@ def _is_there(folder: Path, pattern: str) -> bool:
         return False
 
 
-def test_real_processes_killed_in_every_stage_leave_nothing_behind_and_end_the_same(
+def test_real_processes_killed_in_a_stage_leave_nothing_behind_and_end_the_same(
     place: Path, lab: Lab, whole: tuple[dict[str, Any], dict[str, Any], list[list[Any]]]
 ) -> None:
     """Only the run is killed: its stage and all that this started must die with it."""
-    psutil = pytest.importorskip("psutil")
     folder = Folder(place, "real")
     draw = random.Random(4)
-    for sign in (
-        "sft-*/checkpoints/*",
-        "merged-*/job.json",
-        "descriptions-*/job.json",
-        "layer_*.npy*",
-    ):
+    for sign in ("sft-*/checkpoints/*", "descriptions-*/job.json"):
         process = subprocess.Popen(
             [sys.executable, "-c", REAL, json.dumps(folder.keys), str(place / "data")]
         )

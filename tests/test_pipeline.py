@@ -1,19 +1,13 @@
-"""The stages in real child processes, on a tiny random model: resume, reuse, leakage, bad input.
+"""The hook and all stages on a tiny random model: what a run records, reuse, leakage, bad input.
 
-The transformers engine in float32 is deterministic, so texts and embeddings must be equal to the
-byte however often a run was killed.
+Runs that are killed: :mod:`.test_kill_sweep`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +18,6 @@ from recbole_gacllm.inspection.reading import RunDescriptions
 from recbole_gacllm.run import run
 
 from .conftest import our_keys, tiny_settings, write_dataset
-from .test_generator_contract import save_tiny_model
 
 pytestmark = pytest.mark.slow  # every test here runs the pipeline or a part of it for real
 
@@ -43,42 +36,19 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
-
-
 @pytest.fixture
-def keys(settings, tiny_model):
-    return {**settings, **TINY, "llm_model": tiny_model}
+def keys(settings, tiny_model, in_process):
+    return {**settings, **TINY, "llm_model": str(tiny_model)}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model):
-    """One uninterrupted run, shared by the tests that only look at what it left."""
+    """One run, its stages in children, shared by the tests that only look at what it left."""
     root = tmp_path_factory.mktemp("finished")
-    keys = {
-        **tiny_settings(write_dataset(root / "data"), root),
-        "llm_model": tiny_model,
-        **TINY,
-    }
+    settings = tiny_settings(write_dataset(root / "data"), root)
+    keys = {**settings, **TINY, "llm_model": str(tiny_model)}
     with contextlib.chdir(root):
         return keys, run("GaCLLM", "tiny", config_dict=dict(keys))
-
-
-def outputs(artifact_dir: Path) -> dict[str, bytes]:
-    """Everything that the stages made, by name: texts, embeddings, adapter."""
-    found = {}
-    for pattern in ("*/descriptions-*/layer_*.parquet", "*/embeddings-*/layer_*.npy"):
-        for file in artifact_dir.glob(pattern):
-            content = file.read_bytes()
-            if file.suffix == ".parquet":
-                layer = Layer.read(file)
-                content = repr([layer.tokens, layer.texts, layer.statuses]).encode()
-            found[f"{file.parent.name}/{file.name}"] = content
-    for file in artifact_dir.glob("*/sft-*/adapter/adapter_model.safetensors"):
-        found[f"{file.parent.parent.name}/adapter"] = file.read_bytes()
-    return found
 
 
 def test_run_json_says_all_that_happened(finished):
@@ -121,13 +91,11 @@ def test_every_node_has_a_text_and_a_finite_embedding_at_every_layer(finished):
         assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2)
 
 
-def test_started_again_it_reuses_every_stage_and_gives_the_same_numbers(finished, monkeypatch):
+def test_started_again_it_reuses_every_stage_and_gives_the_same_numbers(
+    finished, no_stage, monkeypatch
+):
     keys, first = finished
     monkeypatch.chdir(Path(keys["artifact_dir"]).parent)
-    monkeypatch.setattr(
-        "recbole_gacllm.artifacts.children.run_child",
-        lambda *a, **k: pytest.fail("a stage was run again"),
-    )
     again = run("GaCLLM", "tiny", config_dict=dict(keys))
     assert again.result["test_result"] == first.result["test_result"]
     assert all(stage["reused"] for stage in again.record["stages"].values())
@@ -146,13 +114,9 @@ def test_an_audit_that_fails_does_not_cost_the_metrics(finished, monkeypatch, tm
     assert json.loads(run_file.read_text())["test"] == first.record["test"]
 
 
-def test_shuffled_texts_use_the_same_artefacts_on_other_nodes(finished, monkeypatch):
+def test_shuffled_texts_use_the_same_artefacts_on_other_nodes(finished, no_stage, monkeypatch):
     keys, first = finished
     monkeypatch.chdir(Path(keys["artifact_dir"]).parent)
-    monkeypatch.setattr(
-        "recbole_gacllm.artifacts.children.run_child",
-        lambda *a, **k: pytest.fail("a stage was run again"),
-    )
     shuffled = run("GaCLLM", "tiny", config_dict={**keys, "text_source": "shuffled"})
     assert shuffled.record["artifacts"] == first.record["artifacts"]
     assert shuffled.result["best_valid_score"] != first.result["best_valid_score"] or (
@@ -161,13 +125,9 @@ def test_shuffled_texts_use_the_same_artefacts_on_other_nodes(finished, monkeypa
 
 
 def test_a_run_with_other_names_of_items_shares_the_texts_and_leaves_the_names_of_the_first(
-    finished, monkeypatch, tmp_path
+    finished, no_stage, tmp_path
 ):
     keys, first = finished
-    monkeypatch.setattr(
-        "recbole_gacllm.artifacts.children.run_child",
-        lambda *a, **k: pytest.fail("a stage was run again"),
-    )
     other = {"text_item_name_field": "class", "checkpoint_dir": str(tmp_path)}
     second = run("GaCLLM", "tiny", config_dict=keys | other)
     assert {k: v for k, v in second.record["artifacts"].items() if k != "item_names"} == {
@@ -177,9 +137,7 @@ def test_a_run_with_other_names_of_items_shares_the_texts_and_leaves_the_names_o
     assert names == ["The Great Film 1", "Comedy"]
 
 
-def test_no_layers_are_the_raw_texts_and_can_be_shuffled(finished, tmp_path, monkeypatch):
-    keys = finished[0] | {"artifact_dir": str(tmp_path / "artifacts")}
-    monkeypatch.chdir(tmp_path)
+def test_no_layers_are_the_raw_texts_and_can_be_shuffled(keys):
     done = {
         source: run(
             "GaCLLM", "tiny", config_dict={**keys, "text_source": source, "llm_n_layers": n}
@@ -222,7 +180,6 @@ def test_planted_held_out_interactions_leave_no_trace_after_a_real_split(
 
     plant_split(dataset_root)
     planted = {**keys, "benchmark_filename": ["train", "valid", "test"]}
-    monkeypatch.setattr("recbole_gacllm.artifacts.children.run_child", in_process)
     learnt, prompts = [], []
     sample, key_of = pairs.sample_pairs, RequestMaker.key
 
@@ -254,17 +211,6 @@ def test_planted_held_out_interactions_leave_no_trace_after_a_real_split(
     audit = done.record["leakage_audit"]
     assert (audit["edges_in_graph"], audit["heldout_mentions"]) == (0, 0)
     assert audit["n_pairs"] == 48
-
-
-def in_process(stage: str, folder: Path) -> None:
-    """A stage without its child process, so that a test can look inside."""
-    from recbole_gacllm.artifacts import manifests
-    from recbole_gacllm.job import Job
-    from recbole_gacllm.stage import STAGES
-
-    job = Job.read(folder)
-    report = STAGES[stage](folder, job)
-    manifests.write_manifest(folder, {**report, "stage": stage, "key": job.key, "seconds": 0})
 
 
 @pytest.mark.engine
@@ -313,67 +259,6 @@ def test_the_real_llm_is_tuned_merged_and_run_by_the_real_vllm(settings):
             ]
             assert all(text.startswith(begins[side]) for text in made)
             assert len(made) > {"user": 12, "item": 15}[side]
-
-
-DRIVER = """
-import sys
-sys.argv = ["driver"]
-import json
-from recbole_gacllm.run import run
-keys = json.loads(open("keys.json").read())
-print(json.dumps(run("GaCLLM", "tiny", config_dict=keys).result["test_result"]))
-"""
-
-
-def test_killed_at_random_moments_it_goes_on_and_ends_with_the_same_bytes(finished, keys, tmp_path):
-    """SIGKILL to the parent at random moments of all stages, until it gets through."""
-    reference = outputs(Path(finished[0]["artifact_dir"]))
-    (tmp_path / "keys.json").write_text(json.dumps(keys))
-    root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    rng = random.Random(20)
-    store = Path(keys["artifact_dir"]) / "store.sqlite"
-    seen: dict[str, str] = {}
-    n_kills = 0
-    while True:
-        process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            # Long enough to get through in the end, however slow the machine is.
-            out, err = process.communicate(timeout=rng.uniform(6, 16) * 1.15**n_kills)
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            n_kills += 1
-            created = creation_times(store)
-            assert all(created[key] == when for key, when in seen.items()), "lost or made twice"
-            seen = created
-    assert process.returncode == 0, err[-3000:]
-    assert n_kills >= 2
-    assert all(creation_times(store)[key] == when for key, when in seen.items())
-    assert outputs(Path(keys["artifact_dir"])) == reference
-    assert json.loads(out.splitlines()[-1]) == dict(finished[1].result["test_result"])
-
-
-def creation_times(store: Path) -> dict[str, str]:
-    """When each finished description was made."""
-    import sqlite3
-
-    if not store.exists():
-        return {}
-    time.sleep(0.5)  # a killed child needs a moment to let go
-    with sqlite3.connect(store) as db:
-        tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-        if not tables:
-            return {}
-        return dict(db.execute("SELECT key, created FROM descriptions"))
 
 
 @pytest.mark.parametrize(
@@ -435,18 +320,7 @@ def test_coded_values_may_be_numbers_in_yaml(keys):
     assert layer.texts["user"][layer.tokens["user"].index("u0")] == "A person aged twenty."
 
 
-def test_a_lost_output_is_made_again_though_its_manifest_stands(finished, monkeypatch):
-    keys, first = finished
-    monkeypatch.chdir(Path(keys["artifact_dir"]).parent)
-    lost = Path(first.record["artifacts"]["embeddings"]) / "layer_1.npy"
-    before = lost.read_bytes()
-    lost.unlink()
-    again = run("GaCLLM", "tiny", config_dict=dict(keys))
-    assert lost.read_bytes() == before
-    assert again.result["test_result"] == first.result["test_result"]
-
-
-def test_preparing_leaves_global_random_state_alone(finished, monkeypatch):
+def test_preparing_leaves_global_random_state_alone(monkeypatch):
     """Cached or not, the model that follows must start from the same weights."""
     import torch
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from recbole_gacllm.cli.main import main
 from recbole_gacllm.plugin.run_folder import claimed, require_writable
 from recbole_gacllm.run import run
+
+from .conftest import fresh_process
 
 SECOND = "Nov-29-2026_10-00-00"
 
@@ -78,12 +78,9 @@ def test_processes_that_claim_at_once_get_a_name_each(runs, one_second):
         assert len(names) == len(set(names)) == 6
 
 
-RUN = """
-import sys, time
-time.strftime = lambda *_: "Nov-29-2026_10-00-00"
-from recbole_gacllm.cli.main import main
-main(sys.argv[1:])
-"""
+def start(flags):
+    time.strftime = lambda *_: SECOND
+    main(flags)
 
 
 @pytest.mark.slow
@@ -94,12 +91,10 @@ def test_three_seeds_started_at_once_have_the_numbers_of_each_alone(settings, tm
     columns = tmp_path / "columns.yaml"
     columns.write_text("load_col: {inter: [user_id, item_id, rating, timestamp]}\n")
     flags.append(f"--config_files={columns}")
-    seeds = (1, 2, 3)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", RUN, *flags, f"--seed={seed}"], env=os.environ)
-        for seed in seeds
-    ]
-    assert [process.wait(300) for process in processes] == [0, 0, 0]
+    processes = [fresh_process(start, [*flags, f"--seed={seed}"]) for seed in (1, 2, 3)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     records = [json.loads(file.read_text()) for file in tmp_path.glob("saved/runs/*/run.json")]
     assert sorted(record["seed"] for record in records) == [1, 2, 3]
     names = {f"BPR-{SECOND}.pth", f"BPR-{SECOND}-2.pth", f"BPR-{SECOND}-3.pth"}

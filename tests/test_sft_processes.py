@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from recbole_gacllm.sft import finetune as sft
 from recbole_gacllm.sft.finetune import finished
 from recbole_gacllm.sft.trainer import batch_of_a_process, last_checkpoint
 
+from .conftest import run_stage
 from .test_sft import (
     HELDOUT,
     LONG,
@@ -64,13 +66,6 @@ def assert_as_in_one_process(out_dir, report, alone):
     assert files == ["adapter_config.json", "adapter_model.safetensors", "sft.json"]
 
 
-def test_two_processes_learn_what_one_learns(model_dir, alone, tmp_path):
-    report = finetune_on_all_cards(
-        model_dir, FEW, HELDOUT, tmp_path / "two", PLAIN, model_name="tiny", n_processes=2
-    )
-    assert_as_in_one_process(tmp_path / "two", report, alone)
-
-
 PARENT = """
 import os, sys, time
 from pathlib import Path
@@ -98,11 +93,11 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("go_on", [2, 1])
-def test_two_processes_killed_and_started_again_as_many_as_may_be_learn_the_same(
-    model_dir, alone, tmp_path, go_on, monkeypatch
-):
-    out_dir, script = tmp_path / "two", tmp_path / "parent.py"
+@pytest.fixture(scope="module")
+def killed(model_dir, tmp_path_factory):
+    """What two processes left that were killed after their fourth update."""
+    out_dir = tmp_path_factory.mktemp("killed") / "two"
+    script = out_dir.with_name("parent.py")
     root = str(Path(__file__).resolve().parent.parent)
     script.write_text(PARENT.format(root=root, model=str(model_dir), out=str(out_dir)))
     parent = subprocess.Popen([sys.executable, str(script)])
@@ -116,6 +111,14 @@ def test_two_processes_killed_and_started_again_as_many_as_may_be_learn_the_same
     parent.wait()
     assert not (out_dir / "adapter").exists()
     (out_dir / ".sft.json.0ad1bad7.tmp").write_text("{")  # as a kill within a write leaves it
+    return out_dir
+
+
+@pytest.mark.parametrize("go_on", [2, 1])
+def test_two_processes_killed_and_started_again_as_many_as_may_be_learn_the_same(
+    model_dir, alone, killed, tmp_path, go_on, monkeypatch
+):
+    out_dir = shutil.copytree(killed, tmp_path / "two")
     steps = count_updates(monkeypatch)
     report = finetune_on_all_cards(
         model_dir, FEW, HELDOUT, out_dir, PLAIN, model_name="tiny", n_processes=go_on
@@ -276,16 +279,14 @@ def test_as_many_processes_start_as_can_share_an_update(model_dir, tmp_path, mon
 
 @pytest.mark.slow
 def test_torchrun_on_two_machines_finishes_a_stage_that_a_run_then_takes(
-    settings, tmp_path, monkeypatch
+    settings, tiny_model, tmp_path, monkeypatch
 ):
     """The machines are two agents on loopback, each with one process."""
     from recbole_gacllm.run import run
 
-    from .test_generator_contract import save_tiny_model
     from .test_pipeline import TINY
 
-    keys = {**settings, **TINY, "llm_model": str(save_tiny_model(tmp_path / "model"))}
-    real = children.run_child
+    keys = {**settings, **TINY, "llm_model": str(tiny_model)}
 
     def interrupted(stage: str, folder: Path) -> None:
         raise KeyboardInterrupt
@@ -303,7 +304,7 @@ def test_torchrun_on_two_machines_finishes_a_stage_that_a_run_then_takes(
 
     def other_stages(stage: str, folder: Path) -> None:
         assert stage != "sft"
-        real(stage, folder)
+        run_stage(stage, folder)
 
     monkeypatch.setattr(children, "run_child", other_stages)
     done = run("GaCLLM", "tiny", config_dict=keys)

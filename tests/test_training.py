@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import socket
-import subprocess
 import sys
 
 import numpy as np
@@ -19,7 +17,8 @@ from recbole.utils import init_seed
 
 from recbole_gacllm import model as model_module
 from recbole_gacllm.run_config import build_config
-from tests.conftest import tiny_settings, write_dataset
+from tests.conftest import fresh_process, tiny_settings, write_dataset
+from tests.ddp_process import work
 from tests.random_texts import random_texts
 from tests.recommender import Recommender, without
 
@@ -241,13 +240,12 @@ def processes(tmp_path_factory) -> list[dict]:
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server(("localhost", 0))) for _ in range(3)]
         ports = [probe.getsockname()[1] for probe in probes]
-    command = [sys.executable, "-m", "tests.ddp_process"]
-    for size in (1, 2):
-        ranks = [
-            subprocess.Popen([*command, *map(json.dumps, (rank, size, ports, settings))], cwd=root)
-            for rank in range(size)
-        ]
-        assert [process.wait() for process in ranks] == [0] * size
+    with contextlib.chdir(root):
+        for size in (1, 2):
+            ranks = [fresh_process(work, rank, size, ports, settings) for rank in range(size)]
+            for process in ranks:
+                process.join()
+            assert [process.exitcode for process in ranks] == [0] * size
     return [torch.load(root / f"rank_{name}.pt") for name in ("0_of_1", "0_of_2", "1_of_2")]
 
 
