@@ -121,6 +121,27 @@ def test_of_many_items_and_users_some_are_used(tastes, monkeypatch):
     assert choice._some(np.arange(101)).tolist() == list(range(0, 101, 3))
 
 
+def test_few_unseen_nodes_get_the_usual_ridge_weight_and_the_layers_that_speak(tastes):
+    interactions, telling, noise = tastes
+    rows = {"item": {0: noise, 1: telling}, "user": dict.fromkeys((0, 1), np.ones((N_USERS, 2)))}
+    keys = {"text_layers": 1, "reg_weight": 50.0, "text_weight": 0.25}
+    full = sparse.csr_array(np.maximum(interactions.toarray(), np.eye(N_USERS, N_ITEMS)))
+    full = sparse.csr_array(np.where(np.arange(N_USERS)[:, None] == 7, 1.0, full.toarray()))
+    full = sparse.csr_array(np.where(np.arange(N_ITEMS) == 9, 1.0, full.toarray()))
+
+    def choose(matrix):
+        get = lambda side, layers: rows[side][layers[0]]  # noqa: E731
+        return choice.choose(matrix.astype(np.float32), 2, get, **keys)
+
+    assert list(choose(full)) == ["linear"]
+    one = full.toarray()
+    one[:, 5], one[11] = 0, 0
+    made = choose(sparse.csr_array(one))
+    assert made["unseen item"] == made["unseen user"] == choice.Choice((1,), 10.0)
+    one[:, 20:40] = 0
+    assert len(choose(sparse.csr_array(one))["unseen item"].ndcg) == len(choice.RIDGE_WEIGHTS)
+
+
 def test_where_nothing_can_be_held_out_the_usual_is_taken():
     one = sparse.csr_array(np.array([[0, 0], [0, 1.0]], dtype=np.float32))
     rows = np.ones((2, 3))

@@ -28,7 +28,9 @@ def test_every_key_of_the_yaml_has_a_comment_with_its_type():
     lines = [line for line in YAML.read_text().splitlines() if re.match(r"\w", line)]
     assert lines
     for line in lines:
-        assert re.search(r"# \((int|float|bool|str|dict|str or list)\) .+\.$", line), line
+        assert re.search(r"# \((int|float|bool|str|dict|str or list|str or int)\) .+\.$", line), (
+            line
+        )
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -40,6 +40,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
         *("compare/job.py", "compare/degrees.py"),
     ),
     "splits": ("plugin/splits.py",),
+    "cold": (),  # unseen.py and choice.py once more, for runs whose held-out nodes are unseen
     "times": (),  # compat_data.py once more, for runs to which the order of time matters
     "fast": ("plugin/fast.py", "plugin/fast_graph.py"),
     "model": (  # our models
@@ -112,12 +113,7 @@ def concerns_of(config: Mapping[str, Any]) -> list[str]:
     """The concerns on which the numbers of a configuration depend."""
     model = config["model"]
     with_text = model in MODELS and (model != MODEL or config["use_text"])
-    generated = (
-        model == MODEL
-        and with_text
-        and config["text_source"] in ("generated", "shuffled")
-        and _n_text_layers(config) > 0
-    )
+    generated = has_layers(config)
     cold = config.get("cold_item_share"), config.get("cold_user_share")
     wanted = {
         "runs": True,
@@ -128,11 +124,22 @@ def concerns_of(config: Mapping[str, Any]) -> list[str]:
         or (generated and config["neighbor_rule"] == "recent"),
         "fast": bool(config.get("fast_paths")),
         "model": model in MODELS,
+        "cold": model == MODEL and any(cold),
         "texts": with_text,
         "llm": generated,
         "prompts": generated and config["llm_prompts_dir"] is None,
     }
     return [concern for concern, is_wanted in wanted.items() if is_wanted]
+
+
+def has_layers(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration has texts above layer 0."""
+    return bool(
+        config["model"] == MODEL
+        and config["use_text"]
+        and config["text_source"] in ("generated", "shuffled")
+        and _n_text_layers(config) > 0
+    )
 
 
 def code_of(config: Mapping[str, Any]) -> str | dict[str, str] | None:
@@ -166,6 +173,7 @@ def code_digests() -> dict[str, str]:
     prompts = shipped_path("properties", "prompts").glob("*.txt")
     return digests | {
         "times": code_digest(package, ("plugin/compat_data.py",)),
+        "cold": code_digest(package, ("objective/unseen.py", "objective/choice.py")),
         "prompts": _digest({file.name: file.read_text("utf-8") for file in prompts}),
     }
 

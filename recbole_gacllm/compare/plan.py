@@ -155,6 +155,8 @@ def make_plan(
                 create_dataset(config)  # RecBole fetches it where it can
             # Enums and the like become their names.
             resolved = json.loads(json.dumps(config.final_config_dict, default=str))
+            if "text_layers" in resolved and not identity.has_layers(resolved):
+                resolved["text_layers"] = "hops"  # of one layer all ways are the same
             key: dict[str, Any] = {
                 "model": model,
                 "dataset": dataset,

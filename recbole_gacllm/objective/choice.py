@@ -35,6 +35,7 @@ RIDGE_WEIGHTS = (10.0, 3.0, 30.0, 1.0, 100.0, 0.3)  # the usual one first
 NEAR = 0.995  # of the best NDCG@10
 HELD_OUT = 0.1
 N_FOLDS = 5  # of items
+FEW = 0.05  # up to this share of unseen nodes a ridge weight is not worth its choice
 MAX_ITEMS = 3_000
 MAX_USERS = 10_000
 
@@ -103,12 +104,20 @@ def choose(
     if not linear.layers and layers:
         linear = dataclasses.replace(linear, layers=layers[0])
     chosen = {"linear": linear}
-    if layers and (interactions.sum(axis=0)[1:] == 0).any():
-        raw = {one: rows("item", one) for one in layers}
-        chosen["unseen item"] = choose_unseen_items(interactions, raw, linear.reg_weight)
-    if layers and (interactions.sum(axis=1)[1:] == 0).any():
-        users = rows("user", linear.layers)
-        chosen["unseen user"] = choose_unseen_users(interactions, users, linear.layers)
+    for name, axis in (("item", 0), ("user", 1)) if layers else ():
+        share_unseen = float((interactions.sum(axis=axis)[1:] == 0).mean())
+        if share_unseen > FEW:
+            if name == "item":
+                raw = {one: rows("item", one) for one in layers}
+                made = choose_unseen_items(interactions, raw, linear.reg_weight)
+            else:
+                users = rows("user", linear.layers)
+                made = choose_unseen_users(interactions, users, linear.layers)
+        elif share_unseen > 0:
+            made = Choice(linear.layers, RIDGE_WEIGHTS[0])
+        else:
+            continue
+        chosen[f"unseen {name}"] = made
     return chosen
 
 
