@@ -25,11 +25,11 @@ from recbole_gacllm.inspection.quality import layer_qualities
 from recbole_gacllm.inspection.reading import RunDescriptions
 from recbole_gacllm.run_config import build_config, training_data
 
-from .conftest import our_keys, tiny_settings, write_dataset
+from .conftest import our_keys, run_stage, tiny_settings, write_dataset
 from .random_texts import random_texts
 from .recommender import Recommender
 from .test_convolution import NOTHING, WordTokenizer, graph_of, raw_layer
-from .test_pipeline import TINY, in_process
+from .test_pipeline import TINY
 
 SHIPPED = shipped_path("properties", "prompts")
 CHAT = ({"role": "user", "content": "Describe it."},)
@@ -143,7 +143,7 @@ def test_a_run_may_have_more_layers_of_texts_than_hops(settings, monkeypatch, n_
 def describe(keys):
     """The folder of a run's descriptions, made without a child process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("recbole_gacllm.artifacts.children.run_child", in_process)
+        patch.setattr("recbole_gacllm.artifacts.children.run_child", run_stage)
         return pipeline.describe(*training_data("tiny", config_dict=dict(keys)))
 
 
