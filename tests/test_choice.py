@@ -106,6 +106,11 @@ def test_which_layers_are_candidates(tastes, text_layers, names):
         choice.choose(interactions, 2, rows, text_layers=2, **keys)
 
 
+@pytest.mark.parametrize(("raw", "chosen"), [(0.1991, "raw"), (0.1989, "written")])
+def test_of_near_equals_the_first_is_taken(raw, chosen):
+    assert choice._first_near_best({"raw": raw, "written": 0.2, "both": 0.1999}) == chosen
+
+
 def test_of_many_items_and_users_some_are_used(tastes, monkeypatch):
     interactions, telling, _ = tastes
     monkeypatch.setattr(choice, "MAX_ITEMS", 20)
