@@ -30,8 +30,8 @@ from recbole_gacllm.alignment.propagation import (
     text_projection,
 )
 from recbole_gacllm.objective import linear, losses
-from recbole_gacllm.objective.linear import ItemItemModel, TextNeighbors, standardize
-from recbole_gacllm.objective.unseen import UnseenItems
+from recbole_gacllm.objective.linear import ItemItemModel, TextNeighbors
+from recbole_gacllm.objective.unseen import Unseen
 from recbole_gacllm.plugin.fast_graph import infonce_sum
 from recbole_gacllm.run_config import build_config
 
@@ -82,7 +82,6 @@ def _functions(
     x = torch.randn(n_users + n_items, WIDTH)
     texts = functional.normalize(torch.randn(n_items, TEXT_WIDTH), dim=1)
     nodes, batch = torch.arange(0, n_users + n_items, 2), torch.arange(0, n_users, 3)
-    seen = torch.from_numpy(np.unique(items))
     ids, other = torch.randn(len(batch), WIDTH), torch.randn(len(batch), WIDTH)
     rows = torch.arange(len(batch)).flip(0)
     drawn = torch.zeros(len(batch), dtype=torch.bool)
@@ -101,7 +100,7 @@ def _functions(
         def scores() -> Tensor:
             linear.SPARSE, usual = share, linear.SPARSE
             try:
-                return standardize(model.scores(batch.to(device)))
+                return model.standardized(batch.to(device), slice(None))[0]
             finally:
                 linear.SPARSE = usual
 
@@ -109,7 +108,8 @@ def _functions(
 
     def unseen(device: str) -> Function:
         table = texts.to(device)
-        some = UnseenItems(seen.to(device), n_items, lambda items: table[items], 512)
+        some = Unseen.find(items, n_items, lambda ids: table[ids], 512, 10.0, device)
+        assert some is not None
         return some.complete
 
     def tables(device: str) -> Function:
@@ -118,7 +118,7 @@ def _functions(
         made = text_projection(TEXT_WIDTH, 128, WIDTH, 0.0)
         made.load_state_dict(projection.state_dict())
         made.to(device)
-        return lambda: layers.projected(0, there, made)
+        return lambda: layers.projected((0,), there, made)
 
     def neighbors(device: str) -> Function:
         model = TextNeighbors(users, items, n_users, texts.to(device))
@@ -144,7 +144,7 @@ def _functions(
         "text tables": (tables, []),
         "linear, sparse": (lambda d: item_item(d, 2.0), []),
         "linear, dense": (lambda d: item_item(d, 0.0), []),
-        "unseen items": (unseen, [torch.randn(len(batch), len(seen))]),
+        "unseen items": (unseen, [torch.randn(n_items, WIDTH)]),
         "text neighbors": (neighbors, []),
     }
 

@@ -180,7 +180,7 @@ def test_a_row_may_have_the_first_seeds_only_and_keeps_its_name_and_runs(keys):
         (
             "BPR",
             {"protocol": "other"},
-            "protocol: 'other' is not one of cold, general, sequential, temporal",
+            "protocol: 'other' is not one of cold, cold-users, general, sequential, temporal",
         ),
         ("BPR", {"n_seeds": 0}, "seeds: 0"),
         ("BPR", {"nproc": 0}, "nproc: 0"),
