@@ -281,15 +281,18 @@ def test_what_changed_is_named_and_nothing_is_said_where_nothing_did(settings):
 
 
 @pytest.mark.parametrize(
-    "page",
+    ("page", "later"),  # concerns of which the runs have the last numbers, not the first
     [
-        "general/ml-100k.md",
-        "cold/ml-100k.md",
-        pytest.param("ablation/ml-100k.md", marks=pytest.mark.slow),
-        pytest.param("sequential/ml-100k.md", marks=pytest.mark.slow),
+        ("general/ml-100k.md", ()),
+        ("cold/ml-100k.md", ("cold",)),
+        pytest.param("ablation/ml-100k.md", (), marks=pytest.mark.slow),
+        pytest.param("sequential/ml-100k.md", (), marks=pytest.mark.slow),
     ],
 )
-def test_the_command_of_a_committed_page_finds_every_committed_run(page, first_code):
+def test_the_command_of_a_committed_page_finds_every_committed_run(page, later, first_code):
+    for line in identity.read_table():
+        if line["concern"] in later:
+            first_code[line["concern"]] = line["digest"]
     file = ROOT / "results" / page
     if not file.is_file():
         pytest.skip("results/ is not part of a source distribution")
