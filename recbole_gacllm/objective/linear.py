@@ -250,7 +250,10 @@ class Gram:
         degrees = np.diff(interactions.indptr)  # [n_users]
         counts = (degrees[degrees > 0].mean() / degrees.clip(min=1)) ** user_power
         weighted = interactions.multiply(counts[:, None].astype(np.float32)).tocsr()
-        matrix: np.ndarray = (interactions.T @ weighted).toarray().astype(np.float64)
+        columns, matrix = interactions.tocsc(), np.empty((interactions.shape[1],) * 2)
+        for start in range(0, len(matrix), BLOCK):  # the whole product takes as much memory again
+            block = slice(start, start + BLOCK)
+            matrix[block] = (columns[:, block].T @ weighted).toarray()
         own = matrix.diagonal().copy()
         matrix[np.diag_indices(len(matrix))] += denoising * own
         return cls(matrix, float(own.mean()))
