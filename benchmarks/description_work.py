@@ -113,7 +113,7 @@ class Work:
 
     @classmethod
     def of_dataset(cls, dataset: str, data_path: str | None, n_nodes: int) -> Work:
-        """The work of a run of the ``quick`` preset that was not made, with the LLM as it comes."""
+        """The work of a run of the default keys that was not made, with the LLM as it comes."""
         from recbole.data import create_dataset, data_preparation
         from recbole.utils import init_seed
 

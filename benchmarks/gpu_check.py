@@ -12,7 +12,7 @@ is left out where vLLM for CUDA is not installed. Each section runs in a process
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -106,8 +106,10 @@ def _compute(device: str, sender: Any) -> None:
 
 
 def suite(device: str, small: bool, folder: Path) -> dict[str, Any]:
-    """The tests that start no engine, on this machine."""
+    """The tests that start no engine, on this machine, in several processes where they can be."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") and not small:
+        command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "loadfile"]
     ran = subprocess.run(
         [*command, *(SMALL_SUITE if small else SUITE)], cwd=ROOT, capture_output=True, text=True
     )

@@ -2,7 +2,7 @@
 
     python benchmarks/neighbors.py --dataset=ml-100k --json=neighbors.json
 
-Each variant is a whole run of the ``quick`` preset with one or two keys changed: the number of
+Each variant is a whole run of ``KEYS`` (text in the embeddings) with one or two keys changed: the number of
 neighbours (4, 8, 16) by rule (random, recent, rare_first), and the length limit of an answer. The
 LLM is fine-tuned once. Every variant trains the recommender ``--n-seeds`` times, with other initial
 weights and draws on the same split and the same texts, as RecBole alone cannot: its seed is that of
@@ -31,6 +31,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported
 
 import pandas as pd
 
+KEYS = {
+    **{"preset": "paper", "loss_type": "SSM", "llm_n_layers": 1, "llm_max_new_tokens": 48},
+    **{"sft_n_pairs": 128, "sft_n_heldout": 32},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     f"{rule}-{n}": {"neighbor_rule": rule, "n_neighbors": n}
     for rule in ("random", "recent", "rare_first")
@@ -41,7 +45,7 @@ VARIANTS |= {"raw": {"text_source": "raw"}, "no_text": {"use_text": False}}
 
 
 class Recommender:
-    """A variant's data, split as ``quick`` splits it, and its model.
+    """A variant's data, split by the default seed, and its model.
 
     Building the model makes the texts.
     """
@@ -53,7 +57,7 @@ class Recommender:
         from recbole_gacllm.run_config import build_config
 
         keys = {
-            "preset": "quick",
+            **KEYS,
             "artifact_dir": str(artifact_dir),
             "checkpoint_dir": scratch,
             "show_progress": False,

@@ -28,6 +28,11 @@ hypothesis.settings.load_profile("untimed")
 ROOT = Path(__file__).resolve().parent.parent
 # A shell starts what it puts into the background with SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# GaCLLM without the linear model: SSM, one layer of short texts.
+PLAIN = {
+    **{"preset": "paper", "loss_type": "SSM"},
+    **{"llm_n_layers": 1, "llm_max_new_tokens": 48, "sft_n_pairs": 128, "sft_n_heldout": 32},
+}
 GENRES = ["Action", "Comedy", "Drama", "Horror"]
 OCCUPATIONS = ["teacher", "farmer", "nurse"]
 
@@ -56,8 +61,8 @@ def _process():
 
 
 def our_keys(**keys) -> GaCLLMConfig:
-    """All keys of ours: these, and the defaults."""
-    return GaCLLMConfig.from_mapping({**model_defaults(), **keys})
+    """All keys of ours: these, and those of :data:`PLAIN`."""
+    return GaCLLMConfig.from_mapping({**model_defaults("paper"), **PLAIN, **keys})
 
 
 def job_of(stage: str, inputs: Path, **more) -> Job:
@@ -205,4 +210,5 @@ def tiny_settings(dataset_root: Path, root: Path) -> dict:
         "use_gpu": False,
         "epochs": 2,
         "embedding_size": 8,
+        **PLAIN,
     }

@@ -209,7 +209,7 @@ def test_help_names_the_presets_and_the_other_commands_and_is_quick_to_load():
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    assert "{best,paper,quick}" in done.stdout
+    assert "{best,paper}" in done.stdout
     assert "export-descriptions" in done.stdout
 
 
@@ -251,7 +251,7 @@ def completions(line):
         ("recbole-gacllm lead", ["leaderboard "]),
         ("recbole-gacllm --llm_mod", ["--llm_model="]),
         ("recbole-gacllm --eval_b", ["--eval_batch_size="]),
-        ("recbole-gacllm --preset=qu", ["quick "]),
+        ("recbole-gacllm --preset=pa", ["paper "]),
         ("recbole-gacllm leaderboard --mod", ["--models=", "--model_list="]),
         ("recbole-gacllm describe --us", ["--use_gpu=", "--use_text=", "--user="]),
     ],

@@ -52,7 +52,8 @@ def name(keys, row="BPR", **more):
 def observed(model, settings, protocol, recorder=None, **more):
     recorder = recorder or Recorder()
     files = [shipped_path("properties", "protocols", f"{protocol}.yaml")]
-    done = runner.run(model, "tiny", files, {**settings, "epochs": 1, **more}, observer=recorder)
+    keys = {**settings, "epochs": 1, **({"loss_type": "CE"} if model == "SASRec" else {}), **more}
+    done = runner.run(model, "tiny", files, keys, observer=recorder)
     return done.record, recorder
 
 
@@ -306,8 +307,8 @@ def test_a_variant_is_tested_against_the_baseline_like_any_row(finished, tmp_pat
     page = (tmp_path / "out" / "results" / "tiny.md").read_text()
     cells = " ".join(page.split())
     assert "sft_n_heldout=32<br/>" in cells  # what the preset sets
-    assert "n_layers=0 | properties/presets/quick.yaml<br/>the command line |" in cells
-    assert "- `properties/presets/quick.yaml`: Minutes on a 2-core laptop, every stage" in page
+    assert "n_layers=0 | properties/presets/best.yaml<br/>the command line |" in cells
+    assert "- `properties/presets/best.yaml`: Our tuned choice: a linear item-item model" in page
     run = next((tmp_path / "out" / "runs").glob("*Pop*/run.json"))
     commit = json.loads(run.read_text())["code"]["commit"] or "not in git"
     assert f"| **GaCLLM:n_layers=0** | 1 | {commit} | cpu | python " in cells

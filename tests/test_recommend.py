@@ -32,6 +32,7 @@ from tests.conftest import ROOT, tiny_settings, write_dataset
 from tests.test_report import prepare
 
 BY_TIME = {"eval_args": {"order": "TO", "split": {"LS": "valid_and_test"}}}
+SEQUENCES = {**BY_TIME, "loss_type": "CE"}
 BEST = {"linear_weight": 0.5, "linear_text_weight": 0.25, "text_weight": 1.0}
 RANKED = {  # RecBole's own evaluation of FM counts labels
     "metrics": ["NDCG"],
@@ -54,9 +55,9 @@ RUNS = {
     "SLIMElastic": ("SLIMElastic", {}),
     "MultiVAE": ("MultiVAE", {}),
     "FM": ("FM", RANKED),
-    "SASRec": ("SASRec", BY_TIME),
-    "GRU4Rec": ("GRU4Rec", BY_TIME),
-    "HGN": ("HGN", BY_TIME),
+    "SASRec": ("SASRec", SEQUENCES),
+    "GRU4Rec": ("GRU4Rec", SEQUENCES),
+    "HGN": ("HGN", {**BY_TIME, "loss_type": "BPR"}),
 }
 # RecBole's MultiVAE
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
@@ -199,7 +200,7 @@ def test_a_sequential_model_is_asked_after_the_last_interaction_of_users_without
     root = write_dataset(tmp_path / "data")
     with open(root / "tiny" / "tiny.inter", "a") as file:
         file.write("short\ti1\t5\t1\nshort\ti2\t5\t2\nalone\ti1\t5\t1\n")
-    settings = tiny_settings(root, tmp_path) | BY_TIME
+    settings = tiny_settings(root, tmp_path) | SEQUENCES
     file = runner.run("SASRec", "tiny", config_dict=settings).run_file
     frame = recommend(file, k=3)
     assert frame["user"].nunique() == 25

@@ -84,7 +84,7 @@ def test_layers_of_defaults_stand_in_the_stated_order(monkeypatch: pytest.Monkey
 
 
 def test_a_preset_stands_between_the_model_defaults_and_the_user() -> None:
-    for preset in ("quick", "paper", "best"):
+    for preset in ("paper", "best"):
         expected = model_defaults(preset)
         made = config(preset=preset, n_neighbors=3)
         ours = {key: made[key] for key in expected if key not in {*SETTINGS, "n_neighbors"}}

@@ -36,7 +36,7 @@ def _texts(monkeypatch):
 # Evaluation
 
 
-@pytest.mark.parametrize("preset", ["quick", "best"])
+@pytest.mark.parametrize("preset", ["paper", "best"])
 def test_validation_comes_every_eval_step_and_the_callback_after_each(settings, preset):
     one = Training(settings, preset=preset, epochs=5, eval_step=2, ssm_n_negatives=16)
     best = one.fit()
@@ -191,7 +191,7 @@ def test_a_resumed_run_ends_with_the_parameters_of_an_uninterrupted_one(settings
 # Half precision
 
 
-@pytest.mark.parametrize("keys", [{}, BEST, {"loss_type": "BPR"}], ids=["quick", "best", "BPR"])
+@pytest.mark.parametrize("keys", [{}, BEST, {"loss_type": "BPR"}], ids=["plain", "best", "BPR"])
 def test_amp_trains_in_bfloat16_close_to_float32(settings, keys):
     runs = []
     for amp in (True, False):

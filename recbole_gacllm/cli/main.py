@@ -123,7 +123,7 @@ def _run(argv: list[str]) -> None:
     parser.add_argument(
         "--preset",
         choices=preset_names(),
-        help="GaCLLM's settings: quick (default, minutes on a laptop), paper or best",
+        help="GaCLLM's settings: best (default, our tuned choice) or paper (the paper's method)",
     )
     common.add_verbosity(parser)
     if common.completing():

@@ -96,8 +96,8 @@ def _config_of(record: dict[str, Any], data_path: str, checkpoint_dir: str) -> C
     config._init_parameters_category()
     config.yaml_loader = config._build_yaml_loader()
     keys = dict(record["config"])
-    if keys["model"] in MODELS:  # keys that are newer than the run
-        keys = {**model_defaults(), **keys}
+    if keys["model"] in MODELS:  # keys newer than the run, which no preset of its time set
+        keys = {**model_defaults("paper"), **keys}
     kinds = {"MODEL_TYPE": ModelType, "MODEL_INPUT_TYPE": InputType, "eval_type": EvaluatorType}
     for key, kind in kinds.items():  # run.json has their text, such as ModelType.GENERAL
         if keys.get(key) is not None:
