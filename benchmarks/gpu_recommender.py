@@ -153,7 +153,7 @@ def _values(
     function: Function, inputs: list[Tensor], device: str, dtype: torch.dtype | None
 ) -> list[Tensor]:
     """The function's value and its gradients, on the CPU in float32."""
-    there = [tensor.to(device).requires_grad_() for tensor in inputs]
+    there = [tensor.detach().to(device).requires_grad_() for tensor in inputs]
     with torch.autocast(device, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         value = function(*there)
     found = [value.detach()]
@@ -216,6 +216,7 @@ def training(device: str, small: bool, folder: Path) -> dict[str, Any]:
     }
     if small:
         keys["user_inter_num_interval"] = "[400,inf)"
+    torch.set_num_threads(1)  # of the CPU's side: more are slower on matrices as small
     figures: dict[str, Any] = {}
     checks: dict[str, bool] = {}
     for name, (model, more) in CONFIGURATIONS.items():
