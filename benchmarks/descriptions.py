@@ -3,7 +3,7 @@
     python benchmarks/descriptions.py --dataset=ml-100k --n-nodes=256 --json=figures.json
 
 Takes the prompts of layer 1 of the newest run of GaCLLM on the data set, with its weights and
-options; where there is none, those that a run of the default keys would have, with the LLM as it comes.
+options; where there is none, those of a run of the default keys, with the LLM as it comes.
 Three ways make the texts, on the same weights:
 
 - *stage*: ``Convolution.next_layer`` with an empty store on disk: all that a run does, from the

@@ -5,8 +5,14 @@ Each takes the device, whether sizes are toys, and a folder of its own.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
 import time
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +212,6 @@ class DrawsOfTheCpu(TorchFunctionMode):
 
 def training(device: str, small: bool, folder: Path) -> dict[str, Any]:
     """ml-100k in ten configurations: losses of each epoch and metrics against the CPU's."""
-    model_module.prepare = _random_texts
     keys: dict[str, Any] = {
         "epochs": EPOCHS,
         "show_progress": False,
@@ -216,18 +221,32 @@ def training(device: str, small: bool, folder: Path) -> dict[str, Any]:
     }
     if small:
         keys["user_inter_num_interval"] = "[400,inf)"
-    torch.set_num_threads(1)  # of the CPU's side: more are slower on matrices as small
-    figures: dict[str, Any] = {}
-    checks: dict[str, bool] = {}
-    for name, (model, more) in CONFIGURATIONS.items():
-        cpu = _trained(model, keys | more, "cpu")
-        found = _trained(model, keys | more, device)
-        tolerance = HALF_LOSS_TOLERANCE if name == "mixed precision" else LOSS_TOLERANCE
-        loss = max(abs(a / b - 1) for a, b in zip(found["losses"], cpu["losses"], strict=True))
-        metric = max(abs(a - b) for a, b in zip(found["metrics"], cpu["metrics"], strict=True))
-        figures[name] = {"cpu": cpu, "device": found, "loss": loss, "metric": metric}
-        checks[name] = loss <= tolerance and metric <= METRIC_TOLERANCE
+    processes = min(len(CONFIGURATIONS), os.cpu_count() or 1)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        compared = pool.map(partial(_compared, keys, device), CONFIGURATIONS)
+        figures = dict(zip(CONFIGURATIONS, compared, strict=True))
+    checks = {
+        name: of_one["metric"] <= METRIC_TOLERANCE
+        and of_one["loss"] <= (HALF_LOSS_TOLERANCE if name == "mixed precision" else LOSS_TOLERANCE)
+        for name, of_one in figures.items()
+    }
     return {"configurations": figures, "checks": checks}
+
+
+def _compared(keys: dict[str, Any], device: str, name: str) -> dict[str, Any]:
+    """A configuration on the CPU and on the device, in a process of its own."""
+    sys.argv[1:] = []  # RecBole reads it
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)  # more are slower on matrices as small
+    model_module.prepare = _random_texts
+    model, more = CONFIGURATIONS[name]
+    cpu, found = (_trained(model, keys | more, where) for where in ("cpu", device))
+    return {
+        "cpu": cpu,
+        "device": found,
+        "loss": max(abs(a / b - 1) for a, b in zip(found["losses"], cpu["losses"], strict=True)),
+        "metric": max(abs(a - b) for a, b in zip(found["metrics"], cpu["metrics"], strict=True)),
+    }
 
 
 def _random_texts(options: Any, data: Any) -> TextLayers:

@@ -2,12 +2,12 @@
 
     python benchmarks/neighbors.py --dataset=ml-100k --json=neighbors.json
 
-Each variant is a whole run of ``KEYS`` (text in the embeddings) with one or two keys changed: the number of
-neighbours (4, 8, 16) by rule (random, recent, rare_first), and the length limit of an answer. The
-LLM is fine-tuned once. Every variant trains the recommender ``--n-seeds`` times, with other initial
-weights and draws on the same split and the same texts, as RecBole alone cannot: its seed is that of
-the split, too. The test split is not looked at. ``raw`` is the same recommender on the raw texts
-alone, ``no_text`` without any.
+Each variant is a whole run of ``KEYS`` (text in the embeddings) with one or two keys changed: the
+number of neighbours (4, 8, 16) by rule (random, recent, rare_first), and the length limit of an
+answer. The LLM is fine-tuned once. Every variant trains the recommender ``--n-seeds`` times, with
+other initial weights and draws on the same split and the same texts, as RecBole alone cannot: its
+seed is that of the split, too. The test split is not looked at. ``raw`` is the same recommender on
+the raw texts alone, ``no_text`` without any.
 
 A variant takes some minutes of one core. Texts are kept in ``--artifact-dir``, and ``--json`` is
 written after each variant: started again, the script goes on from there.

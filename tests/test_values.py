@@ -101,8 +101,19 @@ def test_names_that_only_end_like_an_id_or_a_place_are_told(tmp_path, caplog):
 
 def test_lists_of_numbers_alone_and_named_entities_are_left_out(tmp_path):
     header = "title:token\tsimilar_books:token_seq\ttitle_entities:token"
-    rows = [f'Book {n}\t19997, 828466\t[{{"Label": "X", "WikidataId": "Q1"}}]' for n in range(ROWS)]
+    header += "\thistory:token_seq\tauthors:token_seq"
+    history = "N86843 N28392\t7192 4283"
+    rows = [
+        f'Book {n}\t19997, 828466\t[{{"Label": "X", "WikidataId": "Q1"}}]\t{history}'
+        for n in range(ROWS)
+    ]
     assert listed(tmp_path, header, rows)[0] == "title: Book 0"
+
+
+def test_lists_of_words_with_numbers_are_told(tmp_path):
+    rows = ["U2 blink 182\tWindows 95 98"] * ROWS
+    (text, *_) = listed(tmp_path, "bands:token_seq\tsystem:token", rows)
+    assert text == "bands: U2, blink, 182; system: Windows 95 98"
 
 
 @pytest.mark.parametrize("name", ["book_author", "publisher", "address"])

@@ -29,6 +29,8 @@ _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _URL = re.compile(r"(?:https?://|www\.)[^\s<>\"']+")
 # A code: letters and digits mixed, or many digits.
 _CODE = re.compile(r"(?=[^\s]*\d)(?=[^\s]*[A-Za-z])[A-Za-z0-9_-]{8,}|\d{6,}|[0-9a-f]{12,}")
+# The same as an element of a list: any number, or N86843.
+_CODE_IN_LIST = re.compile(rf"\d+|[A-Za-z]{{1,3}}\d{{3,}}|{_CODE.pattern}")
 _FUNCTION_WORDS = frozenset(
     {"the", "of", "and", "to", "a", "an", "in", "for", "with", "is", "on", "by", "from", "that"}
     | {"der", "die", "und", "das", "le", "la", "les", "et", "des", "du", "el", "los", "y", "de"}
@@ -93,13 +95,20 @@ def says_nothing(name: str, values: Iterable[Value | None]) -> str | None:
     texts = [value if isinstance(value, str) else " ".join(value) for value in sample]
     if not texts:
         return "empty"
-    lists = ["".join(value) if isinstance(value, tuple) else "" for value in sample]
-    if _share([elements.replace(",", "").isdecimal() for elements in lists]) >= _MOSTLY:
+    if _share([_is_list_of_codes(value) for value in sample]) >= _MOSTLY:
         return "codes"
     if _share([_CODE.fullmatch(text.strip()) is not None for text in texts]) >= _MOSTLY:
         is_time = any(word in name.lower() for word in ("time", "date", "unix"))
         return "raw times" if is_time else "codes"
     return None
+
+
+def _is_list_of_codes(value: Value) -> bool:
+    """A list of ids, or several of them that a name such as ``authors`` made prose."""
+    elements = " ".join(value) if isinstance(value, tuple) else value
+    words = elements.replace(",", " ").split()
+    several = isinstance(value, tuple) or len(words) > 1
+    return several and all(_CODE_IN_LIST.fullmatch(word) for word in words)
 
 
 def in_order(names: Sequence[str], columns: Mapping[str, Sequence[Value | None]]) -> list[str]:
