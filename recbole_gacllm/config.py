@@ -236,6 +236,7 @@ class GaCLLMConfig:
     cold_user_share: _ColdShare
     known_users_only: bool
     fast_paths: bool
+    n_threads: _Count | None
     artifact_dir: _Text
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recbole_gacllm import estimate
 from recbole_gacllm.alignment.embeddings import MAX_ROWS, TextLayers
 from recbole_gacllm.alignment.propagation import (
     Adjacency,
@@ -69,6 +70,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         data = TrainingData.from_recbole(config, dataset)
         users, items = data.graph.users + 1, data.graph.items + 1  # RecBole's ids
         self.texts: TextLayers | None = None
+        if texts_of is None:
+            estimate.announce(options, data.dataset, self.n_users, self.n_items)
         if options.use_text:
             self.texts = (texts_of or prepare)(options, data).to(self.device)
         n_text_layers = 0 if self.texts is None else len(self.texts)

@@ -39,6 +39,7 @@ from recbole_gacllm.convolution.layers import SIDES, Layer
 from recbole_gacllm.convolution.names import NAMES, write_names
 from recbole_gacllm.convolution.requests import RETRY_TEMPERATURE
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.estimate import announce_llm
 from recbole_gacllm.inputs import TrainingData, imported_texts, raw_descriptions
 from recbole_gacllm.job import Job
 from recbole_gacllm.llm import weights
@@ -216,7 +217,8 @@ class _Hook:
             options.llm_tensor_parallel_size,
             options.llm_pipeline_parallel_size,
         )
-        setup.templates_of(options)
+        templates = setup.templates_of(options)
+        announce_llm(options, self._data, raw, templates, model.folder)
         adapter = None
         if options.llm_adapter is not None:
             from recbole_gacllm.llm.adapter import check_adapter  # loads transformers

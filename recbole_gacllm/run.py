@@ -40,7 +40,7 @@ from recbole_gacllm.inspection.leakage import audit_leakage
 from recbole_gacllm.inspection.quality import layer_qualities, quality_lines
 from recbole_gacllm.inspection.reading import RunDescriptions
 from recbole_gacllm.model import GaCLLM
-from recbole_gacllm.plugin import run_folder
+from recbole_gacllm.plugin import run_folder, threads
 from recbole_gacllm.redaction import redact, redacted
 from recbole_gacllm.run_config import build_config
 from recbole_gacllm.text_knn import TextKNN
@@ -154,13 +154,15 @@ def _train(config: Config, moment: str, saved: bool, observer: Observer | None) 
         track_stages(trainer, _manifests(texts.run_files))
     checkpoint, show_progress = trainer.saved_model_file, config["show_progress"]
     begin = time.time()
-    with disk.explaining_disk_errors(Path(checkpoint)):
-        best_valid_score, best_valid_result = trainer.fit(
-            train_data, valid_data, saved=saved, show_progress=show_progress
-        )
-    fit = time.time()
-    test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=show_progress)
-    end = time.time()
+    with threads.chosen(config, recommender, train_data._dataset.inter_num):
+        with disk.explaining_disk_errors(Path(checkpoint)):
+            best_valid_score, best_valid_result = trainer.fit(
+                train_data, valid_data, saved=saved, show_progress=show_progress
+            )
+        fit = time.time()
+        shown = {"load_best_model": saved, "show_progress": show_progress}
+        test_result = trainer.evaluate(test_data, **shown)
+        end = time.time()
     environment = utils.get_environment(config).draw()
     log.info(f"The running environment of this training is as follows:\n{environment}")
     log.info(utils.set_color("best valid ", "yellow") + f": {best_valid_result}")

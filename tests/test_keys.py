@@ -90,7 +90,7 @@ WAYS = {
     *("llm_served_model", "llm_adapter", "llm_merge_adapter", "llm_prompts_dir"),
     *("sft", "encoder_model", "train_share", "cold_item_share", "known_users_only"),
     "cold_user_share",
-    *("fast_paths", "artifact_dir"),
+    *("fast_paths", "n_threads", "artifact_dir"),
 }
 
 

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from recbole_gacllm import errors
 from recbole_gacllm.artifacts import disk
-from recbole_gacllm.artifacts.launchers import without_launcher
+from recbole_gacllm.artifacts.launchers import WAITING, without_launcher
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.redaction import redact
 
@@ -124,9 +124,7 @@ def reporting_errors(folder: Path) -> Iterator[None]:
 def _child_environment() -> dict[str, str]:
     """A copy of ours, of no launcher's, in which this package can be imported from a checkout."""
     environment = without_launcher(os.environ)
-    # Idle OpenMP threads that spin cost five times the speed on a machine that does anything else;
-    # libgomp reads this when it is loaded, so it cannot be set later.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment.setdefault(*WAITING)
     root = Path(__file__).resolve().parent.parent.parent
     if root.name not in ("site-packages", "dist-packages"):
         paths = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 import threading
 import traceback
@@ -70,6 +71,7 @@ _OF_THE_PLACE = frozenset(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; errors of input and of stages end in one line and exit code 2 or 1."""
     prepare()
+    os.environ.setdefault(*launchers.WAITING)
     words = list(sys.argv[1:] if argv is None else argv)
     if common.completing():
         words = common.words_to_complete(_COMMANDS)

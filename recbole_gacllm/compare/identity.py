@@ -72,10 +72,11 @@ CONCERNS: dict[str, tuple[str, ...]] = {
 #: Modules, or folders of them, on which no number depends.
 OTHERS = (
     *("__main__.py", "errors.py", "redaction.py", "console.py", "data/checks.py", "artifacts/"),
-    *("plugin/key_checks.py", "plugin/run_folder.py", "llm/formats.py", "convolution/names.py"),
-    *("data/tables.py", "data/guessing.py", "data/recipes.py", "data/recipe_rows.py"),
-    *("data/sources.py", "data/interactions.py", "data/features.py", "data/describing.py"),
-    *("data/importing.py", "inspection/", "compare/", "report/", "cli/"),
+    *("plugin/key_checks.py", "plugin/run_folder.py", "plugin/threads.py", "llm/formats.py"),
+    *("convolution/names.py", "data/tables.py", "data/guessing.py", "data/recipes.py"),
+    *("data/recipe_rows.py", "data/sources.py", "data/interactions.py", "data/features.py"),
+    *("data/describing.py", "data/importing.py", "estimate.py", "inspection/", "compare/"),
+    *("report/", "cli/"),
 )
 #: What the first runs of this package, which hold no digests of this kind, have in their keys for
 #: the code of our models (None for others'): the name of the first version of every concern.

@@ -32,7 +32,7 @@ _NOT_DETERMINING = frozenset(
         *("artifact_dir", "checkpoint_dir", "data_path", "dataset_save_path", "dataset", "model"),
         *("dataloaders_save_path", "save_dataset", "save_dataloaders", "show_progress", "state"),
         *("device", "gpu_id", "use_gpu", "worker", "local_rank", "single_spec", "nproc", "seed"),
-        *("log_wandb", "wandb_project", "llm_gpu_memory_utilization"),
+        *("log_wandb", "wandb_project", "llm_gpu_memory_utilization", "n_threads"),
     }
 )
 
@@ -236,7 +236,8 @@ def _foreign(user_keys: Mapping[str, Any], config: Any) -> set[str]:
     if config["model"] in MODELS:
         return set()
     ours = {*(field.name for field in dataclasses.fields(GaCLLMConfig)), "preset"}
-    return (ours & set(user_keys)) - set(config.internal_config_dict) - {"fast_paths", *SPLIT_KEYS}
+    of_any_model = {"fast_paths", "n_threads", *SPLIT_KEYS}
+    return (ours & set(user_keys)) - set(config.internal_config_dict) - of_any_model
 
 
 def _check_order(model: str, config: Any) -> None:

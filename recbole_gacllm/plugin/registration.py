@@ -19,6 +19,7 @@ from recbole_gacllm.config import (
     SPLIT_KEYS,
     GaCLLMConfig,
     check_keys,
+    checked,
     dataset_defaults,
     model_defaults,
 )
@@ -87,6 +88,8 @@ def extend_config(configurator: ModuleType) -> None:
         original(self, *args, **keys)
         if self.model in MODELS:
             _check(self)
+        elif self["n_threads"] is not None:
+            checked("n_threads", self["n_threads"])
         splits.check(self)
 
 
