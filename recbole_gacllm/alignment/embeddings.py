@@ -47,6 +47,7 @@ class TextLayers:
         text_source: str,
         graph: TrainGraph,
         seed: int,
+        text_users: str = "own",
     ) -> TextLayers:
         """Memory-map the embeddings and find each node's row by its token, not by its id.
 
@@ -57,6 +58,7 @@ class TextLayers:
                 ``item_mean`` gives users the mean of their items' texts.
             graph: The nodes in RecBole's order, and the training edges.
             seed: RecBole's.
+            text_users: ``item_mean`` gives users the mean of their items' texts, in every layer.
         """
         tokens = Layer.read(folders["inputs"] / "layer_0.parquet").tokens
         rng = np.random.default_rng(seed)
@@ -77,15 +79,27 @@ class TextLayers:
             for layer in range(n_layers)
         ]
         row_of_each = torch.tensor(row_of_node)
-        if text_source == "item_mean":
-            tables[0] = _users_as_item_means(tables[0], len(tokens["user"]), row_of_each, graph)
-        return cls(tables, row_of_each, folders)
+        made = cls(tables, row_of_each, folders)
+        is_mean = "item_mean" in (text_source, text_users)
+        return made.with_users_as_item_means(graph) if is_mean else made
 
     def __len__(self) -> int:
         return len(self.tables)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextLayers:
         return self
+
+    def with_users_as_item_means(self, graph: TrainGraph) -> TextLayers:
+        """The same, each user's embedding being the mean of those of their training items.
+
+        Ours as a control: a user's text without any LLM; AlphaRec's and LLMInit's users. At unit
+        length; a user without training items gets zeros.
+        """
+        tables = [
+            _users_as_item_means(table, len(graph.user_tokens), self.row_of_node, graph)
+            for table in self.tables
+        ]
+        return TextLayers(tables, self.row_of_node, self.run_files)
 
     def to(self, device: torch.device | str) -> TextLayers:
         """The same embeddings on a device."""
@@ -119,8 +133,6 @@ def _users_as_item_means(
     table: Tensor, n_users: int, row_of_node: Tensor, graph: TrainGraph
 ) -> Tensor:
     """Each user's row is the mean of the rows of their training items, at unit length.
-
-    A control, ours: a user's text without any LLM. A user without training items gets zeros.
 
     Shapes:
         table and result: ``[n_users + n_items, width]``, float16, users first; row_of_node
