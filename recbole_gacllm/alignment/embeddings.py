@@ -95,10 +95,7 @@ class TextLayers:
         Ours as a control: a user's text without any LLM; AlphaRec's and LLMInit's users. At unit
         length; a user without training items gets zeros.
         """
-        tables = [
-            _users_as_item_means(table, len(graph.user_tokens), self.row_of_node, graph)
-            for table in self.tables
-        ]
+        tables = [_users_as_item_means(table, self.row_of_node, graph) for table in self.tables]
         return TextLayers(tables, self.row_of_node, self.run_files)
 
     def to(self, device: torch.device | str) -> TextLayers:
@@ -129,20 +126,18 @@ class TextLayers:
         return torch.cat([projection(self.rows(layers, block)) for block in blocks])
 
 
-def _users_as_item_means(
-    table: Tensor, n_users: int, row_of_node: Tensor, graph: TrainGraph
-) -> Tensor:
+def _users_as_item_means(table: Tensor, row_of_node: Tensor, graph: TrainGraph) -> Tensor:
     """Each user's row is the mean of the rows of their training items, at unit length.
 
     Shapes:
         table and result: ``[n_users + n_items, width]``, float16, users first; row_of_node
         ``[n_nodes + 2]``, a padding node before each side.
     """
-    rows = row_of_node.numpy()
-    users = rows[graph.users + 1]
-    items = rows[graph.items + len(graph.user_tokens) + 2]
-    edges = sparse.csr_array(
-        (np.ones(len(users), np.float32), (users, items)), shape=(n_users, len(table))
-    )
+    n_users = len(graph.user_tokens)
+    items = row_of_node.numpy()[graph.items + n_users + 2]
+    ones = np.ones(len(items), np.float32)
+    edges = sparse.csr_array((ones, (graph.users, items)), shape=(n_users, len(table)))
     means = torch.from_numpy(edges @ table.float().numpy())
-    return torch.cat([F.normalize(means, dim=1).half(), table[n_users:]])
+    made = table.clone()
+    made[row_of_node[1 : n_users + 1]] = F.normalize(means, dim=1).to(table.dtype)
+    return made
