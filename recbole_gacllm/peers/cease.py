@@ -7,8 +7,8 @@ Each dimension of the items' text embeddings ``X`` is one more row to reconstruc
 ``gamma`` is ``text_weight``, ``lambda`` is ``reg_weight``. With ``gamma = 0`` it is EASE.
 
 Source: Jeunen, Van Balen, Goethals, "Closed-Form Models for Collaborative Filtering with
-Side-Information" (RecSys 2020), the collective model, Eq. 7; EASE: Steck (WWW 2019). Departures:
-side information is text embeddings, not tags, so ``X`` is centred and scaled to rows of mean square
+Side-Information" (RecSys 2020), the collective model; EASE: Steck (WWW 2019). Departures: side
+information is text embeddings, not tags, so ``X`` is centred and scaled to rows of mean square
 length 1; ``g`` is the mean number of an item's interactions, so that ``gamma`` means the same for
 any encoder and any data set.
 """

@@ -8,12 +8,14 @@ centred at their own mean and turned by the same axes, so that users and items l
 With ``text_init_frozen`` texts stay as they are and ``W``, ``b`` are learned, which begin as the
 same table. A node without training interactions has its text's embedding like any other.
 
-Source: LLMInit (Zhang et al., arXiv 2503.01814) for general models, whose users are the means of
-their items (``text_users: item_mean``); Harte et al., "Leveraging Large Language Models for
-Sequential Recommendation" (RecSys 2023), principal components for SASRec and BERT4Rec; AlphaFuse
-(SIGIR 2025), the axes of the texts as the space that is trained; UniSRec (KDD 2022), frozen texts
-with a learned map, which there is a mixture of experts. Departures: one scale for all, the
-model's own; where a table is wider than the texts, the further columns stay as the model made them.
+Source: LLMInit (Zhang et al., arXiv 2503.01814) for general models, whose users come from their
+items (``text_users: item_mean``); Harte et al., "Leveraging Large Language Models for Sequential
+Recommendation" (RecSys 2023), principal components for BERT4Rec; AlphaFuse (SIGIR 2025),
+standardised along the texts' own axes; UniSRec (KDD 2022), frozen texts with a learned map.
+Departures: LLMInit keeps single dimensions of most variance, here principal components are kept; the
+spread is the model's own; UniSRec's map is a mixture of experts, here it is linear; AlphaFuse
+freezes the texts' part and trains the rest. Where a table is wider than the texts, the further
+columns stay as the model made them.
 """
 
 from __future__ import annotations
