@@ -23,8 +23,15 @@ from pydantic.dataclasses import dataclass
 from recbole_gacllm.redaction import api_key, redact
 
 MODEL = "GaCLLM"
-#: Our models and their modules; both take the keys of ``GaCLLM.yaml``.
-MODELS = {MODEL: "recbole_gacllm.model", "TextKNN": "recbole_gacllm.text_knn"}
+#: Models of other papers on the texts of our hook: its keys, and those of ``NAME.yaml``.
+PEERS = {
+    "AlphaRec": "recbole_gacllm.peers.alpharec",
+    "CEASE": "recbole_gacllm.peers.cease",
+    "RLMRecCon": "recbole_gacllm.peers.rlmrec",
+    "RLMRecGen": "recbole_gacllm.peers.rlmrec",
+}
+#: Our models and their modules; the first two take all keys of ``GaCLLM.yaml``.
+MODELS = {MODEL: "recbole_gacllm.model", "TextKNN": "recbole_gacllm.text_knn", **PEERS}
 OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_", "linear_")
 
 #: Keys of ours that hold for any model; see ``splits.py``.
@@ -92,17 +99,45 @@ def dataset_defaults(dataset: str, data_path: str | None = None) -> dict[str, An
     return {} if path is None else _load_yaml(path)
 
 
-def check_keys(external: Mapping[str, Any], others: Collection[str] = ()) -> None:
+def reads_text(config: Mapping[str, Any]) -> bool:
+    """Whether a run of a resolved configuration asks the preprocessing hook for texts."""
+    if config["model"] == MODEL:
+        return bool(config["use_text"])
+    return config["model"] in MODELS or bool(config.get("text_init"))
+
+
+def text_defaults(preset: str | None = None, model: str | None = None) -> dict[str, Any]:
+    """The keys of :func:`model_defaults` that the hook reads; of a peer its own over them.
+
+    Raises:
+        ValueError: As :func:`model_defaults`.
+    """
+    defaults = model_defaults(preset)
+    own = _load_yaml(peer_file(model)) if model in PEERS else {}
+    return {key: value for key, value in defaults.items() if key in HOOK_KEYS} | own
+
+
+def peer_file(model: str) -> Path:
+    """The yaml of a peer: its own keys, and where it departs from the hook's defaults."""
+    return shipped_path("properties", "model", f"{model}.yaml")
+
+
+def check_keys(
+    external: Mapping[str, Any], others: Collection[str] = (), model: str = MODEL
+) -> None:
     """Refuse a key that has one of our prefixes, or is nearly one of ours, and is none of ours.
 
     Args:
         external: What the user gave: files, dictionary and command line.
         others: Keys that RecBole knows; they pass however near they are.
+        model: Of ours; a peer has fewer keys than GaCLLM.
 
     Raises:
         ValueError: Names the key and the nearest known ones.
     """
     ours = [f.name for f in dataclasses.fields(GaCLLMConfig)]
+    if model in PEERS:
+        ours = [*text_defaults(model=model), *SPLIT_KEYS, "fast_paths"]
     for key in external:
         if key in ours or key in others:
             continue
@@ -111,7 +146,7 @@ def check_keys(external: Mapping[str, Any], others: Collection[str] = ()) -> Non
             hint = f"did you mean {' or '.join(near)}?" if near else "it has no near match."
             raise ValueError(
                 f"unknown key {key!r}: {hint} All keys stand in docs/config.md and in "
-                f"{shipped_path('properties', 'model', 'GaCLLM.yaml')}."
+                f"{peer_file(model)}."
             )
 
 
@@ -177,6 +212,7 @@ class GaCLLMConfig:
     use_text: bool
     text_layers: Literal["auto", "hops"] | _Number
     text_source: Literal["generated", "raw", "item_mean", "shuffled"]
+    text_users: Literal["own", "item_mean"]
     text_hidden_size: _Number
     text_dropout: _Dropout
     text_weight: _Weight
@@ -191,6 +227,9 @@ class GaCLLMConfig:
     text_item_name_field: _Text | None
     text_max_chars: Annotated[int, Field(ge=16)]
     text_allow_ids: bool
+    text_init: bool
+    text_init_frozen: bool
+    text_init_reduction: Literal["pca", "whitened"]
     text_import_file: _Text | None
     neighbor_rule: Literal["random", "recent", "rare_first"]
     n_neighbors: _Count
@@ -279,6 +318,17 @@ class GaCLLMConfig:
         return self.has_knowledge + self.llm_n_layers
 
     @classmethod
+    def of_hook(cls, mapping: Mapping[str, Any]) -> GaCLLMConfig:
+        """The options of a model that takes the hook's keys alone; the others are defaults.
+
+        Raises:
+            ValueError: As :meth:`from_mapping`.
+        """
+        keys = {key: mapping[key] for key in HOOK_KEYS if key in mapping}
+        # No text is fused hop by hop, so there need not be as many hops as layers.
+        return cls.from_mapping({**model_defaults(), **keys, "use_text": False})
+
+    @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> GaCLLMConfig:
         """Check our keys of a merged configuration.
 
@@ -294,6 +344,15 @@ class GaCLLMConfig:
             return cls(**values)
         except ValidationError as error:
             raise ValueError(_told(error, values)) from None
+
+
+#: Keys of ours that the preprocessing hook, and a model that reads its texts, takes.
+HOOK_KEYS = frozenset(
+    field.name
+    for field in dataclasses.fields(GaCLLMConfig)
+    if field.name.startswith(("text_", "neighbor_", "n_neighbors", "llm_", "sft", "encoder_"))
+    or field.name in ("preset", "artifact_dir")
+) - {"text_hidden_size", "text_dropout", "text_weight"}  # of GaCLLM's recommender
 
 
 def checked(key: str, value: Any) -> Any:

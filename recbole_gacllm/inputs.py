@@ -52,14 +52,13 @@ class TrainingData:
         """Take the training split that RecBole hands to a model's constructor."""
         id_fields: dict[Side, str] = {"user": dataset.uid_field, "item": dataset.iid_field}
         tokens = {side: dataset.field2id_token[id_fields[side]][1:] for side in SIDES}
-        inter = dataset.inter_feat
-        has_time = dataset.time_field is not None and dataset.time_field in inter
+        users, items, times = _training_edges(dataset)
         graph = TrainGraph(
             user_tokens=np.asarray(tokens["user"], dtype=str),
             item_tokens=np.asarray(tokens["item"], dtype=str),
-            users=inter[dataset.uid_field].numpy() - 1,
-            items=inter[dataset.iid_field].numpy() - 1,
-            timestamps=inter[dataset.time_field].numpy().astype(np.float64) if has_time else None,
+            users=users - 1,
+            items=items - 1,
+            timestamps=None if times is None else times.astype(np.float64),
         )
         files = {side: Path(config["data_path"]) / f"{config['dataset']}.{side}" for side in SIDES}
         return cls(
@@ -73,6 +72,29 @@ class TrainingData:
             seed=config["seed"],
             show_progress=bool(config["show_progress"]),
         )
+
+
+def _training_edges(dataset: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """User, item and time (None without) of every training interaction, RecBole's ids.
+
+    A sequential split has a row for each target, with what came before in lists: what no row has
+    as its target stands in the shortest list of each user.
+    """
+    inter, time = dataset.inter_feat, dataset.time_field
+    names = [dataset.uid_field, dataset.iid_field]
+    names += [time] if time is not None and time in inter else []
+    columns = [inter[name].numpy() for name in names]
+    lists = [getattr(dataset, f"{name}_list_field", None) for name in names[1:]]
+    if lists[0] is not None and lists[0] in inter:
+        lengths = inter[dataset.item_list_length_field].numpy()
+        order = np.lexsort((lengths, columns[0]))
+        users = columns[0][order]
+        shortest = order[np.append(True, users[1:] != users[:-1])] if len(users) else order
+        filled = np.arange(int(lengths.max(initial=0))) < lengths[shortest][:, None]
+        before = [np.repeat(columns[0][shortest], lengths[shortest])]
+        before += [inter[name].numpy()[shortest, : filled.shape[1]][filled] for name in lists]
+        columns = [np.concatenate(both) for both in zip(columns, before, strict=True)]
+    return columns[0], columns[1], columns[2] if len(columns) > 2 else None
 
 
 def raw_descriptions(options: GaCLLMConfig, data: TrainingData) -> tuple[Layer, dict[str, str]]:

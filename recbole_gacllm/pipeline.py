@@ -71,7 +71,8 @@ def prepare(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
             layer_files += [folder / name for name in hook.descriptions.outputs]
         hook.folders["embeddings"] = _run(hook.encoding(layer_files, encoder))
         return TextLayers.load(
-            hook.folders, len(layer_files), options.text_source, data.graph, data.seed
+            *(hook.folders, len(layer_files), options.text_source, data.graph, data.seed),
+            options.text_users,
         )
 
 

@@ -43,7 +43,6 @@ from recbole_gacllm.model import GaCLLM
 from recbole_gacllm.plugin import run_folder, threads
 from recbole_gacllm.redaction import redact, redacted
 from recbole_gacllm.run_config import build_config
-from recbole_gacllm.text_knn import TextKNN
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +209,8 @@ def _record(config: Config, training: _Training, run_file: Path, started: float)
 
 
 def _texts_of(recommender: Any) -> TextLayers | None:
-    return recommender.texts if isinstance(recommender, (GaCLLM, TextKNN)) else None
+    texts = getattr(recommender, "texts", None)  # of our models, and of those with text_init
+    return texts if isinstance(texts, TextLayers) else None
 
 
 def _start_log(config: Config, moment: str) -> logging.Logger:

@@ -15,7 +15,7 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import ModelType, get_model, init_seed
 
-from recbole_gacllm.config import MODELS, GaCLLMConfig, dataset_file
+from recbole_gacllm.config import HOOK_KEYS, MODELS, PEERS, GaCLLMConfig, dataset_file
 from recbole_gacllm.data.atomic import read_header
 from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.plugin.key_checks import check_evaluation, check_given
@@ -54,7 +54,9 @@ def build_config(
     overrides = dict(config_dict or {})
     external, internal = _external_and_internal(model, model_class, dataset, files, overrides)
     keys = {**internal, **external}
-    check_given(external, {} if model in MODELS else internal)
+    is_ours = model in MODELS and model not in PEERS
+    checked_elsewhere = internal if is_ours else HOOK_KEYS
+    check_given(external, {k: v for k, v in internal.items() if k not in checked_elsewhere})
     check_evaluation(keys)
     _check_dataset(dataset, keys["data_path"])
     feature_models = (ModelType.CONTEXT, ModelType.DECISIONTREE, ModelType.KNOWLEDGE)

@@ -28,12 +28,13 @@ ROOMS = {
     "stage": "alignment artifacts console convolution job llm sft",
     "__init__": "plugin",
     "model": "alignment config estimate inputs objective pipeline",
+    "peers": "alignment config inputs objective pipeline",
     "run_config": "config data inputs plugin",
     "text_knn": "config inputs objective pipeline",
     "inspection": "alignment artifacts config convolution data errors inputs llm objective "
     "run_config",
     "run": "__init__ alignment artifacts console convolution errors inputs inspection model "
-    "plugin redaction run_config text_knn",
+    "plugin redaction run_config",
     "compare": "__init__ artifacts config console convolution data errors inspection llm run "
     "run_config",
     "report": "__init__ artifacts compare convolution errors inspection",
@@ -43,7 +44,7 @@ ROOMS = {
 }
 #: A library -> the modules, or rooms, that may import it.
 LIBRARIES = {
-    "recbole": "plugin/ run_config.py run.py model.py text_knn.py inspection/ compare/ "
+    "recbole": "plugin/ run_config.py run.py model.py peers/ text_knn.py inspection/ compare/ "
     "report/scoring.py",
     "vllm": "llm/vllm_engine.py",
     "peft": "sft/finetune.py sft/merge.py llm/transformers_engine.py",

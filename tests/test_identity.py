@@ -27,8 +27,10 @@ PACKAGE = ROOT / "recbole_gacllm"
 def first_code(monkeypatch):
     """The code is the one that made the first runs."""
     firsts = {}
+    present = identity.code_digests()  # of a concern that is in no line yet
     for line in identity.read_table():
         firsts.setdefault(line["concern"], line["digest"])
+    firsts = {**present, **firsts}
     monkeypatch.setattr(identity, "code_digests", lambda: firsts)
     return firsts
 
@@ -101,6 +103,11 @@ def test_the_present_code_is_in_the_table():
         ("GaCLLM:text_source=shuffled:llm_n_layers=0", {}, "runs fast model texts"),
         ("GaCLLM", {}, "runs fast model texts llm prompts"),
         ("TextKNN:fast_paths=False", {}, "runs model texts"),
+        ("CEASE:fast_paths=False:text_source=raw", {}, "runs model peers texts"),
+        ("RLMRecCon", {}, "runs fast model peers texts llm prompts"),
+        ("BPR:text_init=True:text_source=raw", {}, "runs model peers texts"),
+        ("BPR:text_init=True", {}, "runs model peers texts llm prompts"),
+        ("BPR:text_init=False", {}, "runs"),
     ],
 )
 def test_a_row_depends_on_the_code_that_it_runs(
@@ -199,7 +206,10 @@ IMPORTED = "side,token,layer,text\nuser,u1,1,Likes comedies.\n"
 
 @pytest.mark.parametrize(
     ("row", "is_read"),
-    [("GaCLLM", True), ("GaCLLM:use_text=False", False), ("TextKNN", True), ("BPR", False)],
+    [
+        *(("GaCLLM", True), ("GaCLLM:use_text=False", False), ("TextKNN", True), ("BPR", False)),
+        *(("AlphaRec", True), ("BPR:text_init=True", True)),
+    ],
 )
 def test_a_run_with_texts_is_addressed_by_those_it_imports(settings, tmp_path, row, is_read):
     file = tmp_path / "texts.csv"

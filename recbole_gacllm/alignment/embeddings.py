@@ -47,6 +47,7 @@ class TextLayers:
         text_source: str,
         graph: TrainGraph,
         seed: int,
+        text_users: str = "own",
     ) -> TextLayers:
         """Memory-map the embeddings and find each node's row by its token, not by its id.
 
@@ -57,6 +58,7 @@ class TextLayers:
                 ``item_mean`` gives users the mean of their items' texts.
             graph: The nodes in RecBole's order, and the training edges.
             seed: RecBole's.
+            text_users: ``item_mean`` gives users the mean of their items' texts, in every layer.
         """
         tokens = Layer.read(folders["inputs"] / "layer_0.parquet").tokens
         rng = np.random.default_rng(seed)
@@ -77,15 +79,24 @@ class TextLayers:
             for layer in range(n_layers)
         ]
         row_of_each = torch.tensor(row_of_node)
-        if text_source == "item_mean":
-            tables[0] = _users_as_item_means(tables[0], len(tokens["user"]), row_of_each, graph)
-        return cls(tables, row_of_each, folders)
+        made = cls(tables, row_of_each, folders)
+        is_mean = "item_mean" in (text_source, text_users)
+        return made.with_users_as_item_means(graph) if is_mean else made
 
     def __len__(self) -> int:
         return len(self.tables)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextLayers:
         return self
+
+    def with_users_as_item_means(self, graph: TrainGraph) -> TextLayers:
+        """The same, each user's embedding being the mean of those of their training items.
+
+        Ours as a control: a user's text without any LLM; AlphaRec's and LLMInit's users. At unit
+        length; a user without training items gets zeros.
+        """
+        tables = [_users_as_item_means(table, self.row_of_node, graph) for table in self.tables]
+        return TextLayers(tables, self.row_of_node, self.run_files)
 
     def to(self, device: torch.device | str) -> TextLayers:
         """The same embeddings on a device."""
@@ -115,22 +126,18 @@ class TextLayers:
         return torch.cat([projection(self.rows(layers, block)) for block in blocks])
 
 
-def _users_as_item_means(
-    table: Tensor, n_users: int, row_of_node: Tensor, graph: TrainGraph
-) -> Tensor:
+def _users_as_item_means(table: Tensor, row_of_node: Tensor, graph: TrainGraph) -> Tensor:
     """Each user's row is the mean of the rows of their training items, at unit length.
-
-    A control, ours: a user's text without any LLM. A user without training items gets zeros.
 
     Shapes:
         table and result: ``[n_users + n_items, width]``, float16, users first; row_of_node
         ``[n_nodes + 2]``, a padding node before each side.
     """
-    rows = row_of_node.numpy()
-    users = rows[graph.users + 1]
-    items = rows[graph.items + len(graph.user_tokens) + 2]
-    edges = sparse.csr_array(
-        (np.ones(len(users), np.float32), (users, items)), shape=(n_users, len(table))
-    )
+    n_users = len(graph.user_tokens)
+    items = row_of_node.numpy()[graph.items + n_users + 2]
+    ones = np.ones(len(items), np.float32)
+    edges = sparse.csr_array((ones, (graph.users, items)), shape=(n_users, len(table)))
     means = torch.from_numpy(edges @ table.float().numpy())
-    return torch.cat([F.normalize(means, dim=1).half(), table[n_users:]])
+    made = table.clone()
+    made[row_of_node[1 : n_users + 1]] = F.normalize(means, dim=1).to(table.dtype)
+    return made

@@ -30,7 +30,7 @@ def check(argv: list[str]) -> None:
     common.add_flags(parser, "dataset", "model", "config_files")
     args, keys = common.parse_with_keys(parser, argv)
 
-    from recbole_gacllm.config import MODELS
+    from recbole_gacllm.config import MODELS, reads_text
     from recbole_gacllm.inspection.data_door import read_and_inspect, sample_texts
 
     files = args.config_files.split()
@@ -38,13 +38,14 @@ def check(argv: list[str]) -> None:
     say(*report.lines())
     for warning in report.warnings:
         say_wrapped(f"warning: {warning}", later="  ")
-    if args.model in MODELS and not config["use_text"]:
+    with_text = reads_text(config.final_config_dict)
+    if args.model in MODELS and not with_text:
         return
     with _notes() as notes:
         try:
             samples = sample_texts(config, train, args.dataset, files, keys)
         except ValueError as error:
-            if args.model in MODELS:
+            if with_text:
                 raise
             say("")
             say_wrapped(f"no texts, which {args.model} does not read: {error}")

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from recbole_gacllm.config import MODEL, MODELS, shipped_path
+from recbole_gacllm.config import MODEL, MODELS, PEERS, reads_text, shipped_path
 from recbole_gacllm.console import say
 from recbole_gacllm.convolution.imported import ImportedTexts
 from recbole_gacllm.convolution.prompts import PromptTemplates
@@ -43,6 +43,10 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "cold": (),  # unseen.py and choice.py once more, for runs whose held-out nodes are unseen
     "times": (),  # compat_data.py once more, for runs to which the order of time matters
     "fast": ("plugin/fast.py", "plugin/fast_graph.py"),
+    "peers": (  # other papers' models on our texts, and texts for RecBole's
+        *("peers/__init__.py", "peers/texts.py", "peers/alpharec.py"),
+        *("peers/rlmrec.py", "peers/cease.py", "peers/text_init.py"),
+    ),
     "model": (  # our models
         *("model.py", "text_knn.py", "inputs.py", "convolution/graph.py"),
         *("alignment/__init__.py", "alignment/embeddings.py", "alignment/propagation.py"),
@@ -84,7 +88,8 @@ FIRST_CODE = "4c40a0959ec716099133f613b0cf84f597bdedb04ad143ba68862d0614bca109"
 #: Keys that came after those runs, with the value under which the numbers are as they were.
 LATER_KEYS: dict[str, Any] = {
     **{"llm_knowledge_tokens": 0, "cold_user_share": 0.0, "known_users_only": False},
-    "text_layers": "hops",
+    **{"text_layers": "hops", "text_users": "own", "text_init": False},
+    **{"text_init_frozen": False, "text_init_reduction": "pca"},
 }
 _TABLE = shipped_path("properties", "computations.yaml")
 _TABLE_HEAD = """\
@@ -112,8 +117,7 @@ def of(config: Mapping[str, Any], sha256: Callable[[Path], str]) -> dict[str, An
 
 def concerns_of(config: Mapping[str, Any]) -> list[str]:
     """The concerns on which the numbers of a configuration depend."""
-    model = config["model"]
-    with_text = model in MODELS and (model != MODEL or config["use_text"])
+    model, with_text = config["model"], reads_text(config)
     generated = has_layers(config)
     cold = config.get("cold_item_share"), config.get("cold_user_share")
     wanted = {
@@ -124,7 +128,8 @@ def concerns_of(config: Mapping[str, Any]) -> list[str]:
         "times": config["eval_args"]["order"] == "TO"
         or (generated and config["neighbor_rule"] == "recent"),
         "fast": bool(config.get("fast_paths")),
-        "model": model in MODELS,
+        "peers": model in PEERS or bool(config.get("text_init")),
+        "model": model in MODELS or with_text,
         "cold": model == MODEL and any(cold),
         "texts": with_text,
         "llm": generated,
@@ -136,8 +141,8 @@ def concerns_of(config: Mapping[str, Any]) -> list[str]:
 def has_layers(config: Mapping[str, Any]) -> bool:
     """Whether a configuration has texts above layer 0."""
     return bool(
-        config["model"] == MODEL
-        and config["use_text"]
+        reads_text(config)
+        and config["model"] != "TextKNN"
         and config["text_source"] in ("generated", "shuffled")
         and _n_text_layers(config) > 0
     )

@@ -22,7 +22,7 @@ from recbole.utils import ModelType
 
 from recbole_gacllm.artifacts import hashing, manifests
 from recbole_gacllm.compare import identity
-from recbole_gacllm.config import MODEL, MODELS, SPLIT_KEYS, GaCLLMConfig, shipped_path
+from recbole_gacllm.config import MODEL, SPLIT_KEYS, GaCLLMConfig, shipped_path
 from recbole_gacllm.run_config import build_config
 
 FIRST_SEED = 2020  # RecBole's
@@ -233,8 +233,6 @@ def code_version() -> dict[str, Any]:
 
 def _foreign(user_keys: Mapping[str, Any], config: Any) -> set[str]:
     """The user's keys of GaCLLM that mean nothing to another model."""
-    if config["model"] in MODELS:
-        return set()
     ours = {*(field.name for field in dataclasses.fields(GaCLLMConfig)), "preset"}
     of_any_model = {"fast_paths", "n_threads", *SPLIT_KEYS}
     return (ours & set(user_keys)) - set(config.internal_config_dict) - of_any_model

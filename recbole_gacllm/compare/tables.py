@@ -20,7 +20,7 @@ from recbole_gacllm.compare import degrees, markdown
 from recbole_gacllm.compare.costs import command, cost_rows, environment_rows, runs_to_csv
 from recbole_gacllm.compare.markdown import latex, metric_name
 from recbole_gacllm.compare.results import DECIMALS, Board, summarize
-from recbole_gacllm.config import MODELS
+from recbole_gacllm.config import MODEL, MODELS, PEERS
 
 RESULTS_FILE = "results.json"
 _PROPERTIES = (
@@ -285,7 +285,8 @@ def _hyper_parameters(plan: dict[str, Any], table: dict[str, Any], dataset: str)
     rows = []
     for model in table["models"]:
         tuned = plan["tuned"][f"{dataset}/{model}"]
-        own = "GaCLLM.yaml" if model.partition(":")[0] in MODELS else "RecBole's defaults"
+        name = model.partition(":")[0]
+        own = f"{name if name in PEERS else MODEL}.yaml" if name in MODELS else "RecBole's defaults"
         sources = [_lines(tuned["files"]) or own]
         if tuned["given"]:
             sources.append("the command line")

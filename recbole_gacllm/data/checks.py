@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recbole_gacllm.config import MODELS
+from recbole_gacllm.config import reads_text
 from recbole_gacllm.data.atomic import AtomicFile, read_atomic
 from recbole_gacllm.data.numbers import times
 
@@ -114,7 +114,7 @@ def inspect(config: Any, dataset: Any, parts: Iterable[Any]) -> DataReport:
         report.warnings.append(
             f"times cannot be read, and a run in order of time will end: {fault}"
         )
-    if config["model"] in MODELS and config["use_text"]:
+    if reads_text(config.final_config_dict):
         for side, id_field in (("user", dataset.uid_field), ("item", dataset.iid_field)):
             file = Path(config["data_path"], f"{config['dataset']}.{side}")
             if file.is_file():

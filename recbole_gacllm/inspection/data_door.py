@@ -9,7 +9,7 @@ from typing import Any
 from recbole.data import create_dataset
 from recbole.utils import init_seed
 
-from recbole_gacllm.config import MODELS, GaCLLMConfig
+from recbole_gacllm.config import MODELS, GaCLLMConfig, reads_text
 from recbole_gacllm.convolution.layers import Side
 from recbole_gacllm.data.checks import DataReport
 from recbole_gacllm.inputs import TrainingData, raw_descriptions, samples
@@ -44,9 +44,9 @@ def sample_texts(
     Raises:
         ValueError: As :func:`.inputs.raw_descriptions`.
     """
-    if config["model"] not in MODELS:  # the words are GaCLLM's all the same
+    if config["model"] not in MODELS and not config["text_init"]:  # the words are GaCLLM's
         config = build_config("GaCLLM", dataset, config_files, config_dict)
-    options = GaCLLMConfig.from_mapping(config.final_config_dict)
+    options = GaCLLMConfig.of_hook(config.final_config_dict)
     raw, _ = raw_descriptions(options, TrainingData.from_recbole(config, train))
     return samples(raw.texts, config["seed"])
 
@@ -66,7 +66,7 @@ def check_plan(jobs: Iterable[tuple[str, str, Sequence[str], Mapping[str, Any]]]
     job_of_kind: dict[tuple[str, bool], tuple[bool, Any]] = {}
     for model, dataset, files, keys in jobs:
         config = build_config(model, dataset, files, dict(keys))
-        with_text = model in MODELS and bool(config["use_text"])
+        with_text = reads_text(config.final_config_dict)
         kind = dataset, config["train_neg_sample_args"]["distribution"] != "none"
         if kind not in job_of_kind or with_text > job_of_kind[kind][0]:
             job_of_kind[kind] = with_text, (model, dataset, files, dict(keys))

@@ -22,7 +22,7 @@ from torch import Tensor
 from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.artifacts.checkpoint import no_pickles, read_weights
 from recbole_gacllm.artifacts.locate import RunFiles
-from recbole_gacllm.config import MODELS, GaCLLMConfig, model_defaults
+from recbole_gacllm.config import MODELS, GaCLLMConfig, model_defaults, text_defaults
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.inputs import TrainingData
 
@@ -62,7 +62,9 @@ def open_run(files: RunFiles) -> OpenRun:
 
     def stored_texts(options: GaCLLMConfig, data: TrainingData) -> TextLayers:
         n_layers = len(list(folders["embeddings"].glob("layer_*.npy")))
-        return TextLayers.load(folders, n_layers, options.text_source, data.graph, data.seed)
+        return TextLayers.load(
+            *(folders, n_layers, options.text_source, data.graph, data.seed), options.text_users
+        )
 
     # RecBole looks for saved data sets in the folder of the checkpoints.
     with tempfile.TemporaryDirectory() as empty, no_pickles():
@@ -70,7 +72,8 @@ def open_run(files: RunFiles) -> OpenRun:
         init_seed(config["seed"], config["reproducibility"])
         train, valid, test = data_preparation(config, create_dataset(config))
         name = config["model"]
-        texts_of = {"texts_of": stored_texts} if name in MODELS else {}
+        with_texts = name in MODELS or config["text_init"]
+        texts_of = {"texts_of": stored_texts} if with_texts else {}
         model = get_model(name)(config, train._dataset, **texts_of).to(config["device"])
     model.load_state_dict(state)
     model.load_other_parameter(_on(config["device"], others))
@@ -98,6 +101,8 @@ def _config_of(record: dict[str, Any], data_path: str, checkpoint_dir: str) -> C
     keys = dict(record["config"])
     if keys["model"] in MODELS:  # keys newer than the run, which no preset of its time set
         keys = {**model_defaults("paper"), **keys}
+    elif keys.get("text_init"):
+        keys = {**text_defaults("paper"), **keys}
     kinds = {"MODEL_TYPE": ModelType, "MODEL_INPUT_TYPE": InputType, "eval_type": EvaluatorType}
     for key, kind in kinds.items():  # run.json has their text, such as ModelType.GENERAL
         if keys.get(key) is not None:

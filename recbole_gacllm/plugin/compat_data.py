@@ -101,7 +101,8 @@ def exact_times(module: ModuleType) -> None:
             self.inter_feat = inter
         exact = inter[time].to_numpy("float64") if plain else None
         original(self)
-        if exact is not None and self.config["model"] in MODELS:
+        reads_times = self.config["model"] in MODELS or self.config["text_init"]
+        if exact is not None and reads_times:
             import torch
 
             self.inter_feat.interaction[time] = torch.from_numpy(exact.copy())

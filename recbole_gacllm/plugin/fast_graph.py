@@ -62,10 +62,10 @@ def add_to_model(module: ModuleType) -> None:
     model_class = getattr(module, name)
 
     @replaces(model_class, "__init__")
-    def construct(original: Any, self: Any, config: Any, dataset: Any) -> None:
+    def construct(original: Any, self: Any, config: Any, dataset: Any, **keys: Any) -> None:
         # Past nn.Module's __setattr__, which wants its own constructor first.
         vars(self)["fast_paths"] = bool(config["fast_paths"])
-        original(self, config, dataset)
+        original(self, config, dataset, **keys)
 
     change(model_class)
 

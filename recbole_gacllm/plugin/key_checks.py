@@ -17,7 +17,7 @@ from typing import Any
 import recbole
 import yaml
 
-from recbole_gacllm.config import GaCLLMConfig
+from recbole_gacllm.config import GaCLLMConfig, shipped_path
 
 _RECBOLE = Path(recbole.__file__).parent
 # Keys of earlier releases of RecBole, which 1.2.1 takes and does not read.
@@ -104,7 +104,8 @@ def known_keys() -> frozenset[str]:
         keys |= set(re.findall(r"[\"'](\w+)[\"'] (?:not )?in (?:self\.)?(?:final_)?config", source))
         if file.name == "argument_list.py":
             keys |= set(re.findall(r"'(\w+)'", source))
-    for file in (_RECBOLE / "properties").rglob("*.yaml"):
+    ours = shipped_path("properties", "model").glob("*.yaml")
+    for file in (*(_RECBOLE / "properties").rglob("*.yaml"), *ours):
         if not file.name.endswith("url.yaml"):
             keys |= set(yaml.safe_load(file.read_text("utf-8")) or {})
     return frozenset(keys)

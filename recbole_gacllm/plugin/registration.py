@@ -15,13 +15,16 @@ from types import ModuleType
 from typing import Any
 
 from recbole_gacllm.config import (
+    HOOK_KEYS,
     MODELS,
+    PEERS,
     SPLIT_KEYS,
     GaCLLMConfig,
     check_keys,
     checked,
     dataset_defaults,
     model_defaults,
+    text_defaults,
 )
 from recbole_gacllm.plugin.import_hooks import after_import, alias_module, replaces
 
@@ -40,6 +43,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
         f"{_GENERAL}.{name}": ("fast_graph:add_to_model",)
         for name in ("lightgcn", "ngcf", "ncl", "sgl", "dgcf", "neumf")
     },
+    "recbole.model.abstract_recommender": (".peers.text_init:add_to_models",),
     "recbole.data.dataset.dataset": ("splits:add_to_dataset", ".data.checks:add_to"),
 }
 
@@ -78,26 +82,32 @@ def extend_config(configurator: ModuleType) -> None:
 
     @replaces(configurator.Config, "_load_internal_config_dict")
     def _load_internal_config_dict(original: Any, self: Any, model: str, *args: Any) -> None:
+        external, load = self.external_config_dict, functools.partial(original, self, model, *args)
         if model in MODELS:
-            _load_layers(self, functools.partial(original, self, model, *args))
+            others = [key for keys in self.parameters.values() for key in keys]
+            check_keys(external, others, model)
+            _load_layers(self, model, load)
+        elif external.get("text_init"):
+            _load_layers(self, model, load)
         else:
-            original(self, model, *args)
+            load()
 
     @replaces(configurator.Config, "__init__")
     def construct(original: Any, self: Any, *args: Any, **keys: Any) -> None:
         original(self, *args, **keys)
-        if self.model in MODELS:
+        if self.model in MODELS or self["text_init"]:
             _check(self)
         elif self["n_threads"] is not None:
             checked("n_threads", self["n_threads"])
         splits.check(self)
 
 
-def _load_layers(config: Any, load_internal: functools.partial[None]) -> None:
+def _load_layers(config: Any, model: str, load_internal: functools.partial[None]) -> None:
     """Fill ``config.internal_config_dict`` with all layers below the user's."""
     external = config.external_config_dict
-    check_keys(external, [key for keys in config.parameters.values() for key in keys])
-    defaults = model_defaults(external.get("preset"))
+    takes_all = model in MODELS and model not in PEERS
+    preset = external.get("preset")
+    defaults = model_defaults(preset) if takes_all else text_defaults(preset, model)
     load_file = config._update_internal_config_dict
 
     def load_file_and_defaults(file: str) -> Any:
@@ -114,11 +124,13 @@ def _load_layers(config: Any, load_internal: functools.partial[None]) -> None:
 
     internal = config.internal_config_dict
     ours = dataset_defaults(config.dataset, external.get("data_path", internal["data_path"]))
+    if model not in MODELS:  # what RecBole loads for it stays
+        ours = {key: value for key, value in ours.items() if key in HOOK_KEYS}
     internal.update(ours)
     # As RecBole does with its own data set yaml: a saved data set is reused only if these agree.
     compared = config.parameters["Dataset"]
     compared += [key for key in ours if key not in compared and key not in defaults]
-    if external.get("loss_type", internal["loss_type"]) == "SSM":
+    if takes_all and external.get("loss_type", internal["loss_type"]) == "SSM":
         # The model draws the negatives of SSM itself; what the user sets stands.
         internal["train_neg_sample_args"] = None
 
@@ -129,10 +141,34 @@ def _check(config: Any) -> None:
     Raises:
         ValueError: Names the key, the value, what is allowed and the next step.
     """
-    options = GaCLLMConfig.from_mapping(config.final_config_dict)
+    keys, model = config.final_config_dict, config.model
+    if model not in MODELS or model in PEERS:
+        GaCLLMConfig.of_hook(keys)
+        for key in text_defaults(model=model).keys() & GaCLLMConfig.__annotations__.keys():
+            checked(key, keys[key])
+        _check_text_init(config)
+        return
+    options = GaCLLMConfig.from_mapping(keys)
+    _check_text_init(config)
     if options.loss_type == "BPR" and config["train_neg_sample_args"]["distribution"] == "none":
         raise ValueError(
             "train_neg_sample_args: None does not go with loss_type: BPR, which compares each item "
             "with a negative one. Leave train_neg_sample_args out (uniform negatives), or set "
             "loss_type: SSM."
+        )
+
+
+def _check_text_init(config: Any) -> None:
+    """Refuse ``text_init`` where it cannot be; whether there is a table is known with the model."""
+    if not config["text_init"]:
+        return
+    if config["model"] in MODELS:
+        raise ValueError(
+            f"text_init: True is for models that read no texts, and {config['model']} reads them "
+            "itself. Leave it out."
+        )
+    if (kind := config["MODEL_TYPE"].name) not in ("GENERAL", "SEQUENTIAL"):
+        raise ValueError(
+            f"text_init: True does not go with {config['model']}, a {kind.lower()} model: it is "
+            "for general and sequential models with embeddings of items or users. Leave it out."
         )
