@@ -136,7 +136,7 @@ def tune(argv: list[str]) -> None:
         "--space",
         "--params_file",
         type=Path,
-        help="RecBole's .hyper file, or the yaml of its params_dict; default the shipped one",
+        help="RecBole's .hyper file; default the shipped one",
     )
     parser.add_argument(
         "--algo",
