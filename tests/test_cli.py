@@ -122,7 +122,7 @@ def test_export_writes_one_row_for_each_node_and_layer(described, tmp_path, suff
         (["leaderboard", "--models=Pop", "--datasets=x", "--seeds=many"], "invalid int value"),
         (["--model=BPR"], "--dataset"),
         (["describe", "--user=1"], "give either --dataset or --run"),
-        (["export-descriptions", "--dataset=x", "--output=a.txt"], ".parquet or .csv"),
+        (["export-descriptions", "--dataset=x", "--output=a.txt"], ".parquet, .csv, .jsonl"),
     ],
 )
 def test_a_wrong_command_line_is_refused_with_the_reason(arguments, message, capsys):

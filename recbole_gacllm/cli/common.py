@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pandas as pd
+
+from recbole_gacllm.artifacts import disk
+from recbole_gacllm.artifacts.csv_cells import csv_of, no_formula
 from recbole_gacllm.console import say
 
 ARTIFACT_DIR = Path("saved/gacllm")
@@ -26,7 +30,9 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "default": ARTIFACT_DIR,
         "help": "as in the run, or where its artefacts lie now; default saved/gacllm",
     },
+    "output": {"type": Path, "required": True, "help": "file to write; .parquet, .csv or .jsonl"},
 }
+_TABLES = (".parquet", ".csv", ".jsonl")
 VERBOSITY = {
     "--quiet": "print the result alone; all else goes to a file",
     "--verbose": "print debugging messages, too",
@@ -131,6 +137,26 @@ def flags_of(keys: Mapping[str, object]) -> list[str]:
 def say_wrapped(text: str, first: str = "", later: str = "") -> None:
     """Print a text in lines of at most 96 characters, with something before them."""
     say(*textwrap.wrap(text, 96, initial_indent=first, subsequent_indent=later))
+
+
+def require_table(parser: argparse.ArgumentParser, file: Path) -> None:
+    """Refuse an ``--output`` that :func:`write_table` cannot write, before there is a table."""
+    if file.suffix not in _TABLES:
+        parser.error(f"--output {file}: the name must end in {', '.join(_TABLES)}")
+    if not file.resolve().parent.is_dir():
+        parser.error(f"--output {file}: there is no folder {file.parent}")
+
+
+def write_table(frame: pd.DataFrame, file: Path) -> None:
+    """Write a table whole or not at all; of a CSV file a spreadsheet calculates nothing."""
+    with disk.atomic_path(file) as new:
+        if file.suffix == ".parquet":
+            frame.to_parquet(new, index=False)
+        elif file.suffix == ".jsonl":
+            frame.to_json(new, orient="records", lines=True, force_ascii=False)
+        else:
+            words = {name: frame[name].map(no_formula) for name in frame.select_dtypes(object)}
+            new.write_text(csv_of(frame.assign(**words)), "utf-8", newline="")
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recbole_gacllm.artifacts.csv_cells import csv_of, no_formula
 from recbole_gacllm.artifacts.locate import RUN_FILE, RunFiles
 from recbole_gacllm.cli import common
 from recbole_gacllm.cli.common import say_wrapped
@@ -224,21 +223,11 @@ def export_descriptions(argv: list[str]) -> None:
         "example:\n"
         "  python -m recbole_gacllm export-descriptions --dataset=ml-100k --output=texts.parquet",
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="file to write; .parquet or .csv"
-    )
+    common.add_flags(parser, "output")
     args = common.parse(parser, argv)
-    if args.output.suffix not in (".parquet", ".csv"):
-        parser.error(f"--output {args.output}: the name must end in .parquet or .csv")
-    if not args.output.resolve().parent.is_dir():
-        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
+    common.require_table(parser, args.output)
     frame = _artifacts(parser, args).frame()
-    if args.output.suffix == ".parquet":
-        frame.to_parquet(args.output, index=False)
-    else:
-        for name in ("token", "text"):
-            frame[name] = frame[name].map(no_formula)
-        args.output.write_text(csv_of(frame), "utf-8", newline="")
+    common.write_table(frame, args.output)
     say(f"{len(frame)} descriptions written to {args.output}")
 
 
