@@ -228,38 +228,6 @@ def test_every_help_has_an_example_and_ends_with_code_0(command, capsys):
     assert f"recbole_gacllm{'.py' if 'run_recbole' in example else ''} {command or '--'}" in example
 
 
-def completions(line):
-    """What argcomplete prints on its file descriptor 8 for a line with the cursor at its end."""
-    code = "import os, sys; os.dup2(1, 8); os.dup2(1, 9)\n"
-    code += "from recbole_gacllm.cli.main import main; main()"
-    environment = {
-        **os.environ,
-        **{"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SHELL": "bash"},
-        **{"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": ""},
-        "_ARGCOMPLETE_COMP_WORDBREAKS": " =:",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
-    return done.stdout.split("\n")
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("recbole-gacllm lead", ["leaderboard "]),
-        ("recbole-gacllm --llm_mod", ["--llm_model="]),
-        ("recbole-gacllm --eval_b", ["--eval_batch_size="]),
-        ("recbole-gacllm --preset=qu", ["quick "]),
-        ("recbole-gacllm leaderboard --mod", ["--models=", "--model_list="]),
-        ("recbole-gacllm describe --us", ["--use_gpu=", "--use_text=", "--user="]),
-    ],
-)
-def test_a_shell_completes_commands_flags_and_keys(line, expected):
-    pytest.importorskip("argcomplete")
-    assert sorted(completions(line)) == sorted(expected)
-
-
 @pytest.mark.parametrize("failure", [None, ValueError])
 def test_quiet_prints_the_result_alone_and_names_the_file_when_something_fails(
     tmp_path, capfd, failure

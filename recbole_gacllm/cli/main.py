@@ -69,8 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; errors of input and of stages end in one line and exit code 2 or 1."""
     prepare()
     words = list(sys.argv[1:] if argv is None else argv)
-    if common.completing():
-        words = common.words_to_complete(_COMMANDS)
     try:
         launchers.require_one_process()
         if words and words[0] in _COMMANDS:
@@ -124,8 +122,6 @@ def _run(argv: list[str]) -> None:
         help="GaCLLM's settings: quick (default, minutes on a laptop), paper or best",
     )
     common.add_verbosity(parser)
-    if common.completing():
-        parser.add_argument("command", nargs="?", choices=list(_COMMANDS))
     argv = common.with_equals_signs(parser, argv)
     args, _ = common.parse_with_keys(parser, argv)
     if args.nproc < 1:
