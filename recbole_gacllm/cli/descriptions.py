@@ -20,7 +20,6 @@ from recbole_gacllm.convolution.layers import layer_name
 # of the command line do not wait for it.
 if TYPE_CHECKING:
     from recbole_gacllm.convolution.batch_job import Imported
-    from recbole_gacllm.inspection.reading import Unfinished
 
 _DESCRIBE_EPILOG = """\
 Without --user or --item it makes the descriptions of a run, with the run's keys as flags: features,
@@ -192,8 +191,9 @@ def quality(argv: list[str]) -> None:
             "no LLM wrote anything: the run takes the texts of layer 0 as they are; describe "
             "--user or --item shows them"
         )
-    if descriptions.unfinished is not None:
-        _print_unfinished(descriptions.unfinished)
+    if (unfinished := descriptions.unfinished) is not None:
+        say("", f"layer {unfinished.number} of {unfinished.n_layers} is not finished")
+        say("  start the run again: it goes on with what is missing")
     is_stage = args.run.is_dir() and not (args.run / RUN_FILE).is_file()
     leakage = None if is_stage else RunFiles.read(args.run).record.get("leakage_audit")
     if leakage:
@@ -204,14 +204,9 @@ def quality(argv: list[str]) -> None:
             "folder": str(descriptions.folder),
             "leakage_audit": leakage,
             "layers": [dataclasses.asdict(layer) for layer in layers],
-            "unfinished": descriptions.unfinished and dataclasses.asdict(descriptions.unfinished),
+            "unfinished": unfinished and dataclasses.asdict(unfinished),
         }
         args.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _print_unfinished(layer: Unfinished) -> None:
-    say("", f"layer {layer.number} of {layer.n_layers} is not finished")
-    say("  start the run again: it goes on with what is missing")
 
 
 def export_descriptions(argv: list[str]) -> None:
