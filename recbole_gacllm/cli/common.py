@@ -153,8 +153,10 @@ def write_table(frame: pd.DataFrame, file: Path) -> None:
         elif file.suffix == ".jsonl":
             frame.to_json(new, orient="records", lines=True, force_ascii=False)
         else:
-            words = {name: frame[name].map(no_formula) for name in frame.select_dtypes(object)}
-            new.write_text(csv_of(frame.assign(**words)), "utf-8", newline="")
+            safe = frame.apply(
+                lambda cells: cells.map(no_formula) if cells.dtype == object else cells
+            )
+            new.write_text(csv_of(safe), "utf-8", newline="")
 
 
 @contextmanager
