@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _DESCRIBE_EPILOG = """\
 Without --user or --item it makes the descriptions of a run, with the run's keys as flags: features,
 fine-tuning, LLM, no training. --export-batch and --import-batch let a cluster answer the prompts,
-one layer after the other; README, "Bigger than one machine", has the whole way.
+one layer after the other; docs/descriptions.md has the whole way.
 
 examples:
   python -m recbole_gacllm describe --dataset=ml-100k --user=196
