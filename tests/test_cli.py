@@ -113,7 +113,6 @@ def test_export_writes_one_row_for_each_node_and_layer(described, tmp_path, suff
         (["--dataset=ml-100k", "--epochs"], "'--epochs' is not of the form --key=value or"),
         (["--dataset", "ml-100k", "3"], "'3' is not of the form --key=value or --key value"),
         (["--dataset", "ml-100k", "--text_user_noun", "a=b"], "goes into a file"),
-        (["import-descriptions", "a=b.csv", "--dataset=x"], "goes into a file"),
         (["--dataset=ml-100k", "--a=b=c"], "goes into a file"),
         (["--dataset=ml-100k", "--preset=qick"], "invalid choice: 'qick'"),
         (["--dataset=ml-100k", "--epochs=3", "--epochs=4"], "--epochs is given twice"),
@@ -123,7 +122,7 @@ def test_export_writes_one_row_for_each_node_and_layer(described, tmp_path, suff
         (["leaderboard", "--models=Pop", "--datasets=x", "--seeds=many"], "invalid int value"),
         (["--model=BPR"], "--dataset"),
         (["describe", "--user=1"], "give either --dataset or --run"),
-        (["export-descriptions", "--dataset=x", "--output=a.txt"], ".parquet or .csv"),
+        (["export-descriptions", "--dataset=x", "--output=a.txt"], ".parquet, .csv, .jsonl"),
     ],
 )
 def test_a_wrong_command_line_is_refused_with_the_reason(arguments, message, capsys):
@@ -214,8 +213,8 @@ def test_help_names_the_presets_and_the_other_commands_and_is_quick_to_load():
 
 
 COMMANDS = [
-    *("leaderboard", "tune", "report", "describe", "audit", "export-descriptions"),
-    *("import-descriptions", "export-embeddings"),
+    *("leaderboard", "tune", "report", "describe", "audit"),
+    *("export-descriptions", "export-embeddings"),
 ]
 
 
@@ -227,38 +226,6 @@ def test_every_help_has_an_example_and_ends_with_code_0(command, capsys):
     out = capsys.readouterr().out
     example = out[out.index("example") :]
     assert f"recbole_gacllm{'.py' if 'run_recbole' in example else ''} {command or '--'}" in example
-
-
-def completions(line):
-    """What argcomplete prints on its file descriptor 8 for a line with the cursor at its end."""
-    code = "import os, sys; os.dup2(1, 8); os.dup2(1, 9)\n"
-    code += "from recbole_gacllm.cli.main import main; main()"
-    environment = {
-        **os.environ,
-        **{"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SHELL": "bash"},
-        **{"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": ""},
-        "_ARGCOMPLETE_COMP_WORDBREAKS": " =:",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
-    return done.stdout.split("\n")
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("recbole-gacllm lead", ["leaderboard "]),
-        ("recbole-gacllm --llm_mod", ["--llm_model="]),
-        ("recbole-gacllm --eval_b", ["--eval_batch_size="]),
-        ("recbole-gacllm --preset=pa", ["paper "]),
-        ("recbole-gacllm leaderboard --mod", ["--models=", "--model_list="]),
-        ("recbole-gacllm describe --us", ["--use_gpu=", "--use_text=", "--user="]),
-    ],
-)
-def test_a_shell_completes_commands_flags_and_keys(line, expected):
-    pytest.importorskip("argcomplete")
-    assert sorted(completions(line)) == sorted(expected)
 
 
 @pytest.mark.parametrize("failure", [None, ValueError])

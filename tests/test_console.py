@@ -60,20 +60,17 @@ def hostile(described):  # noqa: F811
 
 @pytest.mark.parametrize(
     "arguments",
-    [["describe", "--dataset=tiny", "--item=i1"], ["describe", "--dataset=tiny", "--user=u1"]],
+    [
+        ["describe", "--dataset=tiny", "--item=i1"],
+        ["describe", "--dataset=tiny", "--user=u1"],
+        ["audit"],
+    ],
 )
-def test_describe_shows_escape_sequences_of_names_and_texts(hostile, capsys, arguments):
-    main(arguments)
+def test_names_texts_samples_and_reasons_show_their_escape_sequences(hostile, capsys, arguments):
+    main([*arguments, str(hostile)] if arguments == ["audit"] else arguments)
     printed = capsys.readouterr().out
     assert not any(map(is_obeyed, printed))
     assert r"\x1b[2J\x1b]0;owned\x07\x9b1A" in printed
-
-
-def test_the_figures_of_a_run_show_escape_sequences_of_samples_and_reasons(hostile, capsys):
-    main(["audit", str(hostile)])
-    printed = capsys.readouterr().out
-    assert not any(map(is_obeyed, printed))
-    assert r"\x1b]0;owned\x07" in printed
 
 
 def test_an_error_is_one_line_without_escape_sequences(capsys):

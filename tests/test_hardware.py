@@ -36,33 +36,28 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("named", "indices"),
+    ("in_order", "named", "indices"),
     [
-        (None, "012"),
-        ("1", "1"),
-        ("2,0", "20"),
-        ("GPU-bbbb", "1"),
-        ("0, 7,1", "0"),
-        ("", ""),
-        ("-1", ""),
-        ("MIG-GPU-aaaa-1/1/0", ""),
+        (True, None, "012"),
+        (True, "1", "1"),
+        (True, "2,0", "20"),
+        (True, "GPU-bbbb", "1"),
+        (True, "0, 7,1", "0"),
+        (True, "", ""),
+        (True, "-1", ""),
+        (True, "MIG-GPU-aaaa-1/1/0", ""),
+        # CUDA counts the fastest first: numbers of unlike cards say nothing.
+        (False, "0", ""),
+        (False, "GPU-cccc", "2"),
+        (False, None, "012"),
     ],
 )
 def test_the_visible_cards_are_those_that_cuda_would_show(
-    cards: Any, monkeypatch: pytest.MonkeyPatch, named: str | None, indices: str
+    cards: Any, monkeypatch: pytest.MonkeyPatch, in_order: bool, named: str | None, indices: str
 ) -> None:
     cards(CARD, FULL, OLD, SPLIT)
-    if named is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert "".join(card.index for card in hardware.visible_cards()) == indices
-
-
-@pytest.mark.parametrize(("named", "indices"), [("0", ""), ("GPU-cccc", "2"), (None, "02")])
-def test_numbers_of_unlike_cards_say_nothing_where_cuda_counts_the_fastest_first(
-    cards: Any, monkeypatch: pytest.MonkeyPatch, named: str | None, indices: str
-) -> None:
-    cards(CARD, OLD)
-    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    if not in_order:
+        monkeypatch.delenv("CUDA_DEVICE_ORDER")
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert "".join(card.index for card in hardware.visible_cards()) == indices

@@ -113,7 +113,8 @@ def test_json_and_parquet_are_read_like_text(tmp_path, suffix):
 
 def test_what_is_dropped_is_counted(tmp_path):
     rows = [
-        "u1,i1,5,200000000",
+        "u9,i9,5,200000000,more",  # pandas would read a first row so
+        "u1,i1,5,200000000,",
         "u1,i1,5,200000000",  # twice
         "u1,i1,5,200000001",  # again, later
         ",i1,5,200000000",  # no user
@@ -127,7 +128,7 @@ def test_what_is_dropped_is_counted(tmp_path):
     path = write("log.csv", "\n".join(["user,item,rating,time", *rows]))
     said = "\n".join(imported(path, min_rating=2))
     for line in (
-        "log.csv: dropped 1 rows of another width than the header",
+        "log.csv: dropped 2 rows of another width than the header",
         "dropped 2 interactions: without a user or an item",
         "dropped 1 interactions: without a time that can be read",
         "dropped 1 interactions: rated below 2",

@@ -27,7 +27,7 @@ from recbole_gacllm.compare.plan import (
     split_variant,
 )
 from recbole_gacllm.compare.results import Board
-from recbole_gacllm.compare.tables import export, write_latex
+from recbole_gacllm.compare.tables import export
 from recbole_gacllm.config import shipped_path
 from recbole_gacllm.errors import GaCLLMError
 from tests.conftest import write_dataset
@@ -315,17 +315,6 @@ def test_a_variant_is_tested_against_the_baseline_like_any_row(finished, tmp_pat
     assert "| baselines | 1 | | cpu | python " in cells
 
 
-def test_recboles_latex_tables_hold_validation_and_test_metrics(finished, tmp_path):
-    for part in ("valid", "test"):
-        write_latex(Board.read(finished[0]), "tiny", part, tmp_path / "latex" / f"{part}.tex")
-        text = (tmp_path / "latex" / f"{part}.tex").read_text()
-        board = Board.read(finished[0])
-        values = [run.record[part]["ndcg@10"] for run in board.runs]
-        assert f"\\bfseries {max(values):.4f}" in text
-        assert all(f"{value:.4f}" in text for value in values)
-        assert "GaCLLM:n\\_layers=0 &" in text
-
-
 @pytest.mark.slow
 def test_runs_in_two_processes_have_exact_metrics_of_every_user(keys, tmp_path):
     plan = make_plan(["BPR"], ["tiny"], 1, config_dict=keys, nproc=2)
@@ -441,7 +430,6 @@ def test_a_killed_leaderboard_goes_on_where_it_was(settings, tmp_path, capsys):
         (["--model_list=BRP", "--datasets=ml-100k"], "model: 'BRP'"),
         (["-m", "BRP:learning_rate=0.1", "-d", "ml-100k"], "model: 'BRP'"),
         (["-m=BPR", "--baseline=EASE", "--dataset=ml-100k"], "baseline: 'EASE' is not one of"),
-        (["-m=BPR", "-d=ml-100k,ml-1m", "--test_latex=a.tex"], "take one data set"),
         (["-m=BPR", "-d=ml-100k", "--epochs"], "'--epochs' is not of the form"),
     ],
 )

@@ -158,6 +158,8 @@ def test_each_of_many_repeated_interactions_is_one_edge_at_its_latest_time(inter
     made = TrainGraph(tokens, tokens, users, items, times)
     edges = zip(made.users.tolist(), made.items.tolist(), made.timestamps.tolist(), strict=True)
     assert list(edges) == [(*pair, time) for pair, time in sorted(latest.items())]
+    assert TrainGraph(tokens, tokens, users, items).n_edges == len(latest)
+    assert made.degrees("user").tolist() == [sum(u == n for u, _ in latest) for n in range(3)]
 
 
 def test_a_list_does_not_depend_on_other_nodes():
@@ -166,15 +168,6 @@ def test_a_list_does_not_depend_on_other_nodes():
     alone = TrainGraph(np.array(["ana"]), whole.item_tokens, whole.users[users], whole.items[users])
     lists = [select_neighbors(g, "user", "random", 2, seed=3).of(ANA) for g in (whole, alone)]
     assert list(lists[0]) == list(lists[1])
-
-
-def test_a_repeated_interaction_is_one_edge_at_the_later_time():
-    twice = graph([(ANA, LAMP, 9.0), *EDGES, (ANA, LAMP, 2.0)])
-    assert twice.n_edges == len(EDGES)
-    assert twice.timestamps is not None
-    assert twice.timestamps[(twice.users == ANA) & (twice.items == LAMP)] == [9.0]
-    assert list(twice.degrees("user")) == [3, 2, 1, 0]
-    assert graph(EDGES + EDGES, times=False).n_edges == len(EDGES)
 
 
 def test_the_fingerprint_tells_edges_times_and_isolated_nodes_apart():

@@ -355,7 +355,8 @@ def test_files_of_histories_are_read_and_what_is_unknown_is_named(run_of, tmp_pa
         ("user,item\nx,i1\ny,\n", "1 of 2 rows have an empty cell, the first is row 2"),
         ("user,item\nx,zzz\n", r"none of its 1 items is in the run's data \(zzz\)"),
         ("user,item,time\nx,i1,soon\n", "neither a number nor a date"),
-        ("", "cannot be read"),
+        ("user,item\nx,i1,i2\n", "'rows of another width than the header': 1"),
+        ("", "is empty"),
     ],
 )
 def test_bad_files_of_histories_end_in_one_line(run_of, tmp_path, text, message):

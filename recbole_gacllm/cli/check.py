@@ -60,9 +60,9 @@ def check(argv: list[str]) -> None:
 
 @contextmanager
 def _notes() -> Iterator[list[str]]:
-    """What the making of texts says meanwhile: fields left out, cuts, nodes without a text."""
+    """What the making of texts says meanwhile: fields left out, cuts, imports, no text."""
     notes: list[str] = []
-    handler, source = logging.Handler(), logging.getLogger("recbole_gacllm.convolution.text")
+    handler, source = logging.Handler(), logging.getLogger("recbole_gacllm.convolution")
     handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
     level = source.level
     source.setLevel(logging.INFO)

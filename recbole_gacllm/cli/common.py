@@ -1,4 +1,4 @@
-"""What the commands share: their parsers, keys as flags, how much is printed, shell completion."""
+"""What the commands share: their parsers, keys as flags; what is printed, and written."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pandas as pd
+
+from recbole_gacllm.artifacts import disk
+from recbole_gacllm.artifacts.csv_cells import csv_of, no_formula
 from recbole_gacllm.console import say
 
 ARTIFACT_DIR = Path("saved/gacllm")
@@ -26,7 +30,9 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "default": ARTIFACT_DIR,
         "help": "as in the run, or where its artefacts lie now; default saved/gacllm",
     },
+    "output": {"type": Path, "required": True, "help": "file to write; .parquet, .csv or .jsonl"},
 }
+_TABLES = (".parquet", ".csv", ".jsonl")
 VERBOSITY = {
     "--quiet": "print the result alone; all else goes to a file",
     "--verbose": "print debugging messages, too",
@@ -66,7 +72,6 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """All flags of a command that takes no keys."""
-    _complete(parser)
     _refuse_twice(parser, argv)
     return parser.parse_args(argv)
 
@@ -75,7 +80,6 @@ def parse_with_keys(
     parser: argparse.ArgumentParser, argv: list[str]
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """The parser's own flags, and all others as keys of RecBole and GaCLLM."""
-    _complete(parser, with_keys=True)
     argv = with_equals_signs(parser, argv)
     _refuse_twice(parser, argv)
     args, others = parser.parse_known_args(argv)
@@ -133,6 +137,28 @@ def say_wrapped(text: str, first: str = "", later: str = "") -> None:
     say(*textwrap.wrap(text, 96, initial_indent=first, subsequent_indent=later))
 
 
+def require_table(parser: argparse.ArgumentParser, file: Path) -> None:
+    """Refuse an ``--output`` that :func:`write_table` cannot write, before there is a table."""
+    if file.suffix not in _TABLES:
+        parser.error(f"--output {file}: the name must end in {', '.join(_TABLES)}")
+    if not file.resolve().parent.is_dir():
+        parser.error(f"--output {file}: there is no folder {file.parent}")
+
+
+def write_table(frame: pd.DataFrame, file: Path) -> None:
+    """Write a table whole or not at all; of a CSV file a spreadsheet calculates nothing."""
+    with disk.atomic_path(file) as new:
+        if file.suffix == ".parquet":
+            frame.to_parquet(new, index=False)
+        elif file.suffix == ".jsonl":
+            frame.to_json(new, orient="records", lines=True, force_ascii=False)
+        else:
+            safe = frame.apply(
+                lambda cells: cells.map(no_formula) if cells.dtype == object else cells
+            )
+            new.write_text(csv_of(safe), "utf-8", newline="")
+
+
 @contextmanager
 def quiet_output(name: str, quiet: bool) -> Iterator[None]:
     """With ``quiet``, standard error of this process and its children goes to a file in ``log/``.
@@ -163,54 +189,3 @@ def show_messages(args: argparse.Namespace) -> None:
     """With ``--verbose``, what this package logs in this process goes to standard error."""
     if args.verbose:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-
-
-# Shell completion: argcomplete starts the program with these variables at
-# each press of the tab key, and ends it once it has printed what fits.
-
-
-def completing() -> bool:
-    """Whether a shell asks what could follow."""
-    return "_ARGCOMPLETE" in os.environ
-
-
-def words_to_complete(commands: Mapping[str, Any]) -> list[str]:
-    """The command on the line that is being completed, if any, as the only argument."""
-    line = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
-    n_program_words = int(os.environ["_ARGCOMPLETE"])
-    words = line.split()[n_program_words:]
-    if words and words[0] in commands and (len(words) > 1 or line[-1].isspace()):
-        os.environ["_ARGCOMPLETE"] = str(n_program_words + 1)
-        return words[:1]
-    return []
-
-
-def _complete(parser: argparse.ArgumentParser, with_keys: bool = False) -> None:
-    if not completing():
-        return
-    import argcomplete
-
-    if with_keys:
-        for key in _keys():
-            if f"--{key}" not in parser._option_string_actions:
-                parser.add_argument(f"--{key}")
-    for action in parser._actions:
-        if action.nargs != 0:  # RecBole takes --key=value only
-            action.option_strings = [f"{option}=" for option in action.option_strings]
-    argcomplete.autocomplete(parser, always_complete_options="long")
-
-
-def _keys() -> list[str]:
-    """All keys of GaCLLM and those of RecBole that go for any model."""
-    import importlib.util
-
-    import yaml
-
-    from recbole_gacllm.config import model_defaults
-
-    keys = set(model_defaults())
-    recbole = importlib.util.find_spec("recbole")  # its import would take seconds
-    assert recbole is not None
-    assert recbole.origin is not None
-    overall = Path(recbole.origin).parent / "properties" / "overall.yaml"
-    return sorted(keys | set(yaml.safe_load(overall.read_text("utf-8"))))

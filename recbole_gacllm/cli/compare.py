@@ -21,7 +21,7 @@ examples:
       --models=GaCLLM,GaCLLM:use_text=False,GaCLLM:text_source=shuffled,EASE
   python run_recbole_gacllm.py leaderboard --models=GaCLLM,SASRec --datasets=ml-100k \\
       --protocol=sequential --output=saved/sequential
-  python run_recbole_gacllm.py leaderboard -m BPR,EASE -d ml-100k --test_latex=latex/test.tex
+  python run_recbole_gacllm.py leaderboard -m BPR,EASE -d ml-100k
 """
 _TUNE_EPILOG = """\
 The validation metric selects. Each trial is made once, in a process of its own: start the same
@@ -77,20 +77,12 @@ def leaderboard(argv: list[str]) -> None:
     parser.add_argument(
         "--baseline", help="model that the others are tested against; default the first"
     )
-    for part in ("valid", "test"):
-        parser.add_argument(
-            f"--{part}_latex",
-            type=Path,
-            help=f"file for the {part} table of RecBole's run_recbole_group.py; one data set",
-        )
     _add_flags_of_runs(parser)
     args, keys = common.parse_with_keys(parser, argv)
     datasets = args.datasets.split(",")
-    if (args.valid_latex or args.test_latex) and len(datasets) > 1:
-        parser.error("--valid_latex and --test_latex take one data set")
 
     from recbole_gacllm.compare import leaderboard as board_runs
-    from recbole_gacllm.compare import results, submission, tables
+    from recbole_gacllm.compare import results, submission
     from recbole_gacllm.compare.plan import make_plan, split_models
 
     show_progress = _show_progress(args, keys)
@@ -107,10 +99,6 @@ def leaderboard(argv: list[str]) -> None:
         say("", *text[start : text.index("# Hyper-parameters")].strip().split("\n"), "", page)
     say(folder)
     board = results.Board.read(args.output)
-    for part, file in (("valid", args.valid_latex), ("test", args.test_latex)):
-        if file is not None:
-            tables.write_latex(board, datasets[0], part, file)
-            say(file)
     if board.failures:
         first_with = {failure["error"]: failure for failure in reversed(board.failures)}
         reasons = [
@@ -136,7 +124,7 @@ def tune(argv: list[str]) -> None:
         "--space",
         "--params_file",
         type=Path,
-        help="RecBole's .hyper file, or the yaml of its params_dict; default the shipped one",
+        help="RecBole's .hyper file; default the shipped one",
     )
     parser.add_argument(
         "--algo",

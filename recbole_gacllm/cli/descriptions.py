@@ -9,24 +9,22 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recbole_gacllm.artifacts.csv_cells import csv_of, no_formula
 from recbole_gacllm.artifacts.locate import RUN_FILE, RunFiles
 from recbole_gacllm.cli import common
 from recbole_gacllm.cli.common import say_wrapped
 from recbole_gacllm.config import preset_names
 from recbole_gacllm.console import say
-from recbole_gacllm.convolution.layers import SIDES, layer_name
+from recbole_gacllm.convolution.layers import layer_name
 
 # RecBole's import takes seconds, so those that bring it stand in the commands: --help and mistakes
 # of the command line do not wait for it.
 if TYPE_CHECKING:
     from recbole_gacllm.convolution.batch_job import Imported
-    from recbole_gacllm.inspection.reading import Unfinished
 
 _DESCRIBE_EPILOG = """\
 Without --user or --item it makes the descriptions of a run, with the run's keys as flags: features,
 fine-tuning, LLM, no training. --export-batch and --import-batch let a cluster answer the prompts,
-one layer after the other; README, "Bigger than one machine", has the whole way.
+one layer after the other; docs/descriptions.md has the whole way.
 
 examples:
   python -m recbole_gacllm describe --dataset=ml-100k --user=196
@@ -193,8 +191,9 @@ def quality(argv: list[str]) -> None:
             "no LLM wrote anything: the run takes the texts of layer 0 as they are; describe "
             "--user or --item shows them"
         )
-    if descriptions.unfinished is not None:
-        _print_unfinished(descriptions.unfinished)
+    if (unfinished := descriptions.unfinished) is not None:
+        say("", f"layer {unfinished.number} of {unfinished.n_layers} is not finished")
+        say("  start the run again: it goes on with what is missing")
     is_stage = args.run.is_dir() and not (args.run / RUN_FILE).is_file()
     leakage = None if is_stage else RunFiles.read(args.run).record.get("leakage_audit")
     if leakage:
@@ -205,53 +204,9 @@ def quality(argv: list[str]) -> None:
             "folder": str(descriptions.folder),
             "leakage_audit": leakage,
             "layers": [dataclasses.asdict(layer) for layer in layers],
-            "unfinished": descriptions.unfinished and dataclasses.asdict(descriptions.unfinished),
+            "unfinished": unfinished and dataclasses.asdict(unfinished),
         }
         args.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _print_unfinished(layer: Unfinished) -> None:
-    say("", f"layer {layer.number} of {layer.n_layers} is not finished")
-    say("  start the run again: it goes on with what is missing")
-
-
-def import_descriptions(argv: list[str]) -> None:
-    """Fill the layers of a run with texts from elsewhere."""
-    parser = common.command_parser(
-        "python -m recbole_gacllm import-descriptions",
-        "Check a file of descriptions (columns side, token, layer, text) against a data set and "
-        "fill its layers. Where the file lacks a layer of the run, the run itself fills them, as "
-        "the LLM is needed.",
-        "example:\n  python -m recbole_gacllm import-descriptions texts.parquet --dataset=ml-100k",
-    )
-    parser.add_argument("file", type=Path, help=".parquet or .csv")
-    common.add_flags(parser, "dataset", "config_files")
-    argv = common.with_equals_signs(parser, argv)
-    args, _ = common.parse_with_keys(parser, argv)
-    flags = [word for word in argv if word.startswith("--")]
-    keys = common.keys_of(parser, [*flags, f"--text_import_file={args.file}"])
-
-    from recbole_gacllm.convolution.imported import ImportedTexts, in_words
-
-    imported = ImportedTexts.read(args.file.resolve())
-    has_knowledge = str(keys.get("llm_knowledge_tokens", 0)) != "0"
-    if max(imported.layers) > 0 and "llm_n_layers" not in keys:
-        keys["llm_n_layers"] = str(max(imported.layers) - has_knowledge)
-
-    from recbole_gacllm import pipeline
-    from recbole_gacllm.run_config import training_data
-
-    options, data = training_data(args.dataset, args.config_files.split(), dict(keys))
-    tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
-    for report in imported.check(tokens, options.n_text_layers):
-        say(in_words(report))
-    to_make = set(range(1, options.n_text_layers + 1)) - set(imported.layers)
-    if to_make:
-        say(f"left to the LLM of the run: layer {', '.join(map(str, sorted(to_make)))}")
-    else:
-        say(f"written to {pipeline.describe(options, data)}")
-    command = shlex.join(common.flags_of(keys))
-    say("", "to train on them", f"  python run_recbole_gacllm.py {command}")
 
 
 def export_descriptions(argv: list[str]) -> None:
@@ -263,21 +218,11 @@ def export_descriptions(argv: list[str]) -> None:
         "example:\n"
         "  python -m recbole_gacllm export-descriptions --dataset=ml-100k --output=texts.parquet",
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="file to write; .parquet or .csv"
-    )
+    common.add_flags(parser, "output")
     args = common.parse(parser, argv)
-    if args.output.suffix not in (".parquet", ".csv"):
-        parser.error(f"--output {args.output}: the name must end in .parquet or .csv")
-    if not args.output.resolve().parent.is_dir():
-        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
+    common.require_table(parser, args.output)
     frame = _artifacts(parser, args).frame()
-    if args.output.suffix == ".parquet":
-        frame.to_parquet(args.output, index=False)
-    else:
-        for name in ("token", "text"):
-            frame[name] = frame[name].map(no_formula)
-        args.output.write_text(csv_of(frame), "utf-8", newline="")
+    common.write_table(frame, args.output)
     say(f"{len(frame)} descriptions written to {args.output}")
 
 

@@ -40,7 +40,6 @@ other commands (each has --help):
                         the descriptions of a run, here or by way of a cluster (batch files)
   audit                 print failures, lengths, copies, names and samples of every layer
   export-descriptions   write all descriptions to one Parquet or CSV file
-  import-descriptions   check texts from elsewhere, and how a run uses them
   export-embeddings     write a layer's text embeddings as RecBole's .useremb and .itememb files
 """
 
@@ -54,7 +53,6 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "describe": descriptions.describe,
     "audit": descriptions.quality,
     "export-descriptions": descriptions.export_descriptions,
-    "import-descriptions": descriptions.import_descriptions,
     "export-embeddings": descriptions.export_embeddings,
 }
 
@@ -73,8 +71,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare()
     os.environ.setdefault(*launchers.WAITING)
     words = list(sys.argv[1:] if argv is None else argv)
-    if common.completing():
-        words = common.words_to_complete(_COMMANDS)
     try:
         launchers.require_one_process()
         if words and words[0] in _COMMANDS:
@@ -128,8 +124,6 @@ def _run(argv: list[str]) -> None:
         help="GaCLLM's settings: best (default, our tuned choice) or paper (the paper's method)",
     )
     common.add_verbosity(parser)
-    if common.completing():
-        parser.add_argument("command", nargs="?", choices=list(_COMMANDS))
     argv = common.with_equals_signs(parser, argv)
     args, _ = common.parse_with_keys(parser, argv)
     if args.nproc < 1:

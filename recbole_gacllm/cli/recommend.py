@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recbole_gacllm.artifacts import disk
-from recbole_gacllm.artifacts.csv_cells import csv_of, no_formula
 from recbole_gacllm.cli import common
 from recbole_gacllm.console import say
 
@@ -20,7 +18,6 @@ examples:
   python -m recbole_gacllm recommend saved/runs/RUN --history=new.csv --output=lists.jsonl
   python -m recbole_gacllm recommend saved/runs/RUN --intent="slow Korean thrillers" --output=l.csv
 """
-_ENDINGS = (".parquet", ".csv", ".jsonl")
 
 
 def recommend(argv: list[str]) -> None:
@@ -41,7 +38,7 @@ def recommend(argv: list[str]) -> None:
         "--history",
         type=Path,
         metavar="FILE",
-        help="users by these interactions alone: .csv, .tsv, .inter, .parquet or .jsonl",
+        help="users by these interactions alone: a table in CSV, TSV, JSON lines or Parquet",
     )
     parser.add_argument("--intent", metavar="TEXT", help="a sentence to mix into every user")
     parser.add_argument(
@@ -59,15 +56,10 @@ def recommend(argv: list[str]) -> None:
         "--keep-history", action="store_true", help="rank the items of the history, too"
     )
     common.add_flags(parser, "artifact_dir")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="file to write; .parquet, .csv or .jsonl"
-    )
+    common.add_flags(parser, "output")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = common.parse(parser, argv)
-    if args.output.suffix not in _ENDINGS:
-        parser.error(f"--output {args.output}: the name must end in {', '.join(_ENDINGS)}")
-    if not args.output.resolve().parent.is_dir():
-        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
+    common.require_table(parser, args.output)
     for name in ("history", "intent"):
         if getattr(args, name) is not None and not str(getattr(args, name)).strip():
             parser.error(f"--{name}: it is empty")
@@ -86,16 +78,7 @@ def recommend(argv: list[str]) -> None:
         artifact_dir=args.artifact_dir,
         show_progress=not args.quiet,
     )
-    with disk.atomic_path(args.output) as file:
-        if args.output.suffix == ".parquet":
-            frame.to_parquet(file, index=False)
-        elif args.output.suffix == ".jsonl":
-            frame.to_json(file, orient="records", lines=True, force_ascii=False)
-        else:
-            for column in frame:
-                if frame[column].dtype.kind == "O":
-                    frame[column] = frame[column].map(no_formula)
-            file.write_text(csv_of(frame), "utf-8", newline="")
+    common.write_table(frame, args.output)
     say(f"{frame['user'].nunique()} lists, {len(frame)} rows, written to {args.output}")
 
 

@@ -6,14 +6,12 @@ OUTPUT/results.json  results.csv  runs.csv  results/<data set>.md  results/<data
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
-from recbole.utils import list_to_latex
 
 from recbole_gacllm.artifacts import disk
 from recbole_gacllm.compare import degrees, markdown
@@ -332,24 +330,3 @@ def _failures(summary: dict[str, Any], dataset: str) -> str:
 
 def _listing(head: str, lines: list[str]) -> str:
     return "\n".join([f"{head}:\n", *(f"- {line}" for line in lines), ""]) if lines else ""
-
-
-def write_latex(board: Board, dataset: str, part: str, file: Path) -> None:
-    """Write the table of ``valid`` or ``test`` with RecBole's own function: means over seeds.
-
-    The board has at least one finished run of the data set.
-    """
-    rows = []
-    for model, runs in board.by_model(dataset).items():
-        records = [run.record for run in runs]
-        means = {
-            metric: statistics.fmean(record[part][metric] for record in records)
-            for metric in records[0][part]
-        }
-        if means:
-            rows.append({"Model": latex(model), **means})
-    bigger = all(run.record["config"]["valid_metric_bigger"] for run in board.of(dataset))
-    columns = [name for name in rows[0] if name != "Model"]
-    _, text = list_to_latex(rows, bigger_flag=bigger, subset_columns=columns)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, "utf-8")

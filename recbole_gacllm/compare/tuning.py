@@ -266,10 +266,10 @@ def _literal(value: Any) -> Any:
 
 
 def read_space(file: Path) -> Space:
-    """Read RecBole's ``.hyper`` file or the yaml of its ``params_dict``.
+    """Read RecBole's ``.hyper`` file.
 
     Raises:
-        ValueError: Names the line or the parameter that is not as RecBole has it.
+        ValueError: Names the line that is not as RecBole has it.
     """
     if not file.is_file():
         shipped = sorted(path.stem for path in shipped_path("properties", "spaces").glob("*.hyper"))
@@ -282,8 +282,7 @@ def read_space(file: Path) -> Space:
     except UnicodeDecodeError as error:
         raise ValueError(f"space: {file} is not UTF-8 text ({error}); save it as UTF-8.") from error
     space: Space = {}
-    read = _of_yaml if file.suffix in (".yaml", ".yml") else _of_lines
-    for where, name, kind, values in read(file, content):
+    for where, name, kind, values in _of_lines(file, content):
         if kind not in _N_NUMBERS:
             raise ValueError(f"{where}: {kind!r} is not one of {', '.join(_N_NUMBERS)}.")
         n_numbers = _N_NUMBERS[kind]
@@ -301,7 +300,7 @@ def read_space(file: Path) -> Space:
 
 
 def _of_lines(file: Path, content: str) -> Iterator[tuple[str, str, str, Any]]:
-    """Where it stands, name, kind and values of each parameter of a ``.hyper`` file."""
+    """Where it stands, name, kind and values of each parameter."""
     for number, text in enumerate(content.splitlines(), 1):
         words = text.partition("#")[0].split(maxsplit=2)
         if not words:
@@ -315,16 +314,3 @@ def _of_lines(file: Path, content: str) -> Iterator[tuple[str, str, str, Any]]:
         except ValueError as error:
             raise ValueError(f"{where}: {words[2]!r} is not a list of values.") from error
         yield where, words[0], words[1], values
-
-
-def _of_yaml(file: Path, content: str) -> Iterator[tuple[str, str, str, Any]]:
-    """The same of the yaml of a ``params_dict``."""
-    try:
-        for kind, parameters in (yaml.safe_load(content) or {}).items():
-            for name, values in parameters.items():
-                yield f"{file}: {name}", str(name), str(kind), values
-    except (yaml.YAMLError, AttributeError) as error:
-        raise ValueError(
-            f"space: {file} is not the yaml of RecBole's params_dict, which is "
-            f"{{kind: {{name: values}}}} ({' '.join(str(error).split())})."
-        ) from error

@@ -16,7 +16,6 @@ import itertools
 import json
 import lzma
 import re
-import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,7 +38,6 @@ _PACKED: tuple[tuple[bytes, Callable[[Any], Any]], ...] = (
 _ROW = 200  # characters that a row of text is taken to have
 _SAMPLE = 1000
 _UNIT = "\x1f"  # stands for a separator of several signs
-_LONG = re.compile(r"Skipping line \d+")
 _ESCAPED = re.compile(r'\\(["\\])')
 
 
@@ -293,23 +291,23 @@ def _plain_rows(table: Table, separator: str, text: str, columns: Sequence[str])
         return pd.DataFrame(columns=list(columns))
     if len(separator) > 1:
         text, separator = text.replace(separator, _UNIT), _UNIT
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        frame = pd.read_csv(
-            io.StringIO(f"{separator.join(table.names)}\n{text}"),
-            sep=separator,
-            header=0,
-            names=table.names,
-            index_col=False,
-            dtype=str,
-            na_filter=False,
-            quoting=csv.QUOTE_NONE,
-            on_bad_lines="warn",
-            lineterminator="\n",
-        )
-    n_long = sum(len(_LONG.findall(str(warning.message))) for warning in caught)
-    if n_long:
+    # pandas cuts a long first row without a word.
+    width, lines = len(table.names), text.split("\n")
+    fits = [line if line.count(separator) < width else line.rstrip(separator) for line in lines]
+    fits = [line for line in fits if line.count(separator) < width]
+    if n_long := len(lines) - len(fits):
         table.dropped[WIDTH] += n_long
+    frame = pd.read_csv(
+        io.StringIO("\n".join([separator.join("x" * width), *fits])),  # names may hold anything
+        sep=separator,
+        header=0,
+        names=table.names,
+        index_col=False,
+        dtype=str,
+        na_filter=False,
+        quoting=csv.QUOTE_NONE,
+        lineterminator="\n",
+    )
     return frame[list(columns)]
 
 

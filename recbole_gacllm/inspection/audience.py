@@ -24,7 +24,7 @@ from recbole_gacllm.inspection.histories import (
 )
 from recbole_gacllm.inspection.opened import OpenRun, trainer_of
 from recbole_gacllm.inspection.parts import Parts, ScoreParts
-from recbole_gacllm.objective.linear import recency_weights
+from recbole_gacllm.objective.linear import matrix_of, recency_weights
 
 logger = logging.getLogger(__name__)
 
@@ -245,11 +245,8 @@ def interactions(dataset: Any, lists: bool) -> sparse.csr_array:
         before = inter[list_field][rows].numpy()  # [n_users, length]
         users = np.append(users, np.repeat(owners, before.shape[1]))
         items = np.append(items, before.ravel())
-    users, items = users[items > 0], items[items > 0]
-    shape = dataset.user_num, dataset.item_num
-    matrix = sparse.csr_array((np.ones(len(users), np.float32), (users, items)), shape=shape)
-    matrix.data[:] = 1.0  # repeats were summed
-    return matrix
+    sizes = dataset.user_num, dataset.item_num
+    return matrix_of(users[items > 0], items[items > 0], *sizes)
 
 
 def _first_rows(dataset: Any) -> np.ndarray:

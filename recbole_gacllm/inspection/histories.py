@@ -14,6 +14,9 @@ import torch
 from recbole.data.interaction import Interaction
 from scipy import sparse
 
+from recbole_gacllm.data import numbers
+from recbole_gacllm.data.atomic import AtomicFile
+from recbole_gacllm.data.tables import Form, open_table
 from recbole_gacllm.objective.linear import TextNeighbors
 
 logger = logging.getLogger(__name__)
@@ -113,7 +116,7 @@ def read_histories(source: Path | pd.DataFrame, config: Any) -> pd.DataFrame:
     """A table of ``user``, ``item`` and perhaps ``time``, called so or as in the run's data.
 
     Args:
-        source: A table; or a CSV, TSV, ``.inter``, Parquet or JSON Lines file in UTF-8.
+        source: A table; or a file that :func:`.data.tables.open_table` reads.
         config: RecBole's configuration.
 
     Returns:
@@ -123,7 +126,7 @@ def read_histories(source: Path | pd.DataFrame, config: Any) -> pd.DataFrame:
         ValueError: If it cannot be read, has no rows or lacks a column; or if a cell is empty.
     """
     name = "history" if isinstance(source, pd.DataFrame) else f"--history={source}"
-    table = source if isinstance(source, pd.DataFrame) else _read(source, name)
+    table = source if isinstance(source, pd.DataFrame) else _read(source)
     columns = {str(column).partition(":")[0]: table[column] for column in table}
     chosen = {}
     for column, field in (("user", "USER_ID_FIELD"), ("item", "ITEM_ID_FIELD"), _TIME):
@@ -149,36 +152,19 @@ def read_histories(source: Path | pd.DataFrame, config: Any) -> pd.DataFrame:
     return table
 
 
-def _read(path: Path, name: str) -> pd.DataFrame:
-    try:
-        if path.suffix in _SEPARATORS:
-            sep = _SEPARATORS[path.suffix]
-            return pd.read_csv(
-                path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig"
-            )
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        if path.suffix == ".jsonl":
-            return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
-    except (ValueError, OSError) as error:  # parsers' errors are ValueErrors
-        raise ValueError(f"{name} cannot be read: {error}") from error
-    raise ValueError(f"{name}: the name must end in .csv, .tsv, .inter, .parquet or .jsonl.")
+def _read(path: Path) -> pd.DataFrame:
+    table = open_table(path, Form(separator=_SEPARATORS.get(path.suffix)))
+    for note in table.notes:
+        logger.warning("--history: %s", note)
+    chunks = [*table.chunks(table.names)]
+    if table.dropped:
+        raise ValueError(f"--history={path}: {dict(table.dropped)}. Mend these rows.")
+    return pd.concat(chunks, ignore_index=True) if chunks else table.sample
 
 
 def _times(column: pd.Series, name: str) -> np.ndarray:
-    try:
-        return pd.to_numeric(column).to_numpy(np.float64)
-    except ValueError:
-        pass
-    try:
-        dates = pd.to_datetime(column, utc=True, format="ISO8601")
-    except ValueError as error:
-        raise ValueError(
-            f"{name}: a time is neither a number nor a date such as 2024-03-31 or "
-            f"2024-03-31T18:05:00: {error}"
-        ) from error
-    seconds = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
-    return seconds.to_numpy(np.float64)
+    cells = pd.DataFrame({"time": column.to_list()}, dtype=object)
+    return numbers.times(AtomicFile(Path(name), ["time"], ["float"], cells), "time")
 
 
 def _as_token(value: Any) -> str:
