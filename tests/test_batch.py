@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,13 +26,12 @@ from recbole_gacllm.convolution.batch import (
 from recbole_gacllm.convolution.layers import SIDES, Layer
 from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.errors import GaCLLMError
-from recbole_gacllm.llm.engines import choose_backend, open_generator
+from recbole_gacllm.llm.engines import open_generator
 from recbole_gacllm.llm.generator import Request, Sampling
 
 from .fake_generator import FakeGenerator
 from .fake_server import chat_completion
 from .test_pipeline import TINY
-from .test_server import vllm_on_cpu
 
 KEYS = [f"{number:064x}" for number in range(8)]
 
@@ -296,6 +293,13 @@ def test_an_export_holds_what_is_missing_and_says_who_must_answer(fakes, generat
     assert fakes.export()[0]["layer"] == 2
 
 
+def test_the_job_for_the_cluster_lies_beside_the_shards(fakes):
+    fakes.export()
+    job = fakes.root / "batch-1" / "ray_describe.py"
+    assert "ray.data.llm" in job.read_text()
+    assert "ray[llm]" in job.with_name("requirements.txt").read_text()
+
+
 def test_every_kind_of_line_is_counted_and_none_is_silently_lost(fakes, generator):
     generator.answer = FakeGenerator().answer
     _, requests = fakes.export()
@@ -410,28 +414,6 @@ def test_an_engine_answers_a_batch_as_a_run_here_would(tiny_keys, in_process, tm
     assert sum(layer.statuses[side].count("generated") for side in SIDES) > 30
     stores = [records_in(tmp_path / name / "store.sqlite") for name in ("cluster", "local")]
     assert stores[0] == stores[1]
-
-
-@pytest.mark.engine
-def test_vllm_run_batch_answers_every_request_of_an_export(tiny_keys, tmp_path, capfd):
-    """`vllm run-batch`, a shard a process, as a cluster's scheduler starts it."""
-    if choose_backend("auto")[0] != "vllm":
-        pytest.skip("vLLM cannot run here")
-    keys = {**tiny_keys, "llm_model": "embedded", "llm_n_layers": 1}
-    (tmp_path / "keys.yaml").write_text(yaml.safe_dump(keys))
-    flags = ["--dataset=tiny", "--config_files=keys.yaml"]
-    run_cli(*flags, "--export-batch", "batch", "--shard-size", "100", "--quiet")
-    [shard] = Path("batch").glob("layer-*.jsonl")
-    model = json.loads(Path("batch/batch.json").read_text())["model_dir"]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.run_batch"]
-    command += ["-i", str(shard), "-o", "answers.jsonl", "--model", model]
-    command += ["--served-model-name", "embedded", "--dtype", "float32", "--enforce-eager"]
-    environment = {**os.environ, **vllm_on_cpu(tmp_path)}
-    subprocess.run([*command, "--max-model-len", "1024"], env=environment, check=True)
-    run_cli(*flags, "--import-batch", "answers.jsonl", "--quiet")
-    said = capfd.readouterr().out
-    assert "54 descriptions imported" in said
-    assert "0 with an error, 0 without an answer" in said
 
 
 def as_request(line: dict) -> Request:

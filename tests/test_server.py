@@ -286,7 +286,13 @@ def test_two_real_servers_one_killed_mid_layer_lose_nothing(tmp_path, caplog):
     from recbole_gacllm.llm.weights import resolve_llm
 
     model = resolve_llm("embedded")
-    environment = {**os.environ, **vllm_on_cpu(tmp_path)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **without_torchvision(tmp_path),
+    }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "fake", "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--enable-prompt-tokens-details", "--port"]
@@ -324,16 +330,6 @@ def test_two_real_servers_one_killed_mid_layer_lose_nothing(tmp_path, caplog):
             server.wait()
     reference = open_generator("transformers", model_dir=model, dtype="float32")
     assert texts == {c.id: (c.text, c.n_output_tokens) for c in reference.generate(requests)}
-
-
-def vllm_on_cpu(folder: Path) -> dict[str, str]:
-    """Variables of vLLM's own commands, where they run on a small machine without a GPU."""
-    return {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        **without_torchvision(folder),
-    }
 
 
 def wait_for(urls: list[str], servers: list[subprocess.Popen], logs: Path) -> None:

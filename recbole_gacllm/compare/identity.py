@@ -64,7 +64,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "llm": (  # layers above it
         *("convolution/batch_job.py", "convolution/batch.py", "convolution/prompts.py"),
         *("convolution/requests.py", "convolution/convolution.py", "convolution/cleaning.py"),
-        "convolution/store.py",
+        *("convolution/store.py", "convolution/ray_describe.py"),
         *("llm/generator.py", "llm/engines.py", "llm/fleet.py", "llm/vllm_engine.py"),
         *("llm/transformers_engine.py", "llm/chat_api.py", "llm/server.py"),
         *("llm/chat.py", "llm/adapter.py", "llm/endpoints.py"),

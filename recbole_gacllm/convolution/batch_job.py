@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from recbole_gacllm.redaction import redact
 
 logger = logging.getLogger(__name__)
 
+# What a cluster needs besides the shards, and what it is called there.
+_JOB_FILES = {"ray_describe.py": "ray_describe.py", "ray_requirements.txt": "requirements.txt"}
 _BATCH = 512  # records a durable write
 _MAX_ODD = 20  # answers that are none, if no other one is: then it is not the requests
 
@@ -92,7 +95,7 @@ class Imported:
 
 
 def export_batch(job: Job, to: Path, shard_size: int) -> dict[str, Any] | None:
-    """Write what the first incomplete layer lacks as request shards, with ``batch.json``.
+    """Write what the first incomplete layer lacks as request shards, with job and ``batch.json``.
 
     Args:
         job: Of the descriptions.
@@ -125,6 +128,8 @@ def export_batch(job: Job, to: Path, shard_size: int) -> dict[str, Any] | None:
                 yield request_line(custom_id(request.id, attempt), body)
 
         shards = write_shards(to, layers.number, lines(), shard_size)
+        for name, name_there in _JOB_FILES.items():
+            shutil.copy(Path(__file__).with_name(name), to / name_there)
         manifest = {
             "layer": layers.number,
             "n_layers": layers.n_layers,
