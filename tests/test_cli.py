@@ -113,6 +113,7 @@ def test_export_writes_one_row_for_each_node_and_layer(described, tmp_path, suff
         (["--dataset=ml-100k", "--epochs"], "'--epochs' is not of the form --key=value or"),
         (["--dataset", "ml-100k", "3"], "'3' is not of the form --key=value or --key value"),
         (["--dataset", "ml-100k", "--text_user_noun", "a=b"], "goes into a file"),
+        (["import-descriptions", "a=b.csv", "--dataset=x"], "goes into a file"),
         (["--dataset=ml-100k", "--a=b=c"], "goes into a file"),
         (["--dataset=ml-100k", "--preset=qick"], "invalid choice: 'qick'"),
         (["--dataset=ml-100k", "--epochs=3", "--epochs=4"], "--epochs is given twice"),
@@ -213,8 +214,8 @@ def test_help_names_the_presets_and_the_other_commands_and_is_quick_to_load():
 
 
 COMMANDS = [
-    *("leaderboard", "tune", "report", "describe", "audit"),
-    *("export-descriptions", "export-embeddings"),
+    *("leaderboard", "tune", "report", "describe", "audit", "export-descriptions"),
+    *("import-descriptions", "export-embeddings"),
 ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.cli.main import main
 from recbole_gacllm.convolution.imported import ImportedTexts
 from recbole_gacllm.convolution.layers import SIDES, Layer
@@ -229,32 +231,52 @@ def test_a_layer_that_is_not_imported_is_generated_from_the_imported_one(
     assert generated["n_generated"] == 54
 
 
-def test_check_says_what_a_file_covers_and_shows_its_layer_0(settings, tmp_path, capsys):
-    rows = [("item", f"i{n}", 0, "A curated film.") for n in range(30)]
-    rows += [("item", "i1", 2, "Wet."), ("user", "u99", 2, "Nobody.")]
-    file = write(tmp_path / "texts.csv", rows)
-    keys = [f"--data_path={settings['data_path']}", f"--text_import_file={file}"]
-    main(["check", "--dataset=tiny", *keys, "--llm_n_layers=2"])
+def test_the_command_fills_the_layers_that_a_run_then_finds(settings, in_process, tmp_path, capsys):
+    file = full_import(tmp_path / "texts.csv")
+    with file.open("a") as rows:
+        rows.write("user,u99,1,Nobody.\n")
+    keys = [f"--{name}={settings[name]}" for name in ("data_path", "artifact_dir")]
+    with_blanks = [part for key in keys for part in key.split("=")]
+    main(["import-descriptions", str(file), "--dataset", "tiny", *with_blanks])
     out = capsys.readouterr().out
-    assert "layer 2: 1 nodes have an imported text" in out
-    assert "53 are not in the file and keep the text of the layer below" in out
+    assert "layer 1: 53 nodes have an imported text" in out
+    assert "1 are not in the file and keep the text of the layer below (item i3)" in out
     assert "1 rows are about nodes that the training graph lacks (user u99)" in out
-    assert "  - A curated film." in out
+    assert f"--text_import_file={file} --llm_n_layers=1" in out
+    folder = Path(re.search("^written to (.*)$", out, re.MULTILINE)[1])
+    manifest = manifests.read_manifest(folder)
+    assert manifest["layers"][0]["imported"]
+    assert (manifest["layers"][0]["n_imported"], manifest["layers"][0]["n_unknown"]) == (53, 1)
+
+    del settings["load_col"]  # the times of interactions are part of the graph
+    done = run("GaCLLM", "tiny", config_dict={**settings, "text_import_file": str(file)})
+    assert done.record["artifacts"]["descriptions"] == str(folder)
+    assert done.record["stages"]["descriptions"]["reused"]
+
+
+def test_the_command_leaves_layers_that_the_file_lacks_to_the_run(settings, tmp_path, capsys):
+    file = write(tmp_path / "texts.csv", [("item", "i1", 0, "A film."), ("item", "i1", 2, "Wet.")])
+    keys = [f"--{name}={settings[name]}" for name in ("data_path", "artifact_dir")]
+    main(["import-descriptions", str(file), "--dataset=tiny", *keys])
+    out = capsys.readouterr().out
+    assert "left to the LLM of the run: layer 1\n" in out
+    assert "written to" not in out
+    assert "--llm_n_layers=2" in out
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (("item", "i1", 3, "Wet."), "texts of layer 3, the run has layers 0 to 1"),
+        (("item", "i1", 3, "Wet."), "llm_n_layers: 3 is above n_layers: 2"),
         (("film", "1", 1, "x"), "side is 'film'"),
     ],
 )
-def test_check_refuses_a_bad_file_and_layers_that_the_run_lacks(
+def test_the_command_refuses_a_bad_file_and_layers_that_no_run_can_have(
     settings, tmp_path, capsys, row, message
 ):
     file = write(tmp_path / "texts.csv", [row])
-    keys = [f"--data_path={settings['data_path']}", f"--text_import_file={file}"]
+    where = f"--data_path={settings['data_path']}"
     with pytest.raises(SystemExit) as end:
-        main(["check", "--dataset=tiny", *keys])
+        main(["import-descriptions", str(file), "--dataset=tiny", where])
     assert end.value.code == 2
     assert message in capsys.readouterr().err

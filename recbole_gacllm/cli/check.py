@@ -60,9 +60,9 @@ def check(argv: list[str]) -> None:
 
 @contextmanager
 def _notes() -> Iterator[list[str]]:
-    """What the making of texts says meanwhile: fields left out, cuts, imports, no text."""
+    """What the making of texts says meanwhile: fields left out, cuts, nodes without a text."""
     notes: list[str] = []
-    handler, source = logging.Handler(), logging.getLogger("recbole_gacllm.convolution")
+    handler, source = logging.Handler(), logging.getLogger("recbole_gacllm.convolution.text")
     handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
     level = source.level
     source.setLevel(logging.INFO)

@@ -14,7 +14,7 @@ from recbole_gacllm.cli import common
 from recbole_gacllm.cli.common import say_wrapped
 from recbole_gacllm.config import preset_names
 from recbole_gacllm.console import say
-from recbole_gacllm.convolution.layers import layer_name
+from recbole_gacllm.convolution.layers import SIDES, layer_name
 
 # RecBole's import takes seconds, so those that bring it stand in the commands: --help and mistakes
 # of the command line do not wait for it.
@@ -207,6 +207,45 @@ def quality(argv: list[str]) -> None:
             "unfinished": unfinished and dataclasses.asdict(unfinished),
         }
         args.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def import_descriptions(argv: list[str]) -> None:
+    """Fill the layers of a run with texts from elsewhere."""
+    parser = common.command_parser(
+        "python -m recbole_gacllm import-descriptions",
+        "Check a file of descriptions (columns side, token, layer, text) against a data set and "
+        "fill its layers. Where the file lacks a layer of the run, the run itself fills them, as "
+        "the LLM is needed.",
+        "example:\n  python -m recbole_gacllm import-descriptions texts.parquet --dataset=ml-100k",
+    )
+    parser.add_argument("file", type=Path, help=".parquet or .csv")
+    common.add_flags(parser, "dataset", "config_files")
+    argv = common.with_equals_signs(parser, argv)
+    args, _ = common.parse_with_keys(parser, argv)
+    flags = [word for word in argv if word.startswith("--")]
+    keys = common.keys_of(parser, [*flags, f"--text_import_file={args.file}"])
+
+    from recbole_gacllm.convolution.imported import ImportedTexts, in_words
+
+    imported = ImportedTexts.read(args.file.resolve())
+    has_knowledge = str(keys.get("llm_knowledge_tokens", 0)) != "0"
+    if max(imported.layers) > 0 and "llm_n_layers" not in keys:
+        keys["llm_n_layers"] = str(max(imported.layers) - has_knowledge)
+
+    from recbole_gacllm import pipeline
+    from recbole_gacllm.run_config import training_data
+
+    options, data = training_data(args.dataset, args.config_files.split(), dict(keys))
+    tokens = {side: data.graph.tokens(side).tolist() for side in SIDES}
+    for report in imported.check(tokens, options.n_text_layers):
+        say(in_words(report))
+    to_make = set(range(1, options.n_text_layers + 1)) - set(imported.layers)
+    if to_make:
+        say(f"left to the LLM of the run: layer {', '.join(map(str, sorted(to_make)))}")
+    else:
+        say(f"written to {pipeline.describe(options, data)}")
+    command = shlex.join(common.flags_of(keys))
+    say("", "to train on them", f"  python run_recbole_gacllm.py {command}")
 
 
 def export_descriptions(argv: list[str]) -> None:

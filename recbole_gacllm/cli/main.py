@@ -40,6 +40,7 @@ other commands (each has --help):
                         the descriptions of a run, here or by way of a cluster (batch files)
   audit                 print failures, lengths, copies, names and samples of every layer
   export-descriptions   write all descriptions to one Parquet or CSV file
+  import-descriptions   check texts from elsewhere, and how a run uses them
   export-embeddings     write a layer's text embeddings as RecBole's .useremb and .itememb files
 """
 
@@ -53,6 +54,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "describe": descriptions.describe,
     "audit": descriptions.quality,
     "export-descriptions": descriptions.export_descriptions,
+    "import-descriptions": descriptions.import_descriptions,
     "export-embeddings": descriptions.export_embeddings,
 }
 

@@ -12,7 +12,7 @@ from recbole.utils import init_seed
 from recbole_gacllm.config import MODELS, GaCLLMConfig, reads_text
 from recbole_gacllm.convolution.layers import Side
 from recbole_gacllm.data.checks import DataReport
-from recbole_gacllm.inputs import TrainingData, imported_texts, raw_descriptions, samples
+from recbole_gacllm.inputs import TrainingData, raw_descriptions, samples
 from recbole_gacllm.run_config import build_config
 
 logger = logging.getLogger(__name__)
@@ -42,15 +42,12 @@ def sample_texts(
     """Side -> texts of layer 0 of some of its nodes, drawn by the seed.
 
     Raises:
-        ValueError: As :func:`.inputs.raw_descriptions` and :func:`.inputs.imported_texts`.
+        ValueError: As :func:`.inputs.raw_descriptions`.
     """
     if config["model"] not in MODELS and not config["text_init"]:  # the words are GaCLLM's
         config = build_config("GaCLLM", dataset, config_files, config_dict)
     options = GaCLLMConfig.of_hook(config.final_config_dict)
     raw, _ = raw_descriptions(options, TrainingData.from_recbole(config, train))
-    imported = imported_texts(options, raw)
-    if imported is not None and 0 in imported.layers:
-        raw = imported.fill(0, raw)
     return samples(raw.texts, config["seed"])
 
 
