@@ -204,7 +204,7 @@ class GaCLLMConfig:
     require_pow: bool
     loss_type: Literal["BPR", "SSM"]
     ssm_n_negatives: _Count
-    ssm_temperature: _Temperature
+    ssm_temperature: _Temperature | None
     linear_weight: _Weight
     linear_reg_weight: _Positive | None
     linear_text_weight: _Weight | None

@@ -40,7 +40,12 @@ from recbole_gacllm.alignment.propagation import (
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.objective import losses
-from recbole_gacllm.objective.choice import USUAL_REG_WEIGHT, Layers, choose
+from recbole_gacllm.objective.choice import (
+    USUAL_REG_WEIGHT,
+    Layers,
+    choose,
+    softmax_temperature,
+)
 from recbole_gacllm.objective.linear import ItemItemModel, matrix_of, recency_weights
 from recbole_gacllm.objective.scoring import Scoring
 from recbole_gacllm.objective.unseen import Unseen
@@ -84,6 +89,9 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             reg_weight=options.linear_reg_weight if options.linear_weight > 0 else USUAL_REG_WEIGHT,
             text_weight=options.linear_text_weight,
         )
+        self.temperature = options.ssm_temperature or softmax_temperature(interactions)
+        if options.ssm_temperature is None:
+            self.logger.info(f"ssm_temperature: {self.temperature}, by interactions a user")
         for name, chosen in self.choices.items():
             if chosen.ndcg:
                 self.logger.info(f"chosen on held-out training interactions, {name}: {chosen}")
@@ -254,7 +262,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             loss = losses.sampled_softmax(
                 *(z_users, places[0], z_positive, z_negative),
                 is_negative[positive],
-                options.ssm_temperature,
+                self.temperature,
             )
         if options.align_weight > 0 and self.texts is not None:
             loss = loss + options.align_weight * self._alignment(nodes, hops, texts)

@@ -9,6 +9,7 @@ from scipy import sparse
 
 from recbole_gacllm.objective import choice
 from recbole_gacllm.objective.linear import ItemItemModel, centred
+from recbole_gacllm.run import run
 from tests.recommender import Recommender
 
 N_USERS, N_ITEMS, WIDTH = 300, 60, 8
@@ -192,3 +193,19 @@ def test_the_same_texts_as_a_generated_layer_give_the_scores_that_they_give_as_r
         scores.append(model.full_sort_predict(one.batch))
         scores.append(model.calculate_loss(one.batch)[None])
     assert torch.equal(scores[0], scores[2])
+
+
+@pytest.mark.parametrize(("n_interactions", "temperature"), [(19, 0.25), (20, 0.15)])
+def test_the_softmax_is_warmer_where_users_have_few_interactions(n_interactions, temperature):
+    matrix = np.zeros((4, 30), dtype=np.float32)
+    matrix[1:3, 1 : n_interactions + 1] = 1  # a user without any does not count
+    assert choice.softmax_temperature(sparse.csr_array(matrix)) == temperature
+
+
+def test_a_temperature_of_null_is_that_of_the_rule_and_recorded(settings):
+    keys = settings | {"use_text": False, "ssm_temperature": None}
+    done = run("GaCLLM", "tiny", config_dict=keys)  # eight interactions a user
+    assert done.record["choices"]["ssm_temperature"] == 0.25
+    given = run("GaCLLM", "tiny", config_dict=keys | {"ssm_temperature": 0.25})
+    other = run("GaCLLM", "tiny", config_dict=keys | {"ssm_temperature": 0.15})
+    assert given.record["history"] == done.record["history"] != other.record["history"]

@@ -4,10 +4,11 @@ r"""What a run chooses inside its training part: it holds out a tenth and takes 
   **interactions** are held out.
 - The ridge weight of items (users) without training interactions, and the layers that speak for
   items: **items** (users) are held out with all their interactions.
+- The temperature of the sampled softmax, by a rule: higher where users have few interactions.
 
-All in closed form, with random numbers of their own: training is as without. Each choice takes the
-first candidate within half a percent of the best NDCG@10, so raw texts, which come first, give way
-to written ones only where these are better. Ours; the paper does not choose.
+The first two in closed form, with random numbers of their own: training is as without. Each of them
+takes the first candidate within half a percent of the best NDCG@10, so raw texts, which come first,
+give way to written ones only where these are better. Ours; the paper does not choose.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ RIDGE_WEIGHTS = (10.0, 3.0, 30.0, 1.0, 100.0, 0.3)  # the usual one first
 NEAR = 0.995  # of the best NDCG@10
 HELD_OUT = 0.1
 N_FOLDS = 5  # of items
+TEMPERATURES = (0.25, 0.15)  # below so many interactions a user, and from there on
+FEW_INTERACTIONS = 20
 FEW = 0.05  # up to this share of unseen nodes a ridge weight is not worth its choice
 MAX_ITEMS = 3_000
 MAX_USERS = 10_000
@@ -119,6 +122,16 @@ def choose(
             continue
         chosen[f"unseen {name}"] = made
     return chosen
+
+
+def softmax_temperature(interactions: sparse.csr_array) -> float:
+    """Temperature of the sampled softmax by the mean number of interactions of users with any.
+
+    Args:
+        interactions: Of training, ``[n_users, n_items]``.
+    """
+    n_users = int(np.count_nonzero(np.diff(interactions.indptr)))
+    return TEMPERATURES[interactions.nnz >= FEW_INTERACTIONS * n_users]
 
 
 def choose_linear(
