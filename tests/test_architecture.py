@@ -52,6 +52,7 @@ LIBRARIES = {
     "sentence_transformers": "alignment/encoder.py",
     "httpx": "llm/endpoints.py",
     "jinja2": "report/page.py llm/chat.py",
+    "matplotlib": "compare/plots.py",
     "py3langid": "inspection/quality.py",
 }
 MAX_LINES = 400

@@ -35,6 +35,7 @@ CONFIG = {
     "val_interval": {"rating": "[3,inf)"},
     "epochs": 1,
     "user_inter_num_interval": "[0,inf)",
+    "valid_metric": "NDCG@10",
 }
 DEGREES = to_npz({"user": {}, "item": {}}, USERS, ["i1"], ItemHits(2, 1))
 PARTS = ("train", "valid", "test")
@@ -191,6 +192,14 @@ def test_csv_and_json_hold_the_same_numbers(board):
         record = json.loads(run.read_text())
         assert float(row["test_ndcg@10"]) == record["test"]["ndcg@10"]
         assert float(row["seconds_total"]) == record["seconds"]["total"]
+
+
+def test_the_figure_lies_beside_the_page(board):
+    files = [file.relative_to(board).as_posix() for file in export(board)]
+    assert files[-4:] == [f"results/tiny.{kind}" for kind in ("md", "tex", "svg", "png")]
+    text = (board / "results" / "tiny.svg").read_text("utf-8")
+    for part in ("Pop_2", "EASE", "NDCG@10, mean and 95", "Test results on tiny, general protocol"):
+        assert part in text
 
 
 def test_costs_are_means_over_runs(board):

@@ -1,6 +1,6 @@
 """A leaderboard's tables: Markdown in RecBole-GNN's page format, LaTeX (booktabs), CSV, JSON.
 
-OUTPUT/results.json  results.csv  runs.csv  results/<data set>.md  results/<data set>.tex
+OUTPUT/results.json  results.csv  runs.csv  results/<data set>.md .tex .svg .png
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from recbole_gacllm.artifacts import disk
-from recbole_gacllm.compare import degrees, markdown
+from recbole_gacllm.compare import degrees, markdown, plots
 from recbole_gacllm.compare.costs import command, cost_rows, environment_rows, runs_to_csv
 from recbole_gacllm.compare.markdown import latex, metric_name
 from recbole_gacllm.compare.results import DECIMALS, Board, summarize
@@ -57,10 +57,16 @@ def export(folder: Path, baseline: str | None = None) -> list[Path]:
     for dataset in summary["datasets"]:
         pages[f"results/{dataset}.md"] = to_markdown(summary, board, dataset)
         pages[f"results/{dataset}.tex"] = to_latex(summary, dataset)
+    files = {name: text.encode() for name, text in pages.items()}
+    for dataset, table in summary["datasets"].items():
+        metric = board.plan["properties"][dataset]["valid_metric"].lower()
+        title = f"Test results on {dataset}, {summary['protocol']} protocol"
+        for kind, content in plots.draw(table, title, metric).items():
+            files[f"results/{dataset}.{kind}"] = content
     (folder / "results").mkdir(exist_ok=True)
-    for name, text in pages.items():
-        disk.write_atomic(folder / name, text.encode())
-    return [folder / name for name in pages]
+    for name, content in files.items():
+        disk.write_atomic(folder / name, content)
+    return [folder / name for name in files]
 
 
 def to_csv(summary: dict[str, Any]) -> str:
