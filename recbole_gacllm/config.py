@@ -122,6 +122,13 @@ def peer_file(model: str) -> Path:
     return shipped_path("properties", "model", f"{model}.yaml")
 
 
+def keys_of(model: str) -> set[str]:
+    """Keys that one of our models reads, besides RecBole's for any model."""
+    if model in PEERS:
+        return {*text_defaults(model=model), *SPLIT_KEYS, "fast_paths", "n_threads"}
+    return {field.name for field in dataclasses.fields(GaCLLMConfig)}
+
+
 def check_keys(
     external: Mapping[str, Any], others: Collection[str] = (), model: str = MODEL
 ) -> None:
@@ -135,9 +142,7 @@ def check_keys(
     Raises:
         ValueError: Names the key and the nearest known ones.
     """
-    ours = [f.name for f in dataclasses.fields(GaCLLMConfig)]
-    if model in PEERS:
-        ours = [*text_defaults(model=model), *SPLIT_KEYS, "fast_paths"]
+    ours = keys_of(model)
     for key in external:
         if key in ours or key in others:
             continue

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from recbole_gacllm.alignment.embeddings import TextLayers
+from recbole_gacllm.compare.plan import make_plan
 from recbole_gacllm.config import PEERS, peer_file, shipped_path
 from recbole_gacllm.peers import texts as peers_texts
 from tests.random_texts import random_texts
@@ -118,6 +119,20 @@ def test_its_space_holds_keys_that_it_reads(make, name):
     space = shipped_path("properties", "spaces", f"{name}.hyper").read_text()
     names = {line.split()[0] for line in space.splitlines()}
     assert names <= set(make(name).config.final_config_dict)
+
+
+def test_a_leaderboard_gives_each_row_the_keys_that_it_reads(settings):
+    """Flags hold for all rows: those of GaCLLM's recommender for GaCLLM alone."""
+    keys = {**settings, "linear_weight": 0.5, "text_source": "raw", "ssm_temperature": 0.3}
+    rows = ["GaCLLM", "AlphaRec", "BPR", "BPR:text_init=True"]
+    runs = make_plan(rows, ["tiny"], 1, config_dict=keys).runs
+    given = {run.model: set(run.key["config"]) & {*keys} - {*settings} for run in runs}
+    assert given == {
+        "GaCLLM": {"linear_weight", "text_source", "ssm_temperature"},
+        "AlphaRec": {"text_source", "ssm_temperature"},
+        "BPR": set(),
+        "BPR:text_init=True": {"text_source"},
+    }
 
 
 # Known answers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -22,7 +21,7 @@ from recbole.utils import ModelType
 
 from recbole_gacllm.artifacts import hashing, manifests
 from recbole_gacllm.compare import identity
-from recbole_gacllm.config import MODEL, SPLIT_KEYS, GaCLLMConfig, shipped_path
+from recbole_gacllm.config import MODEL, PEERS, SPLIT_KEYS, keys_of, shipped_path
 from recbole_gacllm.run_config import build_config
 
 FIRST_SEED = 2020  # RecBole's
@@ -145,10 +144,14 @@ def make_plan(
             tuned = baseline_files(model, dataset)
             files = (shipped_path("properties", "protocols", f"{protocol}.yaml"), *tuned)
             paths = tuple(str(file) for file in (*files, *config_files))
-            keys = {**user_keys, **own_keys}
+            given = user_keys
+            if model in PEERS:
+                foreign = keys_of(MODEL) - keys_of(model)
+                given = {k: v for k, v in user_keys.items() if k not in foreign}
+            keys = {**given, **own_keys}
             config = build_config(model, dataset, paths, {**keys, "seed": first_seed})
-            if foreign := _foreign(user_keys, config):
-                keys = {k: v for k, v in user_keys.items() if k not in foreign} | own_keys
+            if foreign := _foreign(given, config):
+                keys = {k: v for k, v in given.items() if k not in foreign} | own_keys
                 config = build_config(model, dataset, paths, {**keys, "seed": first_seed})
             _check_order(model, config)
             if not Path(config["data_path"]).is_dir():
@@ -233,9 +236,8 @@ def code_version() -> dict[str, Any]:
 
 def _foreign(user_keys: Mapping[str, Any], config: Any) -> set[str]:
     """The user's keys of GaCLLM that mean nothing to another model."""
-    ours = {*(field.name for field in dataclasses.fields(GaCLLMConfig)), "preset"}
     of_any_model = {"fast_paths", "n_threads", *SPLIT_KEYS}
-    return (ours & set(user_keys)) - set(config.internal_config_dict) - of_any_model
+    return (keys_of(MODEL) & set(user_keys)) - set(config.internal_config_dict) - of_any_model
 
 
 def _check_order(model: str, config: Any) -> None:

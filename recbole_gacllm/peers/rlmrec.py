@@ -37,15 +37,30 @@ from recbole_gacllm.peers.texts import read_texts
 from recbole_gacllm.pipeline import TextsOf
 
 
-def infonce(own: Tensor, same: Tensor, all_: Tensor, temperature: float) -> Tensor:
+def infonce(
+    own: Tensor, same: Tensor, all_: Tensor, tau: float, n_own: Tensor, n_all: Tensor | None = None
+) -> Tensor:
     """Mean of ``-log softmax`` of the cosine with one's own among those with all.
 
+    A node that a batch holds several times is computed once and counts so often.
+
+    Args:
+        own: Embeddings of distinct nodes.
+        same: Their counterparts.
+        all_: What the sum goes over.
+        tau: The temperature.
+        n_own: How often each node counts.
+        n_all: How often each of the sum does; None is once.
+
     Shapes:
-        own and same: ``[n, d]``; all_: ``[m, d]``; a scalar.
+        own and same ``[n, d]``; all_ ``[m, d]``; n_own ``[n]``; n_all ``[m]``; a scalar.
     """
     own, same, all_ = (F.normalize(x, dim=1) for x in (own, same, all_))
-    cosines = (own @ all_.T) / temperature  # [n, m]
-    return (cosines.logsumexp(1) - (own * same).sum(1) / temperature).mean()
+    cosines = (own @ all_.T) / tau  # [n, m]
+    if n_all is not None:
+        cosines = cosines + n_all.log()
+    losses = cosines.logsumexp(1) - (own * same).sum(1) / tau
+    return (losses * n_own).sum() / n_own.sum()
 
 
 class _RLMRec(LightGCN):  # type: ignore[misc]
@@ -107,13 +122,13 @@ class RLMRecCon(_RLMRec):
 
     def text_loss(self, users: Tensor, items: Tensor, interaction: Interaction) -> Tensor:
         """Users against the texts of all users, items against those of their block."""
-        user = interaction[self.USER_ID]
+        user, n = torch.unique(interaction[self.USER_ID], return_counts=True)
         texts = self.map(self.rows(torch.arange(1, self.n_users, device=self.device)))
-        loss = infonce(users[user], texts[user - 1], texts, self.temperature)
+        loss = infonce(users[user], texts[user - 1], texts, self.temperature, n)
         for name in (self.ITEM_ID, self.NEG_ITEM_ID):
-            item = interaction[name]
+            item, n = torch.unique(interaction[name], return_counts=True)
             of_block = self.map(self.rows(self.n_users + item))
-            loss = loss + infonce(items[item], of_block, of_block, self.temperature)
+            loss = loss + infonce(items[item], of_block, of_block, self.temperature, n, n)
         return loss
 
 
@@ -165,4 +180,4 @@ class RLMRecGen(_RLMRec):
         assert self.masked is not None
         made = self.map(torch.cat([users, items])[self.masked])
         texts = self.rows(self.masked)
-        return infonce(made, texts, texts, self.temperature)
+        return infonce(made, texts, texts, self.temperature, torch.ones_like(self.masked))

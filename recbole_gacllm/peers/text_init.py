@@ -12,7 +12,7 @@ Source: LLMInit (Zhang et al., arXiv 2503.01814) for general models, whose users
 items (``text_users: item_mean``); Harte et al., "Leveraging Large Language Models for Sequential
 Recommendation" (RecSys 2023), principal components for BERT4Rec; AlphaFuse (SIGIR 2025),
 standardised along the texts' own axes; UniSRec (KDD 2022), frozen texts with a learned map.
-Departures: LLMInit keeps single dimensions of most variance, here principal components are kept;
+Departures: LLMInit keeps single dimensions of most variance, here they are principal components;
 the spread is the model's own; UniSRec's map is a mixture of experts, here it is linear; AlphaFuse
 freezes the texts' part and trains the rest. Where a table is wider than the texts, the further
 columns stay as the model made them.
