@@ -182,11 +182,14 @@ class MappedTexts(nn.Module):
             self.map.weight.copy_(axes.T)
             self.map.bias.copy_(-mean @ axes)
         self.others = nn.Parameter(torch.cat([own[:1], own[len(texts) :]]).clone())
-        self.further = nn.Parameter(own[nodes, axes.shape[1] :].clone())
+        rest = own[nodes, axes.shape[1] :].clone()
+        self.further = nn.Parameter(rest) if rest.numel() else None  # DDP reduces no empty tensor
 
     @property
     def weight(self) -> Tensor:  # noqa: D102
-        mapped = torch.cat([self.map(self.texts), self.further], dim=1)
+        mapped: Tensor = self.map(self.texts)
+        if self.further is not None:
+            mapped = torch.cat([mapped, self.further], dim=1)
         return torch.cat([self.others[:1], mapped, self.others[1:]])
 
     def forward(self, ids: Tensor) -> Tensor:
