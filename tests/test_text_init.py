@@ -15,9 +15,14 @@ from recbole_gacllm.peers.text_init import MappedTexts, find_tables
 from recbole_gacllm.run import run
 from tests.crash_lab import save_tiny_encoder
 from tests.random_texts import random_texts
-from tests.recommender import Recommender
+from tests.recommender import Recommender, without
 
 SEQUENTIAL = {"eval_args": {"order": "TO", "split": {"LS": "valid_and_test"}, "group_by": "user"}}
+
+
+@pytest.fixture
+def settings(settings):
+    return without(settings, "loss_type")  # GaCLLM's
 
 
 @pytest.fixture
