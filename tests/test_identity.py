@@ -296,7 +296,7 @@ def test_what_changed_is_named_and_nothing_is_said_where_nothing_did(settings):
         ("general/ml-100k.md", ()),
         ("cold/ml-100k.md", ("cold",)),
         pytest.param("ablation/ml-100k.md", (), marks=pytest.mark.slow),
-        pytest.param("sequential/ml-100k.md", (), marks=pytest.mark.slow),
+        pytest.param("sequential/ml-100k.md", ("times",), marks=pytest.mark.slow),
     ],
 )
 def test_the_command_of_a_committed_page_finds_every_committed_run(page, later, first_code):
