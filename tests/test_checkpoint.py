@@ -122,7 +122,7 @@ def zipped(content: bytes) -> bytes:
         zipped(b"Pkey\n."),
         zipped(pickle.dumps([1]))[:40],
     ],
-    ids=range(9),  # a zip file has the time in it
+    ids=range(10),  # a zip file has the time in it
 )
 def test_what_is_no_checkpoint_ends_in_one_error(tmp_path, content):
     file = tmp_path / "x.pth"
