@@ -6,7 +6,8 @@
 Needs one card, no network and at most eight minutes; vLLM only for the section of that name, which
 is left out where vLLM for CUDA is not installed. Each section runs in a process of its own
 (``gpu_recommender.py``, ``gpu_llm.py``), makes its own CPU references, and gives figures and
-``checks``. What fails is recorded and the next section runs; FILE is written after each.
+``checks``. Where there are cores, some run beside each other, and their seconds are upper bounds.
+What fails is recorded and the others run; FILE is written after each.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,9 @@ SECTIONS = {
     "vllm": "gpu_llm",
     "suite": "gpu_check",
 }
+#: Those that fill the card or all cores come last, one after the other.
+ALONE = ("training", "memory", "vllm", "suite")
+CORES = 4  # of a section beside others
 #: For all of them, and for each: one that hangs would leave the rest nothing.
 SECONDS, MOST_OF_A_SECTION = 480.0, 150.0
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "sentence-transformers", "recbole")
@@ -173,31 +179,38 @@ def main() -> None:
     if arguments.inside is not None:
         inside(arguments.sections[0], arguments)
         return
-    started = time.perf_counter()
+    started, lock = time.perf_counter(), threading.Lock()
     report: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/gpu_check.py", *sys.argv[1:]]),
         "sections": {},
     }
-    for name in arguments.sections:
+
+    def run(name: str) -> None:
         left = SECONDS - (time.perf_counter() - started)
         most = left if name == "suite" else min(left, MOST_OF_A_SECTION)
         if arguments.small:
             most = SECONDS  # nobody pays for the minutes
-        if most < 5:
-            report["sections"][name] = {"ok": False, "error": "no time was left"}
-        else:
-            report["sections"][name] = in_its_process(name, arguments, most)
-        result = report["sections"][name]
+        result: dict[str, Any] = {"ok": False, "error": "no time was left"}
+        if most >= 5:
+            result = in_its_process(name, arguments, most)
         said = {
             "ok": result["ok"],
             **{key: result[key] for key in ("seconds", "left_out", "error") if key in result},
             "failed": [check for check, passed in result.get("checks", {}).items() if not passed],
         }
-        print(name, json.dumps(said), flush=True)
-        report["seconds"] = round(time.perf_counter() - started, 1)
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        with lock:
+            report["sections"][name] = result
+            print(name, json.dumps(said), flush=True)
+            report["seconds"] = round(time.perf_counter() - started, 1)
+            if arguments.json:
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // CORES)) as pool:
+        list(pool.map(run, (name for name in arguments.sections if name not in ALONE)))
+    for name in ALONE:
+        if name in arguments.sections:
+            run(name)
     if not all(result["ok"] for result in report["sections"].values()):
         sys.exit(1)
 

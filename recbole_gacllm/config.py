@@ -193,6 +193,11 @@ _Dropout = Annotated[float, Field(ge=0, lt=1)]
 _Temperature = Annotated[float, Field(ge=0.025)]
 _Text = Annotated[str, Field(min_length=1)]
 _DType = Literal["auto", "bfloat16", "float16", "float32"]
+#: What ``few_interactions`` takes: no stage reads these.
+KEYS_OF_FEW = (
+    *("n_layers", "loss_type", "ssm_n_negatives", "ssm_temperature", "reg_weight"),
+    *("linear_weight", "text_dropout", "text_weight", "align_weight", "align_temperature"),
+)
 # Strict: an int passes as float, nothing else is converted.
 _CHECKS = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
@@ -209,11 +214,12 @@ class GaCLLMConfig:
     require_pow: bool
     loss_type: Literal["BPR", "SSM"]
     ssm_n_negatives: _Count
-    ssm_temperature: _Temperature | None
+    ssm_temperature: _Temperature
     linear_weight: _Weight
     linear_reg_weight: _Positive | None
     linear_text_weight: _Weight | None
     linear_recency: _Weight
+    few_interactions: dict[str, Any]
     use_text: bool
     text_layers: Literal["auto", "hops"] | _Number
     text_source: Literal["generated", "raw", "item_mean", "shuffled"]
@@ -306,6 +312,18 @@ class GaCLLMConfig:
                 "of hop l is fused with the embedding of hop l, so there must be as many hops of "
                 "graph convolution: raise n_layers or lower llm_n_layers."
             )
+        if others := self.few_interactions.keys() - KEYS_OF_FEW:
+            raise ValueError(
+                f"few_interactions: {', '.join(sorted(others))} is not allowed; it takes "
+                f"{', '.join(KEYS_OF_FEW)}."
+            )
+        if self.few_interactions:
+            self.with_few_interactions()  # its values are checked as any
+
+    def with_few_interactions(self) -> GaCLLMConfig:
+        """The options with the values of ``few_interactions`` in place of theirs."""
+        few = {**self.few_interactions, "few_interactions": {}}
+        return GaCLLMConfig.from_mapping({**vars(self), **few})
 
     @property
     def is_described(self) -> bool:

@@ -43,8 +43,8 @@ from recbole_gacllm.objective import losses
 from recbole_gacllm.objective.choice import (
     USUAL_REG_WEIGHT,
     Layers,
+    are_few,
     choose,
-    softmax_temperature,
 )
 from recbole_gacllm.objective.linear import ItemItemModel, matrix_of, recency_weights
 from recbole_gacllm.objective.scoring import Scoring
@@ -69,18 +69,24 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
 
     def __init__(self, config: Any, dataset: Dataset, texts_of: TextsOf | None = None) -> None:
         super().__init__(config, dataset)
-        self.options = options = GaCLLMConfig.from_mapping(config.final_config_dict)
-        self.user_embedding = nn.Embedding(self.n_users, options.embedding_size)
-        self.item_embedding = nn.Embedding(self.n_items, options.embedding_size)
         data = TrainingData.from_recbole(config, dataset)
         users, items = data.graph.users + 1, data.graph.items + 1  # RecBole's ids
+        interactions = matrix_of(users, items, self.n_users, self.n_items)
+        options = GaCLLMConfig.from_mapping(config.final_config_dict)
+        #: Keys that are others than configured, as users have few interactions.
+        self.of_few = options.few_interactions if are_few(interactions) else {}
+        if self.of_few:
+            options = options.with_few_interactions()
+            self.logger.info(f"few_interactions: {self.of_few}")
+        self.options = options
+        self.user_embedding = nn.Embedding(self.n_users, options.embedding_size)
+        self.item_embedding = nn.Embedding(self.n_items, options.embedding_size)
         self.texts: TextLayers | None = None
         if texts_of is None:
             estimate.announce(options, data.dataset, self.n_users, self.n_items)
         if options.use_text:
             self.texts = (texts_of or prepare)(options, data).to(self.device)
         n_text_layers = 0 if self.texts is None else len(self.texts)
-        interactions = matrix_of(users, items, self.n_users, self.n_items)
         self.choices = choose(
             interactions,
             n_text_layers,
@@ -89,9 +95,6 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             reg_weight=options.linear_reg_weight if options.linear_weight > 0 else USUAL_REG_WEIGHT,
             text_weight=options.linear_text_weight,
         )
-        self.temperature = options.ssm_temperature or softmax_temperature(interactions)
-        if options.ssm_temperature is None:
-            self.logger.info(f"ssm_temperature: {self.temperature}, by interactions a user")
         for name, chosen in self.choices.items():
             if chosen.ndcg:
                 self.logger.info(f"chosen on held-out training interactions, {name}: {chosen}")
@@ -262,7 +265,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             loss = losses.sampled_softmax(
                 *(z_users, places[0], z_positive, z_negative),
                 is_negative[positive],
-                self.temperature,
+                options.ssm_temperature,
             )
         if options.align_weight > 0 and self.texts is not None:
             loss = loss + options.align_weight * self._alignment(nodes, hops, texts)
@@ -299,8 +302,15 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         return [squares.index_select(0, place) for place in places]
 
     def _negatives(self, interaction: Interaction) -> Tensor:
-        """RecBole's negatives; items without training interactions are drawn anew from the rest."""
-        negative: Tensor = interaction[self.NEG_ITEM_ID]
+        """RecBole's negatives, or uniform ones where its loader draws none.
+
+        Items without training interactions are drawn anew from the rest.
+        """
+        if self.NEG_ITEM_ID in interaction:
+            negative: Tensor = interaction[self.NEG_ITEM_ID]
+        else:
+            shape = interaction[self.ITEM_ID].shape
+            negative = torch.randint(1, self.n_items, shape, device=self.device)
         if self.unseen_items is None:
             return negative
         seen = self.unseen_items.seen

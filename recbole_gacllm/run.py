@@ -200,7 +200,7 @@ def _record(config: Config, training: _Training, run_file: Path, started: float)
     if isinstance(training.recommender, GaCLLM):
         choices = training.recommender.choices.items()
         record["choices"] = {name: dataclasses.asdict(chosen) for name, chosen in choices}
-        record["choices"]["ssm_temperature"] = training.recommender.temperature
+        record["choices"]["few_interactions"] = training.recommender.of_few
     record["config_fingerprint"] = manifests.fingerprint(record["config"])
     _write_record(run_file, record)  # the metrics are safe, whatever befalls the audit
     if (texts := _texts_of(training.recommender)) is not None:

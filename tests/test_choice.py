@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from scipy import sparse
 
+from recbole_gacllm.config import model_defaults
 from recbole_gacllm.objective import choice
 from recbole_gacllm.objective.linear import ItemItemModel, centred
 from recbole_gacllm.run import run
@@ -73,7 +76,10 @@ def test_the_layer_that_tells_most_speaks_and_of_equals_the_lowest(tastes):
     made = choice.choose_linear(interactions, texts, 100.0, None)
     assert (made.layers, made.reg_weight) == ((1,), 100.0)
     assert made.ndcg[f"layers 1 x {made.text_weight:g}"] == max(made.ndcg.values())
-    assert len(made.ndcg) == 3 * len(choice.TEXT_WEIGHTS)
+    assert len(made.ndcg) == 3 * (len(choice.TEXT_WEIGHTS) - 1) + 1  # and no text
+    wrong = choice.choose_linear(interactions, {(0,): centred(np.roll(telling, 7, 0))}, 100.0, None)
+    assert (wrong.layers, wrong.text_weight) == ((), 0.0)
+    assert wrong.ndcg["no text"] == max(wrong.ndcg.values())
     unseen = choice.choose_unseen_items(interactions, texts, 100.0)
     assert unseen.layers == (1,)
     best = max(value for name, value in unseen.ndcg.items() if name.startswith("layers 0"))
@@ -195,17 +201,38 @@ def test_the_same_texts_as_a_generated_layer_give_the_scores_that_they_give_as_r
     assert torch.equal(scores[0], scores[2])
 
 
-@pytest.mark.parametrize(("n_interactions", "temperature"), [(19, 0.25), (20, 0.15)])
-def test_the_softmax_is_warmer_where_users_have_few_interactions(n_interactions, temperature):
+@pytest.mark.parametrize("n_interactions", [19, 20])
+def test_interactions_are_few_below_twenty_of_a_user_with_any(n_interactions):
     matrix = np.zeros((4, 30), dtype=np.float32)
-    matrix[1:3, 1 : n_interactions + 1] = 1  # a user without any does not count
-    assert choice.softmax_temperature(sparse.csr_array(matrix)) == temperature
+    matrix[1:3, 1 : n_interactions + 1] = 1
+    assert choice.are_few(sparse.csr_array(matrix)) == (n_interactions < 20)
 
 
-def test_a_temperature_of_null_is_that_of_the_rule_and_recorded(settings):
-    keys = settings | {"use_text": False, "ssm_temperature": None}
-    done = run("GaCLLM", "tiny", config_dict=keys)  # eight interactions a user
-    assert done.record["choices"]["ssm_temperature"] == 0.25
-    given = run("GaCLLM", "tiny", config_dict=keys | {"ssm_temperature": 0.25})
-    other = run("GaCLLM", "tiny", config_dict=keys | {"ssm_temperature": 0.15})
-    assert given.record["history"] == done.record["history"] != other.record["history"]
+def test_keys_of_few_interactions_apply_but_for_those_given(settings):
+    keys = settings | {"use_text": False, "epochs": 2, "preset": "best", "ssm_n_negatives": 16}
+    few = {"loss_type": "SSM", "n_layers": 0}
+    keys = {key: value for key, value in keys.items() if key not in few}
+    ours = run("GaCLLM", "tiny", config_dict=keys)  # eight interactions a user
+    assert ours.record["choices"]["few_interactions"] == model_defaults()["few_interactions"]
+    given = run("GaCLLM", "tiny", config_dict=keys | {"n_layers": 0})
+    assert given.record["choices"]["few_interactions"]["loss_type"] == "BPR"
+    assert "n_layers" not in given.record["choices"]["few_interactions"]
+    histories = [
+        run("GaCLLM", "tiny", config_dict={**keys, **more}).record["history"]
+        for more in ({"few_interactions": few}, {**few, "few_interactions": {}})
+    ]
+    assert histories[0] == histories[1]
+    assert ours.record["history"] != given.record["history"] != histories[0]
+
+
+@pytest.mark.parametrize(
+    ("few", "message"),
+    [
+        ({"n_layers": -1}, "n_layers: -1 is not allowed; it should be greater than or equal to 0"),
+        ({"embedding_size": 8}, "few_interactions: embedding_size is not allowed; it takes n_lay"),
+        ({"n_layers": 0}, "llm_n_layers: 1 is above n_layers: 0"),
+    ],
+)
+def test_values_for_few_interactions_are_checked_before_any_stage(settings, few, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run("GaCLLM", "tiny", config_dict=settings | {"few_interactions": few})

@@ -119,6 +119,6 @@ def test_the_check_of_a_gpu_runs_on_a_cpu_and_records_what_fails(tmp_path: Path)
     failed = subprocess.run([*command, "--device=cuda", "--sections", "graph", "versions"])
     found = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert failed.returncode == 1
-    assert list(found) == ["graph", "versions"]
+    assert set(found) == {"graph", "versions"}  # beside each other on many cores
     assert not any(section["ok"] for section in found.values())
     assert "CUDA" in found["graph"]["error"] + found["graph"]["output"]

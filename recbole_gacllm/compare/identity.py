@@ -89,7 +89,7 @@ FIRST_CODE = "4c40a0959ec716099133f613b0cf84f597bdedb04ad143ba68862d0614bca109"
 LATER_KEYS: dict[str, Any] = {
     **{"llm_knowledge_tokens": 0, "cold_user_share": 0.0, "known_users_only": False},
     **{"text_layers": "hops", "text_users": "own", "text_init": False},
-    **{"text_init_frozen": False, "text_init_reduction": "pca"},
+    **{"text_init_frozen": False, "text_init_reduction": "pca", "few_interactions": {}},
 }
 _TABLE = shipped_path("properties", "computations.yaml")
 _TABLE_HEAD = """\

@@ -4,7 +4,7 @@ r"""What a run chooses inside its training part: it holds out a tenth and takes 
   **interactions** are held out.
 - The ridge weight of items (users) without training interactions, and the layers that speak for
   items: **items** (users) are held out with all their interactions.
-- The temperature of the sampled softmax, by a rule: higher where users have few interactions.
+- The keys of ``few_interactions`` apply where users have few interactions, by a rule.
 
 The first two in closed form, with random numbers of their own: training is as without. Each of them
 takes the first candidate within half a percent of the best NDCG@10, so raw texts, which come first,
@@ -31,13 +31,12 @@ Layers = tuple[int, ...]
 # Of near equals the smallest, as a fit on fewer interactions favours large ones.
 REG_WEIGHTS = (25.0, 100.0, 400.0, 1600.0, 6400.0, 25600.0)
 USUAL_REG_WEIGHT = 400.0  # where nothing can be held out
-TEXT_WEIGHTS = (0.25, 1.0)
+TEXT_WEIGHTS = (0.25, 1.0, 4.0, 0.0)  # no text last: only where it is better
 RIDGE_WEIGHTS = (10.0, 3.0, 30.0, 1.0, 100.0, 0.3)  # the usual one first
 NEAR = 0.995  # of the best NDCG@10
 HELD_OUT = 0.1
 N_FOLDS = 5  # of items
-TEMPERATURES = (0.25, 0.15)  # below so many interactions a user, and from there on
-FEW_INTERACTIONS = 20
+FEW_INTERACTIONS = 20  # of a user with any, on average
 FEW = 0.05  # up to this share of unseen nodes a ridge weight is not worth its choice
 MAX_ITEMS = 3_000
 MAX_USERS = 10_000
@@ -124,14 +123,14 @@ def choose(
     return chosen
 
 
-def softmax_temperature(interactions: sparse.csr_array) -> float:
-    """Temperature of the sampled softmax by the mean number of interactions of users with any.
+def are_few(interactions: sparse.csr_array) -> bool:
+    """Whether users with any interaction have fewer than ``FEW_INTERACTIONS`` on average.
 
     Args:
         interactions: Of training, ``[n_users, n_items]``.
     """
     n_users = int(np.count_nonzero(np.diff(interactions.indptr)))
-    return TEMPERATURES[interactions.nnz >= FEW_INTERACTIONS * n_users]
+    return bool(interactions.nnz < FEW_INTERACTIONS * n_users)
 
 
 def choose_linear(
@@ -155,7 +154,8 @@ def choose_linear(
     reg_weights = REG_WEIGHTS if reg_weight is None else (reg_weight,)
     text_weights = TEXT_WEIGHTS if text_weight is None else (text_weight,)
     spoken = [(layers, weight) for weight in text_weights for layers in texts if weight > 0]
-    spoken = spoken or [((), 0.0)]
+    if not spoken or text_weight is None:
+        spoken.append(((), 0.0))
     usual = Choice(spoken[0][0], reg_weight or USUAL_REG_WEIGHT, spoken[0][1])
     if len(reg_weights) == len(spoken) == 1:
         return usual
@@ -185,7 +185,10 @@ def choose_linear(
     layers, text_weight = _first_near_best(by_text)
     shown = {f"L2 {weight:g}": value for weight, value in by_reg.items() if len(by_reg) > 1}
     if len(by_text) > 1:
-        shown |= {f"layers {_of(one[0])} x {one[1]:g}": value for one, value in by_text.items()}
+        shown |= {
+            f"layers {_of(layers)} x {weight:g}" if layers else "no text": value
+            for (layers, weight), value in by_text.items()
+        }
     return Choice(layers, reg_weight, text_weight, shown)
 
 

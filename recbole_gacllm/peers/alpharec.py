@@ -27,8 +27,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recbole_gacllm.alignment.propagation import Adjacency, propagate_mean, text_projection
-from recbole_gacllm.objective.choice import softmax_temperature
-from recbole_gacllm.objective.linear import matrix_of
 from recbole_gacllm.objective.losses import sampled_softmax
 from recbole_gacllm.peers.texts import read_texts
 from recbole_gacllm.pipeline import TextsOf
@@ -54,8 +52,7 @@ class AlphaRec(GeneralRecommender):  # type: ignore[misc]
         self.n_layers, self.n_negatives = config["n_layers"], config["ssm_n_negatives"]
         self.texts, self.layers, data = read_texts(config, dataset, texts_of)
         users, items = data.graph.users + 1, data.graph.items + 1  # RecBole's ids
-        interactions = matrix_of(users, items, self.n_users, self.n_items)
-        self.temperature = config["ssm_temperature"] or softmax_temperature(interactions)
+        self.temperature = config["ssm_temperature"]
         self.projection = text_projection(
             self.texts.dim, config["text_hidden_size"], config["embedding_size"], dropout=0.0
         )

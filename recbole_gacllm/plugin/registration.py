@@ -108,6 +108,9 @@ def _load_layers(config: Any, model: str, load_internal: functools.partial[None]
     takes_all = model in MODELS and model not in PEERS
     preset = external.get("preset")
     defaults = model_defaults(preset) if takes_all else text_defaults(preset, model)
+    if takes_all:  # what the user gives wins
+        few = defaults["few_interactions"]
+        defaults["few_interactions"] = {key: few[key] for key in few if key not in external}
     load_file = config._update_internal_config_dict
 
     def load_file_and_defaults(file: str) -> Any:
