@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import runpy
 import subprocess
 import sys
 
@@ -28,7 +27,7 @@ from recbole_gacllm.inspection.histories import Histories
 from recbole_gacllm.inspection.opened import open_run, trainer_of
 from recbole_gacllm.inspection.parts import ScoreParts
 from recbole_gacllm.inspection.recommend import recommend
-from tests.conftest import ROOT, tiny_settings, write_dataset
+from tests.conftest import tiny_settings, write_dataset
 from tests.test_report import prepare
 
 BY_TIME = {"eval_args": {"order": "TO", "split": {"LS": "valid_and_test"}}}
@@ -460,14 +459,6 @@ def test_the_function_is_the_packages_and_is_loaded_when_asked_for():
     )
     assert "function recommend" in printed.stdout
     assert recbole_gacllm.recommend is recommend
-
-
-def test_the_example_runs(run_of, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["recommend.py", str(run_of("GaCLLM"))])
-    runpy.run_path(str(ROOT / "examples" / "recommend.py"))
-    printed = capsys.readouterr().out
-    assert "The Great Film" in printed
-    assert "somebody new" in printed
 
 
 def test_nothing_is_run_or_left_behind(run_of, tmp_path, monkeypatch):
