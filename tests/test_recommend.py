@@ -160,6 +160,27 @@ def test_lists_are_those_of_the_test_evaluation(run_of, name):
     assert frame.groupby("user")["score"].agg(lambda s: s.is_monotonic_decreasing).all()
 
 
+@pytest.mark.parametrize(
+    ("model", "keys"),
+    [("EASE", {}), ("Pop", {}), ("GaCLLM", {"preset": "best", "use_text": False, "epochs": 1})],
+)
+def test_lists_of_ml_100ks_943_users_are_the_evaluators_and_give_its_recall(tmp_path, model, keys):
+    settings = {"use_gpu": False, "show_progress": False, "checkpoint_dir": str(tmp_path / "saved")}
+    done = runner.run(model, "ml-100k", config_dict={**settings, **keys})
+    run = open_run(RunFiles.read(done.run_file))
+    lists = lists_of(recommend(done.run_file, k=10))
+    assert len(lists) == 943
+    assert lists == evaluated(run, 10)
+    dataset = run.test._dataset
+    users, items = (dataset.field2id_token[name] for name in ("user_id", "item_id"))
+    table = pd.DataFrame(
+        {"user": users[dataset.inter_feat["user_id"]], "item": items[dataset.inter_feat["item_id"]]}
+    )
+    found = [item in lists[user] for user, item in zip(table["user"], table["item"], strict=True)]
+    recall = pd.Series(found).groupby(table["user"]).mean().mean()
+    assert round(recall, 4) == done.record["test"]["recall@10"] > 0.05
+
+
 @pytest.mark.parametrize("name", ["EASE", "SASRec"])
 def test_items_of_the_history_are_left_out_unless_kept(run_of, name):
     history = left_out_of(opened(run_of(name)))
