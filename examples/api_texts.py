@@ -33,7 +33,8 @@ if not answers:
     ask = "Say in three sentences what this is about and who likes it. Use facts, no title."
     lines = [json.dumps({"id": id, "question": f"{ask}\n{raw_texts[id]}"}) for id in raw_texts]
     Path("questions.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    sys.exit(f"questions.jsonl has {len(lines)} questions; come back with their answers")
+    print(f"questions.jsonl has {len(lines)} questions; come back with their answers")
+    sys.exit()
 
 # A CSV or JSONL of id and text becomes layer 1 of the items. Ids are strings: "007" is not 7.
 file = Path(answers[0])
