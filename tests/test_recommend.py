@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import runpy
 import subprocess
 import sys
 
@@ -28,7 +27,7 @@ from recbole_gacllm.inspection.histories import Histories
 from recbole_gacllm.inspection.opened import open_run, trainer_of
 from recbole_gacllm.inspection.parts import ScoreParts
 from recbole_gacllm.inspection.recommend import recommend
-from tests.conftest import ROOT, tiny_settings, write_dataset
+from tests.conftest import tiny_settings, write_dataset
 from tests.test_report import prepare
 
 BY_TIME = {"eval_args": {"order": "TO", "split": {"LS": "valid_and_test"}}}
@@ -159,6 +158,27 @@ def test_lists_are_those_of_the_test_evaluation(run_of, name):
     assert {user: lists[user] for user in expected} == expected
     assert (frame["title"] == "The Great Film " + frame["item"].str[1:]).all()
     assert frame.groupby("user")["score"].agg(lambda s: s.is_monotonic_decreasing).all()
+
+
+@pytest.mark.parametrize(
+    ("model", "keys"),
+    [("EASE", {}), ("Pop", {}), ("GaCLLM", {"preset": "best", "use_text": False, "epochs": 1})],
+)
+def test_lists_of_ml_100ks_943_users_are_the_evaluators_and_give_its_recall(tmp_path, model, keys):
+    settings = {"use_gpu": False, "show_progress": False, "checkpoint_dir": str(tmp_path / "saved")}
+    done = runner.run(model, "ml-100k", config_dict={**settings, **keys})
+    run = open_run(RunFiles.read(done.run_file))
+    lists = lists_of(recommend(done.run_file, k=10))
+    assert len(lists) == 943
+    assert lists == evaluated(run, 10)
+    dataset = run.test._dataset
+    users, items = (dataset.field2id_token[name] for name in ("user_id", "item_id"))
+    table = pd.DataFrame(
+        {"user": users[dataset.inter_feat["user_id"]], "item": items[dataset.inter_feat["item_id"]]}
+    )
+    found = [item in lists[user] for user, item in zip(table["user"], table["item"], strict=True)]
+    recall = pd.Series(found).groupby(table["user"]).mean().mean()
+    assert round(recall, 4) == done.record["test"]["recall@10"] > 0.05
 
 
 @pytest.mark.parametrize("name", ["EASE", "SASRec"])
@@ -460,14 +480,6 @@ def test_the_function_is_the_packages_and_is_loaded_when_asked_for():
     )
     assert "function recommend" in printed.stdout
     assert recbole_gacllm.recommend is recommend
-
-
-def test_the_example_runs(run_of, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["recommend.py", str(run_of("GaCLLM"))])
-    runpy.run_path(str(ROOT / "examples" / "recommend.py"))
-    printed = capsys.readouterr().out
-    assert "The Great Film" in printed
-    assert "somebody new" in printed
 
 
 def test_nothing_is_run_or_left_behind(run_of, tmp_path, monkeypatch):
