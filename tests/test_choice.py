@@ -201,11 +201,11 @@ def test_the_same_texts_as_a_generated_layer_give_the_scores_that_they_give_as_r
     assert torch.equal(scores[0], scores[2])
 
 
-@pytest.mark.parametrize("n_interactions", [19, 20])
-def test_interactions_are_few_below_twenty_of_a_user_with_any(n_interactions):
-    matrix = np.zeros((4, 30), dtype=np.float32)
+@pytest.mark.parametrize("n_interactions", [29, 30])
+def test_interactions_are_few_below_thirty_of_a_user_with_any(n_interactions):
+    matrix = np.zeros((4, 40), dtype=np.float32)
     matrix[1:3, 1 : n_interactions + 1] = 1
-    assert choice.are_few(sparse.csr_array(matrix)) == (n_interactions < 20)
+    assert choice.are_few(sparse.csr_array(matrix)) == (n_interactions < 30)
 
 
 def test_keys_of_few_interactions_apply_but_for_those_given(settings):
