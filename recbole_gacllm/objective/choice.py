@@ -31,7 +31,7 @@ Layers = tuple[int, ...]
 # Of near equals the smallest, as a fit on fewer interactions favours large ones.
 REG_WEIGHTS = (25.0, 100.0, 400.0, 1600.0, 6400.0, 25600.0)
 USUAL_REG_WEIGHT = 400.0  # where nothing can be held out
-TEXT_WEIGHTS = (0.25, 1.0, 4.0, 0.0)  # no text last: only where it is better
+TEXT_WEIGHTS = (0.25, 1.0, 0.0)  # no text last: only where it is better
 RIDGE_WEIGHTS = (10.0, 3.0, 30.0, 1.0, 100.0, 0.3)  # the usual one first
 NEAR = 0.995  # of the best NDCG@10
 HELD_OUT = 0.1
