@@ -278,7 +278,7 @@ def test_the_softmax_loss_of_a_batch_is_the_cross_entropy_over_all_items(made):
     model, batch = made(**keys)
     users, items = model.forward()
     cosine = F.cosine_similarity(users[batch["user_id"]][:, None], items[None, 1:], dim=2)
-    scores = cosine / model.temperature
+    scores = cosine / model.options.ssm_temperature
     expected = F.cross_entropy(scores, batch["item_id"] - 1)
     assert torch.allclose(model.calculate_loss(batch), expected, atol=1e-5)
 
