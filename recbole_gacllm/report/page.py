@@ -218,6 +218,7 @@ def _names_folder(key: str) -> bool:
 def _setup(record: dict[str, Any], command: list[str]) -> Section:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     data = {"command": " ".join(command), "config": record["config"], "versions": versions}
+    data["choices"] = record.get("choices", {})
     return Section("setup", "Setup", "setup.html", data)
 
 
