@@ -85,7 +85,7 @@ def test_a_comparison_tells_what_each_row_differs_by(start, tiny, tmp_path, scri
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_texts_of_an_api_are_layer_1(start, tiny, tmp_path, ending):
-    with pytest.raises(SystemExit, match="^$"):  # exit code 0
+    with pytest.raises(SystemExit, match=r"^$"):  # exit code 0
         start("api_texts.py", *tiny)
     questions = [json.loads(line) for line in Path("questions.jsonl").read_text().splitlines()]
     assert all(f"The Great Film {row['id'][1:]};" in row["question"] for row in questions)
