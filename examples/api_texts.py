@@ -46,15 +46,15 @@ n_known = texts["token"].isin(raw_texts).sum()
 print(f"texts of {n_known} of {len(raw_texts)} items; {len(texts) - n_known} unknown ids")
 
 rows = {
-    "GaCLLM": "raw texts and these",
+    "GaCLLM:text_import_file=texts.parquet": "raw texts and these",
     "GaCLLM:text_source=raw": "raw texts",
-    "GaCLLM:text_source=shuffled": "both at wrong nodes",
+    "GaCLLM:text_import_file=texts.parquet:text_source=shuffled": "both at wrong nodes",
     "GaCLLM:use_text=False": "no text",
 }
-keys |= {"text_import_file": "texts.parquet", "llm_n_layers": "1"}
+keys["llm_n_layers"] = "1"
 output = Path("saved/api_texts")
 run_leaderboard(make_plan(list(rows), [dataset], n_seeds, config_dict=keys), output)
-export(output, baseline="GaCLLM")
+export(output, baseline=next(iter(rows)))
 
 table = pd.read_csv(output / "results.csv").query("metric == 'ndcg@10'").replace({"model": rows})
 columns = ["model", "mean", "difference", "difference_low", "difference_high", "t_p_holm"]

@@ -72,7 +72,10 @@ def test_leaderboard(start, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("script", "rows"),
     [
-        ("ablation.py", ["no text", "texts of wrong nodes", "no linear model"]),
+        (
+            "ablation.py",
+            ["no text", "texts of wrong nodes", "no alignment", "no linear model"],
+        ),
         ("sasrec_from_texts.py", ["begins as texts", "texts stay frozen", "begins as wrong texts"]),
     ],
 )
@@ -85,7 +88,7 @@ def test_a_comparison_tells_what_each_row_differs_by(start, tiny, tmp_path, scri
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_texts_of_an_api_are_layer_1(start, tiny, tmp_path, ending):
-    with pytest.raises(SystemExit, match="^$"):  # exit code 0
+    with pytest.raises(SystemExit, match=r"^$"):  # exit code 0
         start("api_texts.py", *tiny)
     questions = [json.loads(line) for line in Path("questions.jsonl").read_text().splitlines()]
     assert all(f"The Great Film {row['id'][1:]};" in row["question"] for row in questions)
@@ -99,7 +102,8 @@ def test_texts_of_an_api_are_layer_1(start, tiny, tmp_path, ending):
         frame.to_json(file, orient="records", lines=True)
     printed = start("api_texts.py", file, *tiny)
     assert "texts of 29 of 30 items; 1 unknown ids" in printed
-    assert re.search(r"both at wrong nodes +0\.\d+ +-?0\.\d+ ", printed)
+    rows = ["raw texts", "both at wrong nodes", "no text"]
+    assert all(re.search(rf"(?m)^ *{row} +0\.\d+ +-?0\.\d+ ", printed) for row in rows)
     made = pd.concat(map(pd.read_parquet, tmp_path.glob("artifacts/tiny/desc*/layer_1.parquet")))
     assert made.query("status == 'imported'")["text"].tolist() == [
         row["text"] for row in answers[:-1]
