@@ -19,7 +19,7 @@ from recbole_gacllm.convolution.layers import SIDES, Layer, Side
 from recbole_gacllm.convolution.prompts import PromptTemplates
 from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.llm import formats, weights
-from recbole_gacllm.objective import choice, linear
+from recbole_gacllm.objective import choice, linear, local
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +30,21 @@ _LIBRARIES = 30_000_000  # bytes of what is loaded for the linear part
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def announce(options: GaCLLMConfig, dataset: str, n_users: int, n_items: int) -> None:
+def announce(options: GaCLLMConfig, data: TrainingData) -> None:
     """Log memory and disk of a run of GaCLLM without its LLM; end it where they cannot suffice.
 
     Raises:
         ValueError: Names the key to change.
     """
-    n_nodes, width, n_layers = n_users + n_items, 0, 0
+    n_items = 1 + len(data.graph.item_tokens)
+    n_nodes, width, n_layers = 1 + len(data.graph.user_tokens) + n_items, 0, 0
     if options.use_text:
         encoder = weights.resolve_encoder(options.encoder_model)
         width = int(formats.read_object(encoder / "config.json").get("hidden_size", 0))
         n_layers = 1 + (options.n_text_layers if options.is_described else 0)
     matrices = 0
     if options.linear_weight > 0:
-        matrices = linear_bytes(options, n_items, width, n_layers)
+        matrices = linear_bytes(options, n_items, width, n_layers, n_pairs(data.graph))
     tables = 2 * n_nodes * width * n_layers  # float16
     checkpoint = 3 * 4 * n_nodes * options.embedding_size  # with Adam's moments
     logger.info(
@@ -53,10 +54,10 @@ def announce(options: GaCLLMConfig, dataset: str, n_users: int, n_items: int) ->
     if matrices > (free := free_memory()):
         raise ValueError(
             f"linear_weight: {options.linear_weight} takes about {in_words(matrices)} of memory "
-            f"for the linear part of {min(n_items, linear.MAX_ITEMS):,} items, and "
+            f"for the linear part of {n_items:,} items, and "
             f"{in_words(free)} are free. Free memory, or set linear_weight: 0."
         )
-    _require_room(options, dataset, tables + checkpoint)
+    _require_room(options, data.dataset, tables + checkpoint)
 
 
 def announce_llm(
@@ -101,22 +102,39 @@ def _require_room(options: GaCLLMConfig, dataset: str, n_bytes: int) -> None:
         )
 
 
-def linear_bytes(options: GaCLLMConfig, n_items: int, width: int, n_layers: int) -> int:
+def linear_bytes(
+    options: GaCLLMConfig, n_items: int, width: int, n_layers: int, n_pairs: int = 0
+) -> int:
     """Peak of the linear part in memory: of its choice, or of its making, which comes after.
 
     The choice has two matrices in float64 and weights in float32 at once, of fewer items, scores of
     1,024 users, and of each candidate's texts the rows of all items in float64. The making has the
-    matrix, its weights, and a few copies of the rows that were chosen.
+    matrix, its weights, and a few copies of the rows that were chosen; of more than
+    ``linear.MAX_ITEMS`` items the pairs that have a common user in place of the matrix (twice,
+    while blocks of them are joined), some dense columns, and sparse weights.
     """
-    n_covered, n_of_choice = min(n_items, linear.MAX_ITEMS), min(n_items, choice.MAX_ITEMS)
+    n_of_choice = min(n_items, choice.MAX_ITEMS)
     n_widest = n_rows = 0  # in rows of one layer
     if options.linear_text_weight != 0 and n_layers:
         is_auto = options.text_layers == "auto" and n_layers > 1
         n_widest, n_rows = (n_layers, 2 * n_layers) if is_auto else (1, 1)
     row = 8 * n_items * width
     chosen = 20 * n_of_choice**2 + 4 * 4 * 1024 * n_of_choice + (n_rows + n_widest) * row
-    made = 12 * n_covered**2 + 4 * n_widest * row
-    return _LIBRARIES + max(chosen, made, (n_rows + 5 * n_widest) * row)
+    made = 12 * n_items**2
+    if n_items > linear.MAX_ITEMS:
+        weights = n_items * (1 + local.N_NEIGHBORS)
+        columns = 24 * local.BLOCK * n_items
+        made = max(16 * n_pairs, 8 * n_pairs + columns + 8 * weights, 28 * weights)
+    return _LIBRARIES + max(chosen, made + 4 * n_widest * row, (n_rows + 5 * n_widest) * row)
+
+
+def n_pairs(graph: TrainGraph) -> int:
+    """How many pairs of items have a common user, if users drew items by their degrees."""
+    users = graph.degrees("user").astype(np.float64)
+    degrees, n_items = np.unique(graph.degrees("item"), return_counts=True)
+    common = (users * (users - 1)).sum() / max(users.sum(), 1.0) ** 2  # of degrees 1 and 1
+    have_one = -np.expm1(-common * np.outer(degrees, degrees))
+    return round(float(n_items @ have_one @ n_items) / 2)
 
 
 def free_memory() -> int:

@@ -83,7 +83,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         self.item_embedding = nn.Embedding(self.n_items, options.embedding_size)
         self.texts: TextLayers | None = None
         if texts_of is None:
-            estimate.announce(options, data.dataset, self.n_users, self.n_items)
+            estimate.announce(options, data)
         if options.use_text:
             self.texts = (texts_of or prepare)(options, data).to(self.device)
         n_text_layers = 0 if self.texts is None else len(self.texts)
@@ -136,7 +136,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             recency = recency_weights(users, times, self.options.linear_recency)
         if chosen.text_weight > 0:
             item_texts = torch.from_numpy(self._text_rows("item", chosen.layers))
-        linear = ItemItemModel(
+        return ItemItemModel(
             users,
             items,
             self.n_users,
@@ -147,12 +147,6 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             self.device,
             recency,
         )
-        if linear.n_covered < self.n_items:
-            self.logger.warning(
-                f"linear_weight: of {self.n_items} items the linear model covers the "
-                f"{linear.n_covered} with most interactions"
-            )
-        return linear
 
     def _unseen(self, side: str, nodes: np.ndarray) -> Unseen | None:
         """Nodes of a side without training interactions; None where all have some."""

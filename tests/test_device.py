@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixed precision": ("GaCLLM", {"enable_amp": True}),
     "linear, dense": ("GaCLLM", {**LINEAR, "linear_recency": 1.0, **BY_TIME}),
     "linear, sparse": ("GaCLLM", {**LINEAR, "linear_recency": 1.0, **BY_TIME}),
-    "linear, some items": ("GaCLLM", {**LINEAR, "use_text": False}),
+    "linear, large catalogue": ("GaCLLM", {**COLD, **LINEAR}),
     "linear, its weight chosen": ("GaCLLM", {**LINEAR, "linear_reg_weight": None}),
     "unseen items": ("GaCLLM", {**COLD, **LINEAR}),
     "unseen items, BPR": ("GaCLLM", {**COLD, **RAW, "loss_type": "BPR"}),
@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 #: Constants of some modules in some of them, with which these go other ways.
 CONSTANTS = {
     "linear, sparse": ("linear", {"SPARSE": 1.0}),
-    "linear, some items": ("linear", {"MAX_ITEMS": 20}),
+    "linear, large catalogue": ("linear", {"MAX_ITEMS": 20}),
     "many evaluated at once": ("fast", {"MIN_SCORES": 1, "MIN_USERS": 5}),
 }
 

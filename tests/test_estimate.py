@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from recbole_gacllm import estimate, pipeline
@@ -15,6 +16,7 @@ from recbole_gacllm.convolution.requests import RequestMaker
 from recbole_gacllm.inputs import raw_descriptions
 from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.weights import resolve_llm
+from recbole_gacllm.objective.linear import matrix_of
 from recbole_gacllm.run_config import training_data
 
 from .conftest import our_keys
@@ -24,6 +26,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 LINEAR = """
 import sys
 import numpy as np
+from recbole_gacllm.objective import linear
 from recbole_gacllm.objective.choice import choose
 from recbole_gacllm.objective.linear import ItemItemModel, matrix_of
 import torch
@@ -32,7 +35,7 @@ def memory(name):
     (line,) = (x for x in open("/proc/self/status") if x.startswith(name))
     return int(line.split()[1]) * 1024
 
-n_items, reg_weight = int(sys.argv[1]), eval(sys.argv[2])
+n_items, reg_weight, linear.MAX_ITEMS = int(sys.argv[1]), eval(sys.argv[2]), int(sys.argv[3])
 rng = np.random.default_rng(0)
 users, items = rng.integers(1, 500, 20_000), rng.integers(1, n_items, 20_000)
 table = rng.standard_normal((n_items, 384)).astype(np.float32)
@@ -54,11 +57,18 @@ def near(told: float, taken: float) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n_items", "reg_weight"), [(500, None), (2000, None), (5000, 400.0)])
-def test_memory_of_the_linear_part(n_items, reg_weight):
+@pytest.mark.parametrize(
+    ("n_items", "reg_weight", "max_items"),
+    [(500, None, 20_000), (2000, None, 20_000), (5000, 400.0, 20_000), (10_000, 400.0, 1000)],
+)
+def test_memory_of_the_linear_part(n_items, reg_weight, max_items, monkeypatch):
+    monkeypatch.setattr(estimate.linear, "MAX_ITEMS", max_items)
     options = our_keys(linear_weight=0.5, linear_text_weight=None, text_layers="auto")
-    told = estimate.linear_bytes(options, n_items, 384, 2)
-    command = [sys.executable, "-c", LINEAR, str(n_items), str(reg_weight)]
+    rng = np.random.default_rng(0)
+    edges = rng.integers(1, 500, 20_000), rng.integers(1, n_items, 20_000)
+    graph = SimpleNamespace(degrees=lambda side: np.bincount(edges[side == "item"]))
+    told = estimate.linear_bytes(options, n_items, 384, 2, estimate.n_pairs(graph))
+    command = [sys.executable, "-c", LINEAR, str(n_items), str(reg_weight), str(max_items)]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     assert near(told, int(run.stdout)), (told, run.stdout)
 
@@ -112,6 +122,15 @@ def test_size_of_text_embeddings(settings, tmp_path, monkeypatch):
     (file,) = tmp_path.rglob("layer_0.npy")
     value, unit = told[1].split()
     assert near(float(value) * {"kB": 1e3, "MB": 1e6}[unit], file.stat().st_size)
+
+
+def test_pairs_of_items_with_a_common_user():
+    users, items = np.random.default_rng(0).integers((0, 0), (300, 900), (6000, 2)).T
+    interactions = matrix_of(users, items, 300, 900)
+    degrees = {"user": np.diff(interactions.indptr), "item": np.bincount(interactions.indices)}
+    taken = ((interactions.T @ interactions).nnz - 900) / 2
+    told = estimate.n_pairs(SimpleNamespace(degrees=degrees.get))
+    assert told == pytest.approx(taken, rel=0.05)
 
 
 @pytest.mark.parametrize("use_text", [True, False])

@@ -52,6 +52,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
         *("alignment/__init__.py", "alignment/embeddings.py", "alignment/propagation.py"),
         *("objective/__init__.py", "objective/losses.py", "objective/linear.py"),
         *("objective/unseen.py", "objective/choice.py", "objective/scoring.py"),
+        "objective/local.py",
     ),
     "texts": (  # layer 0 and the encoder
         *("pipeline.py", "stage.py", "job.py", "alignment/encoder.py", "artifacts/csv_cells.py"),

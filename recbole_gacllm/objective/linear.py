@@ -15,9 +15,10 @@ from scipy.linalg import lapack
 from torch import Tensor
 from torch.nn import functional as F
 
+from recbole_gacllm.objective.local import LocalWeights
 from recbole_gacllm.objective.unseen import Unseen
 
-# Matrix, inverse and weights take 20 bytes an entry: 8 GB at this size, and minutes to invert.
+# Matrix and weights take 12 bytes an entry: 5 GB at this size, and minutes to invert.
 MAX_ITEMS = 20_000
 # Chosen on validation NDCG@10 of ml-100k, ml-1m and sparse parts of ml-1m; see ``ItemItemModel``.
 USER_POWER = 0.5
@@ -54,7 +55,7 @@ class ItemItemModel:
     Models for Collaborative Filtering with Side-Information" (RecSys 2020). Not part of a model's
     state: it follows from training edges and texts, and copying a model shares it.
 
-    Of more than ``MAX_ITEMS`` items it covers those with most interactions; the others score 0.
+    Of more than ``MAX_ITEMS`` items ``B`` is nearly so, and not dense (``local.py``).
 
     Args:
         users: User of each training edge.
@@ -69,9 +70,6 @@ class ItemItemModel:
             as often as it is there.
         user_power: ``a``.
         denoising: ``beta``.
-
-    Attributes:
-        n_covered: Items that have a score.
 
     Shapes:
         users, items, recency: ``[n_edges]``; texts: ``[n_items, width]``.
@@ -96,21 +94,19 @@ class ItemItemModel:
         if recency is not None:
             counts = recency.astype(np.float32)
             histories = sparse.csr_array((counts, (users, items)), shape=(n_users, n_items))
-        self._covered: Tensor | None = None  # [MAX_ITEMS] at most; None for all items
-        self._inputs: np.ndarray | None = None  # those of histories
-        if n_items > MAX_ITEMS:
-            degrees = np.bincount(interactions.indices, minlength=n_items)
-            columns = np.sort(np.argsort(-degrees, kind="stable")[:MAX_ITEMS])
-            interactions, histories = interactions[:, columns], histories[:, columns]
-            self._covered, self._inputs = torch.from_numpy(columns).to(device), columns
-            texts = None if texts is None else texts[self._covered.to(texts.device)]
-        self._histories, self._n_items = histories, n_items
-        self.n_covered = interactions.shape[1]
+        self._histories = histories
         rows = None if texts is None else centred(texts.double().cpu().numpy())
-        gram = Gram.of(interactions, user_power, denoising)
-        self._weights = item_weights(gram.with_texts(rows, text_weight), reg_weight).to(device)
+        self._weights: Tensor | LocalWeights
+        if n_items > MAX_ITEMS:
+            counts = np.sqrt(user_counts(interactions, user_power))
+            weighted = interactions.multiply(counts[:, None]).tocsr()
+            keys = denoising, reg_weight, rows, text_weight, device
+            self._weights = LocalWeights.of(weighted, *keys)
+        else:
+            gram = Gram.of(interactions, user_power, denoising)
+            self._weights = item_weights(gram.with_texts(rows, text_weight), reg_weight).to(device)
         # Each user's mean and deviation of scores, the mean over the deviation; NaN: not known yet.
-        self._moments = self._weights.new_full((2, n_users), torch.nan)
+        self._moments = torch.full((2, n_users), torch.nan, device=device)
         self._of_unseen: tuple[Unseen, Tensor, Tensor] | None = None  # predicted scores
 
     def __deepcopy__(self, memo: dict[int, object]) -> ItemItemModel:
@@ -122,15 +118,11 @@ class ItemItemModel:
         What :class:`.Unseen` predicts is linear in the other items' scores, so it predicts the
         columns of ``B``.
         """
-        weights, places = self._weights, unseen.unseen
-        if self._covered is not None:
-            ids, order = torch.unique(torch.cat([self._covered, places]), return_inverse=True)
-            wider = weights.new_zeros(len(weights), len(ids))
-            wider[:, order[: self.n_covered]] = weights
-            weights, self._covered, places = wider, ids, order[self.n_covered :]
-        for rows in torch.split(weights, BLOCK):
-            rows[:, places] = unseen.predict(self._of_all(rows)[:, unseen.seen].T).T
-        self._weights = weights
+        if isinstance(self._weights, LocalWeights):
+            self._weights.complete(unseen)
+            return
+        for rows in torch.split(self._weights, BLOCK):
+            rows[:, unseen.unseen] = unseen.predict(rows[:, unseen.seen].T).T
 
     def complete_users(self, unseen: Unseen, items: slice | Tensor) -> None:
         """Let the texts of users without training interactions say what their scores are.
@@ -145,13 +137,16 @@ class ItemItemModel:
         deviations = self._moments[1, unseen.seen].cpu().numpy()
         histories = self._histories[unseen.seen.cpu().numpy()].multiply(1 / deviations[:, None])
         mean, slopes = [], []
-        for first in range(0, self.n_covered, BLOCK):
+        for first in range(0, histories.shape[1], BLOCK):
             table = torch.from_numpy(histories.tocsc()[:, first : first + BLOCK].toarray())
-            fitted = unseen.fit(table.to(self._weights))
+            fitted = unseen.fit(table.to(self._moments))
             mean.append(fitted[0])
             slopes.append(fitted[1])
         rows = torch.cat([torch.cat(mean)[None], torch.cat(slopes, dim=1)])  # [1 + width, n]
-        scores = self._of_all(rows @ self._weights)
+        if isinstance(self._weights, LocalWeights):
+            scores = self._weights.products(rows.cpu().numpy())
+        else:
+            scores = rows @ self._weights
         scores -= scores[:, items].mean(dim=1, keepdim=True)
         self._of_unseen = unseen, scores[0], scores[1:]
 
@@ -161,7 +156,7 @@ class ItemItemModel:
         Shapes:
             users: ``[B]``; result ``[B, n_items]``.
         """
-        return self._of_all(self._products(self._histories[users.cpu().numpy()], None))
+        return self._products(self._histories[users.cpu().numpy()], None)
 
     def scores_of(self, histories: sparse.csr_array) -> Tensor:
         """Scores for histories of users who were not in training.
@@ -169,8 +164,7 @@ class ItemItemModel:
         Shapes:
             histories: ``[B, n_items]``, what each item counts; result ``[B, n_items]``.
         """
-        rows = histories if self._inputs is None else histories[:, self._inputs]
-        return self._of_all(self._products(rows, None))
+        return self._products(histories, None)
 
     def standardized(self, users: Tensor, items: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Scores over their deviation over some items, and the means of these.
@@ -188,7 +182,7 @@ class ItemItemModel:
             self._moments[:, users] = torch.stack([mean / deviation, deviation])
         mean, deviation = self._moments[:, users]
         histories = self._histories[users.cpu().numpy()]
-        scores = self._of_all(self._products(histories, 1 / deviation))
+        scores = self._products(histories, 1 / deviation)
         if self._of_unseen is not None:
             unseen, *fitted = self._of_unseen
             rows = (~unseen.is_seen[users]).nonzero()[:, 0]
@@ -196,27 +190,24 @@ class ItemItemModel:
         return scores, mean
 
     def _products(self, rows: sparse.csr_array, scale: Tensor | None) -> Tensor:
-        """Histories times weights, and times ``scale`` of each user: ``[B, n_columns]``."""
+        """Histories times weights, and times ``scale`` of each user: ``[B, n_items]``."""
+        if isinstance(self._weights, LocalWeights):
+            scores = self._weights.products(rows)
+            return scores if scale is None else scores.mul_(scale[:, None])
         device, n_rows = self._weights.device, rows.shape[0]
         items, counts = (torch.from_numpy(part).to(device) for part in (rows.indices, rows.data))
         lengths = torch.from_numpy(np.diff(rows.indptr)).to(device)
         if scale is not None:
             counts = counts * scale.repeat_interleave(lengths)
-        if rows.nnz < SPARSE * n_rows * self.n_covered:
+        if rows.nnz < SPARSE * n_rows * rows.shape[1]:
             starts = torch.from_numpy(rows.indptr[:-1]).to(device)
             return F.embedding_bag(
                 items, self._weights, starts, mode="sum", per_sample_weights=counts
             )
         # Made dense where they are multiplied: a host's rows would take longer to copy.
         of_row = torch.arange(n_rows, device=device).repeat_interleave(lengths)
-        history = self._weights.new_zeros(n_rows, self.n_covered)
+        history = self._weights.new_zeros(rows.shape)
         return history.index_put_((of_row, items.long()), counts) @ self._weights
-
-    def _of_all(self, scores: Tensor) -> Tensor:
-        """Scores of all items from those of the covered ones; of the others 0."""
-        if self._covered is None:
-            return scores
-        return scores.new_zeros(len(scores), self._n_items).index_copy_(1, self._covered, scores)
 
 
 def matrix_of(users: np.ndarray, items: np.ndarray, n_users: int, n_items: int) -> sparse.csr_array:
@@ -225,6 +216,13 @@ def matrix_of(users: np.ndarray, items: np.ndarray, n_users: int, n_items: int) 
     interactions = sparse.csr_array((ones, (users, items)), shape=(n_users, n_items))
     interactions.data[:] = 1.0  # duplicates were summed
     return interactions
+
+
+def user_counts(interactions: sparse.csr_array, power: float) -> np.ndarray:
+    """How often each user counts, the diagonal of ``W``: ``[n_users]``, float32."""
+    degrees = np.diff(interactions.indptr)
+    counts: np.ndarray = (degrees[degrees > 0].mean() / degrees.clip(min=1)) ** power
+    return counts.astype(np.float32)
 
 
 @dataclass
@@ -247,9 +245,8 @@ class Gram:
         denoising: float = DENOISING,
     ) -> Gram:
         """From interactions, ``[n_users, n_items]``, entries 1."""
-        degrees = np.diff(interactions.indptr)  # [n_users]
-        counts = (degrees[degrees > 0].mean() / degrees.clip(min=1)) ** user_power
-        weighted = interactions.multiply(counts[:, None].astype(np.float32)).tocsr()
+        counts = user_counts(interactions, user_power)
+        weighted = interactions.multiply(counts[:, None]).tocsr()
         columns, matrix = interactions.tocsc(), np.empty((interactions.shape[1],) * 2)
         for start in range(0, len(matrix), BLOCK):  # the whole product takes as much memory again
             block = slice(start, start + BLOCK)

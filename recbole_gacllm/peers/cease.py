@@ -10,7 +10,7 @@ Source: Jeunen, Van Balen, Goethals, "Closed-Form Models for Collaborative Filte
 Side-Information" (RecSys 2020), the collective model; EASE: Steck (WWW 2019). Departures: side
 information is text embeddings, not tags, so ``X`` is centred and scaled to rows of mean square
 length 1; ``g`` is the mean number of an item's interactions, so that ``gamma`` means the same for
-any encoder and any data set.
+any encoder and any data set. Of more than 20,000 items ``B`` is nearly so (``objective/local.py``).
 """
 
 from __future__ import annotations
