@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from recbole_gacllm.job import Job
 # A deadline is a timed test: it fails on a machine that does something else.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+multiprocessing.set_forkserver_preload(["tests.warm"])
 ROOT = Path(__file__).resolve().parent.parent
 # A shell starts what it puts into the background with SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,6 +37,26 @@ PLAIN = {
 }
 GENRES = ["Action", "Comedy", "Drama", "Horror"]
 OCCUPATIONS = ["teacher", "farmer", "nurse"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n`` a file goes to one worker, in the order of the hook below."""
+    if config.option.dist != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that short ones fill the end."""
+    weights: Counter[Path] = Counter()
+    for item in items:
+        markers = [item.get_closest_marker(name) for name in ("slow", "engine")]
+        weights[item.path] += 1 + 20 * sum(map(bool, markers))
+    items.sort(key=lambda item: (-weights[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)
@@ -81,9 +103,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fresh_process(target: Callable[..., Any], *args: Any) -> Any:
     """A process of its own, forked from one that has only imported what takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ddp_process"])
-    process = context.Process(target=target, args=args)
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=args)
     process.start()
     return process
 

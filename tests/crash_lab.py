@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import json
 import mmap
 import os
@@ -405,10 +406,12 @@ def main() -> None:
     from recbole_gacllm.llm import chat, transformers_engine  # noqa: F401
     from recbole_gacllm.sft import finetune  # noqa: F401
 
+    import torch._dynamo  # isort: skip  # noqa: F401  (an optimiser loads it)
     import transformers  # isort: skip
 
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "BertModel"):
         getattr(transformers, name)  # they load when they are first asked for
+    gc.freeze()  # no fork copies these objects to count them
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     shared = _Shared()
     answers = os.fdopen(os.dup(1), "w")

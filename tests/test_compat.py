@@ -67,7 +67,7 @@ def two_processes(work):
 
 #: Forks for each attempt; reads the cases from stdin and writes what each attempt ended with.
 DRIVER = """
-import json, multiprocessing, os, pathlib, shutil, sys, tempfile, traceback, types
+import gc, json, multiprocessing, os, pathlib, shutil, sys, tempfile, traceback, types
 
 root, helpers, cases = json.load(sys.stdin)
 sys.argv = ["driver"]
@@ -77,9 +77,11 @@ package = types.ModuleType("recbole_gacllm")
 package.__path__ = [os.path.join(root, "recbole_gacllm")]
 sys.modules["recbole_gacllm"] = package
 
-import numpy, pandas, scipy.sparse, sklearn.metrics, torch, torch.utils.tensorboard  # loaded once
-import torch.distributed, torch.nn.parallel
+# Loaded once.
+import numpy, pandas, scipy.sparse, sklearn.cluster, sklearn.metrics, thop, torch
+import torch._dynamo, torch.distributed, torch.nn.parallel, torch.utils.tensorboard
 torch.set_num_threads(1)
+gc.freeze()  # no fork copies what it holds to count it
 
 def attempt(code, without):
     from recbole_gacllm.plugin import compat, registration

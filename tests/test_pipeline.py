@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recbole_gacllm.artifacts import children
 from recbole_gacllm.convolution.layers import SIDES, Layer
 from recbole_gacllm.inspection.reading import RunDescriptions
 from recbole_gacllm.run import run
 
-from .conftest import our_keys, tiny_settings, write_dataset
+from .conftest import our_keys, run_stage, tiny_settings, write_dataset
 
 pytestmark = pytest.mark.slow  # every test here runs the pipeline or a part of it for real
 
@@ -43,11 +44,12 @@ def keys(settings, tiny_model, in_process):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model):
-    """One run, its stages in children, shared by the tests that only look at what it left."""
+    """One run, shared by the tests that only look at what it left."""
     root = tmp_path_factory.mktemp("finished")
     settings = tiny_settings(write_dataset(root / "data"), root)
     keys = {**settings, **TINY, "llm_model": str(tiny_model)}
-    with contextlib.chdir(root):
+    with contextlib.chdir(root), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(children, "run_child", run_stage)
         return keys, run("GaCLLM", "tiny", config_dict=dict(keys))
 
 

@@ -2,11 +2,10 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from recbole_gacllm.sft.merge import merge
 from recbole_gacllm.sft.processes import finetune_on_all_cards as on_all_cards
 from recbole_gacllm.sft.trainer import Progress, last_checkpoint
 
-from .conftest import our_keys
+from .conftest import fresh_process, our_keys
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -279,31 +278,23 @@ def test_the_adapter_is_one_that_vllm_accepts(trained):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
+def die_at_a_checkpoint(inside, model_dir, out_dir):
+    """A fine-tuning that is killed after its sixth update, in or after its checkpoint."""
+    save = transformers.Trainer._save_checkpoint
 
-sys.path[:0] = [{root!r}]
-import torch
-from tests import test_sft
-from transformers import Trainer
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-torch.set_num_threads(1)
-save = Trainer._save_checkpoint
+    def save_or_die(self, *args, **kwargs):
+        if self.state.global_step == 6 and inside:
+            self._save_rng_state = die
+        save(self, *args, **kwargs)
+        if self.state.global_step == 6:
+            die()
 
-def save_or_die(self, *args, **kwargs):
-    die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    if self.state.global_step == 6 and {inside!r}:
-        self._save_rng_state = die
-    save(self, *args, **kwargs)
-    if self.state.global_step == 6:
-        die()
-
-Trainer._save_checkpoint = save_or_die
-test_sft.finetune(
-    Path({model!r}), test_sft.PAIRS, test_sft.HELDOUT, Path({out!r}), test_sft.OPTIONS
-)
-"""
+    transformers.Trainer._save_checkpoint = save_or_die
+    torch.set_num_threads(1)
+    finetune(model_dir, PAIRS, HELDOUT, out_dir, OPTIONS)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["after a checkpoint", "within a checkpoint"])
@@ -311,15 +302,9 @@ def test_killed_and_started_again_it_ends_with_the_same_adapter(
     model_dir, trained, tmp_path, inside, monkeypatch
 ):
     out_dir = tmp_path / "run"
-    tests = Path(__file__).parent
-    code = CHILD.format(
-        root=str(tests.parent),
-        inside=inside,
-        model=str(model_dir),
-        out=str(out_dir),
-    )
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = fresh_process(die_at_a_checkpoint, inside, model_dir, out_dir)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert last_checkpoint(out_dir / "checkpoints", 1).name == f"checkpoint-{4 if inside else 6}"
     assert (out_dir / "checkpoints" / "checkpoint-6" / "optimizer.pt").is_file()
 

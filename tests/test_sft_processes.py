@@ -19,8 +19,7 @@ import recbole_gacllm  # noqa: F401  (hides broken torchvision before transforme
 from recbole_gacllm.artifacts import children
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.sft import finetune as sft
-from recbole_gacllm.sft.finetune import finished
-from recbole_gacllm.sft.trainer import batch_of_a_process, last_checkpoint
+from recbole_gacllm.sft.trainer import Progress, batch_of_a_process, last_checkpoint
 
 from .conftest import run_stage
 from .test_sft import (
@@ -66,69 +65,61 @@ def assert_as_in_one_process(out_dir, report, alone):
     assert files == ["adapter_config.json", "adapter_model.safetensors", "sft.json"]
 
 
-PARENT = """
-import os, sys, time
-from pathlib import Path
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes are forks of one that has loaded PyTorch; what is given is called in each first."""
+    changes = []
 
-sys.path[:0] = [{root!r}]
-from recbole_gacllm.sft.trainer import Progress
-from tests import test_sft_processes as here
+    def start(work, args, nprocs, join):
+        torch.multiprocessing.start_processes(
+            changed, (changes, work, *args), nprocs, join, start_method="forkserver"
+        )
 
-on_save = Progress.on_save
-
-
-def keep_and_stop(self, args, state, control, **keys):
-    on_save(self, args, state, control, **keys)
-    if state.global_step == 4:
-        time.sleep(3600)  # until it is killed
+    monkeypatch.setattr("recbole_gacllm.sft.processes.multiprocessing.spawn", start)
+    return changes.append
 
 
-Progress.on_save = keep_and_stop  # in the spawned processes, too: they import this file
-
-if __name__ == "__main__":
-    os.setpgid(0, 0)
-    here.finetune_on_all_cards(
-        Path({model!r}), here.FEW, here.HELDOUT, Path({out!r}), here.PLAIN, n_processes=2
-    )
-"""
+def changed(rank, changes, work, *args):
+    torch.set_num_threads(1)
+    for change in changes:
+        change()
+    work(rank, *args)
 
 
-@pytest.fixture(scope="module")
-def killed(model_dir, tmp_path_factory):
-    """What two processes left that were killed after their fourth update."""
-    out_dir = tmp_path_factory.mktemp("killed") / "two"
-    script = out_dir.with_name("parent.py")
-    root = str(Path(__file__).resolve().parent.parent)
-    script.write_text(PARENT.format(root=root, model=str(model_dir), out=str(out_dir)))
-    parent = subprocess.Popen([sys.executable, str(script)])
-    end = time.monotonic() + 300
-    wanted = out_dir / "checkpoints" / "checkpoint-4"
-    while last_checkpoint(out_dir / "checkpoints", 2) != wanted:
-        assert parent.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    os.killpg(parent.pid, signal.SIGKILL)
-    parent.wait()
-    assert not (out_dir / "adapter").exists()
-    (out_dir / ".sft.json.0ad1bad7.tmp").write_text("{")  # as a kill within a write leaves it
-    return out_dir
+def die_after_the_fourth_update():
+    on_save = Progress.on_save
+
+    def dying(self, args, state, control, **keys):
+        on_save(self, args, state, control, **keys)
+        if state.global_step == 4:
+            folder = Path(args.output_dir)
+            while last_checkpoint(folder, 2) != folder / "checkpoint-4":  # of both
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Progress.on_save = dying
 
 
-@pytest.mark.parametrize("go_on", [2, 1])
 def test_two_processes_killed_and_started_again_as_many_as_may_be_learn_the_same(
-    model_dir, alone, killed, tmp_path, go_on, monkeypatch
+    model_dir, alone, tmp_path, forked, monkeypatch
 ):
-    out_dir = shutil.copytree(killed, tmp_path / "two")
+    killed = tmp_path / "killed"
+    forked(die_after_the_fourth_update)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        finetune_on_all_cards(model_dir, FEW, HELDOUT, killed, PLAIN, n_processes=2)
+    assert not (killed / "adapter").exists()
+    (killed / ".sft.json.0ad1bad7.tmp").write_text("{")  # as a kill within a write leaves it
     steps = count_updates(monkeypatch)
-    report = finetune_on_all_cards(
-        model_dir, FEW, HELDOUT, out_dir, PLAIN, model_name="tiny", n_processes=go_on
-    )
-    assert_as_in_one_process(out_dir, report, alone)
-    if go_on == 1:
-        assert steps[0] == 5
+    for go_on in (2, 1):
+        out_dir = shutil.copytree(killed, tmp_path / str(go_on))
+        report = finetune_on_all_cards(
+            model_dir, FEW, HELDOUT, out_dir, PLAIN, model_name="tiny", n_processes=go_on
+        )
+        assert_as_in_one_process(out_dir, report, alone)
+    assert steps[0] == 5
 
 
-def test_what_one_process_began_two_go_on_with(model_dir, alone, tmp_path):
+def test_what_one_process_began_two_go_on_with(model_dir, alone, tmp_path, forked):
     out_dir = tmp_path / "run"
     interrupt_after(4, model_dir, FEW, out_dir, PLAIN)
     state = out_dir / "checkpoints" / "checkpoint-4" / "trainer_state.json"
@@ -201,41 +192,26 @@ def test_memory_that_does_not_do_for_one_sequence_ends_with_what_to_change(
     assert caplog.text.count("goes on from its last checkpoint") == 2
 
 
-OUT_OF_MEMORY = """
-import sys
+def fail_in_one_for_memory():
+    step = sft.Trainer.training_step
 
-sys.path[:0] = [{root!r}]
-import torch
-from pathlib import Path
-from tests import test_sft_processes as here
+    def fail_once(self, *args, **keys):
+        if self.args.process_index == 1 and self.args.per_device_train_batch_size == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *args, **keys)
 
-Trainer = here.sft.Trainer
-step = Trainer.training_step
-
-
-def fail_once(self, *args, **keys):
-    if self.args.process_index == 1 and self.args.per_device_train_batch_size == 4:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    return step(self, *args, **keys)
+    sft.Trainer.training_step = fail_once
 
 
-Trainer.training_step = fail_once  # in the spawned processes, too: they import this file
-
-if __name__ == "__main__":
-    here.finetune_on_all_cards(
-        Path({model!r}), here.FEW, here.HELDOUT, Path({out!r}), here.PLAIN,
-        model_name="tiny", n_processes=2
+def test_out_of_memory_in_one_of_two_processes_both_go_on_with_half(
+    model_dir, alone, tmp_path, forked, caplog
+):
+    forked(fail_in_one_for_memory)
+    report = finetune_on_all_cards(
+        *(model_dir, FEW, HELDOUT, tmp_path / "two", PLAIN), model_name="tiny", n_processes=2
     )
-"""
-
-
-def test_out_of_memory_in_one_of_two_processes_both_go_on_with_half(model_dir, alone, tmp_path):
-    root, script, out = Path(__file__).resolve().parent.parent, tmp_path / "a.py", tmp_path / "two"
-    script.write_text(OUT_OF_MEMORY.format(root=str(root), model=str(model_dir), out=str(out)))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "with 2 sequences at once and 2 steps an update" in done.stderr
-    assert_as_in_one_process(out, finished(out), alone)
+    assert "with 2 sequences at once and 2 steps an update" in caplog.text
+    assert_as_in_one_process(tmp_path / "two", report, alone)
 
 
 def test_an_error_in_the_processes_is_told_once_and_as_it_is(model_dir, tmp_path):
