@@ -137,15 +137,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         if chosen.text_weight > 0:
             item_texts = torch.from_numpy(self._text_rows("item", chosen.layers))
         return ItemItemModel(
-            users,
-            items,
-            self.n_users,
-            self.n_items,
-            chosen.reg_weight,
-            item_texts,
-            chosen.text_weight,
-            self.device,
-            recency,
+            *(users, items, self.n_users, self.n_items, chosen.reg_weight),
+            *(item_texts, chosen.text_weight, self.device, recency),
         )
 
     def _unseen(self, side: str, nodes: np.ndarray) -> Unseen | None:
