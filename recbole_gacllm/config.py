@@ -7,7 +7,6 @@ frozen, checked view of our keys in the result.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import re
@@ -155,20 +154,6 @@ def check_keys(
             )
 
 
-def literal(text: str) -> Any:
-    """What a Python literal stands for: numbers, strings, lists, tuples, dicts, None, True, False.
-
-    Nothing is evaluated, so text of any origin may be given.
-
-    Raises:
-        ValueError: If it is anything else.
-    """
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{text!r} is not a literal value.") from error
-
-
 def _base_urls(value: str | list[str]) -> str | list[str]:
     urls = [value] if isinstance(value, str) else value
     # A user name or password in an address would end up in manifests.
@@ -193,11 +178,8 @@ _Dropout = Annotated[float, Field(ge=0, lt=1)]
 _Temperature = Annotated[float, Field(ge=0.025)]
 _Text = Annotated[str, Field(min_length=1)]
 _DType = Literal["auto", "bfloat16", "float16", "float32"]
-#: What ``few_interactions`` takes: no stage reads these.
-KEYS_OF_FEW = (
-    *("n_layers", "loss_type", "ssm_n_negatives", "ssm_temperature", "reg_weight"),
-    *("linear_weight", "text_dropout", "text_weight", "align_weight", "align_temperature"),
-)
+# No stage reads these.
+_KeyOfFew = Literal["n_layers", "loss_type", "ssm_temperature", "text_weight", "align_weight"]
 # Strict: an int passes as float, nothing else is converted.
 _CHECKS = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
@@ -219,7 +201,7 @@ class GaCLLMConfig:
     linear_reg_weight: _Positive | None
     linear_text_weight: _Weight | None
     linear_recency: _Weight
-    few_interactions: dict[str, Any]
+    few_interactions: dict[_KeyOfFew, Any]
     use_text: bool
     text_layers: Literal["auto", "hops"] | _Number
     text_source: Literal["generated", "raw", "item_mean", "shuffled"]
@@ -312,18 +294,8 @@ class GaCLLMConfig:
                 "of hop l is fused with the embedding of hop l, so there must be as many hops of "
                 "graph convolution: raise n_layers or lower llm_n_layers."
             )
-        if others := self.few_interactions.keys() - KEYS_OF_FEW:
-            raise ValueError(
-                f"few_interactions: {', '.join(sorted(others))} is not allowed; it takes "
-                f"{', '.join(KEYS_OF_FEW)}."
-            )
-        if self.few_interactions:
-            self.with_few_interactions()  # its values are checked as any
-
-    def with_few_interactions(self) -> GaCLLMConfig:
-        """The options with the values of ``few_interactions`` in place of theirs."""
-        few = {**self.few_interactions, "few_interactions": {}}
-        return GaCLLMConfig.from_mapping({**vars(self), **few})
+        if few := self.few_interactions:  # its values are checked as any
+            GaCLLMConfig.from_mapping({**vars(self), "few_interactions": {}, **few})
 
     @property
     def is_described(self) -> bool:

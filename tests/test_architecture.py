@@ -10,6 +10,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 #: A room (folder, or module at the top) -> the rooms that it may import, each of a line above it.
 ROOMS = {
     "console": "",
+    "literals": "",
     "objective": "",
     "redaction": "",
     "config": "redaction",
@@ -24,7 +25,7 @@ ROOMS = {
     "sft": "artifacts config convolution errors llm",
     "estimate": "config convolution inputs llm objective",
     "pipeline": "alignment artifacts config convolution errors estimate inputs job llm sft",
-    "plugin": "alignment artifacts config data errors llm",
+    "plugin": "alignment artifacts config data errors literals llm",
     "stage": "alignment artifacts console convolution job llm sft",
     "__init__": "plugin",
     "model": "alignment config estimate inputs objective pipeline",
@@ -35,8 +36,8 @@ ROOMS = {
     "run_config",
     "run": "__init__ alignment artifacts console convolution errors inputs inspection model "
     "plugin redaction run_config",
-    "compare": "__init__ artifacts config console convolution data errors inspection llm run "
-    "run_config",
+    "compare": "__init__ artifacts config console convolution data errors inspection literals llm "
+    "run run_config",
     "report": "__init__ artifacts compare convolution errors inspection",
     "cli": "artifacts compare config console convolution data errors inspection pipeline report "
     "run run_config",

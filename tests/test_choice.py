@@ -229,7 +229,10 @@ def test_keys_of_few_interactions_apply_but_for_those_given(settings):
     ("few", "message"),
     [
         ({"n_layers": -1}, "n_layers: -1 is not allowed; it should be greater than or equal to 0"),
-        ({"embedding_size": 8}, "few_interactions: embedding_size is not allowed; it takes n_lay"),
+        (
+            {"embedding_size": 8},
+            "few_interactions: {'embedding_size': 8} is not allowed; it should",
+        ),
         ({"n_layers": 0}, "llm_n_layers: 1 is above n_layers: 0"),
     ],
 )

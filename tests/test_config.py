@@ -10,11 +10,11 @@ from recbole_gacllm.config import (
     GaCLLMConfig,
     check_keys,
     dataset_defaults,
-    literal,
     model_defaults,
     preset_names,
     shipped_path,
 )
+from recbole_gacllm.literals import literal
 
 YAML = shipped_path("properties", "model", "GaCLLM.yaml")
 

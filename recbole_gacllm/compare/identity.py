@@ -33,7 +33,7 @@ from recbole_gacllm.llm import weights
 #: Concern -> the modules whose code decides its part of a run's numbers.
 CONCERNS: dict[str, tuple[str, ...]] = {
     "runs": (  # every run
-        *("__init__.py", "config.py", "run_config.py", "run.py"),
+        *("__init__.py", "config.py", "literals.py", "run_config.py", "run.py"),
         *("data/__init__.py", "data/atomic.py", "data/numbers.py"),
         *("plugin/__init__.py", "plugin/import_hooks.py", "plugin/registration.py"),
         *("plugin/compat.py", "plugin/compat_data.py", "plugin/compat_distributed.py"),

@@ -43,8 +43,9 @@ from recbole_gacllm.compare.leaderboard import (
 )
 from recbole_gacllm.compare.markdown import csv_text
 from recbole_gacllm.compare.plan import FIRST_SEED, PlannedRun, make_plan
-from recbole_gacllm.config import literal, shipped_path
+from recbole_gacllm.config import shipped_path
 from recbole_gacllm.errors import GaCLLMError
+from recbole_gacllm.literals import literal
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from recbole_gacllm.config import literal
+from recbole_gacllm.literals import literal
 from recbole_gacllm.plugin.compat_data import atomic_files, exact_times
 from recbole_gacllm.plugin.compat_distributed import (
     cards_as_asked,
