@@ -54,7 +54,7 @@ def near(told: float, taken: float) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n_items", "reg_weight"), [(500, None), (2000, None), (5000, 400.0)])
+@pytest.mark.parametrize(("n_items", "reg_weight"), [(500, None), (1500, None), (3000, 400.0)])
 def test_memory_of_the_linear_part(n_items, reg_weight):
     options = our_keys(linear_weight=0.5, linear_text_weight=None, text_layers="auto")
     told = estimate.linear_bytes(options, n_items, 384, 2)
