@@ -59,7 +59,7 @@ def near(told: float, taken: float) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_items", "reg_weight", "max_items"),
-    [(500, None, 20_000), (2000, None, 20_000), (5000, 400.0, 20_000), (10_000, 400.0, 1000)],
+    [(500, None, 20_000), (1500, None, 20_000), (3000, 400.0, 20_000), (10_000, 400.0, 1000)],
 )
 def test_memory_of_the_linear_part(n_items, reg_weight, max_items, monkeypatch):
     monkeypatch.setattr(estimate.linear, "MAX_ITEMS", max_items)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -15,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -25,7 +24,7 @@ from recbole_gacllm.llm.generator import Completion, Message, Request, Sampling,
 from recbole_gacllm.llm.hardware import resolve_dtype
 
 from .fake_engine import load as load_fake_engine
-from .fake_engine import without_torchvision
+from .fake_engine import pids, without_torchvision
 from .fake_generator import FakeGenerator
 from .fake_server import FakeServer
 
@@ -160,6 +159,13 @@ def one_vllm(vllm: Any) -> Iterator[Fleet]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def vllm_in_two(vllm: Any) -> Iterator[Fleet]:
+    """As on GPUs: in a process of vLLM's own, which is spawned."""
+    with closing(vllm.start("1")) as started:
+        yield started
+
+
 def load_watched(window: int | None, options: dict[str, Any], file: Path) -> Any:
     """vLLM, noting every address that Python code of its process connects to."""
     from recbole_gacllm.llm.vllm_engine import VLLMGenerator
@@ -183,9 +189,8 @@ def load_watched(window: int | None, options: dict[str, Any], file: Path) -> Any
         "transformers",
         "server",
         "fleet",
-        pytest.param("vllm", marks=pytest.mark.engine),
-        # as on GPUs: in a process of vLLM's own, which is spawned
-        pytest.param("vllm in two processes", marks=[pytest.mark.engine, pytest.mark.slow]),
+        pytest.param("one_vllm", marks=pytest.mark.engine),
+        pytest.param("vllm_in_two", marks=[pytest.mark.engine, pytest.mark.slow]),
     ],
     scope="module",
 )
@@ -195,11 +200,9 @@ def generator(request: pytest.FixtureRequest) -> Iterator[TextGenerator]:
             started: Any = FakeGenerator(max_model_len=MAX_MODEL_LEN)
         elif request.param == "fleet":
             started = Fleet([({}, load_fake_engine)] * 2)
-        elif request.param == "vllm":
-            yield request.getfixturevalue("one_vllm")
+        elif "vllm" in request.param:
+            yield request.getfixturevalue(request.param)
             return
-        elif request.param == "vllm in two processes":
-            started = request.getfixturevalue("vllm").start("1")
         else:
             options: dict[str, Any] = {"dtype": "float32", "batch_size": 3}
             if request.param == "server":
@@ -316,7 +319,6 @@ def test_an_error_of_the_request_source_passes_through(generator: TextGenerator)
 
 def running_children() -> list[int]:
     """Processes that this one has started, without Python's own for what these share."""
-    psutil = pytest.importorskip("psutil")
     children = psutil.Process().children(recursive=True)
     return [c.pid for c in children if c.status() != "zombie" and "tracker" not in str(c.cmdline())]
 
@@ -557,7 +559,7 @@ def test_vllm_draws_for_more_prompt_tokens_than_its_default_step_takes(one_vllm:
     """On CPU vLLM fails where it draws with a seed for a prompt that was split between steps."""
     sampling = Sampling(2, temperature=0.7, seed=3)
     requests = [
-        Request(str(n), ({"role": "user", "content": f"{n} " + "one two three " * 60},), sampling)
+        Request(str(n), ({"role": "user", "content": f"{n} " + "one two three " * 43},), sampling)
         for n in range(32)
     ]
     completions = list(one_vllm.generate(requests))
@@ -572,39 +574,20 @@ def test_vllm_connects_to_nobody(one_vllm: Fleet, vllm: Any) -> None:
     assert set(vllm.hosts.read_text().split()) <= own
 
 
-def load_and_kill(window: int | None, options: dict[str, Any]) -> Any:
-    """vLLM whose own process is killed after eight completions, unless it is a small one."""
-    from recbole_gacllm.llm.vllm_engine import VLLMGenerator
-
-    started = VLLMGenerator(**options, window=window)
-    if started.window == 32:
-        [engine] = started._engine.engine_core.resources.engine_manager.processes
-        complete, n_complete = started._completion, itertools.count(1)
-
-        def killing(request: Request, output: Any) -> Completion:
-            if next(n_complete) == 8:
-                os.kill(engine.pid, signal.SIGKILL)
-            return complete(request, output)
-
-        started._completion = killing  # type: ignore[method-assign]
-    return started
-
-
 @pytest.mark.engine
 @pytest.mark.slow
 def test_where_vllms_own_process_is_killed_a_smaller_engine_loses_nothing(
-    smollm2: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    vllm_in_two: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if choose_backend("auto")[0] != "vllm":
-        pytest.skip("vLLM cannot run here")
-    options = {"model_dir": smollm2, "dtype": "float32", "max_model_len": MAX_MODEL_LEN}
-    environment = {**without_torchvision(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    load = partial(load_and_kill, options=options)
     requests = make_requests(48, max_new_tokens=24)
-    with closing(Fleet([(environment, load)], 32)) as killed:
-        completions = list(killed.generate(requests))
-        again = texts_of(killed.generate(requests))
-    assert len(completions) == 48
-    assert texts_of(iter(completions)) == again
+    texts: dict[str, str] = {}
+    for completion in vllm_in_two.generate(requests):
+        assert completion.id not in texts
+        texts[completion.id] = completion.text
+        if len(texts) == 8:
+            children = psutil.Process(pids(vllm_in_two)[0]).children()
+            [engine] = [child for child in children if "EngineCore" in str(child.cmdline())]
+            engine.kill()
+    assert texts == texts_of(vllm_in_two.generate(requests))
     assert "vLLM stopped working: EngineDeadError" in caplog.text
     assert "starts again with at most 16 requests at once" in caplog.text

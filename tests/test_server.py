@@ -278,14 +278,14 @@ def test_an_endpoint_that_fails_is_tried_less_and_less_often(serve, connect, mon
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_two_real_servers_one_killed_mid_layer_lose_nothing(tmp_path, caplog):
-    """`vllm serve` twice on loopback, in float32: the same texts as in process, to the token."""
+def test_a_real_server_says_what_transformers_says_though_an_endpoint_dies(serve, tmp_path, caplog):
+    """`vllm serve` on loopback, in float32, to the token; also by way of a relay that dies."""
     if choose_backend("auto")[0] != "vllm":
         pytest.skip("vLLM cannot run here")
     from recbole_gacllm.llm.engines import open_generator
     from recbole_gacllm.llm.weights import resolve_llm
 
-    model = resolve_llm("embedded")
+    model, port = resolve_llm("embedded"), free_port()
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -295,54 +295,53 @@ def test_two_real_servers_one_killed_mid_layer_lose_nothing(tmp_path, caplog):
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", "fake", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", str(MAX_MODEL_LEN), "--enable-prompt-tokens-details", "--port"]
-    servers, urls = [], []
+    command += ["--max-model-len", str(MAX_MODEL_LEN), "--enable-prompt-tokens-details"]
+    url = f"http://127.0.0.1:{port}/v1"
     requests = make_requests(48, max_new_tokens=24)
     requests[::2] = begun(requests[::2], "A short answer is")
     texts = {}
+
+    def relayed(body):
+        answer = httpx.post(f"{url}/chat/completions", json=body, timeout=300).json()
+        return "drop" if len(texts) >= 12 else answer
+
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, f"--port={port}"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
-        for number in range(2):
-            port = str(free_port())
-            urls.append(f"http://127.0.0.1:{port}/v1")
-            with (tmp_path / f"{number}.log").open("w") as log:
-                servers.append(
-                    subprocess.Popen(
-                        [*command, port],
-                        env=environment,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                    )
-                )
-        wait_for(urls, servers, tmp_path)
-        generator = ServerGenerator(model, urls, "fake", concurrency=8)
+        wait_for(url, server, tmp_path / "log")
+        relay = serve(relayed)
+        generator = ServerGenerator(model, [relay.url, url], "fake", concurrency=8)
         for completion in generator.generate(requests):
             assert completion.id not in texts
             texts[completion.id] = (completion.text, completion.n_output_tokens)
             if len(texts) == 12:
-                os.killpg(servers[0].pid, signal.SIGKILL)
-        assert servers[1].poll() is None
-        assert f"{urls[0]} fails, its share moves on" in caplog.text  # it had requests under way
+                relay.stop()
+        assert len(relay.bodies) < len(texts)
+        assert f"{relay.url} fails, its share moves on" in caplog.text  # it had requests under way
     finally:
-        for server in servers:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
     reference = open_generator("transformers", model_dir=model, dtype="float32")
     assert texts == {c.id: (c.text, c.n_output_tokens) for c in reference.generate(requests)}
 
 
-def wait_for(urls: list[str], servers: list[subprocess.Popen], logs: Path) -> None:
+def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
     end = time.monotonic() + 300
-    for number, url in enumerate(urls):
-        while True:
-            assert servers[number].poll() is None, (logs / f"{number}.log").read_text()[-3000:]
-            assert time.monotonic() < end, "the servers did not start"
-            try:
-                httpx.get(f"{url}/models", timeout=5.0).raise_for_status()
-                break
-            except httpx.HTTPError:
-                time.sleep(1)
+    while True:
+        assert server.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < end, "the server did not start"
+        try:
+            httpx.get(f"{url}/models", timeout=5.0).raise_for_status()
+            return
+        except httpx.HTTPError:
+            time.sleep(1)
 
 
 def test_a_run_takes_its_texts_from_servers_and_writes_the_key_nowhere(
