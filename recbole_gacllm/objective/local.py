@@ -31,7 +31,7 @@ from torch import Tensor
 
 from recbole_gacllm.objective.unseen import Unseen
 
-# What these lose of the exact model's NDCG@10: docs/training.md. Half as many factors lose 1 % to 3 %
+# What these lose of the exact model's NDCG@10: docs/training.md. Half as many factors lose 1 to 3 %
 # on data of 50 planted tastes; factors of the interactions alone 2 % on a tenth of ml-1m.
 N_NEIGHBORS = 200
 RANK = 64
