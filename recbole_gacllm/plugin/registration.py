@@ -34,6 +34,7 @@ _GENERAL = "recbole.model.general_recommender"
 CHANGES: dict[str, tuple[str, ...]] = {
     "recbole.config.configurator": ("registration:extend_config",),
     "recbole.sampler.sampler": ("fast:add_to_sampler",),
+    "recbole.data.dataset.sequential_dataset": ("fast:add_to_sequences",),
     "recbole.data.dataloader.abstract_dataloader": ("fast:add_to_loader",),
     "recbole.data.dataloader.general_dataloader": (
         "fast:add_to_general_loaders",
