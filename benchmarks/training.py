@@ -14,7 +14,9 @@ best the seconds that an epoch and an evaluation take as installed. If its best 
 last, its time to the best is longer, and the ratio a bound from above.
 
 RecBole's graph models are timed with and without the key ``fast_paths``, 10 batches each (on ml-1m
-LightGCN alone).
+LightGCN alone). So are SASRec and GRU4Rec with RecBole's widths, leave one out by time and batches
+of 256: reading data and making sequences, loading batches alone, an epoch, an evaluation.
+``--only=sequential`` times nothing else.
 
 The floor beside a figure is what must be computed and moved at the rates that one thread of this
 machine reaches in its first cache; beside peak memory it is what must be held: the process with its
@@ -59,6 +61,13 @@ GOALS = {
 TEXT_WIDTH = 384  # all-MiniLM-L6-v2
 BASELINES = ("NGCF", "SGL", "NCL", "DGCF")  # besides LightGCN; a batch of DGCF takes seconds
 BASELINE_STEPS = 10
+SEQUENTIAL = ("SASRec", "GRU4Rec")
+BY_TIME = {
+    "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+    "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"},
+    "train_neg_sample_args": None,
+    "train_batch_size": 256,
+}
 
 
 def settings(side: str, arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -97,8 +106,10 @@ class Side:
         model, keys = settings(side, arguments)
         self.config = build_config(model, arguments.dataset, config_dict=keys | overrides)
         init_seed(self.config["seed"], True)
+        begin = time.perf_counter()
         dataset = create_dataset(self.config)
         self.train, self.valid, _ = data_preparation(self.config, dataset)
+        self.data_seconds = time.perf_counter() - begin
         if arguments.dataset == "synthetic":
             self.valid = _first_users(self.config, self.valid)
         self.model_class = get_model(model)
@@ -428,12 +439,14 @@ def write_synthetic(folder: Path, n_edges: int, n_users: int = 200_000, n_items:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures of one data set."""
+    if arguments.only == "sequential":
+        return sequential(arguments)
     rates = machine_rates()
     result = {**without_text(arguments, rates), **with_text(arguments, rates)}
     if not arguments.no_memory:
         sides = ("LightGCN", "GaCLLM", "GaCLLM_best")
         result["memory"] = memory({side: alone(side, arguments) for side in sides})
-    result |= with_fast_paths(arguments)
+    result |= with_fast_paths(arguments) | sequential(arguments)
     result["machine"] = machine(rates)
     return result
 
@@ -476,6 +489,35 @@ def with_fast_paths(arguments: argparse.Namespace) -> dict[str, Any]:
             if model == "NCL":
                 side.model.e_step()  # clusters, as its trainer makes before the first epoch
         result[f"epoch_{model}_with_fast_paths"] = paired(fast.epoch, plain.epoch, 2)
+    return result
+
+
+def sequential(arguments: argparse.Namespace) -> dict[str, Any]:
+    """RecBole's sequential models with ``fast_paths`` ("ours") and as installed, alike batches."""
+    few = argparse.Namespace(**vars(arguments) | {"steps": min(BASELINE_STEPS, arguments.steps)})
+    result = {}
+    for model in SEQUENTIAL:
+        fast, plain = (Side(model, few, fast_paths=on, **BY_TIME) for on in (True, False))
+        (_, metrics), (_, expected) = fast.evaluate(), plain.evaluate()
+        if metrics != expected:
+            raise SystemExit(f"{model}: {metrics} with fast paths, {expected} without")
+        works: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
+            "epoch": (fast.epoch, plain.epoch),
+            "evaluation": (lambda: fast.evaluate()[0], lambda: plain.evaluate()[0]),
+        }
+        if model == SEQUENTIAL[0]:  # the same of every model
+            result["sequences_with_fast_paths"] = paired(
+                lambda: Side(model, few, fast_paths=True, **BY_TIME).data_seconds,
+                lambda: Side(model, few, fast_paths=False, **BY_TIME).data_seconds,
+                1,
+            )
+            result["batches_with_fast_paths"] = paired(
+                lambda: timed(lambda: list(_First(fast.train, few.steps))),
+                lambda: timed(lambda: list(_First(plain.train, few.steps))),
+                arguments.repeats,
+            )
+        for name, work in works.items():
+            result[f"{name}_{model}_with_fast_paths"] = paired(*work, 2)
     return result
 
 
@@ -548,6 +590,7 @@ def main() -> None:
     parser.add_argument("--n_edges", type=int, default=10_000_000, help="of the synthetic graph")
     parser.add_argument("--time_to_best", action="store_true", help="train both until they stop")
     parser.add_argument("--time_limit", type=float, default=float("inf"), help="of LightGCN, s")
+    parser.add_argument("--only", choices=["sequential"], help="leave out all but these models")
     parser.add_argument("--no_memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -33,8 +33,11 @@ PEERS = {
 MODELS = {MODEL: "recbole_gacllm.model", "TextKNN": "recbole_gacllm.text_knn", **PEERS}
 OUR_PREFIXES = ("llm_", "sft_", "encoder_", "align_", "text_", "neighbor_", "ssm_", "linear_")
 
-#: Keys of ours that hold for any model; see ``splits.py``.
-SPLIT_KEYS = ("train_share", "cold_item_share", "cold_user_share", "known_users_only")
+#: Keys of ours that hold for any model; see ``splits.py``, of the last one ``history.py``.
+SPLIT_KEYS = (
+    *("train_share", "cold_item_share", "cold_user_share", "known_users_only"),
+    "mask_history",
+)
 
 
 def shipped_path(*parts: str) -> Path:
@@ -267,6 +270,7 @@ class GaCLLMConfig:
     cold_item_share: _ColdShare
     cold_user_share: _ColdShare
     known_users_only: bool
+    mask_history: bool
     fast_paths: bool
     n_threads: _Count | None
     artifact_dir: _Text

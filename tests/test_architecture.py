@@ -125,6 +125,7 @@ def test_the_table_allows_nothing_that_nobody_does():
         # Registration hands them RecBole's modules; they load PyTorch, which children must not.
         ("plugin.fast", ""),
         ("plugin.splits", ""),
+        ("plugin.history", ""),
     ],
 )
 def test_some_modules_are_imported_by_one_or_by_name_only(module, only):

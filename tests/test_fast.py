@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from recbole.data.interaction import Interaction
-from recbole.sampler import Sampler
+from recbole.sampler import RepeatableSampler, Sampler
 from recbole.utils import init_seed
 
 from recbole_gacllm.plugin import fast, fast_graph
@@ -132,6 +132,76 @@ def test_worker_processes_load_the_same_batches(settings):
     keys = {"use_text": False, "loss_type": "SSM", "train_batch_size": 64}
     with_workers = Recommender("GaCLLM", settings, **keys, worker=1)
     assert same(list(with_workers.train), list(Recommender("GaCLLM", settings, **keys).train))
+
+
+# Sequential models
+
+BY_TIME = {
+    "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"},
+    "loss_type": "CE",
+    "train_neg_sample_args": None,
+    "MAX_ITEM_LIST_LENGTH": 4,  # of ten interactions a user
+    "train_batch_size": 64,
+    "metrics": RANKING[:6],
+    "metric_decimal_place": 12,
+    "topk": [1, 3],
+    "valid_metric": "MRR@3",
+}
+FEATURES = {
+    "load_col": {
+        "inter": ["user_id", "item_id", "rating", "timestamp"],
+        "item": ["item_id", "class"],
+    },
+    "selected_features": ["class"],
+}
+SMALL = {"hidden_size": 8, "inner_size": 8, "n_layers": 1}
+SEQUENTIAL = [
+    ("SASRec", SMALL),
+    ("SASRec", SMALL | {"loss_type": "BPR", "train_neg_sample_args": UNIFORM}),
+    ("SASRec", SMALL | {"loss_type": "BPR", "train_neg_sample_args": UNIFORM | NEGATIVES[2]}),
+    ("GRU4Rec", {"hidden_size": 8}),
+    ("GRU4RecF", FEATURES | {"hidden_size": 8, "pooling_mode": "sum"}),
+    ("FDSA", FEATURES | SMALL | {"pooling_mode": "mean"}),
+    ("NARM", {"numerical_features": ["rating"], "hidden_size": 8}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:using .* in Series.agg:FutureWarning")  # RecBole's, token_seq
+@pytest.mark.parametrize(("model", "keys"), SEQUENTIAL, ids=str)
+def test_sequential_models_get_the_same_batches_losses_and_metrics_to_the_last_digit(
+    settings, model, keys
+):
+    """With SGD: RecBole's Adam and the fused one round otherwise."""
+    pair = ours, theirs = both(model, settings, **BY_TIME | {"learner": "sgd"} | keys)
+    assert same(ours.dataset.inter_feat, theirs.dataset.inter_feat)
+    epochs, losses, results = [], [], []
+    for one in pair:
+        one.seed()
+        epochs.append([*one.train, *one.valid, *one.test])
+        losses.append(recorded_losses(one.model))
+        one.seed()
+        valid = one.fit()
+        results.append((valid, dict(one.trainer.evaluate(one.test))))
+    assert same(*epochs)
+    assert len(ours.train) > 1
+    assert max(epochs[0][0]["item_length"]) == BY_TIME["MAX_ITEM_LIST_LENGTH"]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2 * len(ours.train)
+    assert results[0] == results[1]
+
+
+@hypothesis_settings(max_examples=30)
+@given(data=st.data(), seed=st.integers(0, 2**31), num=st.integers(1, 3))
+def test_negatives_of_sequential_models_are_recboles_own(data, seed, num):
+    positives = np.array(data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=20)))
+    drawn = []
+    for on in (True, False):
+        made = RepeatableSampler.__new__(RepeatableSampler)
+        made.item_num, made.distribution, made.fast_paths = 4, "uniform", on
+        np.random.seed(seed)
+        negatives = made.sample_by_user_ids(positives, positives, num)
+        drawn.append((negatives, torch.tensor(np.random.randint(2**31))))
+    assert same(*drawn)
 
 
 # Evaluation

@@ -98,6 +98,7 @@ def test_the_present_code_is_in_the_table():
         ("EASE", {"train_share": "0.5"}, "runs splits"),
         ("Pop", {"cold_item_share": "0.2"}, "runs splits"),
         ("Pop", {"known_users_only": "True"}, "runs splits"),
+        ("EASE", {"mask_history": "True"}, "runs history"),
         ("GaCLLM:use_text=False", {}, "runs fast model"),
         ("GaCLLM:text_source=raw:fast_paths=False", {}, "runs model texts"),
         ("GaCLLM:text_source=shuffled:llm_n_layers=0", {}, "runs fast model texts"),

@@ -89,6 +89,7 @@ WAYS = {
     *("text_import_file", "llm_model", "llm_backend", "llm_endpoints"),
     *("llm_served_model", "llm_adapter", "llm_merge_adapter", "llm_prompts_dir"),
     *("sft", "encoder_model", "train_share", "cold_item_share", "known_users_only"),
+    "mask_history",
     *("cold_user_share", "text_users"),
     *("text_init", "text_init_frozen", "text_init_reduction"),
     *("fast_paths", "n_threads", "artifact_dir"),

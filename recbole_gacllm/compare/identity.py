@@ -40,6 +40,7 @@ CONCERNS: dict[str, tuple[str, ...]] = {
         *("compare/job.py", "compare/degrees.py"),
     ),
     "splits": ("plugin/splits.py",),
+    "history": ("plugin/history.py",),
     "cold": (),  # unseen.py and choice.py once more, for runs whose held-out nodes are unseen
     "times": (),  # compat_data.py once more, for runs to which the order of time matters
     "fast": ("plugin/fast.py", "plugin/fast_graph.py"),
@@ -89,6 +90,7 @@ FIRST_CODE = "4c40a0959ec716099133f613b0cf84f597bdedb04ad143ba68862d0614bca109"
 #: Keys that came after those runs, with the value under which the numbers are as they were.
 LATER_KEYS: dict[str, Any] = {
     **{"llm_knowledge_tokens": 0, "cold_user_share": 0.0, "known_users_only": False},
+    "mask_history": False,
     **{"text_layers": "hops", "text_users": "own", "text_init": False},
     **{"text_init_frozen": False, "text_init_reduction": "pca", "few_interactions": {}},
 }
@@ -126,6 +128,7 @@ def concerns_of(config: Mapping[str, Any]) -> list[str]:
         "splits": any(cold)
         or config.get("train_share") not in (None, 1)
         or bool(config.get("known_users_only")),
+        "history": bool(config.get("mask_history")),
         "times": config["eval_args"]["order"] == "TO"
         or (generated and config["neighbor_rule"] == "recent"),
         "fast": bool(config.get("fast_paths")),

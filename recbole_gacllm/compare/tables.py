@@ -226,6 +226,8 @@ def evaluation(config: dict[str, Any]) -> str:
     sparse = "" if share == 1 else f"; {share:.0%} of the training interactions kept"
     if config.get("known_users_only"):
         sparse += "; users without training interactions left out"
+    if config.get("mask_history"):
+        sparse += "; no model ranks items of the user's history"
     if cold := config.get("cold_item_share"):
         return (
             f"by item: {cold:.0%} of the items have no training interaction, those of half of them "

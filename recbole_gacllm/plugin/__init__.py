@@ -20,9 +20,11 @@ PRIVATE_NAMES = {
     ),
     "recbole.data.dataset.dataset:Dataset": (
         "_change_feat_format",
+        "_check_field",
         "_get_load_and_unload_col",
         "_load_feat",
     ),
+    "recbole.data.dataset.sequential_dataset:SequentialDataset": ("_aug_presets",),
     "recbole.evaluator.collector:DataStruct": ("_data_dict",),
     "recbole.model.general_recommender.dgcf:DGCF": ("_build_sparse_tensor",),
     "recbole.sampler.sampler:AbstractSampler": ("_pop_sampling",),

@@ -1,16 +1,16 @@
-"""Exact fast paths for RecBole's data loaders, samplers, evaluation and optimiser.
+"""Exact fast paths for RecBole's sequences, data loaders, samplers, evaluation and optimiser.
 
 RecBole's classes stay the interface. Where the key ``fast_paths`` is on, some of their methods do
 the same work without loops over users, items or edges: the same batches, the same negatives from
 the same draws, the same collected ranks. Without the key every method is RecBole's own.
 
 Not touched, so RecBole's own way: loaders with ``worker`` above 0 (their batches are still
-gathered fast), sequential models' full-sort loader, samplers other than ``Sampler``.
+gathered fast), samplers other than ``Sampler`` and ``RepeatableSampler``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from types import ModuleType
 from typing import Any
@@ -88,13 +88,16 @@ def add_to_sampler(module: ModuleType) -> None:
         member = vars(self).get("_membership")
         if member is None or member.used_ids is not self.used_ids:
             member = self._membership = Membership(self.used_ids, self.item_num)
-        keys = np.tile(keys, num)
-        values = self.sampling(len(keys))
-        again = np.flatnonzero(member.contains(keys, values))
-        while len(again) > 0:
-            values[again] = fresh = self.sampling(len(again))
-            again = again[member.contains(keys[again], fresh)]
-        return torch.from_numpy(values.astype(np.int64, copy=False))
+        return _drawn(self, np.tile(keys, num), member.contains)
+
+    @replaces(module.RepeatableSampler, "sample_by_user_ids")
+    def sample_any_but_the_positive(
+        original: Any, self: Any, user_ids: Any, item_ids: Any, num: int
+    ) -> Tensor:
+        if not vars(self).get("fast_paths") or len(item_ids) == 0:
+            by_recbole: Tensor = original(self, user_ids, item_ids, num)
+            return by_recbole
+        return _drawn(self, np.tile(np.asarray(item_ids), num), np.equal)
 
     @replaces(module.AbstractSampler, "_pop_sampling")
     def _pop_sampling(original: Any, self: Any, sample_num: int) -> npt.NDArray[np.int64]:
@@ -110,6 +113,50 @@ def add_to_sampler(module: ModuleType) -> None:
         place = np.random.randint(0, len(keys), sample_num)
         is_own = probability[place] > np.random.random(sample_num)
         return np.where(is_own, keys[place], alias[place])
+
+
+def _drawn(
+    sampler: Any, keys: npt.NDArray[np.int64], is_used: Callable[[Any, Any], npt.NDArray[np.bool_]]
+) -> Tensor:
+    """A value for each key, drawn again for as long as the key has used it; ``[n]``."""
+    values = sampler.sampling(len(keys))
+    again = np.flatnonzero(is_used(keys, values))
+    while len(again) > 0:
+        values[again] = fresh = sampler.sampling(len(again))
+        again = again[is_used(keys[again], fresh)]
+    return torch.from_numpy(values.astype(np.int64, copy=False))
+
+
+# Sequences
+
+
+def add_to_sequences(module: ModuleType) -> None:
+    """Write the sequences before all interactions position by position, not one by one."""
+
+    @replaces(module.SequentialDataset, "data_augmentation")
+    def data_augmentation(original: Any, self: Any) -> None:
+        if not self.config["fast_paths"]:
+            original(self)
+            return
+        self._aug_presets()
+        self._check_field("uid_field", "time_field")
+        self.sort(by=[self.uid_field, self.time_field], ascending=True)
+        inter, longest = self.inter_feat, self.config["MAX_ITEM_LIST_LENGTH"]
+        users = inter[self.uid_field]  # sorted
+        n_before = torch.arange(len(users)) - torch.searchsorted(users, users)
+        (targets,) = at = torch.nonzero(n_before, as_tuple=True)
+        length = n_before[targets].clamp(max=longest)
+        sequences = {self.item_list_length_field: length}
+        for field in inter:
+            if field != self.uid_field:
+                values = inter[field]
+                lists = values.new_zeros(len(targets), longest, *values.shape[1:])
+                for place in range(longest):
+                    (rows,) = torch.nonzero(length > place, as_tuple=True)
+                    lists[rows, place] = values[targets[rows] - length[rows] + place]
+                sequences[getattr(self, f"{field}_list_field")] = lists
+        self.inter_feat = inter[at]
+        self.inter_feat.update(type(inter)(sequences))
 
 
 # Data loaders
@@ -177,8 +224,11 @@ def add_to_general_loaders(module: ModuleType) -> None:
 
     @replaces(full_sort, "collate_fn")
     def collate_full_sort(original: Any, self: Any, index: Any) -> Any:
-        if not self.config["fast_paths"] or self.is_sequential:
+        if not self.config["fast_paths"]:
             return original(self, index)
+        if self.is_sequential:
+            rows = self.transform(self._dataset, self._dataset[_rows_at(index)])
+            return rows, None, torch.arange(len(rows)), rows[self.iid_field]
         if "_item_lists" not in vars(self):
             users = self.uid_list
             self._item_lists = (

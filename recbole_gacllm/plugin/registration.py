@@ -34,8 +34,12 @@ _GENERAL = "recbole.model.general_recommender"
 CHANGES: dict[str, tuple[str, ...]] = {
     "recbole.config.configurator": ("registration:extend_config",),
     "recbole.sampler.sampler": ("fast:add_to_sampler",),
+    "recbole.data.dataset.sequential_dataset": ("fast:add_to_sequences",),
     "recbole.data.dataloader.abstract_dataloader": ("fast:add_to_loader",),
-    "recbole.data.dataloader.general_dataloader": ("fast:add_to_general_loaders",),
+    "recbole.data.dataloader.general_dataloader": (
+        "fast:add_to_general_loaders",
+        "history:add_to_loaders",
+    ),
     "recbole.evaluator.collector": ("fast:add_to_collector",),
     "recbole.evaluator.metrics": ("fast:add_to_metrics",),
     "recbole.trainer.trainer": ("fast:add_to_trainer", "splits:add_to_trainer"),
@@ -44,7 +48,9 @@ CHANGES: dict[str, tuple[str, ...]] = {
         for name in ("lightgcn", "ngcf", "ncl", "sgl", "dgcf", "neumf")
     },
     "recbole.model.abstract_recommender": (".peers.text_init:add_to_models",),
-    "recbole.data.dataset.dataset": ("splits:add_to_dataset", ".data.checks:add_to"),
+    "recbole.data.dataset.dataset": (
+        *("splits:add_to_dataset", "history:add_to_dataset", ".data.checks:add_to"),
+    ),
 }
 
 
@@ -70,13 +76,14 @@ def _change(module: ModuleType) -> None:
 
 
 def extend_config(configurator: ModuleType) -> None:
-    """Layer and check the configuration of our models; of others only the keys of ``splits.py``.
+    """Layer and check the configuration of our models; of others only ``SPLIT_KEYS``.
 
     For ours the layers are, each over the one before: RecBole's ``overall.yaml``;
     ``GaCLLM.yaml`` with the preset; RecBole's ``sample.yaml`` and data set yaml; our data set
     config; what the user gives.
     """
-    splits = importlib.import_module(".splits", __package__)  # it loads PyTorch
+    # They load PyTorch.
+    splits, history = (importlib.import_module(f".{n}", __package__) for n in ("splits", "history"))
     # RecBole reuses saved data sets and loaders only where these keys are the same.
     configurator.dataset_arguments.extend(SPLIT_KEYS)
 
@@ -100,6 +107,7 @@ def extend_config(configurator: ModuleType) -> None:
         elif self["n_threads"] is not None:
             checked("n_threads", self["n_threads"])
         splits.check(self)
+        history.check(self)
 
 
 def _load_layers(config: Any, model: str, load_internal: functools.partial[None]) -> None:
