@@ -299,7 +299,7 @@ class GaCLLMConfig:
                 "graph convolution: raise n_layers or lower llm_n_layers."
             )
         if few := self.few_interactions:  # its values are checked as any
-            GaCLLMConfig.from_mapping({**vars(self), "few_interactions": {}, **few})
+            GaCLLMConfig.from_mapping(vars(self) | {"few_interactions": {}} | few)
 
     @property
     def is_described(self) -> bool:

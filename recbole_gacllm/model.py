@@ -76,7 +76,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         #: Keys that are others than configured, as users have few interactions.
         self.of_few = options.few_interactions if are_few(interactions) else {}
         if self.of_few:
-            options = GaCLLMConfig.from_mapping({**config.final_config_dict, **self.of_few})
+            options = GaCLLMConfig.from_mapping(config.final_config_dict | self.of_few)
             self.logger.info(f"few_interactions: {self.of_few}")
         self.options = options
         self.user_embedding = nn.Embedding(self.n_users, options.embedding_size)
