@@ -43,6 +43,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -497,28 +498,32 @@ def sequential(arguments: argparse.Namespace) -> dict[str, Any]:
     few = argparse.Namespace(**vars(arguments) | {"steps": min(BASELINE_STEPS, arguments.steps)})
     result = {}
     for model in SEQUENTIAL:
-        fast, plain = (Side(model, few, fast_paths=on, **BY_TIME) for on in (True, False))
-        (_, metrics), (_, expected) = fast.evaluate(), plain.evaluate()
+        fast, plain = sides = [Side(model, few, fast_paths=on, **BY_TIME) for on in (True, False)]
+        metrics, expected = (side.evaluate()[1] for side in sides)
         if metrics != expected:
             raise SystemExit(f"{model}: {metrics} with fast paths, {expected} without")
-        works: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {
-            "epoch": (fast.epoch, plain.epoch),
-            "evaluation": (lambda: fast.evaluate()[0], lambda: plain.evaluate()[0]),
-        }
-        if model == SEQUENTIAL[0]:  # the same of every model
-            result["sequences_with_fast_paths"] = paired(
-                lambda: Side(model, few, fast_paths=True, **BY_TIME).data_seconds,
-                lambda: Side(model, few, fast_paths=False, **BY_TIME).data_seconds,
-                1,
-            )
-            result["batches_with_fast_paths"] = paired(
-                lambda: timed(lambda: list(_First(fast.train, few.steps))),
-                lambda: timed(lambda: list(_First(plain.train, few.steps))),
-                arguments.repeats,
-            )
-        for name, work in works.items():
-            result[f"{name}_{model}_with_fast_paths"] = paired(*work, 2)
+        if model == SEQUENTIAL[0]:  # the same for every model
+            ours, theirs = (partial(_data_seconds, few, on) for on in (True, False))
+            result["sequences_with_fast_paths"] = paired(ours, theirs, 1)
+            ours, theirs = (partial(timed, partial(_load, side)) for side in sides)
+            result["batches_with_fast_paths"] = paired(ours, theirs, arguments.repeats)
+        result[f"epoch_{model}_with_fast_paths"] = paired(fast.epoch, plain.epoch, 2)
+        ours, theirs = (partial(_evaluation_seconds, side) for side in sides)
+        result[f"evaluation_{model}_with_fast_paths"] = paired(ours, theirs, 2)
     return result
+
+
+def _data_seconds(arguments: argparse.Namespace, fast: bool) -> float:
+    return Side(SEQUENTIAL[0], arguments, fast_paths=fast, **BY_TIME).data_seconds
+
+
+def _load(side: Side) -> None:
+    for _ in _First(side.train, side.steps):
+        pass
+
+
+def _evaluation_seconds(side: Side) -> float:
+    return side.evaluate()[0]
 
 
 def with_text(arguments: argparse.Namespace, rates: dict[str, float]) -> dict[str, Any]:
