@@ -289,9 +289,9 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         return [squares.index_select(0, place) for place in places]
 
     def _negatives(self, interaction: Interaction) -> Tensor:
-        """RecBole's negatives, or uniform ones where its loader draws none.
+        """RecBole's negatives, or uniform ones, a user's own items too, where its loader draws none.
 
-        Items without training interactions are drawn anew from the rest.
+        Items without training interactions are drawn anew from the rest. Shapes: result ``[B]``.
         """
         if self.NEG_ITEM_ID in interaction:
             negative: Tensor = interaction[self.NEG_ITEM_ID]
