@@ -289,7 +289,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         return [squares.index_select(0, place) for place in places]
 
     def _negatives(self, interaction: Interaction) -> Tensor:
-        """RecBole's negatives, or uniform ones, a user's own items too, where its loader draws none.
+        """RecBole's negatives; where its loader draws none uniform ones, a user's own items too.
 
         Items without training interactions are drawn anew from the rest. Shapes: result ``[B]``.
         """
