@@ -38,28 +38,36 @@ from recbole_gacllm.pipeline import TextsOf
 
 
 def infonce(
-    own: Tensor, same: Tensor, all_: Tensor, tau: float, n_own: Tensor, n_all: Tensor | None = None
+    own: Tensor,
+    others: Tensor,
+    temperature: float,
+    n_own: Tensor,
+    place: Tensor | None = None,
+    n_others: Tensor | None = None,
 ) -> Tensor:
-    """Mean of ``-log softmax`` of the cosine with one's own among those with all.
+    """Mean of ``-log softmax`` of the cosine with one's counterpart among those with all.
 
     A node that a batch holds several times is computed once and counts so often.
 
     Args:
         own: Embeddings of distinct nodes.
-        same: Their counterparts.
-        all_: What the sum goes over.
-        tau: The temperature.
+        others: What the sum goes over, counterparts among them.
+        temperature: The cosines' divisor.
         n_own: How often each node counts.
-        n_all: How often each of the sum does; None is once.
+        place: Row of each node's counterpart; None is its own row.
+        n_others: How often each of the sum does; None is once.
 
     Shapes:
-        own and same ``[n, d]``; all_ ``[m, d]``; n_own ``[n]``; n_all ``[m]``; a scalar.
+        own ``[n, d]``; others ``[m, d]``; n_own and place ``[n]``; n_others ``[m]``; a scalar.
     """
-    own, same, all_ = (F.normalize(x, dim=1) for x in (own, same, all_))
-    cosines = (own @ all_.T) / tau  # [n, m]
-    if n_all is not None:
-        cosines = cosines + n_all.log()
-    losses = cosines.logsumexp(1) - (own * same).sum(1) / tau
+    if place is None:
+        place = torch.arange(len(own), device=own.device)
+    logits = (F.normalize(own, dim=1) / temperature) @ F.normalize(others, dim=1).T  # [n, m]
+    if n_others is not None:
+        logits = logits + n_others.log()
+    losses = F.cross_entropy(logits, place, reduction="none")
+    if n_others is not None:
+        losses = losses + n_others.log()[place]
     return (losses * n_own).sum() / n_own.sum()
 
 
@@ -124,11 +132,13 @@ class RLMRecCon(_RLMRec):
         """Users against the texts of all users, items against those of their block."""
         user, n = torch.unique(interaction[self.USER_ID], return_counts=True)
         texts = self.map(self.rows(torch.arange(1, self.n_users, device=self.device)))
-        loss = infonce(users[user], texts[user - 1], texts, self.temperature, n)
-        for name in (self.ITEM_ID, self.NEG_ITEM_ID):
-            item, n = torch.unique(interaction[name], return_counts=True)
-            of_block = self.map(self.rows(self.n_users + item))
-            loss = loss + infonce(items[item], of_block, of_block, self.temperature, n, n)
+        loss = infonce(users[user], texts, self.temperature, n, user - 1)
+        drawn = torch.stack([interaction[self.ITEM_ID], interaction[self.NEG_ITEM_ID]])
+        item, place = torch.unique(drawn, return_inverse=True)
+        mapped, embeddings = self.map(self.rows(self.n_users + item)), items[item]
+        for places in place:
+            block, n = torch.unique(places, return_counts=True)
+            loss = loss + infonce(embeddings[block], mapped[block], self.temperature, n, n_others=n)
         return loss
 
 
@@ -179,5 +189,4 @@ class RLMRecGen(_RLMRec):
         """Masked nodes against the texts of all masked nodes."""
         assert self.masked is not None
         made = self.map(torch.cat([users, items])[self.masked])
-        texts = self.rows(self.masked)
-        return infonce(made, texts, texts, self.temperature, torch.ones_like(self.masked))
+        return infonce(made, self.rows(self.masked), self.temperature, torch.ones_like(self.masked))
