@@ -4,13 +4,15 @@ r"""AlphaRec: recommendation from text embeddings alone, mapped and propagated; 
     z = \frac{1}{K+1} \sum_{l=0}^{K} e^{(l)}, \quad s(u, i) = \cos(z_u, z_i)
 
     L = -\frac1B \sum_{(u,i)} \log \frac{e^{s(u,i)/\tau}}
-        {e^{s(u,i)/\tau} + \sum_{j \in N} e^{s(u,j)/\tau}}
+        {e^{s(u,i)/\tau} + \sum_{j \in N \setminus R_u} e^{s(u,j)/\tau}}
 
 Source: Sheng et al., "Language Representations Can be What Recommenders Need: Findings and
-Potentials" (ICLR 2025). Departures from the authors' code: negatives are drawn once a batch and
-shared by it, from the items with training interactions, and one that is the matching item counts
-once (there: 256 for each pair, from the items that the user has not met); text embeddings have
-unit length, those of users too, who are the means of their items (``text_users: item_mean``).
+Potentials" (ICLR 2025). Departures from the authors' code: the negatives
+``N`` are drawn once a batch and shared by it, from the items with training interactions, without
+those that the user has met, ``R_u`` (there: 256 for each pair, from the items that the user has not
+met; in a batch of thousands of pairs these are nearly all items, and 256 shared ones learn less);
+text embeddings have unit length, those of users too, who are the means of their items
+(``text_users: item_mean``).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recbole_gacllm.alignment.propagation import Adjacency, propagate_mean, text_projection
-from recbole_gacllm.objective.losses import sampled_softmax
+from recbole_gacllm.objective.linear import matrix_of
 from recbole_gacllm.peers.texts import read_texts
 from recbole_gacllm.pipeline import TextsOf
 
@@ -58,6 +60,7 @@ class AlphaRec(GeneralRecommender):  # type: ignore[misc]
         )
         self.adjacency = Adjacency.from_edges(users, items, self.n_users, self.n_items, self.device)
         self.seen = np.unique(items)
+        self.met = matrix_of(users, items, self.n_users, self.n_items)
         self.restored: tuple[Tensor, Tensor] | None = None  # for evaluation only
         self.register_load_state_dict_post_hook(_forget_restored)
 
@@ -73,16 +76,13 @@ class AlphaRec(GeneralRecommender):  # type: ignore[misc]
         self.restored = None
         users, items = self.forward()
         user, rows = torch.unique(interaction[self.USER_ID], return_inverse=True)
-        positive = interaction[self.ITEM_ID]
-        drawn = torch.randperm(len(self.seen))[: self.n_negatives]
-        negative = torch.from_numpy(self.seen)[drawn].to(self.device)
-        is_negative = torch.zeros(self.n_items, dtype=torch.bool, device=self.device)
-        is_negative[negative] = True
-        return sampled_softmax(
-            *(users[user], rows, items[positive], items[negative]),
-            is_negative[positive],
-            self.temperature,
-        )
+        drawn = self.seen[torch.randperm(len(self.seen))[: self.n_negatives].numpy()]
+        met = self.met[user.cpu().numpy()][:, drawn].toarray() > 0  # [m, C]
+        embeddings, negatives = users[user], items[torch.from_numpy(drawn).to(self.device)]
+        logits = (embeddings / self.temperature) @ negatives.T
+        logits = logits.masked_fill(torch.from_numpy(met).to(self.device), -1e9)
+        positive = (embeddings[rows] * items[interaction[self.ITEM_ID]]).sum(1) / self.temperature
+        return (torch.logaddexp(logits.logsumexp(1)[rows], positive) - positive).mean()
 
     def train(self, mode: bool = True) -> AlphaRec:
         """Switch between training and evaluation."""

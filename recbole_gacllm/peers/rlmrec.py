@@ -16,8 +16,9 @@ a learned token and tells from what their neighbours bring which text is theirs:
 
 Source: Ren et al., "Representation Learning with Large Language Models for Recommendation" (WWW
 2024). Departures from the authors' code, all so that ``w = 0`` is RecBole's LightGCN: the mean of
-the layers (there: their sum), no dropped edges (there: a fifth), L2 on the embeddings of the batch
-(there: on all parameters).
+the layers (there: their sum, so that scores are ``(K + 1)^2`` times as large and one ``w`` weighs
+less), no dropped edges (there: a fifth), L2 on the embeddings of the batch (there: on all
+parameters).
 """
 
 from __future__ import annotations
