@@ -23,12 +23,7 @@ from recbole_gacllm.sft.pairs import sample_pairs, told_edges
 from .conftest import our_keys
 from .fake_generator import FakeGenerator
 
-NOTHING = {
-    "user": "A person of which nothing is known.",
-    "item": "A film of which nothing is known.",
-}
-
-
+NOTHING = {"user": nothing_known("person"), "item": nothing_known("film")}
 GREEDY = Sampling(64, 0.0, 1.05)
 
 
@@ -218,7 +213,7 @@ def test_a_record_made_from_outside_is_what_the_run_finds(convolution, convolve)
     made = convolution(graph)
     requests = list(made.missing_requests(raw_layer(graph), NOTHING, 1))
     answers = FakeGenerator().generate(requests)
-    contexts = {request.id: made.context_of(request) for request in requests}
+    contexts = {request.id: made.maker.context_of(request) for request in requests}
     made.store.put_many(record_of(answer, contexts[answer.id], 1) for answer in answers)
     layer, report, generator = convolve(graph, raw_layer(graph))
     assert generator.requests == []
@@ -448,10 +443,11 @@ def test_all_that_draws_an_answer_is_part_of_its_address(templates, monkeypatch)
     ]
     monkeypatch.setattr("recbole_gacllm.convolution.requests.CLEANING_VERSION", -1)
     makers.append(maker_of(templates))
-    keys = [maker.key(chat) for maker in makers] + [makers[0].key((*chat, *chat))]
+    keys = [maker.request(chat).id for maker in makers]
+    keys.append(makers[0].request((*chat, *chat)).id)
     assert len(set(keys)) == len(keys)
     # A greedy answer is the same whatever the seed.
-    assert maker_of(templates, seed=1).key(chat) == maker_of(templates, seed=2).key(chat)
+    assert len({maker_of(templates, seed=seed).request(chat).id for seed in (1, 2)}) == 1
 
 
 def test_another_cleaning_draws_the_same_answers(templates, monkeypatch):
@@ -464,9 +460,6 @@ def test_another_cleaning_draws_the_same_answers(templates, monkeypatch):
     assert first.sampling == then.sampling
     assert before.retry_of(first).sampling == after.retry_of(then).sampling
     assert before.retry_of(first).sampling.seed != first.sampling.seed
-
-
-NOTHING = {"user": nothing_known("person"), "item": nothing_known("film")}
 
 
 def test_nothing_is_learnt_from_a_node_of_which_nothing_is_known(templates):

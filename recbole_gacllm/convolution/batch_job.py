@@ -11,11 +11,11 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from recbole_gacllm.artifacts import disk, manifests
 from recbole_gacllm.convolution import setup
@@ -109,11 +109,12 @@ def export_batch(job: Job, to: Path, shard_size: int) -> dict[str, Any] | None:
         ValueError: If the token budget does not fit the model.
         GaCLLMError: If the store or the shards cannot be read or written.
     """
-    with _Layers(job) as layers:
+    with manifests.stage_lock(job.folder), DescriptionStore(job.store) as store:
+        layers = _Layers(job, store)
         requests = layers.missing()
         if requests is None:
             return None
-        chat = setup.tokenizer_of(job)
+        maker = layers.convolution.maker
         second = layers.to_retry()
         counts = {"n_requests": 0, "n_second_attempts": 0}
 
@@ -123,8 +124,8 @@ def export_batch(job: Job, to: Path, shard_size: int) -> dict[str, Any] | None:
                 counts["n_requests"] += 1
                 counts["n_second_attempts"] += attempt == 2
                 if attempt == 2:
-                    request = layers.convolution.retry_of(request)
-                body = chat_body(request, chat, job.served_model)
+                    request = maker.retry_of(request)
+                body = chat_body(request, maker.tokenizer, job.served_model)
                 yield request_line(custom_id(request.id, attempt), body)
 
         shards = write_shards(to, layers.number, lines(), shard_size)
@@ -161,7 +162,8 @@ def import_batch(job: Job, paths: list[Path]) -> Imported:
     answers = Answers.read(answer_files(paths))
     reports: list[LayerAnswers] = []
     added: set[str] = set()  # ids of answers that were looked at
-    with _Layers(job) as layers:
+    with manifests.stage_lock(job.folder), DescriptionStore(job.store) as store:
+        layers = _Layers(job, store)
         second = layers.to_retry()
         while (requests := layers.missing()) is not None:
             report = LayerAnswers(layers.number)
@@ -169,16 +171,16 @@ def import_batch(job: Job, paths: list[Path]) -> Imported:
             records: list[Record] = []
             try:
                 for request in requests:
-                    context = layers.convolution.context_of(request)
+                    context = layers.convolution.maker.context_of(request)
                     record = _record(request, context, answers, report, second, added)
                     _check_odd(report)
                     if record is not None:
                         records.append(record)
                     if len(records) == _BATCH:
-                        layers.store.put_many(records)
+                        store.put_many(records)
                         records = []
             finally:
-                layers.store.put_many(records)  # what is good stays, whatever comes after it
+                store.put_many(records)  # what is good stays, whatever comes after it
             if report.n_missing:
                 break
         layers.write_to_retry(second)
@@ -186,7 +188,7 @@ def import_batch(job: Job, paths: list[Path]) -> Imported:
         for name in chain(answers, answers.errors):
             if name not in added:
                 key = key_of(name)
-                is_stored = key is not None and bool(layers.store.get_many([key]))
+                is_stored = key is not None and bool(store.get_many([key]))
                 n_known += is_stored
                 n_unknown += not is_stored
     return Imported(
@@ -252,32 +254,19 @@ def _check_odd(report: LayerAnswers) -> None:
 
 
 class _Layers:
-    """The layers of a run, as far as the store has them; holds the stage's lock while open.
+    """The layers of a run, as far as the store has them.
 
     Attributes:
         number: The first layer that is incomplete, once :meth:`missing` has found it.
         n_layers: Of the run.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, store: DescriptionStore) -> None:
+        self._job, self._store = job, store
         self._retry_file = job.folder / "second_attempts.txt"
-        self._stack = ExitStack()
-        self._convolution: Convolution | None = None
+        self._graph, self._layer = setup.inputs_of(job)
+        self._imported = setup.imported_of(job)
         self.number, self.n_layers = 1, job.options.n_text_layers
-
-    def __enter__(self) -> Self:
-        job = self._job
-        with ExitStack() as stack:
-            stack.enter_context(manifests.stage_lock(job.folder))
-            self.store = stack.enter_context(DescriptionStore(job.store))
-            self._graph, self._layer = setup.inputs_of(job)
-            self._imported = setup.imported_of(job)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stack.close()
 
     def missing(self) -> Iterator[Request] | None:
         """First attempts that the first incomplete layer lacks; None if no layer lacks any."""
@@ -297,13 +286,11 @@ class _Layers:
             self.number += 1
         return None
 
-    @property
+    @cached_property
     def convolution(self) -> Convolution:
         """The run's; it loads no engine, as it is never asked for a layer that lacks something."""
-        if self._convolution is None:
-            backend, _ = choose_backend(self._job.options.llm_backend)
-            self._convolution = setup.convolution_of(self._job, self._graph, self.store, backend)
-        return self._convolution
+        backend, _ = choose_backend(self._job.options.llm_backend)
+        return setup.convolution_of(self._job, self._graph, self._store, backend)
 
     def to_retry(self) -> set[str]:
         """Addresses whose first attempt gave no usable text."""

@@ -11,8 +11,7 @@ from recbole_gacllm.convolution.convolution import Convolution
 from recbole_gacllm.convolution.graph import TrainGraph
 from recbole_gacllm.convolution.imported import ImportedTexts
 from recbole_gacllm.convolution.layers import Layer, Side
-from recbole_gacllm.convolution.prompts import PromptTemplates
-from recbole_gacllm.convolution.requests import renderer_for
+from recbole_gacllm.convolution.prompts import PromptRenderer, PromptTemplates
 from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.job import Job
 from recbole_gacllm.llm.engines import open_generator
@@ -38,7 +37,8 @@ def imported_of(job: Job) -> ImportedTexts | None:
 
 def nothing_known_of(options: GaCLLMConfig) -> dict[Side, str]:
     """The text of a node of which nothing is known."""
-    return text.nothing_known_of(options.text_user_noun, options.text_item_noun)
+    nouns: dict[Side, str] = {"user": options.text_user_noun, "item": options.text_item_noun}
+    return {side: text.nothing_known(noun) for side, noun in nouns.items()}
 
 
 def templates_of(options: GaCLLMConfig) -> PromptTemplates:
@@ -74,7 +74,7 @@ def tokenizer_of(job: Job) -> ChatTokenizer:
                 f"together are above the model's window of {tokenizer.max_length} tokens; lower "
                 "one of them."
             )
-    renderer_for(templates_of(options), tokenizer, options.llm_max_prompt_tokens)
+    PromptRenderer(templates_of(options), tokenizer, options.llm_max_prompt_tokens)
     return tokenizer
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from recbole_gacllm.convolution.layers import Side
 from recbole_gacllm.convolution.neutralize import neutralize
 from recbole_gacllm.convolution.templates import compile_template, default_sentence
 from recbole_gacllm.convolution.values import Value, column_values, in_order, says_nothing
@@ -100,11 +99,6 @@ def _read_number(cell: str) -> str | None:
 def nothing_known(noun: str) -> str:
     """The description of a node without any feature; compare with it to count such nodes."""
     return f"{_with_article(noun)} of which nothing is known."
-
-
-def nothing_known_of(user_noun: str, item_noun: str) -> dict[Side, str]:
-    """:func:`nothing_known` of each side."""
-    return {"user": nothing_known(user_noun), "item": nothing_known(item_noun)}
 
 
 def _with_article(noun: str) -> str:
