@@ -31,21 +31,13 @@ _TOKENIZED_AT_ONCE = 4096  # texts whose tokens are in memory at once
 
 @dataclass(frozen=True)
 class EncodeStats:
-    """What one file took.
+    """What one file took."""
 
-    Attributes:
-        n_texts: Rows of the file.
-        n_unique: Different texts among them that are not empty; each is encoded once.
-        n_empty: Texts without a visible character; their rows are zero.
-        dim: Columns of the file.
-        seconds: Wall time.
-    """
-
-    n_texts: int
-    n_unique: int
-    n_empty: int
-    dim: int
-    seconds: float
+    n_texts: int  # rows of the file
+    n_unique: int  # different texts among them that are not empty; each is encoded once
+    n_empty: int  # texts without a visible character; their rows are zero
+    dim: int  # columns of the file
+    seconds: float  # wall time
 
 
 class TextEncoder:

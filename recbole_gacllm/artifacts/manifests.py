@@ -143,11 +143,7 @@ def finished(folder: Path, key: Mapping[str, Any], outputs: Sequence[str]) -> bo
     """Whether a stage has finished here and its outputs are what it wrote; changes nothing.
 
     An output that is gone or changed is logged. A manifest without digests counts as not finished.
-
-    Args:
-        folder: Of the stage; the caller holds its lock.
-        key: The settings asked for.
-        outputs: Names of files or folders that the stage makes.
+    The caller holds the lock.
 
     Raises:
         GaCLLMError: If the folder was made with other settings, or its manifest is damaged.

@@ -47,25 +47,15 @@ _MAX_ODD = 20  # answers that are none, if no other one is: then it is not the r
 
 @dataclass
 class LayerAnswers:
-    """What an import did for one layer. The first five add up to the prompts that were missing.
-
-    Attributes:
-        layer: Its number.
-        n_imported: Descriptions that are now in the store.
-        n_failed: Prompts whose second answer was no description, too: the node keeps its text.
-        n_to_retry: Prompts whose answer was no description; the next export asks again.
-        n_errors: Requests that the batch job reports as failed.
-        n_unanswered: Prompts without any answer.
-        n_odd: Of the answers, those that are no chat completion; they count as no description.
-    """
+    """What an import did for one layer. The first five add up to the prompts that were missing."""
 
     layer: int
-    n_imported: int = 0
-    n_failed: int = 0
-    n_to_retry: int = 0
-    n_errors: int = 0
-    n_unanswered: int = 0
-    n_odd: int = 0
+    n_imported: int = 0  # descriptions that are now in the store
+    n_failed: int = 0  # prompts whose second answer was none, too: the node keeps its text
+    n_to_retry: int = 0  # prompts whose answer was no description; the next export asks again
+    n_errors: int = 0  # requests that the batch job reports as failed
+    n_unanswered: int = 0  # prompts without any answer
+    n_odd: int = 0  # of the answers, those that are no chat completion; they are no description
 
     @property
     def n_missing(self) -> int:
@@ -75,32 +65,19 @@ class LayerAnswers:
 
 @dataclass
 class Imported:
-    """What an import did.
+    """What an import did; of the lines, see :class:`Answers`."""
 
-    Attributes:
-        layers: By layer that was incomplete, from below, up to the first that still is.
-        complete: Whether all layers of the run are in the store now.
-        n_lines, n_damaged, n_duplicates: See :class:`Answers`.
-        n_known: Answers to prompts that the store had before; nothing of it is changed.
-        n_unknown: Answers to no prompt of this run up to its first incomplete layer.
-    """
-
-    layers: list[LayerAnswers]
-    complete: bool
+    layers: list[LayerAnswers]  # that were incomplete, from below, up to the first that still is
+    complete: bool  # whether all layers of the run are in the store now
     n_lines: int
     n_damaged: int
     n_duplicates: int
-    n_known: int
-    n_unknown: int
+    n_known: int  # answers to prompts that the store had before; nothing of it is changed
+    n_unknown: int  # answers to no prompt of this run up to its first incomplete layer
 
 
 def export_batch(job: Job, to: Path, shard_size: int) -> dict[str, Any] | None:
     """Write what the first incomplete layer lacks as request shards, with job and ``batch.json``.
-
-    Args:
-        job: Of the descriptions.
-        to: Folder to write to.
-        shard_size: Requests a file.
 
     Returns:
         What ``batch.json`` says; None if the store has all layers.
@@ -147,13 +124,9 @@ def export_batch(job: Job, to: Path, shard_size: int) -> dict[str, Any] | None:
 
 
 def import_batch(job: Job, paths: list[Path]) -> Imported:
-    """Put answers into the store, cleaned and judged as the stage does.
+    """Put answers of files and folders into the store, cleaned and judged as the stage does.
 
-    Answers are looked for layer by layer, up to the first layer that still lacks some.
-
-    Args:
-        job: Of the descriptions.
-        paths: Files of answers, and folders of such.
+    They are looked for layer by layer, up to the first layer that still lacks some.
 
     Raises:
         ValueError: If there are none, or one cannot be read.

@@ -41,36 +41,21 @@ _BATCH, _BATCH_SECONDS, _FULL_BATCH = 32, 1.0, 1024
 
 @dataclass
 class LayerReport:
-    """What a layer took.
+    """What a layer took; tokens are of the answers that its descriptions are, whenever made."""
 
-    Attributes:
-        n_nodes: Nodes of both sides.
-        n_generated: Prompts that the LLM answered now, retries not counted.
-        n_from_store: Nodes whose description was there, of another run, import or process.
-        n_duplicates: Nodes whose prompt equals another node's of this layer.
-        n_retried: Nodes whose prompt was asked a second time, at another temperature, whenever.
-        n_failed: Nodes that carry the text of the layer below because no answer was usable.
-        n_nothing_known: Nodes without features and neighbours, carried over without a call.
-        n_truncated: Good answers that the length limit cut.
-        n_prompt_tokens, n_cached_tokens, n_output_tokens: Of the answers that its descriptions are,
-            whenever they were generated.
-        seconds: Wall time of the process that finished it.
-        failures: Reason -> count, over nodes.
-    """
-
-    n_nodes: int = 0
-    n_generated: int = 0
-    n_from_store: int = 0
-    n_duplicates: int = 0
-    n_retried: int = 0
-    n_failed: int = 0
-    n_nothing_known: int = 0
-    n_truncated: int = 0
+    n_nodes: int = 0  # of both sides
+    n_generated: int = 0  # prompts that the LLM answered now, retries not counted
+    n_from_store: int = 0  # nodes whose description was there, of another run, import or process
+    n_duplicates: int = 0  # nodes whose prompt equals another node's of this layer
+    n_retried: int = 0  # nodes whose prompt was asked a second time, at another temperature
+    n_failed: int = 0  # nodes that carry the text of the layer below: no answer was usable
+    n_nothing_known: int = 0  # nodes without features and neighbours, carried over without a call
+    n_truncated: int = 0  # good answers that the length limit cut
     n_prompt_tokens: int = 0
     n_cached_tokens: int = 0
     n_output_tokens: int = 0
-    seconds: float = 0.0
-    failures: dict[str, int] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0  # wall time of the process that finished it
+    failures: dict[str, int] = dataclasses.field(default_factory=dict)  # reason -> nodes
 
 
 class Convolution:
@@ -121,13 +106,10 @@ class Convolution:
     def next_layer(
         self, below: Layer, nothing_known: dict[Side, str], number: int
     ) -> tuple[Layer, LayerReport]:
-        """Rewrite every node's description from its own and its neighbours'.
+        """Rewrite every node's description from its own and its neighbours': layer ``number``.
 
-        Args:
-            below: Layer l.
-            nothing_known: Text of a node without features; such a node without neighbours is
-                carried over, as there is nothing to ask the LLM about.
-            number: Of the layer that is made, from 1.
+        A node without features, whose text is ``nothing_known``, and without neighbours is carried
+        over, as there is nothing to ask the LLM about.
 
         Raises:
             GenerationError: If the engine fails; finished descriptions are in the store.
@@ -275,10 +257,7 @@ class Convolution:
 def record_of(completion: Completion, context: CleaningContext, attempt: int) -> Record:
     """A completion cleaned and judged; one that is no answer has failed as ``malformed``.
 
-    Args:
-        completion: The answer; its id is the address of the description.
-        context: What it answers.
-        attempt: 1, or 2 for a retry.
+    Its id is the address of the description; ``attempt`` is 1, or 2 for a retry.
     """
     cleaned = clean(completion.text, completion.finish_reason, context)
     problem = "malformed" if completion.problem else cleaned.problem

@@ -32,32 +32,19 @@ _N_EXAMPLES = 5
 
 @dataclass
 class ImportReport:
-    """What an imported layer covers.
-
-    Attributes:
-        layer: Its number.
-        n_imported: Nodes of the training graph whose text comes from the file.
-        n_missing: Nodes that the file lacks; they carry the text of the layer below.
-        n_unknown: Rows about nodes that the training graph lacks; they are left out.
-        missing, unknown: Some of them, as ``side token``.
-    """
+    """What an imported layer covers."""
 
     layer: int
-    n_imported: int
-    n_missing: int
-    n_unknown: int
-    missing: list[str]
+    n_imported: int  # nodes of the training graph whose text comes from the file
+    n_missing: int  # nodes that the file lacks; they carry the text of the layer below
+    n_unknown: int  # rows about nodes that the training graph lacks; they are left out
+    missing: list[str]  # some of them, as "side token"
     unknown: list[str]
 
 
 @dataclass(frozen=True)
 class ImportedTexts:
-    """The texts of a file.
-
-    Attributes:
-        file: Where they come from.
-        layers: Layer -> side -> raw token -> text, one line of visible characters each.
-    """
+    """The texts of a file: layer -> side -> raw token -> text, one line of visible characters."""
 
     file: Path
     layers: dict[int, dict[Side, dict[str, str]]]
@@ -110,11 +97,7 @@ class ImportedTexts:
         )
 
     def check(self, tokens: dict[Side, list[str]], n_layers: int) -> list[ImportReport]:
-        """Compare all layers with a data set, and log what does not fit.
-
-        Args:
-            tokens: Raw tokens of the training graph's nodes.
-            n_layers: Layers of descriptions above layer 0 that the run has.
+        """Compare all layers with the nodes of a run, and log what does not fit.
 
         Raises:
             ValueError: If the file has a layer that the run lacks, or fits no node at all.

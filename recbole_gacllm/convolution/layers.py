@@ -27,21 +27,13 @@ Status = Literal["raw", "generated", "failed", "nothing_known", "imported", "mis
 
 @dataclass
 class Layer:
-    """Texts of all nodes at one layer.
+    """Texts of all nodes at one layer, by side, in the order of ``tokens``."""
 
-    Attributes:
-        tokens: RecBole's raw tokens by side.
-        texts: Descriptions by side, in the order of ``tokens``.
-        statuses: What each text is, see ``Status``.
-        reasons: Why a text was carried over; empty otherwise.
-        n_prompt_tokens, n_output_tokens: Tokens its generation took; 0 for raw texts.
-    """
-
-    tokens: dict[Side, list[str]]
+    tokens: dict[Side, list[str]]  # RecBole's raw tokens
     texts: dict[Side, list[str]]
-    statuses: dict[Side, list[str]]
-    reasons: dict[Side, list[str]]
-    n_prompt_tokens: dict[Side, np.ndarray]
+    statuses: dict[Side, list[str]]  # what each text is, see Status
+    reasons: dict[Side, list[str]]  # why a text was carried over; empty otherwise
+    n_prompt_tokens: dict[Side, np.ndarray]  # that its generation took; 0 for raw texts
     n_output_tokens: dict[Side, np.ndarray]
 
     @classmethod

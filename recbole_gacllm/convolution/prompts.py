@@ -51,13 +51,9 @@ _MIN_TEXT_TOKENS = 8
 
 @dataclass(frozen=True)
 class PromptTemplates:
-    """The prompt files of one folder, with the words for user and item filled in.
+    """The prompt files of one folder, with the words for user and item filled in."""
 
-    Attributes:
-        texts: Text of each file by its name without ``.txt``; only ``$text`` and ``$neighbors``
-            are left in it.
-    """
-
+    #: By name without ``.txt``; only ``$text`` and ``$neighbors`` are left in it.
     texts: Mapping[str, str]
 
     @classmethod

@@ -79,13 +79,9 @@ class RequestMaker:
     def prompts(
         self, below: Layer, nothing_known: dict[Side, str], number: int
     ) -> Iterator[tuple[Side, int, Messages | None]]:
-        """Every node's prompt, users first; None where there is nothing to ask about.
+        """Every node's prompt, users first, for layer ``number``, from 1.
 
-        Args:
-            below: Layer l.
-            nothing_known: Text of a node without features; it is asked about only if it has
-                neighbours.
-            number: Of the layer that is made, from 1.
+        None where there is nothing to ask about: no neighbours, and no features.
         """
         pieces = {
             side: _Pieces(below.texts[side], self.tokenizer, self._max_neighbor_tokens)
@@ -167,22 +163,14 @@ class RequestMaker:
 
 
 class _Pieces:
-    """The texts of one side as parts of prompts: harmless, measured, cut; each once, when needed.
-
-    Attributes:
-        short: Each text as a neighbour's, once it is prepared.
-        n_short: Its tokens.
-
-    Shapes:
-        ``n_short``: [n_nodes].
-    """
+    """The texts of one side as parts of prompts: harmless, measured, cut; each when needed."""
 
     def __init__(self, texts: list[str], tokenizer: ChatTokenizer, max_tokens: int) -> None:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._whole = list(texts)  # the same strings
-        self.short = self._whole.copy()
+        self.short = self._whole.copy()  # each as a neighbour's, once it is prepared
         self._n_whole = np.full(len(texts), -1, dtype=np.int32)
-        self.n_short = self._n_whole.copy()
+        self.n_short = self._n_whole.copy()  # its tokens, [n_nodes]
 
     def prepare(self, nodes: npt.NDArray[Any]) -> None:
         """Make and measure the pieces of nodes, each named once."""

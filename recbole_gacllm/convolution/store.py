@@ -52,31 +52,17 @@ _SQLITE_CORRUPT, _SQLITE_NOTADB, _SQLITE_FULL = 11, 26, 13
 
 @dataclass(frozen=True)
 class Record:
-    """One finished description, good or failed.
+    """One finished description, good or failed; tokens are of the attempt that counts."""
 
-    Attributes:
-        key: 64 hexadecimal digits, the hash of everything that made the text.
-        text: The cleaned description; of a failed one, what the last attempt gave, for inspection.
-        status: ``ok``, or ``failed`` where no attempt gave a description.
-        reason: Why it failed (``empty``, ``truncated``, ``echo``, ``loop``, or ``malformed`` where
-            an answer was none); empty if it did not.
-        finish_reason: The engine's, of the last attempt: ``stop`` or ``length``.
-        n_prompt_tokens: Of the attempt that counts.
-        n_cached_tokens: Of those, from the engine's prefix cache.
-        n_output_tokens: Of the attempt that counts.
-        n_attempts: 1, or 2 after a retry.
-        created: UTC time, ISO 8601.
-    """
-
-    key: str
-    text: str
+    key: str  # 64 hexadecimal digits, the hash of everything that made the text
+    text: str  # of a failed one, what the last attempt gave, for inspection
     status: Literal["ok", "failed"]
-    reason: str
-    finish_reason: str
+    reason: str  # empty, truncated, echo, loop, or malformed where an answer was none; "" if ok
+    finish_reason: str  # the engine's, of the last attempt: stop or length
     n_prompt_tokens: int
-    n_cached_tokens: int
+    n_cached_tokens: int  # of those, from the engine's prefix cache
     n_output_tokens: int
-    n_attempts: int
+    n_attempts: int  # 1, or 2 after a retry
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
 

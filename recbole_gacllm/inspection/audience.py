@@ -35,28 +35,18 @@ _MAX_USERS = 1024  # of a block of users outside of training
 
 @dataclass(frozen=True)
 class Block:
-    """Some users' scores.
+    """Some users' scores."""
 
-    Attributes:
-        rows: Their places among all who get lists, ``[B]``.
-        scores: ``[B, n_items]``; ``-inf`` for padding.
-        parts: What the scores are the sum of; empty where that was not asked for.
-    """
-
-    rows: np.ndarray
-    scores: Tensor
-    parts: Parts
+    rows: np.ndarray  # [B], their places among all who get lists
+    scores: Tensor  # [B, n_items]; -inf for padding
+    parts: Parts  # what the scores are the sum of; empty where that was not asked for
 
 
 class Audience:
     """Users who get lists.
 
-    Args:
-        run: The run whose model scores.
-        tokens: Raw tokens of the users.
-        known: What the model knows of them: ``[n_users, n_items]``, an entry for each item.
-        left_out: What a list leaves out unless asked to keep it; shaped as ``known``.
-        parts: GaCLLM's parts, where they are wanted.
+    ``known`` is what the model knows of them, ``[n_users, n_items]``, an entry for each item;
+    ``left_out``, shaped alike, what a list leaves out unless asked to keep it.
     """
 
     def __init__(

@@ -98,13 +98,6 @@ class Explained:
     - ``because``: names of up to three items of what the model knows of the user that are nearest
       to the item: by the weights of the linear model; without one by the cosine of their centred
       raw texts; without texts by that of their embeddings.
-
-    Args:
-        run: Of GaCLLM or TextKNN.
-        parts: GaCLLM's parts.
-
-    Raises:
-        ValueError: If it is of another model.
     """
 
     def __init__(self, run: OpenRun, parts: ScoreParts | None) -> None:

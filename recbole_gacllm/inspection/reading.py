@@ -45,19 +45,13 @@ class Unfinished:
 
 
 class RunDescriptions:
-    """The descriptions of one run.
+    """The descriptions of one run: its finished ``layers``, the raw one first.
 
     Args:
         folder: A ``descriptions-…`` folder with a manifest; or the ``inputs-…`` of a run whose
             texts no LLM has touched, which has layer 0 alone and no prompts.
         unfinished: Take one without, too, as far as it is.
         names_file: The run's own names of items; None takes those that were written last.
-
-    Attributes:
-        layers: Those that are finished, the raw one first.
-        kinds: What each of them is.
-        graph: Training edges.
-        unfinished: None if the stage is finished.
 
     Raises:
         ValueError: If there are none there.

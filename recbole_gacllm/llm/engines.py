@@ -111,11 +111,7 @@ def _check_number_of_cards(tensor_parallel_size: int, pipeline_parallel_size: in
 def open_generator(backend: Backend, **options: Any) -> TextGenerator:
     """Load the engine's module and start it; vLLM once for each group of cards, see :mod:`.fleet`.
 
-    Args:
-        backend: As :func:`choose_backend` returned it.
-        **options: Of :class:`~recbole_gacllm.llm.vllm_engine.VLLMGenerator`,
-            :class:`~recbole_gacllm.llm.transformers_engine.TransformersGenerator` or
-            :class:`~recbole_gacllm.llm.server.ServerGenerator`.
+    Options are those of ``VLLMGenerator``, ``TransformersGenerator`` or ``ServerGenerator``.
 
     Raises:
         GenerationError: If the engine does not start.

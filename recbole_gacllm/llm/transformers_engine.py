@@ -38,14 +38,9 @@ _BATCHES_AHEAD: Final = 4
 class TransformersGenerator:
     """A model run by ``transformers.generate``, on the GPU if there is one.
 
-    Args:
-        model_dir: Folder with config, safetensors and tokenizer.
-        adapter_dir: LoRA adapter in peft's format, applied un-merged.
-        dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
-        seed: Taken for symmetry with vLLM: every draw here has its request's own seed.
-        max_model_len: Longest prompt plus completion in tokens; None is the model's window.
-        batch_size: Prompts completed at once, None for 16 on the CPU and 128 on a GPU; halved for
-            good whenever memory runs out.
+    Options are those of :class:`.vllm_engine.VLLMGenerator`, and ``batch_size``: prompts completed
+    at once, None for 16 on the CPU and 128 on a GPU; halved for good whenever memory runs out.
+    ``seed`` has no effect: every draw has its request's own.
 
     Raises:
         GenerationError: If the model cannot be loaded.

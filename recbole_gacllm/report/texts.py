@@ -20,17 +20,11 @@ Category = tuple[str, dict[str, tuple[str, ...]]]  # field name, and values of e
 
 @dataclass(frozen=True)
 class Texts:
-    """Descriptions of a run.
-
-    Attributes:
-        run: Layers, names of items, training edges and neighbours in the prompts.
-        embeddings: One array a layer, users first; fewer than layers if they are gone.
-        category: What items are coloured by.
-    """
+    """Descriptions of a run."""
 
     run: RunDescriptions
-    embeddings: list[np.ndarray]
-    category: Category | None
+    embeddings: list[np.ndarray]  # one array a layer, users first; fewer if they are gone
+    category: Category | None  # what items are coloured by
 
     @classmethod
     def read(cls, files: RunFiles) -> Texts:

@@ -18,11 +18,6 @@ def told_edges(
 ) -> npt.NDArray[np.int64]:
     """Edges whose ends both have a text that says something; from others nothing is learnt.
 
-    Args:
-        graph: Training edges.
-        raw: Layer 0, in the graph's order of nodes.
-        nothing_known: Text of a node without features, by side.
-
     Shapes:
         result: ``[n_told]``, in the graph's order.
     """
