@@ -18,15 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from recbole_gacllm.artifacts import children
 from recbole_gacllm.convolution.layers import SIDES, Layer
 from recbole_gacllm.convolution.store import DescriptionStore, Record
-from recbole_gacllm.errors import GaCLLMError, StoreError, WeightsError
-from recbole_gacllm.llm import weights
-from recbole_gacllm.llm.formats import check_safetensors
+from recbole_gacllm.errors import GaCLLMError, StoreError
 from recbole_gacllm.llm.generator import Request
 
 from .conftest import fresh_process, run_stage
@@ -380,31 +376,3 @@ def test_a_damaged_store_is_told_by_its_damage_also_to_a_caller_that_writes_once
     for _ in range(2):
         with pytest.raises(StoreError, match=r"was damaged .* Start again"):
             store.get_many([key_of(n) for n in range(200)])
-
-
-def test_a_file_of_the_cache_that_changed_without_changing_its_size_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    built = []
-
-    def build(target: Path) -> None:
-        built.append(target)
-        (target / "config.json").write_text("{}")
-
-    for _ in range(2):
-        folder = weights._cached("toy", "llm_model", build)
-    (folder / "config.json").write_text("[]")
-    assert weights._cached("toy", "llm_model", build) == folder
-    assert (folder / "config.json").read_text() == "{}"
-    assert len(built) == 2
-
-
-def test_a_truncated_file_is_found_by_its_header_alone(tmp_path: Path) -> None:
-    file = tmp_path / "model-00002-of-00002.safetensors"
-    save_file({"a": torch.zeros(1000)}, file)
-    check_safetensors(tmp_path)
-    for size in (file.stat().st_size - 1, 20, 0):
-        os.truncate(file, size)
-        with pytest.raises(WeightsError, match=rf"{re.escape(str(file))} is truncated or damaged"):
-            check_safetensors(tmp_path)

