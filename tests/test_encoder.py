@@ -180,11 +180,6 @@ def test_a_bad_row_names_its_text_and_the_next_attempt_starts_anew(
     assert not list(out_file.parent.glob("*.partial"))
 
 
-def test_no_texts_are_refused(encoder: TextEncoder, out_file: Path) -> None:
-    with pytest.raises(ValueError, match="no texts"):
-        encoder.encode_to_file([], out_file)
-
-
 def test_a_folder_that_cannot_be_written_is_named(encoder: TextEncoder, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(GaCLLMError, match=r"cannot write \S+file.layer_0\.npy: .*artifact_dir"):
@@ -265,9 +260,6 @@ def test_the_prompt_that_an_encoder_needs_goes_before_each_text_and_an_unused_on
 
 def test_a_folder_without_safetensors_is_refused(copied: Path) -> None:
     (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"pytorch_model\.bin is a pickle.*safetensors"):
-        TextEncoder(copied, "float32", 4, "cpu")
-    (copied / "pytorch_model.bin").unlink()
     with pytest.raises(WeightsError, match=r"encoder_model: .*cannot be loaded"):
         TextEncoder(copied, "float32", 4, "cpu")
 
@@ -282,9 +274,7 @@ def test_code_of_a_model_folder_is_not_run(copied: Path, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_folder_and_an_unknown_dtype_are_refused(model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"encoder_model: .*absent is not a folder"):
-        TextEncoder(tmp_path / "absent", "auto", 4)
+def test_an_unknown_dtype_is_refused(model_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"^encoder_dtype='fp8' is unknown; allowed: auto"):
         TextEncoder(model_dir, "fp8", 4)
 

@@ -458,8 +458,6 @@ def test_what_does_not_fit_the_model_or_cannot_be_read_is_refused(
     save_file(weights | {name: torch.zeros(8, 40)}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"does not fit the model.*q_proj.*40.*32, 32"):
         open_generator("transformers", model_dir=tiny_model, adapter_dir=folder)
-    with pytest.raises(ValueError, match=r"window of 513 tokens was asked for, .* is 512"):
-        open_generator("transformers", model_dir=tiny_model, max_model_len=513)
     for file in tiny_model.iterdir():
         data = file.read_bytes()
         (tmp_path / file.name).write_bytes(data[:99] if file.suffix == ".safetensors" else data)

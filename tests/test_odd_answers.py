@@ -16,9 +16,8 @@ from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm import endpoints
 from recbole_gacllm.llm.chat_api import completion_of
 
-from .test_batch import answer_all, fakes, generator, good  # noqa: F401
+from .test_batch import answer_all, fakes, generator, good, tiny_keys  # noqa: F401
 from .test_generator_contract import make_requests
-from .test_pipeline import TINY
 from .test_server import (  # noqa: F401
     _short_pauses,
     connect,
@@ -207,11 +206,6 @@ def test_a_server_that_nobody_vouches_for_is_refused(serve, connect):  # noqa: F
 
 
 # From batch files
-
-
-@pytest.fixture
-def tiny_keys(settings, tiny_model) -> dict:
-    return {**settings, **TINY, "llm_model": str(tiny_model), "sft": False, "llm_n_layers": 2}
 
 
 def test_of_a_batch_with_odd_answers_all_good_ones_are_stored(fakes, generator):  # noqa: F811

@@ -91,15 +91,6 @@ def test_a_finished_description_is_never_changed(path: Path) -> None:
     assert [found[key_of(n)].text for n in (1, 2)] == ["first", "other"]
 
 
-@pytest.mark.parametrize("key", ["", "abc", "G" * 64, "a" * 63 + "A"])
-def test_a_key_that_is_no_hash_is_refused(path: Path, key: str) -> None:
-    bad = Record(key, "x", "ok", "", "stop", 1, 0, 2, 1)
-    with DescriptionStore(path) as store:
-        with pytest.raises(ValueError, match="64 hexadecimal digits"):
-            store.put_many([record_of(1), bad])
-        assert len(store) == 0
-
-
 @pytest.mark.parametrize("n_acknowledged", [5, 100, 400])
 def test_what_a_killed_writer_had_acknowledged_is_all_there(
     path: Path, n_acknowledged: int

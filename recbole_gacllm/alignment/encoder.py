@@ -44,7 +44,7 @@ class TextEncoder:
     """A loaded sentence encoder.
 
     Args:
-        model_dir: A sentence-transformers folder, or a plain Hugging Face folder of an encoder.
+        model_dir: A folder of :func:`.weights.resolve_encoder`, which refuses pickles and code.
         dtype: ``bfloat16``, ``float16``, ``float32``, or ``auto``; see
             :func:`~recbole_gacllm.llm.hardware.resolve_dtype`. Only the transformer runs in it;
             pooling and normalisation are in float32.
@@ -57,7 +57,7 @@ class TextEncoder:
         dim: Width of an embedding.
 
     Raises:
-        ValueError: If ``model_dir`` is no folder, or ``dtype`` is none of the four.
+        ValueError: If ``dtype`` is none of the four.
         WeightsError: If the folder holds no encoder that can be loaded from safetensors.
     """
 
@@ -69,9 +69,6 @@ class TextEncoder:
         device: str = "auto",
         prompt: str | None = None,
     ) -> None:
-        if not model_dir.is_dir():
-            raise ValueError(f"encoder_model: {model_dir} is not a folder")
-        _refuse_pickles(model_dir)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model_dir, self.batch_size = model_dir, batch_size
@@ -109,7 +106,6 @@ class TextEncoder:
             out_file: [len(texts), dim], rows of unit length, or zero for an empty text.
 
         Raises:
-            ValueError: If there are no texts.
             GaCLLMError: If the model gives NaN or zero for a text, or the file cannot be written.
         """
         try:
@@ -120,8 +116,6 @@ class TextEncoder:
     def _encode_to_file(
         self, texts: Sequence[str], out_file: Path, show_progress: bool
     ) -> EncodeStats:
-        if not texts:
-            raise ValueError(f"{out_file}: there are no texts to encode")
         started = time.perf_counter()
         unique = self._longest_first(texts)
         place = {text: number for number, text in enumerate(unique)}
@@ -201,13 +195,3 @@ def _to_float32(_module: object, _inputs: object, features: dict[str, Any]) -> d
         name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in features.items()
     }
-
-
-def _refuse_pickles(model_dir: Path) -> None:
-    """sentence-transformers would read a module's pickle where there is no safetensors file."""
-    for pickle in model_dir.rglob("pytorch_model*.bin"):
-        if not list(pickle.parent.glob("*.safetensors")):
-            raise WeightsError(
-                f"encoder_model: {pickle} is a pickle; only safetensors are read. Take a release "
-                "of this encoder with model.safetensors."
-            )

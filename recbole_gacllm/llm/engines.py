@@ -115,7 +115,7 @@ def open_generator(backend: Backend, **options: Any) -> TextGenerator:
 
     Raises:
         GenerationError: If the engine does not start.
-        ValueError: If the adapter does not fit the model, or the window is longer than the model's.
+        ValueError: If the adapter does not fit the model.
     """
     if backend == "vllm":
         from recbole_gacllm.llm.fleet import Fleet

@@ -46,8 +46,7 @@ class ServerGenerator:
 
     Raises:
         GenerationError: If no endpoint answers, or one refuses the key.
-        ValueError: If an endpoint does not serve the model, the window is too long, or the key
-            cannot be one.
+        ValueError: If an endpoint does not serve the model, or the key cannot be one.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class ServerGenerator:
         timeout_seconds: float = 600.0,
     ) -> None:
         self._chat = ChatTokenizer(model_dir)
-        self._max_model_len = self._chat.context_window(max_model_len)
+        self._max_model_len = max_model_len or self._chat.max_length
         for name in _HTTP_LOGGERS:
             logging.getLogger(name).addFilter(_redacting)
         self._served_model = served_model

@@ -44,7 +44,7 @@ class TransformersGenerator:
 
     Raises:
         GenerationError: If the model cannot be loaded.
-        ValueError: If the adapter does not fit, or the window is longer than the model's.
+        ValueError: If the adapter does not fit.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class TransformersGenerator:
         batch_size: int | None = None,
     ) -> None:
         self._chat = ChatTokenizer(model_dir)
-        self._max_model_len = self._chat.context_window(max_model_len)
+        self._max_model_len = max_model_len or self._chat.max_length
         if adapter_dir is not None:
             check_adapter(model_dir, adapter_dir)
         device = "cuda" if torch.cuda.is_available() else "cpu"
