@@ -93,6 +93,17 @@ def job_of(stage: str, inputs: Path, **more) -> Job:
     return Job(stage=stage, inputs=inputs, **{**parts, **more})
 
 
+def byte_tokenizer(special: tuple[str, ...] = ()) -> Any:
+    """A tokenizer of bytes; special tokens come first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    names = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({name: n for n, name in enumerate(names)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random language model with a tokenizer of bytes."""

@@ -78,14 +78,12 @@ class Lab:
 def save_tiny_encoder(folder: Path) -> Path:
     """A random BERT of one layer with a tokenizer of bytes."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from .conftest import byte_tokenizer
+
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<|pad|>", model_max_length=256
+        tokenizer_object=byte_tokenizer(), pad_token="<|pad|>", model_max_length=256
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)

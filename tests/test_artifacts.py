@@ -396,19 +396,6 @@ def test_a_stage_that_ignores_ctrl_c_is_killed(
     wait_until(lambda: not any(is_alive(int(pid)) for pid in pids), seconds=2)
 
 
-def test_a_stage_is_not_started_by_hand(tmp_path: Path) -> None:
-    write_stage(tmp_path, "pass")
-    result = subprocess.run(
-        [sys.executable, "-m", "tiny_stage", "tiny", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert "started by the pipeline" in result.stderr
-
-
 # Launchers
 
 LAUNCHED = """

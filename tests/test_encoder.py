@@ -274,11 +274,6 @@ def test_code_of_a_model_folder_is_not_run(copied: Path, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_dtype_is_refused(model_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"^encoder_dtype='fp8' is unknown; allowed: auto"):
-        TextEncoder(model_dir, "fp8", 4)
-
-
 def test_progress_is_shown_only_on_request(
     encoder: TextEncoder,
     out_file: Path,

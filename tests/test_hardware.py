@@ -218,7 +218,7 @@ def test_auto_is_float16_on_cards_before_ampere(
     # Asked where nvidia-smi does not know the card.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     assert hardware.resolve_dtype("auto") == expected
-    assert hardware.resolve_dtype("auto", "encoder_dtype", "cuda:0") == expected
+    assert hardware.resolve_dtype("auto", "cuda:0") == expected
     assert hardware.training_dtype("auto") == {"float16": "float32"}.get(expected, expected)
     assert hardware.resolve_dtype("float32") == "float32"
 
@@ -231,7 +231,7 @@ def test_auto_is_bfloat16_where_the_processor_computes_in_it(
     monkeypatch: pytest.MonkeyPatch, flags: str, expected: str
 ) -> None:
     monkeypatch.setattr(Path, "read_text", lambda _self, encoding: f"flags\t\t: fpu {flags}\n")
-    assert hardware.resolve_dtype("auto", "encoder_dtype", "cpu") == expected
+    assert hardware.resolve_dtype("auto", "cpu") == expected
 
 
 def test_transformers_writes_in_float16(tiny_model: Path) -> None:

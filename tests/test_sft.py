@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 
 import recbole_gacllm  # noqa: F401  (hides broken torchvision before transformers is imported)
@@ -33,7 +32,7 @@ from recbole_gacllm.sft.merge import merge
 from recbole_gacllm.sft.processes import finetune_on_all_cards as on_all_cards
 from recbole_gacllm.sft.trainer import Progress, last_checkpoint
 
-from .conftest import fresh_process, our_keys
+from .conftest import byte_tokenizer, fresh_process, our_keys
 
 transformers = pytest.importorskip("transformers")
 
@@ -67,17 +66,12 @@ def one_thread():
 
 
 def make_tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=byte_tokenizer(special),
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=special[1:],
+        additional_special_tokens=[*special[1:]],
     )
     fast.chat_template = TEMPLATE
     return fast

@@ -57,7 +57,6 @@ class TextEncoder:
         dim: Width of an embedding.
 
     Raises:
-        ValueError: If ``dtype`` is none of the four.
         WeightsError: If the folder holds no encoder that can be loaded from safetensors.
     """
 
@@ -72,7 +71,7 @@ class TextEncoder:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model_dir, self.batch_size = model_dir, batch_size
-        self.dtype: torch.dtype = getattr(torch, resolve_dtype(dtype, "encoder_dtype", device))
+        self.dtype: torch.dtype = getattr(torch, resolve_dtype(dtype, device))
         try:
             self._model = SentenceTransformer(
                 str(model_dir),

@@ -127,7 +127,9 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
         return Cleaned(text, "empty")
     if _is_echo(text, context):
         return Cleaned(text, "echo")
-    return Cleaned(text, "loop" if _goes_in_circles(text) else None)
+    rows = Counter(runs(words(text), _LOOP_WORDS))
+    goes_in_circles = max(rows.values(), default=0) >= _LOOP_TIMES
+    return Cleaned(text, "loop" if goes_in_circles else None)
 
 
 def _with_beginning(raw: str, beginning: str) -> str:
@@ -293,11 +295,6 @@ def _request_sentences(request: str) -> list[str]:
 @lru_cache(maxsize=64)
 def _request_words(request: str) -> frozenset[str]:
     return frozenset(words(request))
-
-
-def _goes_in_circles(text: str) -> bool:
-    rows = Counter(runs(words(text), _LOOP_WORDS))
-    return max(rows.values(), default=0) >= _LOOP_TIMES
 
 
 def _padded(text: str) -> str:

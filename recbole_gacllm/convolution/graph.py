@@ -151,9 +151,6 @@ class NeighborLists:
     indptr: npt.NDArray[np.int64]  # [n_nodes + 1], where each node's list starts, and the end
     indices: _Ints  # [indptr[-1]], indices into the tokens of the other side
 
-    def __len__(self) -> int:
-        return len(self.indptr) - 1
-
     def of(self, node: int) -> _Ints:
         """Neighbours of one node, best first; empty if it has none."""
         return self.indices[self.indptr[node] : self.indptr[node + 1]]

@@ -9,7 +9,6 @@ others are generated as ever, from the layer below; other columns are ignored. S
 from __future__ import annotations
 
 import csv
-import dataclasses
 import hashlib
 import json
 import logging
@@ -152,11 +151,6 @@ def in_words(report: ImportReport) -> str:
             f"({_examples(report.unknown, report.n_unknown)})"
         )
     return "; ".join(parts)
-
-
-def manifest_of(report: ImportReport) -> dict[str, Any]:
-    """What a stage's manifest says of an imported layer."""
-    return {"imported": True, **dataclasses.asdict(report)}
 
 
 def _examples(names: list[str], n: int) -> str:

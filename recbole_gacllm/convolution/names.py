@@ -19,7 +19,7 @@ from recbole_gacllm.convolution.neutralize import one_line
 from recbole_gacllm.convolution.templates import compile_template
 from recbole_gacllm.convolution.text import cut_at_word
 
-#: Among the artefacts of a run, beside the folders of its stages.
+#: The file of a run's names among its artefacts, beside the folders of its stages.
 NAMES = "item_names"
 _MAX_CHARS = 200
 
@@ -78,11 +78,6 @@ def read_names(inputs: Path, file: Path | None = None) -> dict[str, str]:
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{file} holds no names of items.")
     return names
-
-
-def names_file_of(folders: Mapping[str, Path]) -> Path | None:
-    """The file of names among a run's artefacts."""
-    return folders.get(NAMES)
 
 
 def names_of_people(features: pd.DataFrame) -> dict[str, str]:

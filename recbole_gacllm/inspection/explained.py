@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from recbole_gacllm.alignment.embeddings import MAX_ROWS
 from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.convolution.layers import Layer, layer_files
-from recbole_gacllm.convolution.names import item_names, names_file_of, read_names
+from recbole_gacllm.convolution.names import NAMES, item_names, read_names
 from recbole_gacllm.convolution.text import read_features
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.inspection.opened import OpenRun
@@ -37,7 +37,7 @@ def names_of_items(run: OpenRun) -> np.ndarray:
     tokens = dataset.field2id_token[dataset.iid_field].tolist()
     folders = run.files.artifacts()
     if "inputs" in folders:
-        names = read_names(folders["inputs"], names_file_of(folders))
+        names = read_names(folders["inputs"], folders.get(NAMES))
     else:
         file = Path(config["data_path"]) / f"{config['dataset']}.item"
         reading = (config["field_separator"], config["encoding"], config["seq_separator"])

@@ -6,7 +6,7 @@ import random
 import textwrap
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,7 +201,10 @@ def quality_lines(layer: LayerQuality) -> Iterator[str]:
                 f"{report['n_truncated']} cut by the length limit"
             )
         yield f"  generated       {report['n_generated']} prompts{others}"
-        yield f"  tokens          {token_line(report)}"
+        yield (
+            f"  tokens          {report['n_prompt_tokens']} in ({report['n_cached_tokens']} from "
+            f"the prefix cache), {report['n_output_tokens']} out, {report['seconds']:.0f} s"
+        )
     for side, quality in layer.sides.items():
         yield from ("", f"  {side}s")
         yield from (f"    {name:<12}  {value}" for name, value in _side_lines(quality))
@@ -212,14 +215,6 @@ def quality_lines(layer: LayerQuality) -> Iterator[str]:
             short = textwrap.shorten(words, _MAX_PRINTED_CHARS, placeholder=" …")
             indent = " " * len(sign)
             yield from textwrap.wrap(short, 96, initial_indent=sign, subsequent_indent=indent)
-
-
-def token_line(report: Mapping[str, Any]) -> str:
-    """Tokens in and out, and seconds."""
-    return (
-        f"{report['n_prompt_tokens']} in ({report['n_cached_tokens']} from the prefix cache), "
-        f"{report['n_output_tokens']} out, {report['seconds']:.0f} s"
-    )
 
 
 def _side_lines(quality: SideQuality) -> Iterator[tuple[str, str]]:

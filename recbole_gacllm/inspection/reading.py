@@ -18,7 +18,7 @@ import pandas as pd
 from recbole_gacllm.artifacts import locate, manifests
 from recbole_gacllm.convolution.graph import NeighborLists, TrainGraph, select_neighbors
 from recbole_gacllm.convolution.layers import SIDES, Kind, Layer, Side, kind_of, layer_files
-from recbole_gacllm.convolution.names import names_file_of, read_names
+from recbole_gacllm.convolution.names import NAMES, read_names
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class RunDescriptions:
         folder = folders.get("descriptions") or folders.get("inputs")
         if folder is None:
             raise ValueError(f"the run of {run} had no texts.")
-        return cls(folder, unfinished, names_file_of(folders))
+        return cls(folder, unfinished, folders.get(NAMES))
 
     def _progress(self) -> Unfinished:
         """How far the stage is."""

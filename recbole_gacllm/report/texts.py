@@ -8,7 +8,7 @@ import numpy as np
 
 from recbole_gacllm.artifacts.locate import RunFiles
 from recbole_gacllm.convolution.layers import Side
-from recbole_gacllm.convolution.names import names_file_of
+from recbole_gacllm.convolution.names import NAMES
 from recbole_gacllm.convolution.text import read_features
 from recbole_gacllm.inspection.reading import RunDescriptions
 
@@ -43,7 +43,7 @@ class Texts:
                 "where they lie now"
             )
         folder = folders.get("descriptions") or folders["inputs"]
-        run = RunDescriptions(folder, names_file=names_file_of(folders))
+        run = RunDescriptions(folder, names_file=folders.get(NAMES))
         arrays = [folders["embeddings"] / f"layer_{at}.npy" for at in range(len(run.layers))]
         embeddings = [np.load(file, mmap_mode="r") for file in arrays if file.is_file()]
         return cls(run, embeddings, _category(files))
