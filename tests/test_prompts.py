@@ -8,26 +8,26 @@ from recbole_gacllm.convolution.prompts import PromptRenderer, PromptTemplates
 SHIPPED = Path(__file__).parents[1] / "properties" / "prompts"
 
 
-def count_words(texts: list[str]) -> list[int]:
+def count_words(texts):
     return [len(text.split()) for text in texts]
 
 
 class Tokenizer:
     """A token is a word between blanks; a chat has ten more."""
 
-    def __init__(self) -> None:
-        self.counted: list[str] = []
+    def __init__(self):
+        self.counted = []
 
-    def count_tokens(self, texts: list[str]) -> list[int]:
+    def count_tokens(self, texts):
         self.counted += texts
         return count_words(texts)
 
-    def encode_chat(self, messages) -> list[int]:
+    def encode_chat(self, messages):
         return [0] * (10 + words(messages))
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path):
     """Prompt files short enough to count by hand."""
     for name, text in {
         "system": "Be brief.",
@@ -44,15 +44,15 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def load(folder: Path, user_noun: str = "person", item_noun: str = "movie") -> PromptTemplates:
+def load(folder, user_noun="person", item_noun="movie"):
     return PromptTemplates.load(folder, user_noun, item_noun)
 
 
-def renderer(folder: Path, max_prompt_tokens: int) -> PromptRenderer:
+def renderer(folder, max_prompt_tokens):
     return PromptRenderer(load(folder), Tokenizer(), max_prompt_tokens)
 
 
-def words(messages) -> int:
+def words(messages):
     return sum(count_words([message["content"] for message in messages]))
 
 

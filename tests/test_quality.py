@@ -1,7 +1,5 @@
 """The figures of a layer on texts whose figures are known, and the command that prints them."""
 
-from __future__ import annotations
-
 import json
 import random
 
@@ -156,7 +154,7 @@ def test_of_imported_layers_it_is_said_how_many_texts_come_from_where(folder, ca
     assert "→ Likes Rain Man and more." in out
 
 
-def refused(argument, capsys) -> str:
+def refused(argument, capsys):
     with pytest.raises(SystemExit) as end:
         main(["audit", str(argument)])
     assert end.value.code == 2

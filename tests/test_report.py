@@ -1,7 +1,5 @@
 """The report: what stands in the page of a run and of a leaderboard, and what it never does."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import gzip
