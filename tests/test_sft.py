@@ -57,14 +57,6 @@ finetune = partial(sft.finetune, seed=3)
 finetune_on_all_cards = partial(on_all_cards, seed=3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_tokenizer():
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     fast = transformers.PreTrainedTokenizerFast(

@@ -107,14 +107,6 @@ class TextEncoder:
         Raises:
             GaCLLMError: If the model gives NaN or zero for a text, or the file cannot be written.
         """
-        try:
-            return self._encode_to_file(texts, out_file, show_progress)
-        except OSError as error:
-            raise disk.cannot_write(out_file, error) from error
-
-    def _encode_to_file(
-        self, texts: Sequence[str], out_file: Path, show_progress: bool
-    ) -> EncodeStats:
         started = time.perf_counter()
         unique = self._longest_first(texts)
         place = {text: number for number, text in enumerate(unique)}
@@ -122,36 +114,39 @@ class TextEncoder:
         rows = np.argsort(places, kind="stable")  # in the order of their texts in `unique`
         sorted_places = places[rows]
         partial = out_file.with_name(out_file.name + ".partial")
-        vectors = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-            partial, "w+", np.float16, (len(texts), self.dim)
-        )
-        bar = tqdm(
-            desc=f"encode {out_file.stem}",
-            total=len(unique),
-            unit="text",
-            disable=not show_progress,
-        )
-        with open(partial, "r+b") as file, bar:
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, SIGBUS later
-                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
-            for start in range(0, len(unique), self.batch_size):
-                encoded = self._encode(unique[start : start + self.batch_size])
-                first, last = np.searchsorted(sorted_places, [start, start + len(encoded)])
-                here = rows[first:last]
-                bad = ~(np.linalg.norm(encoded, axis=1) > 0.5)  # NaN too
-                if bad.any():
-                    row = here[bad[places[here] - start]].min()
-                    raise GaCLLMError(
-                        f"encoder_model: {self.model_dir} in {self.dtype} gives NaN or zero for "
-                        f"text {row} of {out_file}. Set encoder_dtype: float32, or take "
-                        "another encoder."
-                    )
-                vectors[here] = encoded[places[here] - start]
-                bar.update(len(encoded))
-            vectors.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, out_file)
-        disk.sync_folder(out_file.parent)
+        try:
+            vectors = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+                partial, "w+", np.float16, (len(texts), self.dim)
+            )
+            bar = tqdm(
+                desc=f"encode {out_file.stem}",
+                total=len(unique),
+                unit="text",
+                disable=not show_progress,
+            )
+            with open(partial, "r+b") as file, bar:
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, SIGBUS later
+                    os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+                for start in range(0, len(unique), self.batch_size):
+                    encoded = self._encode(unique[start : start + self.batch_size])
+                    first, last = np.searchsorted(sorted_places, [start, start + len(encoded)])
+                    here = rows[first:last]
+                    bad = ~(np.linalg.norm(encoded, axis=1) > 0.5)  # NaN too
+                    if bad.any():
+                        row = here[bad[places[here] - start]].min()
+                        raise GaCLLMError(
+                            f"encoder_model: {self.model_dir} in {self.dtype} gives NaN or zero "
+                            f"for text {row} of {out_file}. Set encoder_dtype: float32, or take "
+                            "another encoder."
+                        )
+                    vectors[here] = encoded[places[here] - start]
+                    bar.update(len(encoded))
+                vectors.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, out_file)
+            disk.sync_folder(out_file.parent)
+        except OSError as error:
+            raise disk.cannot_write(out_file, error) from error
         return EncodeStats(
             n_texts=len(texts),
             n_unique=len(unique),

@@ -15,13 +15,7 @@ from recbole.utils import ModelType
 from scipy import sparse
 from torch import Tensor
 
-from recbole_gacllm.inspection.histories import (
-    Histories,
-    asking_about,
-    no_rule,
-    padded,
-    some,
-)
+from recbole_gacllm.inspection.histories import Histories, asking_about, no_rule, padded, some
 from recbole_gacllm.inspection.opened import OpenRun, trainer_of
 from recbole_gacllm.inspection.parts import Parts, ScoreParts
 from recbole_gacllm.objective.linear import matrix_of, recency_weights

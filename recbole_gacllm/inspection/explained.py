@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -140,15 +139,3 @@ class Explained:
             history[place[value > 0].cpu().numpy()]
             for value, place in zip(values.T, places.T, strict=True)
         ]
-
-
-def require_explainable(model: Any, name: str) -> None:
-    """Refuse a model of which nothing is known but its scores.
-
-    Raises:
-        ValueError: Names the models that can be explained.
-    """
-    if not hasattr(model, "texts"):
-        raise ValueError(
-            f"--explain: {name} has scores only; runs of GaCLLM and TextKNN have more."
-        )

@@ -92,15 +92,10 @@ def training_arguments(
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """One bar with the loss; stops training when the loss is not finite.
-
-    Args:
-        show: The bar.
-    """
+    """One bar with the loss; stops training when the loss is not finite."""
 
     def __init__(self, show: bool) -> None:
         self._show = show
-        self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar, after a resume where the checkpoint ended."""
@@ -123,14 +118,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 f"SFT: the loss is {loss} at update {state.global_step}; "
                 f"lower sft_learning_rate={args.learning_rate} or set llm_dtype: float32"
             )
-        if self._bar is not None:
-            self._bar.update()
-            self._bar.set_postfix(loss=f"{loss:.3f}")
+        self._bar.update()
+        self._bar.set_postfix(loss=f"{loss:.3f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 def last_checkpoint(folder: Path, n_processes: int) -> Path | None:
