@@ -72,9 +72,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 @contextmanager
 def stage_lock(folder: Path) -> Iterator[None]:
-    """Hold a stage folder for this process; others wait here. The folder is made if need be.
-
-    The operating system frees the lock when its holder ends, however it ends.
+    """Hold a stage folder, made if need be; others wait here. A killed holder's lock is free.
 
     Raises:
         ValueError: If the folder cannot be made or written.

@@ -113,11 +113,7 @@ class Answers:
 
     @classmethod
     def read(cls, files: list[Path]) -> Answers:
-        """Index files of answers.
-
-        Raises:
-            ValueError: If a file cannot be read.
-        """
+        """Index files of answers; a ValueError names one that cannot be read."""
         answers = cls(files)
         for number, file in enumerate(files):
             try:

@@ -182,8 +182,7 @@ def select_neighbors(
     of lowest training degree, which tell most about a node; both break ties by that hash.
 
     Raises:
-        ValueError: If the rule is unknown, ``n_neighbors`` is negative, or ``recent`` is asked of a
-            graph without timestamps.
+        ValueError: As :func:`check_rule`, or if ``n_neighbors`` is negative.
     """
     check_rule(graph, rule)
     if n_neighbors < 0:

@@ -85,10 +85,7 @@ class Audience:
 
 
 class RunUsers(Audience):
-    """Users of the run's data, in the blocks of RecBole's test evaluation.
-
-    Args:
-        tokens: Raw tokens; None is all.
+    """Users of the run's data, all or some, in the blocks of RecBole's test evaluation.
 
     Raises:
         ValueError: If the data has no such user.
@@ -162,11 +159,7 @@ class RunUsers(Audience):
 
 
 class NewUsers(Audience):
-    """Users who are known by their histories alone, whoever the run calls by their names.
-
-    Args:
-        run: Of a model that has a rule for them (:func:`.require_rule`).
-    """
+    """Users who are known by their histories alone, whoever the run calls by their names."""
 
     def __init__(self, run: OpenRun, histories: Histories, parts: ScoreParts | None) -> None:
         self._name, self._histories = run.config["model"], histories
@@ -211,15 +204,10 @@ class NewUsers(Audience):
 
 
 def interactions(dataset: Any, lists: bool) -> sparse.csr_array:
-    """The interactions of one part of a split, as ones.
+    """The interactions of one part of a split, as ones: ``[n_users, n_items]``, with padding.
 
-    Args:
-        dataset: RecBole's.
-        lists: Count those in the first item list of a sequential part's users, too: what came
-            after is the target of another row.
-
-    Shapes:
-        result: ``[n_users, n_items]``, with padding.
+    With ``lists`` those in the first item list of a sequential part's users count, too: what came
+    after is the target of another row.
     """
     inter = dataset.inter_feat
     users, items = (inter[name].numpy() for name in (dataset.uid_field, dataset.iid_field))

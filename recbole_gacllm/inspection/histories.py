@@ -192,8 +192,7 @@ def no_rule(name: str, why: str) -> ValueError:
 def asking_about(model: Any, name: str, counts: sparse.csr_array) -> Interaction:
     """Let histories take the place of the training users'; what to ask the model then.
 
-    RecBole's models of :data:`ITEM_BASED` and :data:`AUTOENCODERS` look up a user's items in a
-    matrix, by the user's id.
+    RecBole's models of these two kinds look up a user's items in a matrix, by the user's id.
 
     Shapes:
         counts: ``[B, n_items]``, ones.

@@ -131,11 +131,10 @@ class RunDescriptions:
     def of_run(
         cls, run: Path, unfinished: bool = False, artifact_dir: Path | None = None
     ) -> RunDescriptions:
-        """The descriptions of a run.
+        """The descriptions of a run; of one on raw texts, layer 0.
 
         Args:
-            run: Its ``run.json``, the folder of it, or a ``descriptions-…`` folder. Of a run on raw
-                texts, layer 0.
+            run: Its ``run.json``, the folder of it, or a ``descriptions-…`` folder.
             unfinished: Take a folder whose stage has not finished, too.
             artifact_dir: Where to look for artefacts that were moved away from the run.
 

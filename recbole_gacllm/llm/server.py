@@ -41,8 +41,7 @@ class ServerGenerator:
         concurrency: Requests under way at one endpoint.
         key_variable: Environment variable that holds the API key; not set means no key.
         max_model_len: Longest prompt plus completion in tokens; None is the model's window.
-        patience_seconds: How long no endpoint may answer.
-        timeout_seconds: How long one answer may take.
+        patience_seconds, timeout_seconds: As :class:`.endpoints.Endpoints`.
 
     Raises:
         GenerationError: If no endpoint answers, or one refuses the key.

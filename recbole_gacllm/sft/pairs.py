@@ -43,17 +43,9 @@ def sample_pairs(
     both parts gives a fifth of these, at most ``n_heldout``, to the held-out one. Source: the
     paper's supervised fine-tuning; the number of pairs and the two directions are ours.
 
-    Args:
-        graph: Training edges; at least two have a text at both ends.
-        raw: Layer 0, in the graph's order of nodes.
-        templates: With the two SFT templates.
-        nothing_known: Text of a node without features, by side.
-        n_pairs: Edges to learn from.
-        n_heldout: Further edges for perplexity.
-        seed: Of the draw.
-
     Returns:
-        Pairs to learn and held-out pairs, two for each edge.
+        Pairs to learn, of ``n_pairs`` edges, and held-out pairs, of ``n_heldout`` others; two for
+        each edge.
     """
     told = told_edges(graph, raw, nothing_known)
     order = np.random.default_rng(seed).permutation(graph.n_edges)

@@ -57,11 +57,7 @@ def batch_of_a_process(
 def training_arguments(
     out_dir: Path, options: GaCLLMConfig, seed: int, at_once: int | None = None
 ) -> TrainingArguments:
-    """Trainer's arguments; everything it writes goes to ``out_dir/checkpoints``.
-
-    Raises:
-        ValueError: As :func:`batch_of_a_process`.
-    """
+    """Trainer's arguments; everything it writes goes to ``out_dir/checkpoints``."""
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
     batch_size, accumulation_steps = batch_of_a_process(options, n_processes, at_once)
     args = TrainingArguments(
@@ -167,10 +163,7 @@ def _written_by(checkpoint: Path, n_processes: int) -> int:
     """How many processes wrote a checkpoint, after a check of all that training needs of it.
 
     Trainer writes ``trainer_state.json`` last, in the first process. The others write their random
-    states only.
-
-    Raises:
-        Any of _DAMAGE: If something is missing or is not what was written.
+    states only. Any of ``_DAMAGE`` is raised if something is missing or is not what was written.
     """
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     with safe_open(checkpoint / "adapter_model.safetensors", "pt"):
