@@ -87,17 +87,11 @@ def convolve(tmp_path, templates):
 
     def run(graph, below, generator=None, n_neighbors=3, key=None, temperature=0.0, words=64):
         generator = generator or FakeGenerator()
+        options = options_of(words, temperature, n_neighbors=n_neighbors)
+        key = key or {"model": "fake"}
+        maker = RequestMaker(graph, templates, WordTokenizer(), key, options, 2020)
         with DescriptionStore(tmp_path / "store.sqlite") as store:
-            convolution = Convolution(
-                graph,
-                templates,
-                WordTokenizer(),
-                store,
-                key or {"model": "fake"},
-                lambda: generator,
-                options_of(words, temperature, n_neighbors=n_neighbors),
-                *(2020, False),
-            )
+            convolution = Convolution(maker, store, lambda: generator, False)
             try:
                 return (*convolution.next_layer(below, NOTHING, 1), generator)
             finally:
@@ -180,16 +174,9 @@ def convolution(tmp_path, templates):
     """Makes a convolution whose engine must not be opened, over an empty store."""
 
     def make(graph, tokenizer=None):
-        return Convolution(
-            graph,
-            templates,
-            tokenizer or WordTokenizer(),
-            store,
-            {"model": "fake"},
-            lambda: pytest.fail("an engine was opened"),
-            options_of(),
-            *(2020, False),
-        )
+        key, tokenizer = {"model": "fake"}, tokenizer or WordTokenizer()
+        maker = RequestMaker(graph, templates, tokenizer, key, options_of(), 2020)
+        return Convolution(maker, store, lambda: pytest.fail("an engine was opened"), False)
 
     with DescriptionStore(tmp_path / "store.sqlite") as store:
         yield make

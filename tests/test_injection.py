@@ -329,17 +329,10 @@ def test_the_real_llm_keeps_its_format_and_all_other_nodes_their_texts(tmp_path,
 
     def layer_above(name, titles, jobs):
         graph, below = chain_of(tmp_path, titles, jobs)
+        keys = options(max_prompt_tokens=384, n_new=24)
+        maker = RequestMaker(graph, templates, chat, {"model": "smollm2"}, keys, 1)
         with DescriptionStore(tmp_path / f"{name}.sqlite") as store:
-            convolution = Convolution(
-                graph,
-                templates,
-                chat,
-                store,
-                {"model": "smollm2"},
-                lambda: generator,
-                options(max_prompt_tokens=384, n_new=24),
-                *(1, False),
-            )
+            convolution = Convolution(maker, store, lambda: generator, False)
             nothing = {"user": "nothing", "item": "nothing"}
             above, report = convolution.next_layer(below, nothing, 1)
         assert report.n_from_store == 0  # made anew, beside other prompts

@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 
 import recbole_gacllm.model
-import recbole_gacllm.text_knn
 from recbole_gacllm import run as runner
 from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.artifacts import children, manifests
@@ -73,17 +72,16 @@ def prepare(options, data):
     return TextLayers.load(folders, 2, options.text_source, data.graph, data.seed)
 
 
-def run_with_texts(root, replaced=None, model="GaCLLM"):
+def run_with_texts(root, replaced=None):
     """A finished run of our model in a folder, whose texts were made up; returns its run.json."""
     settings = tiny_settings(write_dataset(root / "data"), root)
     for old, new in (replaced or {}).items():
         for file in (root / "data" / "tiny").iterdir():
             file.write_text(file.read_text("utf-8").replace(old, new), "utf-8")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(root):
-        for module in (recbole_gacllm.model, recbole_gacllm.text_knn):
-            patch.setattr(module, "prepare", prepare)
+        patch.setattr(recbole_gacllm.model, "prepare", prepare)
         keys = {**settings, "topk": [5], "valid_metric": "NDCG@5"}
-        return runner.run(model, "tiny", config_dict=keys).run_file
+        return runner.run("GaCLLM", "tiny", config_dict=keys).run_file
 
 
 def make_board(root, models, n_seeds, **keys):
@@ -325,13 +323,6 @@ def test_a_run_older_than_a_key_is_scored_with_the_keys_default(text_run):
     del config["align_n_nodes"]
     edit(text_run, config=config)
     assert not isinstance(Source.read(text_run).scored, str)
-
-
-def test_a_model_of_texts_alone_is_scored_again_on_its_own_embeddings(tmp_path, monkeypatch):
-    file = run_with_texts(tmp_path, model="TextKNN")
-    monkeypatch.setattr(children, "run_child", refuse)
-    scored = Source.read(file).scored
-    assert not isinstance(scored, str), scored
 
 
 def test_the_runner_records_each_epoch(text_run):

@@ -17,21 +17,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.convolution.cleaning import CleaningContext, clean
-from recbole_gacllm.convolution.graph import TrainGraph
 from recbole_gacllm.convolution.layers import SIDES, Layer, Side
-from recbole_gacllm.convolution.prompts import PromptTemplates
-from recbole_gacllm.convolution.requests import CHUNK, Messages, RequestMaker
+from recbole_gacllm.convolution.requests import CHUNK, RequestMaker
 from recbole_gacllm.convolution.store import DescriptionStore, Record
 from recbole_gacllm.llm.generator import Completion, Request, TextGenerator
-
-if TYPE_CHECKING:  # it loads transformers
-    from recbole_gacllm.llm.chat import ChatTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -59,28 +52,19 @@ class LayerReport:
 
 
 class Convolution:
-    """Makes layer l+1 from layer l, by requests of :class:`.requests.RequestMaker`.
+    """Makes layer l+1 from layer l.
 
     ``open_generator`` loads the engine; it is called only when there is something to generate.
-
-    Raises:
-        ValueError: As ``RequestMaker``.
     """
 
     def __init__(
         self,
-        graph: TrainGraph,
-        templates: PromptTemplates,
-        tokenizer: ChatTokenizer,
+        maker: RequestMaker,
         store: DescriptionStore,
-        generator_key: dict[str, Any],
         open_generator: Callable[[], TextGenerator],
-        options: GaCLLMConfig,
-        seed: int,
         show_progress: bool,
     ) -> None:
-        self.store, self.open_generator = store, open_generator
-        self.maker = RequestMaker(graph, templates, tokenizer, generator_key, options, seed)
+        self.maker, self.store, self.open_generator = maker, store, open_generator
         self._show_progress = show_progress
         self._generator: TextGenerator | None = None
 
@@ -224,16 +208,11 @@ class Convolution:
         report.seconds = round(time.perf_counter() - started, 2)
         return above, report
 
-    def _prompts(
-        self, below: Layer, nothing_known: dict[Side, str], number: int
-    ) -> Iterator[tuple[Side, int, Messages | None]]:
-        return self.maker.prompts(below, nothing_known, number)
-
     def _looked_up(
         self, below: Layer, nothing_known: dict[Side, str], number: int
     ) -> Iterator[tuple[Side, int, Request | None, Record | None]]:
         """Every node's request, if there is something to ask, and its record, if it is stored."""
-        prompts = self._prompts(below, nothing_known, number)
+        prompts = self.maker.prompts(below, nothing_known, number)
         while chunk := list(islice(prompts, CHUNK)):
             requests = [
                 None if messages is None else self.maker.request(messages, number)

@@ -12,6 +12,7 @@ from recbole_gacllm.convolution.graph import TrainGraph
 from recbole_gacllm.convolution.imported import ImportedTexts
 from recbole_gacllm.convolution.layers import Layer, Side
 from recbole_gacllm.convolution.prompts import PromptRenderer, PromptTemplates
+from recbole_gacllm.convolution.requests import RequestMaker
 from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.job import Job
 from recbole_gacllm.llm.engines import open_generator
@@ -112,14 +113,6 @@ def convolution_of(
             backend, model_dir=model_dir, max_model_len=window, **only_of[backend]
         )
 
-    return Convolution(
-        graph,
-        templates_of(options),
-        tokenizer,
-        store,
-        job.generator_key,
-        load,
-        options,
-        job.seed,
-        job.show_progress,
-    )
+    templates = templates_of(options)
+    maker = RequestMaker(graph, templates, tokenizer, job.generator_key, options, job.seed)
+    return Convolution(maker, store, load, job.show_progress)
