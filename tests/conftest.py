@@ -178,6 +178,20 @@ def no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command line says where it ends with code 2, for bad input."""
+    from recbole_gacllm.cli.main import main
+
+    def run(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as end:
+            main(list(map(str, arguments)))
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
 def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A nvidia-smi that knows these cards, first on PATH."""
     folder = tmp_path / "bin"
