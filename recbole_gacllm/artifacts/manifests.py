@@ -107,8 +107,10 @@ def _damaged_manifest(path: Path, reason: str) -> GaCLLMError:
 
 def digests(folder: Path, outputs: Sequence[str]) -> dict[str, str]:
     """SHA-256 of every output by its path in the folder; a folder stands for all files in it."""
-    return {
-        file.relative_to(folder).as_posix(): _digest(file)
+    return {  # weights are large: their hashes are remembered
+        file.relative_to(folder).as_posix(): (
+            hash_file(file) if file.suffix == ".safetensors" else sha256(file)
+        )
         for output in outputs
         for file in sorted(_files(folder / output))
     }
@@ -169,11 +171,6 @@ def _files(output: Path) -> Iterator[Path]:
         yield from (file for file in output.rglob("*") if file.is_file())
     elif output.is_file():
         yield output
-
-
-def _digest(file: Path) -> str:
-    """Weights are large: their hashes are remembered by path, size and time of change."""
-    return hash_file(file) if file.suffix == ".safetensors" else sha256(file)
 
 
 def _require_own(file: Path, key: Mapping[str, Any]) -> None:

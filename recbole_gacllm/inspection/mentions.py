@@ -44,6 +44,7 @@ _PLAIN = str.maketrans(
     | dict(zip("øØłŁđĐðı", "oOlLdDdi", strict=True))
     | {"æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "þ": "th", "Þ": "Th"}
 )
+_ACCENTS = frozenset((*range(10, 37), *range(200, 256)))  # combining classes
 _UMLAUTS = str.maketrans(
     {"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "å": "aa", "Å": "Aa"}
 )
@@ -81,13 +82,9 @@ def fold(text: str) -> str:
     if not text.isascii():
         # Vowel signs of Thai, Hindi or kana are letters, not accents: their classes lie between.
         parted = unicodedata.normalize("NFKD", text)
-        text = "".join(char for char in parted if not _is_accent(unicodedata.combining(char)))
+        text = "".join(char for char in parted if unicodedata.combining(char) not in _ACCENTS)
         text = _HANGUL.sub("\\g<0>\u200b", unicodedata.normalize("NFC", text))
     return text.translate(_PLAIN)
-
-
-def _is_accent(combining_class: int) -> bool:
-    return combining_class >= 200 or 10 <= combining_class <= 36
 
 
 def _read(text: str) -> tuple[list[str], list[int], list[str]]:

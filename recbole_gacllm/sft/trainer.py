@@ -153,10 +153,8 @@ def remove_newer(folder: Path, checkpoint: Path | None) -> None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    def step(checkpoint: Path) -> int:
-        return int(checkpoint.name.rsplit("-", 1)[1])
-
-    return sorted(folder.glob("checkpoint-*"), key=step, reverse=True)
+    checkpoints = folder.glob("checkpoint-*")
+    return sorted(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
 
 
 def _written_by(checkpoint: Path, n_processes: int) -> int:
