@@ -16,6 +16,7 @@ from recbole_gacllm.convolution.convolution import Convolution
 from recbole_gacllm.convolution.graph import TrainGraph
 from recbole_gacllm.convolution.layers import SIDES, Layer, Side
 from recbole_gacllm.convolution.prompts import PromptTemplates
+from recbole_gacllm.convolution.requests import RequestMaker
 from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.inputs import TrainingData, raw_descriptions
 from recbole_gacllm.llm import weights
@@ -155,9 +156,9 @@ class Work:
         share = len(chosen) / sum(len(self.below.tokens[side]) for side in SIDES)
         rendering = Clock(running=False)
 
-        class Part(Convolution):
-            def _prompts(self, *arguments: Any) -> Iterator[Any]:
-                prompts = super()._prompts(*arguments)
+        class Part(RequestMaker):
+            def prompts(self, *arguments: Any) -> Iterator[Any]:
+                prompts = super().prompts(*arguments)
                 while True:
                     with rendering:
                         prompt = next(prompts, None)
@@ -177,7 +178,7 @@ class Work:
             tempfile.TemporaryDirectory() as folder,
             DescriptionStore(Path(folder) / "store.sqlite") as store,
         ):
-            convolution = Part(
+            maker = Part(
                 self.graph,
                 PromptTemplates.load(
                     Path(prompts_dir) if prompts_dir else shipped_path("properties", "prompts"),
@@ -185,13 +186,11 @@ class Work:
                     options.text_item_noun,
                 ),
                 ChatTokenizer(self.model_dir),
-                store,
                 {"model": "benchmark"},
-                lambda: generator,
                 options,
                 self.seed,
-                show_progress=True,
             )
+            convolution = Convolution(maker, store, lambda: generator, show_progress=True)
             _, report = convolution.next_layer(self.below, nothing_known, 1)
         clock.stop()
         return report, clock.less(rendering, 1 - share)

@@ -54,6 +54,7 @@ from recbole_gacllm.convolution.convolution import Convolution  # noqa: E402
 from recbole_gacllm.convolution.graph import TrainGraph  # noqa: E402
 from recbole_gacllm.convolution.layers import SIDES, Layer, Side  # noqa: E402
 from recbole_gacllm.convolution.prompts import PromptTemplates  # noqa: E402
+from recbole_gacllm.convolution.requests import RequestMaker  # noqa: E402
 from recbole_gacllm.convolution.store import DescriptionStore  # noqa: E402
 from recbole_gacllm.llm.chat import ChatTokenizer  # noqa: E402
 from recbole_gacllm.llm.generator import Completion, Request  # noqa: E402
@@ -303,9 +304,9 @@ def convolution_of(
 ) -> Convolution:
     """The stage's own convolution with a stopwatch on its parts."""
 
-    class Watched(Convolution):
-        def _prompts(self, *args: Any) -> Iterator[Any]:
-            return watch.each(f"{part}: rendering", super()._prompts(*args))
+    class Watched(RequestMaker):
+        def prompts(self, *args: Any) -> Iterator[Any]:
+            return watch.each(f"{part}: rendering", super().prompts(*args))
 
     templates = PromptTemplates.load(
         shipped_path("properties", "prompts"), NOUNS["user"], NOUNS["item"]
@@ -321,27 +322,21 @@ def convolution_of(
     }
     options = GaCLLMConfig.from_mapping({**model_defaults(), **keys})
     with watch.step(f"{part}: neighbour choice"):
-        return Watched(
+        maker = Watched(
             graph,
             templates,
-            Timed(
+            Timed(  # type: ignore[arg-type]
                 tokenizer,
                 watch,
                 count_tokens=f"{part}: tokenising",
                 truncate=f"{part}: tokenising",
             ),
-            Timed(  # type: ignore[arg-type]
-                store,
-                watch,
-                get_many=f"{part}: store reads",
-                put_many="store writes",
-            ),
             {"model": "stand-in"},
-            lambda: StandIn(watch),
             options,
             SEED,
-            show_progress=False,
         )
+    timed = Timed(store, watch, get_many=f"{part}: store reads", put_many="store writes")
+    return Convolution(maker, timed, lambda: StandIn(watch), False)  # type: ignore[arg-type]
 
 
 def chats_a_second(
@@ -350,7 +345,7 @@ def chats_a_second(
     """Prompts a second through chat template and tokenizer, which is the engine's work."""
     with DescriptionStore(folder / "unused.sqlite") as store:
         convolution = convolution_of(graph, tokenizer, store, Stopwatch(), "")
-        chats = list(islice(convolution._prompts(below, nothing_known(), 1), N_CHATS))
+        chats = list(islice(convolution.maker.prompts(below, nothing_known(), 1), N_CHATS))
     started = time.perf_counter()
     for chat in chats:
         tokenizer.encode_chat(chat[2])

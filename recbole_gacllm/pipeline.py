@@ -277,7 +277,7 @@ class _Hook:
         key = {
             "texts": [layer.digest() for layer in layers],
             "encoder": weights.fingerprint(encoder),
-            "dtype": resolve_dtype(self._options.encoder_dtype, "encoder_dtype"),
+            "dtype": resolve_dtype(self._options.encoder_dtype),
             "prompt": self._options.encoder_prompt,
             # Not in the digests: rows follow the order of the nodes.
             "order": manifests.fingerprint({side: layers[0].tokens[side] for side in SIDES}),

@@ -33,7 +33,7 @@ from recbole_gacllm import __version__, console
 from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.artifacts import disk, manifests
 from recbole_gacllm.artifacts.launchers import free_port, leave_launcher
-from recbole_gacllm.convolution.names import NAMES, names_file_of
+from recbole_gacllm.convolution.names import NAMES
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.inputs import user_names
 from recbole_gacllm.inspection.leakage import audit_leakage
@@ -275,11 +275,11 @@ def _text_record(
             pairs,
             seed=config["seed"],
             user_names=user_names(config),
-            names_file=names_file_of(folders),
+            names_file=folders.get(NAMES),
         )
         logger.info("leakage audit: %s", json.dumps(record["leakage_audit"]))
     if "descriptions" in folders:
-        descriptions = RunDescriptions(folders["descriptions"], names_file=names_file_of(folders))
+        descriptions = RunDescriptions(folders["descriptions"], names_file=folders.get(NAMES))
         layers = list(layer_qualities(descriptions, _N_SAMPLES, config["seed"]))
         for layer in layers:
             logger.info("descriptions, %s", "\n".join(quality_lines(layer)))

@@ -22,7 +22,7 @@ from typing import Any
 from recbole_gacllm import console
 from recbole_gacllm.artifacts import children, manifests
 from recbole_gacllm.convolution import setup
-from recbole_gacllm.convolution.imported import in_words, manifest_of
+from recbole_gacllm.convolution.imported import in_words
 from recbole_gacllm.convolution.layers import Layer, kind_of, layer_name
 from recbole_gacllm.convolution.neutralize import neutralize
 from recbole_gacllm.convolution.store import DescriptionStore
@@ -109,7 +109,7 @@ def descriptions(folder: Path, job: Job) -> dict[str, Any]:
             if imported is not None and number in imported.layers:
                 layer = imported.fill(number, layer)
                 coverage = imported.report(number, layer.tokens)
-                made = manifest_of(coverage)
+                made = {"imported": True, **dataclasses.asdict(coverage)}
                 logger.info("imported %s", in_words(coverage))
             else:
                 assert convolution is not None

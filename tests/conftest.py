@@ -93,6 +93,17 @@ def job_of(stage: str, inputs: Path, **more) -> Job:
     return Job(stage=stage, inputs=inputs, **{**parts, **more})
 
 
+def byte_tokenizer(special: tuple[str, ...] = ()) -> Any:
+    """A tokenizer of bytes; special tokens come first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    names = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({name: n for n, name in enumerate(names)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random language model with a tokenizer of bytes."""
@@ -164,6 +175,20 @@ def no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"stage {stage} was started in {folder}")
 
     monkeypatch.setattr(children, "run_child", refuse)
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command line says where it ends with code 2, for bad input."""
+    from recbole_gacllm.cli.main import main
+
+    def run(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as end:
+            main(list(map(str, arguments)))
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture

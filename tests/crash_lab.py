@@ -7,8 +7,6 @@ functions as in a real run, with ``fork`` in the place of a new interpreter. It 
 behind before it answers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno
@@ -24,9 +22,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans of a run become ours
 _POLL_SECONDS = 0.001
@@ -35,7 +31,7 @@ _POLL_SECONDS = 0.001
 class Lab:
     """The test's side: a workshop in a process of its own."""
 
-    def __init__(self, log: Path, prefix: Iterable[str] = ()) -> None:
+    def __init__(self, log, prefix=()):
         self._log = open(log, "ab")  # noqa: SIM115  (the workshop's, until it is closed)
         self._process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "tests.crash_lab"],
@@ -45,7 +41,7 @@ class Lab:
             text=True,
         )
 
-    def run(self, keys: dict[str, Any], data: Path, record: Path, **how: Any) -> dict[str, Any]:
+    def run(self, keys, data, record, **how):
         """Run the hook once.
 
         Args:
@@ -66,26 +62,24 @@ class Lab:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         assert line, f"the workshop died; see {self._log.name}"
-        answer: dict[str, Any] = json.loads(line)
+        answer = json.loads(line)
         return answer
 
-    def close(self) -> None:
+    def close(self):
         self._process.kill()
         self._process.communicate()
         self._log.close()
 
 
-def save_tiny_encoder(folder: Path) -> Path:
+def save_tiny_encoder(folder):
     """A random BERT of one layer with a tokenizer of bytes."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from .conftest import byte_tokenizer
+
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<|pad|>", model_max_length=256
+        tokenizer_object=byte_tokenizer(), pad_token="<|pad|>", model_max_length=256
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -101,7 +95,7 @@ def save_tiny_encoder(folder: Path) -> Path:
     return folder
 
 
-def training_data(data: Path) -> Any:
+def training_data(data):
     """All interactions of the data set ``tiny`` as training edges."""
     import pandas as pd
 
@@ -133,7 +127,7 @@ def training_data(data: Path) -> Any:
     )
 
 
-def prepare(keys: dict[str, Any], data: Path) -> None:
+def prepare(keys, data):
     """The hook, as ``GaCLLM.__init__`` calls it."""
     from recbole_gacllm import estimate, pipeline
     from recbole_gacllm.config import GaCLLMConfig, model_defaults
@@ -145,45 +139,45 @@ def prepare(keys: dict[str, Any], data: Path) -> None:
 class _Shared:
     """What a run's processes and the workshop tell each other: memory that forks share."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self._memory = mmap.mmap(-1, 4096)
 
-    def put(self, **values: Any) -> None:
+    def put(self, **values):
         content = json.dumps({**self.get(), **values}).encode().ljust(4096, b" ")
         self._memory[:] = content
 
-    def get(self) -> dict[str, Any]:
+    def get(self):
         text = self._memory[:].decode().strip(" \0")
         try:
-            values: dict[str, Any] = json.loads(text) if text else {}
+            values = json.loads(text) if text else {}
         except ValueError:  # read while it was written
             return {}
         return values
 
-    def clear(self) -> None:
+    def clear(self):
         self._memory[:] = b" " * 4096
 
 
 class _Run:
     """A run's side: events, kills, and forks in the place of new interpreters."""
 
-    def __init__(self, job: dict[str, Any], shared: _Shared) -> None:
+    def __init__(self, job, shared):
         self.shared = shared
         self.root = str(job["keys"]["artifact_dir"])
         self.record = job["record"]
         self.kill = job.get("kill") or {}
         self.full_at = job.get("full_at")
-        self.counts: Counter[str] = Counter()
+        self.counts = Counter()
         self.leader = os.getpid()
         self.stage = "inputs"
 
-    def note(self, kind: str, value: Any) -> None:
+    def note(self, kind, value):
         line = json.dumps([self.stage, kind, value]) + "\n"
         descriptor = os.open(self.record, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(descriptor, line.encode())
         os.close(descriptor)
 
-    def event(self, what: str) -> None:
+    def event(self, what):
         """Something is about to happen on the disk; the moment of an exact kill."""
         name = f"{self.stage}: {what}"
         self.counts[name] += 1
@@ -196,16 +190,16 @@ class _Run:
             self.shared.put(stage=self.stage, event=name)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def enter(self, stage: str) -> None:
+    def enter(self, stage):
         self.stage = stage
         self.counts.clear()
         self.shared.put(stage=stage, child=os.getpid())
 
-    def watch(self) -> None:
+    def watch(self):
         """Make events of all that touches the artefacts."""
         fsync = os.fsync
 
-        def audit(event: str, args: tuple[Any, ...]) -> None:
+        def audit(event, args):
             if event == "open" and isinstance(args[0], (str, os.PathLike)):
                 writes = args[2] & (os.O_WRONLY | os.O_RDWR) if len(args) > 2 else 0
                 if writes:
@@ -213,21 +207,21 @@ class _Run:
             elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
                 self._touch(event[3:], args[1 if event == "os.rename" else 0])
 
-        def synced(descriptor: int) -> None:
+        def synced(descriptor):
             self._touch("sync", os.readlink(f"/proc/self/fd/{descriptor}"))
             fsync(descriptor)
 
         sys.addaudithook(audit)
         os.fsync = synced
 
-    def _touch(self, how: str, path: Any) -> None:
+    def _touch(self, how, path):
         path = os.fspath(path)
         if isinstance(path, str) and path.startswith(self.root) and not path.endswith(".lock"):
             name = os.path.basename(path) if path != self.root else "root"
             name = re.sub(r"[0-9a-f]{16,}", "#", name)
             self.event(f"{how} {re.sub('checkpoint-[0-9]+', 'checkpoint', name)}")
 
-    def fork_stages(self) -> None:
+    def fork_stages(self):
         """Let ``run_child`` fork, and let the stages tell what they generate, learn, encode."""
         from recbole_gacllm import stage
         from recbole_gacllm.alignment.encoder import TextEncoder
@@ -244,21 +238,21 @@ class _Run:
         class Forked:
             """The part of ``subprocess.Popen`` that ``run_child`` needs."""
 
-            def __init__(self, command: list[str], stdin: int, **_: Any) -> None:
-                self.returncode: int | None = None
+            def __init__(self, command, stdin, **_):
+                self.returncode = None
                 self.pid = os.fork()
                 if self.pid == 0:
                     _end(lambda: self._be_a_stage(command, stdin))
                 os.setpgid(self.pid, self.pid)
 
-            def _be_a_stage(self, command: list[str], stdin: int) -> None:
+            def _be_a_stage(self, command, stdin):
                 os.setpgid(0, 0)
                 os.dup2(stdin, 0)
                 os.closerange(3, 1024)
                 run.enter(command[3])
                 stage.main(command[3], Path(command[4]), *command[5:])
 
-            def wait(self) -> int:
+            def wait(self):
                 if self.returncode is None:
                     status = os.waitpid(self.pid, 0)[1]
                     self.returncode = os.waitstatus_to_exitcode(status)
@@ -268,15 +262,15 @@ class _Run:
         class Popen:
             Popen = Forked
 
-        children.subprocess = Popen  # type: ignore[assignment]
+        children.subprocess = Popen
         open_generator = setup.open_generator
 
-        def opened(*args: Any, **keys: Any) -> Any:
+        def opened(*args, **keys):
             generator = open_generator(*args, **keys)
             generate = generator.generate
 
-            def noting(requests: Iterable[Any]) -> Iterator[Any]:
-                def noted() -> Iterator[Any]:
+            def noting(requests):
+                def noted():
                     for request in requests:
                         run.note("request", request.id)
                         yield request
@@ -289,30 +283,30 @@ class _Run:
         setup.open_generator = opened
         put_many = DescriptionStore.put_many
 
-        def putting(store: Any, *arguments: Any) -> Any:
+        def putting(store, *arguments):
             with contextlib.suppress(sqlite3.ProgrammingError):  # closed: it was damaged
                 store._db.set_trace_callback(lambda sql: run.event(f"sql {sql.split()[0]}"))
             return put_many(store, *arguments)
 
-        DescriptionStore.put_many = putting  # type: ignore[method-assign]
+        DescriptionStore.put_many = putting
         on_log = trainer.Progress.on_log
 
-        def logging_update(self: Any, args: Any, state: Any, control: Any, **keys: Any) -> None:
+        def logging_update(self, args, state, control, **keys):
             if "loss" in state.log_history[-1]:  # and not the summary at the end
                 run.note("update", state.global_step)
             on_log(self, args, state, control, **keys)
 
-        trainer.Progress.on_log = logging_update  # type: ignore[method-assign]
+        trainer.Progress.on_log = logging_update
         encode = TextEncoder._encode
 
-        def encoding(self: Any, texts: list[str], *more: Any) -> Any:
+        def encoding(self, texts, *more):
             run.note("encode", len(texts))
             return encode(self, texts, *more)
 
-        TextEncoder._encode = encoding  # type: ignore[method-assign]
+        TextEncoder._encode = encoding
 
 
-def _end(body: Callable[[], None]) -> None:
+def _end(body):
     """Run the body of a forked process and end it, without what the workshop has on its stack."""
     code = 1
     try:
@@ -327,7 +321,7 @@ def _end(body: Callable[[], None]) -> None:
         os._exit(code)
 
 
-def _lead(job: dict[str, Any], shared: _Shared, answer: int) -> None:
+def _lead(job, shared, answer):
     os.setpgid(0, 0)
     with open(os.devnull, "rb") as empty:
         os.dup2(empty.fileno(), 0)
@@ -347,10 +341,10 @@ def _lead(job: dict[str, Any], shared: _Shared, answer: int) -> None:
         sys.exit(1)
 
 
-def _supervise(leader: int, kill: dict[str, Any], shared: _Shared) -> tuple[dict[str, float], bool]:
+def _supervise(leader, kill, shared):
     """Wait for a run's end, or end it; returns the seconds of each stage, and whether it did."""
     killed = False
-    seconds: Counter[str] = Counter()
+    seconds = Counter()
     began = last = time.monotonic()
     stage, entered = "inputs", began
     while os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
@@ -373,7 +367,7 @@ def _supervise(leader: int, kill: dict[str, Any], shared: _Shared) -> tuple[dict
     return dict(seconds), killed
 
 
-def _do(job: dict[str, Any], shared: _Shared) -> dict[str, Any]:
+def _do(job, shared):
     shared.clear()
     Path(job["record"]).write_text("")
     read, write = os.pipe()
@@ -400,7 +394,7 @@ def _do(job: dict[str, Any], shared: _Shared) -> dict[str, Any]:
     return {**answer, "status": "error", **(json.loads(sent) if sent else {"error": "none told"})}
 
 
-def main() -> None:
+def main():
     from recbole_gacllm import pipeline, stage  # noqa: F401  (hides a broken torchvision, so first)
     from recbole_gacllm.alignment import encoder  # noqa: F401
     from recbole_gacllm.llm import chat, transformers_engine  # noqa: F401

@@ -1,29 +1,19 @@
 """What loads a fake engine in a process of its own; light, as each process imports it."""
 
-from __future__ import annotations
-
 import os
 import time
-from pathlib import Path
 
 from recbole_gacllm.errors import GenerationError
-from recbole_gacllm.llm.fleet import Fleet
-from recbole_gacllm.llm.generator import Request
 
 from .fake_generator import FakeGenerator, _hashed_words
 
 
-def _slow_words(request: Request) -> str:
+def _slow_words(request):
     time.sleep(0.01)
     return " ".join([*filter(None, [os.environ.get("NOTE")]), _hashed_words(request)])
 
 
-def load(
-    window: int | None = None,
-    error: Exception | None = None,
-    failure: type[GenerationError] | None = None,
-    room: int = 0,
-) -> FakeGenerator:
+def load(window=None, error=None, failure=None, room=0):
     """A fake engine that takes its time and begins texts with the variable NOTE, if it is set.
 
     With a window larger than ``room`` it does not start (``error``), or fails after nine texts.
@@ -41,7 +31,7 @@ def load(
     )
 
 
-def without_torchvision(folder: Path) -> dict[str, str]:
+def without_torchvision(folder):
     """An environment in which vLLM's own processes import nothing that fails.
 
     PyPI's builds of these do not fit a CPU build of torch; see `compat.hide_broken_torchvision`.
@@ -53,6 +43,6 @@ def without_torchvision(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
-def pids(fleet: Fleet) -> list[int]:
+def pids(fleet):
     """The processes of a fleet."""
     return [member._process.pid or 0 for member in fleet._members]

@@ -1,13 +1,10 @@
 """A text generator without a model, for unit tests of whatever uses one."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
 
 from recbole_gacllm.errors import GenerationError
-from recbole_gacllm.llm.generator import Completion, Request
+from recbole_gacllm.llm.generator import Completion
 
 WORDS = ("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india")
 
@@ -25,22 +22,17 @@ class FakeGenerator:
     """
 
     def __init__(
-        self,
-        window: int = 4,
-        max_model_len: int = 4096,
-        answer: Callable[[Request], str] | None = None,
-        fail_after: int | None = None,
-        failure: type[GenerationError] = GenerationError,
-    ) -> None:
+        self, window=4, max_model_len=4096, answer=None, fail_after=None, failure=GenerationError
+    ):
         self.window = window
         self.max_model_len = max_model_len
         self.answer = answer or _hashed_words
         self.fail_after, self.failure = fail_after, failure
-        self.requests: list[Request] = []
+        self.requests = []
         self.closed = False
         self.n_completed = 0
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def generate(self, requests):
         source = iter(requests)
         while window := list(itertools.islice(source, self.window)):
             self.requests += window
@@ -51,10 +43,10 @@ class FakeGenerator:
                 self.n_completed += 1
                 yield completion
 
-    def close(self) -> None:
+    def close(self):
         self.closed = True
 
-    def _complete(self, request: Request) -> Completion:
+    def _complete(self, request):
         n_prompt = sum(len(message["content"].split()) for message in request.messages)
         n_new = request.sampling.max_new_tokens
         if n_prompt + n_new > self.max_model_len:
@@ -74,7 +66,7 @@ class FakeGenerator:
         )
 
 
-def _hashed_words(request: Request) -> str:
+def _hashed_words(request):
     seed = request.sampling.seed if request.sampling.temperature > 0 else None
     digest = hashlib.sha256(repr((request.messages, seed)).encode()).digest()
     return " ".join(WORDS[byte % len(WORDS)] for byte in digest[: 8 + digest[0] % 16])

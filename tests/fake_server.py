@@ -8,8 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from recbole_gacllm.llm.generator import Request, Sampling
 
@@ -37,17 +36,12 @@ class FakeServer:
     retry_after: str | None = None
     location: str | None = None
 
-    def __init__(
-        self,
-        behaviour: Behaviour | None = None,
-        models: tuple[str, ...] = ("fake",),
-        certificate: Path | None = None,
-    ) -> None:
-        self.behaviour: Behaviour = behaviour or (lambda body: None)
+    def __init__(self, behaviour=None, models=("fake",), certificate=None):
+        self.behaviour = behaviour or (lambda body: None)
         self.models = models
-        self.bodies: list[dict[str, Any]] = []
-        self.answered: list[str] = []
-        self.keys: set[str | None] = set()
+        self.bodies = []
+        self.answered = []
+        self.keys = set()
         self.n_open = self.most_open = 0
         self.lock = threading.Lock()
         fake, generator = self, FakeGenerator(max_model_len=10**6)
@@ -55,14 +49,14 @@ class FakeServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def log_message(self, *arguments: Any) -> None:
+            def log_message(self, *arguments):
                 pass
 
-            def do_GET(self) -> None:
+            def do_GET(self):
                 fake.keys.add(self.headers.get("Authorization"))
                 self.answer(200, {"data": [{"id": name} for name in fake.models]})
 
-            def do_POST(self) -> None:
+            def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with fake.lock:
                     fake.bodies.append(body)
@@ -74,7 +68,7 @@ class FakeServer:
                     with fake.lock:
                         fake.n_open -= 1
 
-            def complete(self, body: dict[str, Any]) -> None:
+            def complete(self, body):
                 told = fake.behaviour(body)
                 if told == "drop":
                     self.close_connection = True
@@ -93,7 +87,7 @@ class FakeServer:
                     self.answer(200, chat_completion(generator, body))
                     fake.answered.append(body["messages"][-1]["content"])
 
-            def trickle(self) -> None:
+            def trickle(self):
                 self.send_response(200)
                 self.send_header("Content-Length", "1000000")
                 self.end_headers()
@@ -101,9 +95,7 @@ class FakeServer:
                     self.wfile.write(b" ")
                     time.sleep(0.05)
 
-            def answer(
-                self, status: int, content: dict[str, Any] | bytes, *headers: tuple[str, str]
-            ) -> None:
+            def answer(self, status, content, *headers):
                 data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 for header in headers:
@@ -117,7 +109,7 @@ class FakeServer:
             daemon_threads = True
             request_queue_size = 64
 
-            def handle_error(self, *arguments: Any) -> None:
+            def handle_error(self, *arguments):
                 pass  # a client that has gone
 
         self._server = Server(("127.0.0.1", 0), Handler)
@@ -129,14 +121,14 @@ class FakeServer:
         self.url = f"{scheme}://127.0.0.1:{self._server.server_port}/v1"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         self._thread.start()
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, *exc_info):
         self.stop()
 
-    def stop(self) -> None:
+    def stop(self):
         """Stop listening; new connections are refused, as after the death of a server."""
         if self._thread.is_alive():
             self._server.shutdown()
@@ -144,7 +136,7 @@ class FakeServer:
         self._server.server_close()
 
 
-def chat_completion(generator: FakeGenerator, body: dict[str, Any]) -> dict[str, Any]:
+def chat_completion(generator, body):
     sampling = Sampling(
         body["max_tokens"], body["temperature"], body["repetition_penalty"], body["seed"]
     )

@@ -1,11 +1,7 @@
 """Adapters on tiny random models of several families: trained, checked, merged, loaded again."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -55,7 +51,7 @@ ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
 
 
-def configs() -> dict[str, Any]:
+def configs():
     """A configuration of each family."""
     t = transformers
     sees_too = {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "hidden_size": 16}
@@ -83,7 +79,7 @@ def configs() -> dict[str, Any]:
     }
 
 
-def make_family(folder: Path, family: str) -> Path:
+def make_family(folder, family):
     """A folder as published: multimodal models whole, experts one by one."""
     torch.manual_seed(0)
     config = configs()[family]
@@ -97,14 +93,14 @@ def make_family(folder: Path, family: str) -> Path:
     return folder
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
+def tensors_of(folder):
+    tensors = {}
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
     return tensors
 
 
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def logits(model, ids):
     with torch.no_grad():
         return model.eval()(ids).logits
 
@@ -123,9 +119,7 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         ),
     ],
 )
-def test_a_family_is_trained_checked_merged_and_loaded_again(
-    tmp_path: Path, family: str, layers: set[str], renamed: bool
-) -> None:
+def test_a_family_is_trained_checked_merged_and_loaded_again(tmp_path, family, layers, renamed):
     base, adapter, merged = (
         make_family(tmp_path / "base", family),
         tmp_path / "adapter",
@@ -155,7 +149,7 @@ def test_a_family_is_trained_checked_merged_and_loaded_again(
     assert (adapted - plain).abs().max() > 0.1
 
 
-def random_adapter(base: Path, folder: Path, **options: Any) -> Path:
+def random_adapter(base, folder, **options):
     """An adapter of peft's own making, with random numbers in all of its matrices."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
@@ -170,14 +164,14 @@ def random_adapter(base: Path, folder: Path, **options: Any) -> Path:
     return folder
 
 
-def merged_by_peft(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def merged_by_peft(base, adapter, dtype):
     """The whole model in float32, merged, and cast."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     return dict(merged.to(dtype).state_dict())
 
 
-def store_as(folder: Path, dtype: torch.dtype, **options: Any) -> Path:
+def store_as(folder, dtype, **options):
     """Store a model anew in another number type, or in several files."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     (folder / "model.safetensors").unlink()
@@ -196,9 +190,7 @@ def store_as(folder: Path, dtype: torch.dtype, **options: Any) -> Path:
     ],
     ids=lambda options: ",".join(options) or "plain",
 )
-def test_merging_file_by_file_gives_the_bytes_of_peft_on_the_whole_model(
-    tmp_path: Path, options: dict[str, Any]
-) -> None:
+def test_merging_file_by_file_gives_the_bytes_of_peft_on_the_whole_model(tmp_path, options):
     base = store_as(make_model(tmp_path / "base"), torch.bfloat16, max_shard_size="10KB")
     assert len(list(base.glob("model-*.safetensors"))) > 2
     adapter = random_adapter(base, tmp_path / "adapter", **options)
@@ -212,14 +204,12 @@ def test_merging_file_by_file_gives_the_bytes_of_peft_on_the_whole_model(
     assert n_changed == (2 if "layers_to_transform" in options else 4)
 
 
-def test_no_more_than_one_file_is_held_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_more_than_one_file_is_held_at_a_time(tmp_path, monkeypatch):
     base = store_as(make_model(tmp_path / "base"), torch.float32, max_shard_size="10KB")
     adapter = random_adapter(base, tmp_path / "adapter")
     held = []
 
-    def save(tensors: dict[str, torch.Tensor], file: Path, **options: Any) -> None:
+    def save(tensors, file, **options):
         held.append(sum(tensor.nbytes for tensor in tensors.values()))
         save_file(tensors, file, **options)
 
@@ -231,7 +221,7 @@ def test_no_more_than_one_file_is_held_at_a_time(
     assert max(held) == max(tensor.nbytes for tensor in tensors_of(base).values())
 
 
-def test_layers_that_store_inputs_by_outputs_are_merged_so(tmp_path: Path) -> None:
+def test_layers_that_store_inputs_by_outputs_are_merged_so(tmp_path):
     config = transformers.GPT2Config(
         vocab_size=259, n_embd=32, n_layer=1, n_head=4, bos_token_id=None, eos_token_id=2
     )
@@ -258,9 +248,7 @@ def test_layers_that_store_inputs_by_outputs_are_merged_so(tmp_path: Path) -> No
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")
-def test_an_adapter_of_more_than_linear_layers_is_refused_with_what_to_do(
-    tmp_path: Path, options: dict[str, Any], named: str
-) -> None:
+def test_an_adapter_of_more_than_linear_layers_is_refused_with_what_to_do(tmp_path, options, named):
     torch.manual_seed(0)
     base = tmp_path / "base"
     transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT)).save_pretrained(base)
@@ -272,7 +260,7 @@ def test_an_adapter_of_more_than_linear_layers_is_refused_with_what_to_do(
     assert "it was trained on" not in str(error.value)
 
 
-def test_what_is_no_lora_adapter_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_lora_adapter_or_a_damaged_one_is_refused(tmp_path):
     base = make_model(tmp_path / "base")
     adapter = random_adapter(base, tmp_path / "adapter")
     file, config_file = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
@@ -291,14 +279,14 @@ def test_what_is_no_lora_adapter_or_a_damaged_one_is_refused(tmp_path: Path) -> 
         check_adapter(base, adapter)
 
 
-def test_an_adapter_of_a_part_that_sees_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_of_a_part_that_sees_is_refused(tmp_path):
     base = make_family(tmp_path / "base", "gemma3")
     adapter = random_adapter(base, tmp_path / "adapter", target_modules=["fc1"])
     with pytest.raises(ValueError, match=r"vision_tower\S* has no linear layer of that name"):
         check_adapter(base, adapter)
 
 
-def test_quantised_weights_get_no_adapter_and_nothing_is_merged_into_them(tmp_path: Path) -> None:
+def test_quantised_weights_get_no_adapter_and_nothing_is_merged_into_them(tmp_path):
     base = make_model(tmp_path / "base")
     adapter = random_adapter(base, tmp_path / "adapter")
     tensors = load_file(base / "model.safetensors")
@@ -316,9 +304,7 @@ def test_quantised_weights_get_no_adapter_and_nothing_is_merged_into_them(tmp_pa
         )
 
 
-def test_targets_are_checked_before_any_weight_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_targets_are_checked_before_any_weight_is_read(tmp_path, monkeypatch):
     base = make_family(tmp_path / "base", "qwen3_moe")
     monkeypatch.setattr(
         transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("read")
@@ -328,7 +314,7 @@ def test_targets_are_checked_before_any_weight_is_read(
         finetune(base, PAIRS, HELDOUT, tmp_path / "run", options)
 
 
-def test_a_model_that_transformers_cannot_load_is_named_with_its_type(tmp_path: Path) -> None:
+def test_a_model_that_transformers_cannot_load_is_named_with_its_type(tmp_path):
     config = transformers.T5Config(vocab_size=259, d_model=16, num_layers=1, num_heads=2)
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"type 't5', which transformers \S+ does not load"):
@@ -336,7 +322,7 @@ def test_a_model_that_transformers_cannot_load_is_named_with_its_type(tmp_path: 
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_5"])
-def test_vllm_takes_the_language_model_of_a_model_that_sees(tmp_path: Path, family: str) -> None:
+def test_vllm_takes_the_language_model_of_a_model_that_sees(tmp_path, family):
     pytest.importorskip("vllm")
     from recbole_gacllm.llm.vllm_engine import text_only_options
 

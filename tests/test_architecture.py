@@ -1,6 +1,7 @@
 """The rooms of the package, who may import whom, how long a module may be: docs/architecture.md."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def room_of(place_or_name: str) -> str:
     return place_or_name.replace(".", "/").partition("/")[0]
 
 
+@functools.cache
 def imported_names(module: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(module.read_text("utf-8"))):

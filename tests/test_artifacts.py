@@ -9,8 +9,8 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -43,36 +43,29 @@ json_values = st.recursive(
 
 
 @given(st.dictionaries(st.text(), json_values))
-def test_a_fingerprint_does_not_depend_on_the_order_of_keys(obj: dict[str, Any]) -> None:
+def test_a_fingerprint_does_not_depend_on_the_order_of_keys(obj):
     assert fingerprint(obj) == fingerprint(dict(reversed(obj.items())))
 
 
-def test_fingerprints_are_stable_across_releases() -> None:
+def test_fingerprints_are_stable_across_releases():
     expected = "43258cff783fe7036d8a43033f830adfc60ec037382473548ac742b888292777"
     assert fingerprint({"b": 2, "a": 1}) == expected  # SHA-256 of {"a":1,"b":2}
 
 
-def test_different_values_have_different_fingerprints() -> None:
-    values: list[Any] = [1, 1.0, True, "1", None, [1], {"1": 1}, "é", "e\u0301"]
+def test_different_values_have_different_fingerprints():
+    values = [1, 1.0, True, "1", None, [1], {"1": 1}, "é", "e\u0301"]
     assert len({fingerprint({"key": value}) for value in values}) == len(values)
 
 
-@pytest.mark.parametrize(
-    ("obj", "where"),
-    [
-        ({"a": {"b": [0, Path("x")]}}, r"a\.b\[1\]"),
-        ({"a": float("nan")}, "a: nan"),
-        ({"a": {1: 2}}, "key 1 is a int"),
-        ({"a": {1, 2}}, "is a set"),
-        ({"a": b"x"}, "is a bytes"),
-    ],
-)
-def test_a_value_that_is_not_json_is_refused_by_its_place(obj: dict[str, Any], where: str) -> None:
-    with pytest.raises(ValueError, match=where):
-        fingerprint(obj)
+@pytest.mark.parametrize("value", [Path("x"), float("nan"), {1, 2}, b"x"])
+def test_a_value_that_is_not_json_is_refused(tmp_path, value):
+    for write in (fingerprint, partial(write_manifest, tmp_path)):
+        with pytest.raises((TypeError, ValueError), match="JSON"):
+            write({"a": {"b": [0, value]}})
+    assert read_manifest(tmp_path) is None
 
 
-def test_a_manifest_comes_back_and_is_json_for_other_programs(tmp_path: Path) -> None:
+def test_a_manifest_comes_back_and_is_json_for_other_programs(tmp_path):
     assert read_manifest(tmp_path) is None
     write_manifest(tmp_path, {"n": 1})
     manifest = {"lone": "\udc80", "text": "é", "n": [1, 2.5, None]}
@@ -83,19 +76,17 @@ def test_a_manifest_comes_back_and_is_json_for_other_programs(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("content", [b'{"n": 1', b"", b"[1]", b"\xff\xfe"])
-def test_a_damaged_manifest_is_named_with_the_next_step(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_manifest_is_named_with_the_next_step(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(GaCLLMError, match=r"manifest\.json is damaged: .*Delete this file"):
         read_manifest(tmp_path)
 
 
-def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomic(path, b"old")
 
-    def full(descriptor: int) -> None:
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(disk.os, "fsync", full)
@@ -105,7 +96,7 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing(
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_kill_between_temporary_file_and_rename_keeps_the_old_file(tmp_path: Path) -> None:
+def test_a_kill_between_temporary_file_and_rename_keeps_the_old_file(tmp_path):
     path = tmp_path / "file"
     write_atomic(path, b"old")
     code = """
@@ -122,9 +113,7 @@ def test_a_kill_between_temporary_file_and_rename_keeps_the_old_file(tmp_path: P
     assert path.read_bytes() == b"newer"
 
 
-def test_a_second_user_of_a_folder_waits_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_second_user_of_a_folder_waits_and_says_so(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     holder = subprocess.Popen(
         [
@@ -140,9 +129,9 @@ def test_a_second_user_of_a_folder_waits_and_says_so(
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
-    order: list[str] = []
+    order = []
 
-    def wait_for_it() -> None:
+    def wait_for_it():
         with stage_lock(tmp_path):
             order.append("second")
 
@@ -157,9 +146,7 @@ def test_a_second_user_of_a_folder_waits_and_says_so(
     assert order == ["first", "second"]
 
 
-def test_a_free_lock_is_taken_silently_and_makes_its_folder(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_free_lock_is_taken_silently_and_makes_its_folder(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     for _ in range(2):
         with stage_lock(tmp_path / "a" / "b"):
@@ -167,7 +154,7 @@ def test_a_free_lock_is_taken_silently_and_makes_its_folder(
     assert "waiting" not in caplog.text
 
 
-def test_a_folder_that_cannot_be_written_names_the_key_and_the_path(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_names_the_key_and_the_path(tmp_path):
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "stage"
     with (
@@ -177,7 +164,7 @@ def test_a_folder_that_cannot_be_written_names_the_key_and_the_path(tmp_path: Pa
         pass
 
 
-def test_an_error_under_the_lock_is_not_taken_for_the_lock_s(tmp_path: Path) -> None:
+def test_an_error_under_the_lock_is_not_taken_for_the_lock_s(tmp_path):
     with pytest.raises(OSError, match=r"^other$"), stage_lock(tmp_path):
         raise OSError("other")
 
@@ -200,31 +187,31 @@ Stage = Callable[[str], None]
 
 
 @pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+def stage(tmp_path, monkeypatch):
     """Runs a body as stage "tiny" in tmp_path / "folder"."""
     (tmp_path / "folder").mkdir()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
 
-    def run(body: str) -> None:
+    def run(body):
         write_stage(tmp_path, body)
         run_child("tiny", tmp_path / "folder", module="tiny_stage")
 
     return run
 
 
-def write_stage(root: Path, body: str) -> None:
+def write_stage(root, body):
     text = STAGE + textwrap.indent(textwrap.dedent(body), "    ")
     (root / "tiny_stage.py").write_text(text)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_until(condition, seconds=30.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
 
 
-def is_alive(pid: int) -> bool:
+def is_alive(pid):
     """Zombies, which wait for an init that reaps, do not count."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
@@ -233,7 +220,7 @@ def is_alive(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_stage_gets_its_name_and_folder_and_runs_to_its_end(tmp_path: Path, stage: Stage) -> None:
+def test_a_stage_gets_its_name_and_folder_and_runs_to_its_end(tmp_path, stage):
     before = dict(os.environ)
     stage("(folder / 'done').write_text(stage + repr(sys.stdin.read()))")
     assert (tmp_path / "folder" / "done").read_text() == "tiny''"
@@ -241,9 +228,7 @@ def test_a_stage_gets_its_name_and_folder_and_runs_to_its_end(tmp_path: Path, st
     assert dict(os.environ) == before
 
 
-def test_a_stage_finds_the_package_from_any_folder(
-    tmp_path: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_finds_the_package_from_any_folder(tmp_path, stage, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     stage("pass")
@@ -259,9 +244,7 @@ def test_a_stage_finds_the_package_from_any_folder(
     ],
     ids=["bad input", "failed stage", "store", "longer than a socket holds"],
 )
-def test_a_stage_s_own_errors_come_back_with_type_and_text(
-    stage: Stage, capfd: pytest.CaptureFixture[str], raised: str, expected: Exception
-) -> None:
+def test_a_stage_s_own_errors_come_back_with_type_and_text(stage, capfd, raised, expected):
     with pytest.raises(type(expected)) as caught:
         stage(f"raise {raised}")
     assert type(caught.value) is type(expected)
@@ -279,8 +262,8 @@ def test_a_stage_s_own_errors_come_back_with_type_and_text(
     ],
 )
 def test_a_full_or_read_only_disk_is_told_with_the_folder_and_the_next_step(
-    tmp_path: Path, stage: Stage, capfd: pytest.CaptureFixture[str], raised: str
-) -> None:
+    tmp_path, stage, capfd, raised
+):
     match = rf"cannot write {re.escape(str(tmp_path / 'folder'))}: .*Free space or rights"
     with pytest.raises(GaCLLMError, match=match):
         stage(f"raise {raised}")
@@ -288,9 +271,7 @@ def test_a_full_or_read_only_disk_is_told_with_the_folder_and_the_next_step(
     assert os.listdir(tmp_path / "folder") == [], "nothing is needed on the disk to tell it"
 
 
-def test_a_defect_in_a_stage_is_a_failed_stage_with_a_traceback(
-    stage: Stage, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_defect_in_a_stage_is_a_failed_stage_with_a_traceback(stage, capfd):
     match = "stage tiny ended with exit code 1: UnicodeDecodeError: .*invalid start byte"
     with pytest.raises(GaCLLMError, match=match):
         stage("b'\\xff'.decode()")
@@ -305,7 +286,7 @@ def test_a_defect_in_a_stage_is_a_failed_stage_with_a_traceback(
         ("os.kill(os.getpid(), signal.SIGKILL)", r"killed by SIGKILL \(out of memory\?\)"),
     ],
 )
-def test_an_end_without_a_word_names_code_or_signal(stage: Stage, body: str, match: str) -> None:
+def test_an_end_without_a_word_names_code_or_signal(stage, body, match):
     with pytest.raises(GaCLLMError, match=match):
         stage(body)
 
@@ -318,14 +299,14 @@ disk.write_atomic(folder / "pids", f"{os.getpid()} {helper.pid}".encode())
 """
 
 
-def test_what_a_crashed_stage_left_running_is_killed(tmp_path: Path, stage: Stage) -> None:
+def test_what_a_crashed_stage_left_running_is_killed(tmp_path, stage):
     with pytest.raises(GaCLLMError, match="SIGKILL"):
         stage(WITH_HELPER + "os.kill(os.getpid(), signal.SIGKILL)")
     helper = int((tmp_path / "folder" / "pids").read_text().split()[1])
     wait_until(lambda: not is_alive(helper), seconds=2)
 
 
-def start_parent(tmp_path: Path, body: str) -> tuple[subprocess.Popen[str], list[int]]:
+def start_parent(tmp_path, body):
     """A parent in run_child, with the pids of its stage and of the stage's helper."""
     write_stage(tmp_path, WITH_HELPER + textwrap.dedent(body))
     folder = tmp_path / "folder"
@@ -356,9 +337,7 @@ BUSY = "import re; re.match('(a+)+b', 'a' * 64)"  # never gives the interpreter 
     [("time.sleep(600)", False), (BUSY, False), ("time.sleep(600)", True)],
     ids=["asleep", "busy interpreter", "killed with its stage"],
 )
-def test_a_stage_and_its_helpers_die_with_a_killed_parent(
-    tmp_path: Path, body: str, with_stage: bool
-) -> None:
+def test_a_stage_and_its_helpers_die_with_a_killed_parent(tmp_path, body, with_stage):
     parent, pids = start_parent(tmp_path, body)
     assert all(is_alive(pid) for pid in pids)
     parent.kill()
@@ -368,7 +347,7 @@ def test_a_stage_and_its_helpers_die_with_a_killed_parent(
     wait_until(lambda: not any(is_alive(pid) for pid in pids), seconds=2)
 
 
-def test_ctrl_c_reaches_the_stage_and_then_the_parent(tmp_path: Path) -> None:
+def test_ctrl_c_reaches_the_stage_and_then_the_parent(tmp_path):
     parent, pids = start_parent(
         tmp_path,
         """
@@ -386,12 +365,10 @@ def test_ctrl_c_reaches_the_stage_and_then_the_parent(tmp_path: Path) -> None:
     wait_until(lambda: not any(is_alive(pid) for pid in pids), seconds=2)
 
 
-def test_a_stage_that_ignores_ctrl_c_is_killed(
-    tmp_path: Path, stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_that_ignores_ctrl_c_is_killed(tmp_path, stage, monkeypatch):
     monkeypatch.setattr(children, "_SECONDS_TO_STOP", 0.2)
 
-    def interrupt_once_it_runs() -> None:
+    def interrupt_once_it_runs():
         wait_until((tmp_path / "folder" / "pids").exists)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -400,19 +377,6 @@ def test_a_stage_that_ignores_ctrl_c_is_killed(
         stage("signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + WITH_HELPER + "time.sleep(600)")
     pids = (tmp_path / "folder" / "pids").read_text().split()
     wait_until(lambda: not any(is_alive(int(pid)) for pid in pids), seconds=2)
-
-
-def test_a_stage_is_not_started_by_hand(tmp_path: Path) -> None:
-    write_stage(tmp_path, "pass")
-    result = subprocess.run(
-        [sys.executable, "-m", "tiny_stage", "tiny", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert "started by the pipeline" in result.stderr
 
 
 # Launchers
@@ -437,9 +401,7 @@ stage.main(*sys.argv[1:2], Path(sys.argv[2]), *sys.argv[3:])
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_a_stage_of_a_run_under_a_launcher_is_the_run_s_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
-) -> None:
+def test_a_stage_of_a_run_under_a_launcher_is_the_run_s_own(tmp_path, monkeypatch, launcher):
     (tmp_path / "launched.py").write_text(LAUNCHED)
     (tmp_path / "fast_stage.py").write_text(FAST_STAGE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
@@ -461,7 +423,7 @@ def test_a_stage_of_a_run_under_a_launcher_is_the_run_s_own(
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_a_stage_started_by_hand_says_who_starts_it(tmp_path: Path) -> None:
+def test_a_stage_started_by_hand_says_who_starts_it(tmp_path):
     command = [sys.executable, "-m", "recbole_gacllm.stage", "sft", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -1,28 +1,25 @@
 """Prompts, counts and cuts of the chat tokenizer."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recbole_gacllm.llm.chat import ChatTokenizer
-from recbole_gacllm.llm.generator import Message, Request, Sampling
+from recbole_gacllm.llm.generator import Request, Sampling
 
-SYSTEM: Message = {"role": "system", "content": "Be brief."}
-USER: Message = {"role": "user", "content": "Hello"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "Hello"}
 
 
 @pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> ChatTokenizer:
+def chat(tiny_model):
     return ChatTokenizer(tiny_model)
 
 
-def rendered(chat: ChatTokenizer, *messages: Message) -> str:
+def rendered(chat, *messages):
     return str(chat._tokenizer.decode(chat.encode_chat(messages)))
 
 
@@ -37,7 +34,7 @@ THINKING = (
 )
 
 
-def test_a_chat_ends_where_the_answer_begins(chat: ChatTokenizer) -> None:
+def test_a_chat_ends_where_the_answer_begins(chat):
     assert rendered(chat, SYSTEM, USER) == "system:Be brief.<|end|>user:Hello<|end|>assistant:"
 
 
@@ -50,9 +47,7 @@ def test_a_chat_ends_where_the_answer_begins(chat: ChatTokenizer) -> None:
     ],
     ids=["none", "no system role", "a model that thinks"],
 )
-def test_every_template_gets_what_it_takes(
-    tiny_model: Path, tmp_path: Path, template: str | None, expected: str
-) -> None:
+def test_every_template_gets_what_it_takes(tiny_model, tmp_path, template, expected):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     file = folder / "chat_template.jinja"
@@ -66,19 +61,17 @@ def test_every_template_gets_what_it_takes(
             chat.encode_chat([SYSTEM])
 
 
-def test_counts_are_of_the_text_alone(chat: ChatTokenizer) -> None:
+def test_counts_are_of_the_text_alone(chat):
     assert chat.count_tokens(["", "abc", "é"]) == [0, 3, 2]
     assert chat.count_tokens([]) == []
 
 
-def test_truncation_keeps_or_drops_a_character_whole(chat: ChatTokenizer) -> None:
+def test_truncation_keeps_or_drops_a_character_whole(chat):
     # One token a byte: é is two, 🎬 is four.
     assert chat.truncate(["aé🎬b"] * 1, 3) == ["aé"]
     assert [chat.truncate(["aé🎬b"], n)[0] for n in range(9)] == [
         *["", "a", "a", "aé", "aé", "aé", "aé", "aé🎬", "aé🎬b"]
     ]
-    with pytest.raises(ValueError, match="max_tokens is -1"):
-        chat.truncate(["a"], -1)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -86,9 +79,7 @@ def test_truncation_keeps_or_drops_a_character_whole(chat: ChatTokenizer) -> Non
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), max_size=5),
     max_tokens=st.integers(0, 30),
 )
-def test_truncated_texts_are_beginnings_that_fit(
-    chat: ChatTokenizer, texts: list[str], max_tokens: int
-) -> None:
+def test_truncated_texts_are_beginnings_that_fit(chat, texts, max_tokens):
     cut = chat.truncate(texts, max_tokens)
     assert all(text.startswith(short) for text, short in zip(texts, cut, strict=True))
     assert all(n <= max_tokens for n in chat.count_tokens(cut))
@@ -96,13 +87,13 @@ def test_truncated_texts_are_beginnings_that_fit(
         assert (short == text) == (n <= max_tokens)
 
 
-def test_special_tokens_are_known_and_left_out_of_decoded_text(chat: ChatTokenizer) -> None:
+def test_special_tokens_are_known_and_left_out_of_decoded_text(chat):
     assert chat.special_tokens == {"<|end|>", "<|pad|>"}
     ids = chat.encode_chat([USER])
     assert chat.decode(ids, []) == "user:Helloassistant:"
 
 
-def test_the_blank_after_a_prompt_is_kept_whatever_the_tokenizer_makes_of_a_first_one() -> None:
+def test_the_blank_after_a_prompt_is_kept_whatever_the_tokenizer_makes_of_a_first_one():
     """A decoder as SentencePiece's drops the blank of the first token that it is given."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
@@ -117,12 +108,12 @@ def test_the_blank_after_a_prompt_is_kept_whatever_the_tokenizer_makes_of_a_firs
     assert chat.decode([3, 4], [0, 1]) == "ing films"
 
 
-def test_every_end_token_the_model_names_stops_a_completion(chat: ChatTokenizer) -> None:
+def test_every_end_token_the_model_names_stops_a_completion(chat):
     assert chat.stop_token_ids == {*range(0, 256, 8), 256}
 
 
-def test_the_window_is_the_configs_and_prompts_are_held_to_it(chat: ChatTokenizer) -> None:
-    assert (chat.max_length, chat.context_window(None), chat.context_window(99)) == (512, 512, 99)
+def test_the_window_is_the_configs_and_prompts_are_held_to_it(chat):
+    assert chat.max_length == 512
     n_prompt = len(chat.encode_chat([USER]))
     request = Request("u7", (USER,), Sampling(10))
     assert len(chat.encode_request(request, n_prompt + 10)) == n_prompt
@@ -130,7 +121,7 @@ def test_the_window_is_the_configs_and_prompts_are_held_to_it(chat: ChatTokenize
         chat.encode_request(request, 29)
 
 
-def test_a_folder_without_tokenizer_or_window_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_or_window_is_refused(tiny_model, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     with pytest.raises(ValueError, match="no config or tokenizer that transformers can read"):
@@ -145,7 +136,7 @@ def test_a_folder_without_tokenizer_or_window_is_refused(tiny_model: Path, tmp_p
 
 
 @pytest.mark.engine
-def test_the_embedded_model_gets_no_system_prompt_of_its_own() -> None:
+def test_the_embedded_model_gets_no_system_prompt_of_its_own():
     from recbole_gacllm.llm.weights import resolve_llm
 
     chat = ChatTokenizer(resolve_llm("embedded"))

@@ -1,7 +1,5 @@
 """A stranger's checkpoint and configuration: weights are read, nothing in them is run."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -30,7 +28,7 @@ class Harm:
         return os.mkdir, ("harmed",)
 
 
-def harmed() -> bool:
+def harmed():
     return Path("harmed").exists()
 
 
@@ -68,7 +66,7 @@ def test_a_run_is_scored_again_without_its_pickle(settings, model, monkeypatch):
         assert scored.test[name].mean() == pytest.approx(value, abs=1e-4)
 
 
-def checkpoint_of(tmp_path: Path, **entries: object) -> Path:
+def checkpoint_of(tmp_path, **entries):
     file = tmp_path / "hostile.pth"
     whole = {"state_dict": OrderedDict(w=torch.ones(2)), "other_parameter": {}, "config": None}
     torch.save({**whole, **entries}, file, pickle_protocol=4)
@@ -101,7 +99,7 @@ def test_weights_that_are_no_tensors_are_refused(tmp_path, entries):
     assert not harmed()
 
 
-def zipped(content: bytes) -> bytes:
+def zipped(content):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("x/data.pkl", content)
@@ -163,7 +161,7 @@ def bpr(settings, tmp_path):
     """A finished run of BPR; gives what reports about it after a change of its run.json."""
     file = runner.run("BPR", "tiny", config_dict=settings).run_file
 
-    def scored(**keys: object) -> object:
+    def scored(**keys):
         record = json.loads(file.read_text())
         changed = {**record, "config": record["config"] | keys}
         file.write_text(json.dumps(changed))

@@ -20,11 +20,11 @@ CIRCLES = "Gaslight is a movie that has been shown to be a movie that has been s
 GOOD = "This viewer loves witty comedies."
 
 
-def cleaned(raw: str, finish_reason: str = "stop") -> Cleaned:
+def cleaned(raw, finish_reason="stop"):
     return clean(raw, finish_reason, CONTEXT)
 
 
-def text_of(raw: str, finish_reason: str = "stop") -> str:
+def text_of(raw, finish_reason="stop"):
     result = cleaned(raw, finish_reason)
     assert result.problem is None, result
     return result.text
@@ -47,7 +47,7 @@ def text_of(raw: str, finish_reason: str = "stop") -> str:
         "Comedies without an end mark",
     ],
 )
-def test_a_good_description_stays_as_it_is(text: str) -> None:
+def test_a_good_description_stays_as_it_is(text):
     assert cleaned(text) == Cleaned(text, None)
 
 
@@ -85,7 +85,7 @@ def test_a_good_description_stays_as_it_is(text: str) -> None:
         f"「{GOOD}」",
     ],
 )
-def test_what_surrounds_a_description_is_removed(raw: str) -> None:
+def test_what_surrounds_a_description_is_removed(raw):
     assert text_of(raw) == GOOD
 
 
@@ -147,7 +147,7 @@ def test_a_title_that_begins_as_a_lead_in_does_stays(title, case):
         ("They like comedy films. They also lo", "They like comedy films. They also lo"),
     ],
 )
-def test_an_answer_is_one_line_that_says_nothing_twice(raw: str, expected: str) -> None:
+def test_an_answer_is_one_line_that_says_nothing_twice(raw, expected):
     assert text_of(raw) == expected
 
 
@@ -176,9 +176,7 @@ def test_an_answer_is_one_line_that_says_nothing_twice(raw: str, expected: str) 
         ("ស្រលាញ់រឿងកំប្លែងខ្ម", "ស្រលាញ់រឿងកំប្លែង…"),
     ],
 )
-def test_a_completion_cut_by_the_limit_ends_at_a_sentence_or_a_word(
-    raw: str, expected: str
-) -> None:
+def test_a_completion_cut_by_the_limit_ends_at_a_sentence_or_a_word(raw, expected):
     assert text_of(raw, "length") == expected
 
 
@@ -208,13 +206,13 @@ SCRIPTS = [
 
 
 @pytest.mark.parametrize(("whole", "begun"), SCRIPTS)
-def test_a_finished_sentence_of_any_script_survives_the_limit(whole: str, begun: str) -> None:
+def test_a_finished_sentence_of_any_script_survives_the_limit(whole, begun):
     assert text_of(whole + begun, "length") == whole
     assert text_of(whole, "stop") == whole
 
 
 @given(data=st.data())
-def test_any_row_of_finished_sentences_survives_any_cut_and_stays_as_it_is(data) -> None:
+def test_any_row_of_finished_sentences_survives_any_cut_and_stays_as_it_is(data):
     whole, begun = data.draw(st.sampled_from(SCRIPTS))
     parts = data.draw(st.lists(st.sampled_from([s[0] for s in SCRIPTS]), unique=True, max_size=3))
     text = " ".join([*(part for part in parts if part != whole), whole])
@@ -226,7 +224,7 @@ def test_any_row_of_finished_sentences_survives_any_cut_and_stays_as_it_is(data)
     assert cleaned(text) == Cleaned(text, None)
 
 
-def test_copies_and_circles_are_found_in_scripts_without_blanks() -> None:
+def test_copies_and_circles_are_found_in_scripts_without_blanks():
     request = "用两句话描述这个人喜欢什么样的电影。"
     context = CleaningContext(
         f"{request}\n这个人：爱看科幻电影和动作电影、战争电影和爱情电影的工程师。", request
@@ -248,21 +246,21 @@ def test_copies_and_circles_are_found_in_scripts_without_blanks() -> None:
     "part",
     [" *a", " **a _b", "`a ", "a, ", "b; b; ", "a… , ", '"a ', "Answer: ", "。”", "กิ "],
 )
-def test_a_long_answer_is_cleaned_in_a_moment(part: str) -> None:
+def test_a_long_answer_is_cleaned_in_a_moment(part):
     numbered = "".join(f"{part}{number % 5000}" for number in range(96_000 // (len(part) + 4)))
     for raw in (part * (96_000 // len(part)), numbered):
         for finish_reason in ("stop", "length"):
             cleaned(raw, finish_reason)
 
 
-def test_what_is_longer_than_the_request_allows_is_cut_as_by_the_limit() -> None:
+def test_what_is_longer_than_the_request_allows_is_cut_as_by_the_limit():
     context = CleaningContext(PROMPT, REQUEST, "", max_chars=60)
     long = f"{GOOD} They like drama. " + "They also like other things a lot. " * 4000
     assert clean(long, "stop", context) == Cleaned(f"{GOOD} They like drama.", None)
 
 
 @pytest.mark.parametrize("raw", ["They like", "They like dra", "Comed", "Well, dra"])
-def test_fewer_than_three_whole_words_are_truncated(raw: str) -> None:
+def test_fewer_than_three_whole_words_are_truncated(raw):
     assert cleaned(raw, "length").problem == "truncated"
 
 
@@ -270,7 +268,7 @@ def test_fewer_than_three_whole_words_are_truncated(raw: str) -> None:
     "raw", ["", " \n ", "...", "1995 (1-2)", "****", "Description:", "- \n- ", "\x00", "🎬🎬"]
 )
 @pytest.mark.parametrize("finish_reason", ["stop", "length"])
-def test_a_completion_without_letters_is_empty(raw: str, finish_reason: str) -> None:
+def test_a_completion_without_letters_is_empty(raw, finish_reason):
     assert cleaned(raw, finish_reason).problem == "empty"
 
 
@@ -290,12 +288,12 @@ def test_a_completion_without_letters_is_empty(raw: str, finish_reason: str) -> 
         ("Toy Stor", None),  # a part of a word is no part of the prompt
     ],
 )
-def test_a_part_of_the_prompt_or_its_request_is_an_echo(raw: str, problem: str | None) -> None:
+def test_a_part_of_the_prompt_or_its_request_is_an_echo(raw, problem):
     assert cleaned(raw).problem == problem
 
 
 @given(st.text(max_size=200), st.sampled_from(["stop", "length"]))
-def test_any_completion_becomes_one_plain_line(raw: str, finish_reason: str) -> None:
+def test_any_completion_becomes_one_plain_line(raw, finish_reason):
     result = cleaned(raw, finish_reason)
     assert result.text == " ".join(result.text.split())
     assert "\x00" not in result.text
@@ -329,20 +327,20 @@ BEGUN = CleaningContext(PROMPT, REQUEST, "This person enjoys")
         ("这个人", "喜欢科幻电影。", "这个人喜欢科幻电影。"),
     ],
 )
-def test_an_answer_goes_on_from_its_beginning(beginning: str, raw: str, expected: str) -> None:
+def test_an_answer_goes_on_from_its_beginning(beginning, raw, expected):
     assert clean(raw, "stop", CleaningContext(PROMPT, REQUEST, beginning)) == Cleaned(
         expected, None
     )
 
 
 @pytest.mark.parametrize("raw", ["", " ", ".", "\n...", " This person enjoys.", " <>"])
-def test_a_beginning_alone_is_empty_and_with_half_a_word_truncated(raw: str) -> None:
+def test_a_beginning_alone_is_empty_and_with_half_a_word_truncated(raw):
     assert clean(raw, "stop", BEGUN).problem == "empty"
     assert clean(" comed", "length", BEGUN).problem == "truncated"
     assert clean(" witty comed", "length", BEGUN) == Cleaned("This person enjoys witty…", None)
 
 
-def test_a_beginning_may_say_what_the_request_says() -> None:
+def test_a_beginning_may_say_what_the_request_says():
     begun = CleaningContext(
         PROMPT, "This person enjoys movies that", "This person enjoys movies that"
     )
@@ -351,7 +349,7 @@ def test_a_beginning_may_say_what_the_request_says() -> None:
     assert again.problem == "echo"
 
 
-def test_what_follows_a_beginning_is_no_copy_of_the_prompt() -> None:
+def test_what_follows_a_beginning_is_no_copy_of_the_prompt():
     copy = " Toy Story (1995): animation, children's, comedy - Heat"
     for beginning in ("This person enjoys", "This person  enjoys", "This *person* enjoys"):
         begun = CleaningContext(PROMPT, REQUEST, beginning)

@@ -4,8 +4,6 @@ one clear error, and nothing lost.
 The engine is deterministic, so a run that goes on must end with the results of an untouched one.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -13,24 +11,18 @@ import random
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from recbole_gacllm.artifacts import children
 from recbole_gacllm.convolution.layers import SIDES, Layer
 from recbole_gacllm.convolution.store import DescriptionStore, Record
-from recbole_gacllm.errors import GaCLLMError, StoreError, WeightsError
-from recbole_gacllm.llm import weights
-from recbole_gacllm.llm.formats import check_safetensors
-from recbole_gacllm.llm.generator import Request
+from recbole_gacllm.errors import GaCLLMError, StoreError
 
 from .conftest import fresh_process, run_stage
-from .crash_lab import Lab, prepare
+from .crash_lab import prepare
 from .fake_generator import FakeGenerator
 from .test_convolution import convolve, graph_of, raw_layer, templates  # noqa: F401  (fixtures)
 from .test_kill_sweep import Folder
@@ -40,7 +32,7 @@ Whole = tuple[dict[str, Any], dict[str, Any], list[list[Any]]]
 
 
 @pytest.fixture
-def folder(place: Path, whole: Whole) -> Iterator[Folder]:
+def folder(place, whole):
     """A copy of the finished artefacts, in the same place, as paths are part of a job."""
     kept = place / "kept"
     if not kept.exists():
@@ -54,22 +46,22 @@ def folder(place: Path, whole: Whole) -> Iterator[Folder]:
     shutil.copytree(kept, place / "whole")
 
 
-def only(folder: Folder, pattern: str) -> Path:
+def only(folder, pattern):
     (file,) = folder.path.glob(pattern)
     return file
 
 
-def flip_a_bit(file: Path) -> None:
+def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-def truncate(file: Path) -> None:
+def truncate(file):
     os.truncate(file, file.stat().st_size * 2 // 3)
 
 
-def forget(folder: Folder, stage: str) -> None:
+def forget(folder, stage):
     """Drop what a test changes from what may never change."""
     folder.manifests = {
         file: text for file, text in folder.manifests.items() if f"/{stage}-" not in str(file)
@@ -95,13 +87,8 @@ def forget(folder: Folder, stage: str) -> None:
 )
 @pytest.mark.slow
 def test_a_damaged_output_is_found_told_and_made_again_and_no_text_is_generated_again(
-    lab: Lab,
-    folder: Folder,
-    whole: Whole,
-    stage: str,
-    output: str,
-    damage: Any,
-) -> None:
+    lab, folder, whole, stage, output, damage
+):
     file = only(folder, f"tiny/{stage}-*/{output}")
     damage(file)
     forget(folder, stage)
@@ -117,11 +104,7 @@ def test_a_damaged_output_is_found_told_and_made_again_and_no_text_is_generated_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["llm_model", "encoder_model", "llm_adapter"])
-def test_truncated_weights_of_the_user_are_named_before_any_stage(
-    lab: Lab,
-    folder: Folder,
-    which: str,
-) -> None:
+def test_truncated_weights_of_the_user_are_named_before_any_stage(lab, folder, which):
     source = {
         "llm_model": folder.place / "model",
         "encoder_model": folder.place / "encoder",
@@ -140,11 +123,8 @@ def test_truncated_weights_of_the_user_are_named_before_any_stage(
 @pytest.mark.slow
 @pytest.mark.parametrize("unfinished", [False, True], ids=["manifest", "half-written folder"])
 def test_a_folder_of_another_configuration_is_refused_by_what_differs(
-    lab: Lab,
-    folder: Folder,
-    whole: Whole,
-    unfinished: bool,
-) -> None:
+    lab, folder, whole, unfinished
+):
     other = only(folder, "tiny/descriptions-*")
     name = "job.json" if unfinished else "manifest.json"
     content = json.loads((other / name).read_text())
@@ -170,10 +150,8 @@ def test_a_folder_of_another_configuration_is_refused_by_what_differs(
 
 @pytest.mark.slow
 def test_a_damaged_page_of_the_store_costs_its_own_rows_and_the_next_start_makes_them_again(
-    lab: Lab,
-    folder: Folder,
-    whole: Whole,
-) -> None:
+    lab, folder, whole
+):
     (only(folder, "tiny/descriptions-*") / "manifest.json").unlink()
     longest = max((row[0] for row in folder.rows.values()), key=len)  # a short one stands anywhere
     damage_page_of(folder.path / "store.sqlite", longest)
@@ -217,11 +195,7 @@ WRITERS = (
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_disk_that_is_full_at_any_writer_is_one_clear_error_and_loses_nothing(
-    place: Path,
-    lab: Lab,
-    whole: Whole,
-) -> None:
+def test_a_disk_that_is_full_at_any_writer_is_one_clear_error_and_loses_nothing(place, lab, whole):
     folder = Folder(place, "full")
     hit = []
     for writer in WRITERS:
@@ -241,7 +215,7 @@ def test_a_disk_that_is_full_at_any_writer_is_one_clear_error_and_loses_nothing(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path):
     """A real file system of a few pages."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -251,7 +225,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def mount(*arguments: str) -> bool:
+def mount(*arguments):
     if shutil.which("mount") is None:
         return False
     return subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
@@ -260,11 +234,8 @@ def mount(*arguments: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_on_a_real_disk_that_grows_too_slowly_every_start_is_a_clear_error_or_a_step_on(
-    place: Path,
-    lab: Lab,
-    whole: Whole,
-    small_disk: Path,
-) -> None:
+    place, lab, whole, small_disk
+):
     folder = Folder(place, "unused")
     folder.path = small_disk / "artifacts"
     folder.keys["artifact_dir"] = str(folder.path)
@@ -297,16 +268,14 @@ def test_on_a_real_disk_that_grows_too_slowly_every_start_is_a_clear_error_or_a_
     assert folder.results() == whole[0]
 
 
-def prepare_here(keys: dict[str, Any], data: Path, log: Path) -> None:
+def prepare_here(keys, data, log):
     logging.basicConfig(level=logging.INFO, filename=log, force=True)
     children.run_child = run_stage
     prepare(keys, data)
 
 
 @pytest.mark.slow
-def test_two_processes_started_on_one_folder_at_once_share_the_work(
-    place: Path, whole: Whole, tmp_path: Path
-) -> None:
+def test_two_processes_started_on_one_folder_at_once_share_the_work(place, whole, tmp_path):
     folder = Folder(place, "shared")
     files = [tmp_path / "1.log", tmp_path / "2.log"]
     runs = [fresh_process(prepare_here, folder.keys, place / "data", log) for log in files]
@@ -329,7 +298,7 @@ def test_two_processes_started_on_one_folder_at_once_share_the_work(
 
 
 @pytest.fixture
-def layer() -> Layer:
+def layer():
     tokens = {"user": [f"u{n}" for n in range(9)], "item": [f"i{n}" for n in range(9)]}
     texts = {
         side: [f"{token} enjoys {random.Random(token).random()} films" for token in tokens[side]]
@@ -338,9 +307,7 @@ def layer() -> Layer:
     return Layer.raw(tokens, texts)
 
 
-def test_no_changed_byte_of_a_layer_file_is_read_as_another_text(
-    layer: Layer, tmp_path: Path
-) -> None:
+def test_no_changed_byte_of_a_layer_file_is_read_as_another_text(layer, tmp_path):
     file = tmp_path / "layer_1.parquet"
     layer.write(file)
     content = file.read_bytes()
@@ -359,7 +326,7 @@ def test_no_changed_byte_of_a_layer_file_is_read_as_another_text(
 
 
 def test_the_text_that_another_run_stored_first_is_the_one_that_counts(convolve, tmp_path):  # noqa: F811
-    def answer(request: Request) -> str:
+    def answer(request):
         first = Record(request.id, "Another run was first.", "ok", "", "stop", 1, 0, 4, 1)
         with DescriptionStore(tmp_path / "store.sqlite") as store:
             store.put_many([first])
@@ -370,9 +337,7 @@ def test_the_text_that_another_run_stored_first_is_the_one_that_counts(convolve,
     assert {text for side in SIDES for text in layer.texts[side]} == {"Another run was first."}
 
 
-def test_a_damaged_store_is_told_by_its_damage_also_to_a_caller_that_writes_once_more(
-    tmp_path: Path,
-) -> None:
+def test_a_damaged_store_is_told_by_its_damage_also_to_a_caller_that_writes_once_more(tmp_path):
     file = tmp_path / "store.sqlite"
     fill(file, 200)
     damage_page_of(file, "description 100 ")
@@ -380,31 +345,3 @@ def test_a_damaged_store_is_told_by_its_damage_also_to_a_caller_that_writes_once
     for _ in range(2):
         with pytest.raises(StoreError, match=r"was damaged .* Start again"):
             store.get_many([key_of(n) for n in range(200)])
-
-
-def test_a_file_of_the_cache_that_changed_without_changing_its_size_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    built = []
-
-    def build(target: Path) -> None:
-        built.append(target)
-        (target / "config.json").write_text("{}")
-
-    for _ in range(2):
-        folder = weights._cached("toy", "llm_model", build)
-    (folder / "config.json").write_text("[]")
-    assert weights._cached("toy", "llm_model", build) == folder
-    assert (folder / "config.json").read_text() == "{}"
-    assert len(built) == 2
-
-
-def test_a_truncated_file_is_found_by_its_header_alone(tmp_path: Path) -> None:
-    file = tmp_path / "model-00002-of-00002.safetensors"
-    save_file({"a": torch.zeros(1000)}, file)
-    check_safetensors(tmp_path)
-    for size in (file.stat().st_size - 1, 20, 0):
-        os.truncate(file, size)
-        with pytest.raises(WeightsError, match=rf"{re.escape(str(file))} is truncated or damaged"):
-            check_safetensors(tmp_path)

@@ -1,18 +1,14 @@
 """Several engines in processes of their own: one stream of requests, deaths, ends."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,10 +25,10 @@ NO_ROOM = MemoryRanOutError("no room for it")
 
 
 @pytest.fixture
-def launch() -> Iterator[Callable[..., Fleet]]:
-    fleets: list[Fleet] = []
+def launch():
+    fleets = []
 
-    def make(*loads: Any, notes: tuple[str, ...] = ()) -> Fleet:
+    def make(*loads, notes=()):
         environments = [{"NOTE": note} for note in notes] or [{}] * len(loads)
         fleets.append(Fleet(list(zip(environments, loads, strict=True))))
         return fleets[-1]
@@ -42,7 +38,7 @@ def launch() -> Iterator[Callable[..., Fleet]]:
         fleet.close()
 
 
-def is_running(pid: int) -> bool:
+def is_running(pid):
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -50,9 +46,9 @@ def is_running(pid: int) -> bool:
     return "zombie" not in Path(f"/proc/{pid}/status").read_text()
 
 
-def check_whole(fleet: Fleet, n: int, kill: int | None = None) -> None:
+def check_whole(fleet, n, kill=None):
     """Every request is answered once, also if an engine is killed after 20 of them."""
-    texts: dict[str, str] = {}
+    texts = {}
     for completion in fleet.generate(make_requests(n)):
         assert completion.id not in texts
         texts[completion.id] = completion.text

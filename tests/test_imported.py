@@ -1,7 +1,5 @@
 """Texts from elsewhere: what a file must hold, what it fills, and a run that uses it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -25,7 +23,7 @@ ROWS = [
 ]
 
 
-def write(file: Path, rows=ROWS, columns=("side", "token", "layer", "text")) -> Path:
+def write(file, rows=ROWS, columns=("side", "token", "layer", "text")):
     frame = pd.DataFrame(rows, columns=list(columns))
     if file.suffix == ".parquet":
         frame.to_parquet(file, index=False)
@@ -34,7 +32,7 @@ def write(file: Path, rows=ROWS, columns=("side", "token", "layer", "text")) -> 
     return file
 
 
-def below() -> Layer:
+def below():
     return Layer.raw(TOKENS, {"user": ["A nurse.", "A cook."], "item": ["Rain.", "Sun.", "Fog."]})
 
 
@@ -152,7 +150,7 @@ def test_a_file_of_another_data_set_or_of_more_layers_is_refused(tmp_path):
         imported.check(TOKENS, 2)
 
 
-def full_import(file: Path, n_layers: int = 1) -> Path:
+def full_import(file, n_layers=1):
     nodes = [("user", f"u{n}") for n in range(24)] + [("item", f"i{n}") for n in range(30)]
     rows = [
         (side, token, layer, f"Curated text {layer} of {token}.")
@@ -272,11 +270,8 @@ def test_the_command_leaves_layers_that_the_file_lacks_to_the_run(settings, tmp_
     ],
 )
 def test_the_command_refuses_a_bad_file_and_layers_that_no_run_can_have(
-    settings, tmp_path, capsys, row, message
+    settings, tmp_path, refusal, row, message
 ):
     file = write(tmp_path / "texts.csv", [row])
     where = f"--data_path={settings['data_path']}"
-    with pytest.raises(SystemExit) as end:
-        main(["import-descriptions", str(file), "--dataset=tiny", where])
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refusal("import-descriptions", file, "--dataset=tiny", where)

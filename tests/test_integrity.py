@@ -1,9 +1,6 @@
 """Finished folders: a check changes nothing, and only what a stage makes is ever removed."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +12,7 @@ OUTPUTS = ["layer_1.parquet", "adapter"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """A finished stage folder among other artefacts."""
     (tmp_path / "inputs-1").mkdir()
     (tmp_path / "inputs-1" / "graph.npz").write_text("graph")
@@ -28,11 +25,11 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def write_manifest(folder: Path, files: object) -> None:
+def write_manifest(folder, files):
     manifests.write_manifest(folder, {"stage": "x", "key": KEY, "files": files})
 
 
-def names(root: Path) -> set[str]:
+def names(root):
     return {str(path.relative_to(root)) for path in root.rglob("*")}
 
 

@@ -6,8 +6,6 @@ alone, some its stage alone, some all at once. transformers in float32 is determ
 interrupted run must end with the bytes of one that was not.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -17,8 +15,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -26,8 +22,6 @@ import pytest
 from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.artifacts.manifests import read_manifest
 from recbole_gacllm.convolution.layers import Layer
-
-from .crash_lab import Lab
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -61,18 +55,18 @@ TINY = {
 class Folder:
     """An artefact folder under test, and what may never change in it."""
 
-    def __init__(self, place: Path, name: str) -> None:
+    def __init__(self, place, name):
         self.place, self.path = place, place / name
         self.keys = TINY | {
             "llm_model": str(place / "model"),
             "encoder_model": str(place / "encoder"),
             "artifact_dir": str(self.path),
         }
-        self.rows: dict[str, tuple[Any, ...]] = {}
-        self.manifests: dict[Path, bytes] = {}
+        self.rows = {}
+        self.manifests = {}
         self.may_train_again = False
 
-    def run(self, lab: Lab, **how: Any) -> tuple[dict[str, Any], list[list[Any]]]:
+    def run(self, lab, **how):
         """Run the hook once; hold it to what was finished before."""
         record = self.place / "record.jsonl"
         checkpoint = self._checkpoint()
@@ -86,7 +80,7 @@ class Folder:
         self._check()
         return answer, lines
 
-    def _checkpoint(self) -> int:
+    def _checkpoint(self):
         """Updates of the last complete checkpoint."""
         steps = [0]
         for state in self.path.glob("tiny/sft-*/checkpoints/checkpoint-*/trainer_state.json"):
@@ -96,7 +90,7 @@ class Folder:
                 continue
         return max(steps)
 
-    def _check(self) -> None:
+    def _check(self):
         rows = stored(self.path, self.place / "scratch")
         assert rows.items() >= self.rows.items(), "a finished description was lost or changed"
         self.rows = rows
@@ -109,16 +103,16 @@ class Folder:
             digests = manifests.digests(file.parent, OUTPUTS[manifest["stage"]])
             assert digests == manifest["files"], "a finished stage is not what its manifest says"
 
-    def results(self) -> dict[str, Any]:
+    def results(self):
         """All that the stages made, by name: bytes, or what a layer says."""
-        results: dict[str, Any] = {}
+        results = {}
         for stage, outputs in OUTPUTS.items():
             (folder,) = self.path.glob(f"tiny/{stage}-*")
             for name in manifests.digests(folder, outputs):
                 file = folder / name
                 if file.suffix == ".parquet":
                     layer = Layer.read(file)
-                    content: Any = (layer.tokens, layer.texts, layer.statuses, layer.reasons)
+                    content = (layer.tokens, layer.texts, layer.statuses, layer.reasons)
                 else:
                     content = file.read_bytes()
                 results[f"{folder.name}/{name}"] = content
@@ -135,7 +129,7 @@ class Folder:
         return results
 
 
-def stored(artifact_dir: Path, scratch: Path) -> dict[str, tuple[Any, ...]]:
+def stored(artifact_dir, scratch):
     """The rows of the store, read from a copy: looking must not repair what a kill left."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -152,7 +146,7 @@ def stored(artifact_dir: Path, scratch: Path) -> dict[str, tuple[Any, ...]]:
     return rows
 
 
-def plan(answer: dict[str, Any], lines: list[list[Any]], draw: random.Random) -> list[list[dict]]:
+def plan(answer, lines, draw):
     """Kills for each of several runs, in the order in which they can happen.
 
     First exact moments, of kinds drawn from all that the whole run had, then random times.
@@ -168,7 +162,7 @@ def plan(answer: dict[str, Any], lines: list[list[Any]], draw: random.Random) ->
     must.update(draw.sample(others, N_EXACT - len(must)))
     chosen = [name for name in names if name in must]
     n_runs = -(-len(chosen) // KILLS_A_RUN)
-    runs: list[list[dict[str, Any]]] = []
+    runs = []
     for number in range(n_runs):
         here = chosen[number::n_runs]
         stages = [name.split(":")[0] for name in here]
@@ -200,13 +194,11 @@ def plan(answer: dict[str, Any], lines: list[list[Any]], draw: random.Random) ->
     return runs
 
 
-def test_kills_at_exact_and_at_random_moments_lose_change_and_repeat_nothing(
-    place: Path, lab: Lab, whole: tuple[dict[str, Any], dict[str, Any], list[list[Any]]]
-) -> None:
+def test_kills_at_exact_and_at_random_moments_lose_change_and_repeat_nothing(place, lab, whole):
     results, answer, lines = whole
-    hits: Counter[str] = Counter()
+    hits = Counter()
 
-    def enough() -> bool:
+    def enough():
         at_random = {name: n for name, n in hits.items() if name.endswith("at a random time")}
         of_long = (hits[f"{s} at a random time"] for s in ("sft", "descriptions", "embeddings"))
         n_random = sum(at_random.values())
@@ -246,16 +238,14 @@ prepare(json.loads(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
-def _is_there(folder: Path, pattern: str) -> bool:
+def _is_there(folder, pattern):
     try:
         return any(folder.glob(pattern))
     except FileNotFoundError:  # a folder that the run removed while it was searched
         return False
 
 
-def test_real_processes_killed_in_a_stage_leave_nothing_behind_and_end_the_same(
-    place: Path, lab: Lab, whole: tuple[dict[str, Any], dict[str, Any], list[list[Any]]]
-) -> None:
+def test_real_processes_killed_in_a_stage_leave_nothing_behind_and_end_the_same(place, lab, whole):
     """Only the run is killed: its stage and all that this started must die with it."""
     folder = Folder(place, "real")
     draw = random.Random(4)

@@ -1,7 +1,5 @@
 """The knowledge step: layer 1 from each node's own text alone, the convolution above it."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from pathlib import Path
@@ -35,7 +33,7 @@ SHIPPED = shipped_path("properties", "prompts")
 CHAT = ({"role": "user", "content": "Describe it."},)
 
 
-def maker_of(n_tokens: int, **keys) -> RequestMaker:
+def maker_of(n_tokens, **keys):
     options = our_keys(
         llm_knowledge_tokens=n_tokens,
         llm_max_new_tokens=30,
@@ -48,7 +46,7 @@ def maker_of(n_tokens: int, **keys) -> RequestMaker:
     )
 
 
-def contents(maker: RequestMaker, below: Layer, number: int) -> dict[str, str]:
+def contents(maker, below, number):
     """Node -> the question that is asked of it."""
     prompts = maker.prompts(below, NOTHING, number)
     return {f"{side} {node}": chat[1]["content"] for side, node, chat in prompts if chat}

@@ -1,7 +1,5 @@
 """Names that files give stay in their folder, moved artefacts are found, readers only read."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil
@@ -23,7 +21,7 @@ from .test_cli import described  # noqa: F401
 from .test_export import embeddings  # noqa: F401
 
 
-def snapshot(root: Path) -> dict[str, tuple[int, bytes]]:
+def snapshot(root):
     """All files below a folder: when they were changed, and their content."""
     return {
         str(path.relative_to(root)): (path.lstat().st_mtime_ns, path.read_bytes())
@@ -79,7 +77,7 @@ def run(described, tmp_path):  # noqa: F811
     return file
 
 
-def commands(run: Path, out: Path) -> list[list[str]]:
+def commands(run, out):
     """Those that show the descriptions of a run, but for ``report``: see test_report.py."""
     return [
         ["audit", str(run)],
@@ -138,7 +136,7 @@ def test_artefacts_beside_the_run_are_found_and_lost_ones_keep_their_name(tmp_pa
     }
 
 
-def write_job(folder: Path, **entries: object) -> None:
+def write_job(folder, **entries):
     file = folder / "job.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 

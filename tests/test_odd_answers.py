@@ -1,7 +1,5 @@
 """Answers that are none, too long, too slow or from elsewhere: one request fails, not the rest."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -16,9 +14,8 @@ from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm import endpoints
 from recbole_gacllm.llm.chat_api import completion_of
 
-from .test_batch import answer_all, fakes, generator, good  # noqa: F401
+from .test_batch import answer_all, fakes, generator, good, tiny_keys  # noqa: F401
 from .test_generator_contract import make_requests
-from .test_pipeline import TINY
 from .test_server import (  # noqa: F401
     _short_pauses,
     connect,
@@ -29,7 +26,7 @@ from .test_server import (  # noqa: F401
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3}
 
 
-def answer(content: object = "A calm film.", reason: object = "stop", **usage: object) -> dict:
+def answer(content="A calm film.", reason="stop", **usage):
     choice = {"message": {"content": content}, "finish_reason": reason}
     return {"choices": [choice], "usage": {**USAGE, **usage}}
 
@@ -68,7 +65,7 @@ names = pytest.mark.parametrize("odd", ODD, ids=lambda odd: repr(odd)[:60])
 
 
 @names
-def test_what_is_no_completion_is_a_value_error_and_nothing_else(odd: object) -> None:
+def test_what_is_no_completion_is_a_value_error_and_nothing_else(odd):
     with pytest.raises(ValueError, match="an answer that"):
         completion_of("a", odd)
 
@@ -85,7 +82,7 @@ JSON = st.recursive(
 
 
 @given(content=JSON, usage=JSON, choices=JSON)
-def test_any_json_is_a_completion_or_a_value_error(content, usage, choices) -> None:
+def test_any_json_is_a_completion_or_a_value_error(content, usage, choices):
     for odd in (answer(content), {**answer(), "usage": usage}, {**answer(), "choices": choices}):
         try:
             made = completion_of("a", odd)
@@ -96,7 +93,7 @@ def test_any_json_is_a_completion_or_a_value_error(content, usage, choices) -> N
         assert all(0 <= n < 2**31 for n in (record.n_prompt_tokens, record.n_output_tokens))
 
 
-def test_a_content_of_parts_is_their_text_and_none_is_empty() -> None:
+def test_a_content_of_parts_is_their_text_and_none_is_empty():
     parts = [
         {"type": "thinking", "thinking": "Hm."},
         {"type": "text", "text": "A calm "},
@@ -110,11 +107,11 @@ def test_a_content_of_parts_is_their_text_and_none_is_empty() -> None:
 # From servers
 
 
-def poison(n: int = 7) -> str:
+def poison(n=7):
     return make_requests(12)[n].messages[-1]["content"]
 
 
-def is_poison(body: dict) -> bool:
+def is_poison(body):
     return body["messages"][-1]["content"] == poison()
 
 
@@ -207,11 +204,6 @@ def test_a_server_that_nobody_vouches_for_is_refused(serve, connect):  # noqa: F
 
 
 # From batch files
-
-
-@pytest.fixture
-def tiny_keys(settings, tiny_model) -> dict:
-    return {**settings, **TINY, "llm_model": str(tiny_model), "sft": False, "llm_n_layers": 2}
 
 
 def test_of_a_batch_with_odd_answers_all_good_ones_are_stored(fakes, generator):  # noqa: F811

@@ -183,19 +183,19 @@ def test_planted_held_out_interactions_leave_no_trace_after_a_real_split(
     plant_split(dataset_root)
     planted = {**keys, "benchmark_filename": ["train", "valid", "test"]}
     learnt, prompts = [], []
-    sample, key_of = pairs.sample_pairs, RequestMaker.key
+    sample, request_of = pairs.sample_pairs, RequestMaker.request
 
     def sampling(*args):
         for part in sample(*args):
             learnt.extend(part)
         return sample(*args)
 
-    def keying(self, messages, number):
+    def asking(self, messages, number):
         prompts.append("\n".join(message["content"] for message in messages))
-        return key_of(self, messages, number)
+        return request_of(self, messages, number)
 
     monkeypatch.setattr("recbole_gacllm.stage.sample_pairs", sampling)
-    monkeypatch.setattr(RequestMaker, "key", keying)
+    monkeypatch.setattr(RequestMaker, "request", asking)
     done = run("GaCLLM", "tiny", config_dict=planted)
 
     folders = {stage: Path(path) for stage, path in done.record["artifacts"].items()}

@@ -4,15 +4,12 @@ RecBole's environment cannot hold the Ray that the job needs. The tests on a Ray
 interpreter that GACLLM_RAY_PYTHON names, of an environment with convolution/ray_requirements.txt.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -109,15 +106,15 @@ def test_a_folder_without_shards_says_where_they_come_from(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _no_long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_long_pauses(monkeypatch):
     monkeypatch.setattr(job, "_FIRST_PAUSE", 0.01)
 
 
-def ask(servers: list[FakeServer], n: int, in_flight: int = 4) -> list[dict]:
+def ask(servers, n, in_flight=4):
     pytest.importorskip("aiohttp")
     endpoints = job.Endpoints([server.url for server in servers], in_flight)
 
-    async def stage() -> list[str]:
+    async def stage():
         async with endpoints() as session:
             sent = [
                 session.post(servers[0].url, headers={}, data=json.dumps(payload(number)))
@@ -133,11 +130,11 @@ def ask(servers: list[FakeServer], n: int, in_flight: int = 4) -> list[dict]:
     return [json.loads(line) for line in asyncio.run(stage())]
 
 
-def number_of(body: dict) -> int:
+def number_of(body):
     return int(body["messages"][-1]["content"].removeprefix("node "))
 
 
-def payload(number: int) -> dict:
+def payload(number):
     body = {**BODY, "messages": [{"role": "user", "content": f"node {number}"}]}
     return {"custom_id": str(number), "body": json.dumps(body)}
 
@@ -212,14 +209,14 @@ RAY_PYTHON = os.environ.get("GACLLM_RAY_PYTHON", sys.executable)
 
 
 @pytest.fixture(scope="module")
-def _ray() -> None:
+def _ray():
     check = "import ray, ray.data.llm as llm; assert llm.build_processor"
     if subprocess.run([RAY_PYTHON, "-c", check], capture_output=True).returncode:
         pytest.skip("no ray[llm]: set GACLLM_RAY_PYTHON to an interpreter that has it")
 
 
 @contextmanager
-def started(root: Path, servers: list[FakeServer]) -> Iterator[subprocess.Popen]:
+def started(root, servers):
     command = [RAY_PYTHON, str(FOLDER / "ray_describe.py"), "--input", "batch", "--output", "out"]
     for server in servers:
         command += ["--endpoint", server.url]
@@ -236,7 +233,7 @@ def started(root: Path, servers: list[FakeServer]) -> Iterator[subprocess.Popen]
         end(process)
 
 
-def end(job: subprocess.Popen) -> None:
+def end(job):
     """Kill a job, and what Ray leaves of its cluster: nobody asks or writes anything after this."""
     cluster = psutil.Process(job.pid).children(recursive=True) if job.poll() is None else []
     job.kill()
@@ -248,21 +245,21 @@ def end(job: subprocess.Popen) -> None:
     psutil.wait_procs(cluster, timeout=60)
 
 
-def wait_for_answers(root: Path, n_files: int, process: subprocess.Popen) -> None:
+def wait_for_answers(root, n_files, process):
     while len(list((root / "out").glob("*.jsonl"))) < n_files:
         assert process.poll() is None, (root / "ray.log").read_text()[-3000:]
         time.sleep(0.05)
 
 
 @pytest.fixture
-def exported(tmp_path) -> list[str]:
+def exported(tmp_path):
     names = [f"{number:064x}" for number in range(96)]
     lines = [request_line(name, json.loads(payload(n)["body"])) for n, name in enumerate(names)]
     write_shards(tmp_path / "batch", 1, lines, 40)
     return names
 
 
-def all_answers(root: Path) -> list[str]:
+def all_answers(root):
     lines = [json.loads(line) for file in (root / "out").glob("*.jsonl") for line in file.open()]
     return [line["custom_id"] for line in lines if line["error"] is None]
 

@@ -1,7 +1,5 @@
 """The report in a real browser: headless Chromium opens the file and uses it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,13 +1,10 @@
 """The report shows what strangers wrote as text: no element, attribute or folder comes from it."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
 
 import pytest
-from jinja2 import Environment
 
 from recbole_gacllm.report import page
 from recbole_gacllm.report.folders import paths_with_blanks, without_folders
@@ -134,7 +131,7 @@ def test_nothing_that_a_stranger_wrote_becomes_an_element_or_an_attribute(pages,
 def test_without_autoescape_it_would(pages, run, board, tmp_path, monkeypatch):
     engine = page._environment
 
-    def careless(*arguments) -> Environment:
+    def careless(*arguments):
         environment = engine(*arguments)
         environment.autoescape = False
         return environment

@@ -1,7 +1,5 @@
 """Endpoints that fail, die, refuse and come back; the contract itself is tested with the others."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -9,10 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -22,7 +18,6 @@ from recbole_gacllm.artifacts.launchers import free_port
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm import endpoints
 from recbole_gacllm.llm.engines import choose_backend
-from recbole_gacllm.llm.generator import TextGenerator
 from recbole_gacllm.llm.server import ServerGenerator
 
 from .fake_engine import without_torchvision
@@ -37,27 +32,27 @@ from .test_generator_contract import (
 
 
 @pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_pauses(monkeypatch):
     monkeypatch.setattr(endpoints, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(endpoints, "_LONGEST_PAUSE", 0.05)
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., FakeServer]]:
+def serve():
     with ExitStack() as stack:
         yield lambda *arguments, **options: stack.enter_context(FakeServer(*arguments, **options))
 
 
 @pytest.fixture
-def connect(tiny_model: Path) -> Callable[..., TextGenerator]:
-    def make(*servers: FakeServer, **options: Any) -> TextGenerator:
+def connect(tiny_model):
+    def make(*servers, **options):
         urls = [server.url for server in servers]
         return ServerGenerator(tiny_model, urls, "fake", **{"concurrency": 4, **options})
 
     return make
 
 
-def expected_texts(n: int) -> dict[str, str]:
+def expected_texts(n):
     return texts_of(FakeGenerator().generate(make_requests(n)))
 
 
@@ -255,10 +250,10 @@ def test_requests_carry_the_sampling_and_the_name_of_model_or_adapter(serve, tin
 
 
 def test_an_endpoint_that_fails_is_tried_less_and_less_often(serve, connect, monkeypatch):
-    pauses: list[float] = []
+    pauses = []
     sleep = endpoints.asyncio.sleep
 
-    async def recording(seconds: float) -> None:
+    async def recording(seconds):
         pauses.append(seconds)
         await sleep(0)
 
@@ -332,7 +327,7 @@ def test_a_real_server_says_what_transformers_says_though_an_endpoint_dies(serve
     assert texts == {c.id: (c.text, c.n_output_tokens) for c in reference.generate(requests)}
 
 
-def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
+def wait_for(url, server, log):
     end = time.monotonic() + 300
     while True:
         assert server.poll() is None, log.read_text()[-3000:]
@@ -354,7 +349,7 @@ def test_a_run_takes_its_texts_from_servers_and_writes_the_key_nowhere(
     from .test_pipeline import TINY
 
     monkeypatch.setenv("MY_KEY", "sk-secret-123\r\n")  # from a file with the line ends of Windows
-    failed: list[int] = []
+    failed = []
 
     def fail_at_first(body):
         failed.append(1)

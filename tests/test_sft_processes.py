@@ -1,7 +1,5 @@
 """Fine-tuning in several processes (gloo, on CPU): the same as in one, killed and resumed."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -264,7 +262,7 @@ def test_torchrun_on_two_machines_finishes_a_stage_that_a_run_then_takes(
 
     keys = {**settings, **TINY, "llm_model": str(tiny_model)}
 
-    def interrupted(stage: str, folder: Path) -> None:
+    def interrupted(stage, folder):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -278,7 +276,7 @@ def test_torchrun_on_two_machines_finishes_a_stage_that_a_run_then_takes(
     machines = [subprocess.Popen(command) for _ in range(2)]
     assert [machine.wait(500) for machine in machines] == [0, 0]
 
-    def other_stages(stage: str, folder: Path) -> None:
+    def other_stages(stage, folder):
         assert stage != "sft"
         run_stage(stage, folder)
 

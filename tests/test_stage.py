@@ -1,11 +1,7 @@
 """What a stage's child process hands over: harmless texts, and each key in its place."""
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +9,7 @@ import pytest
 from recbole_gacllm import pipeline, stage
 from recbole_gacllm.config import shipped_path
 from recbole_gacllm.convolution.graph import TrainGraph
-from recbole_gacllm.convolution.layers import Layer, Side
+from recbole_gacllm.convolution.layers import Layer
 from recbole_gacllm.sft import processes
 from recbole_gacllm.sft.finetune import SFTReport
 
@@ -42,18 +38,16 @@ REPORT = SFTReport(None, None, 1, 1, 0, 1, 1, 0.5, (0.1,))
 
 
 @pytest.fixture
-def handed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def handed(tmp_path, monkeypatch):
     """What the fine-tuning stage calls for, on three users and items of a hostile text."""
-    tokens: dict[Side, list[str]] = {side: ["1", "2", "3"] for side in ("user", "item")}
+    tokens = {side: ["1", "2", "3"] for side in ("user", "item")}
     texts = {side: [EVIL] * 3 for side in tokens}
     Layer.raw(tokens, texts).write(tmp_path / "layer_0.parquet")
     names, ends = np.array(["1", "2", "3"]), np.arange(3)
     TrainGraph(names, names, ends, ends, None).save(tmp_path / "graph.npz")
-    calls: dict[str, Any] = {}
+    calls = {}
 
-    def finetune(
-        model: Path, learn: Any, heldout: Any, folder: Path, options: Any, **more: Any
-    ) -> SFTReport:
+    def finetune(model, learn, heldout, folder, options, **more):
         calls.update(learn=learn, heldout=heldout, options=options, **more)
         return REPORT
 
@@ -65,7 +59,7 @@ def handed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return calls
 
 
-def test_what_is_learned_holds_no_special_token_and_no_second_line(handed: Any) -> None:
+def test_what_is_learned_holds_no_special_token_and_no_second_line(handed):
     pairs = [*handed["learn"], *handed["heldout"]]
     assert (len(handed["learn"]), len(handed["heldout"])) == (4, 2)  # each in both directions
     for pair in pairs:
@@ -75,23 +69,21 @@ def test_what_is_learned_holds_no_special_token_and_no_second_line(handed: Any) 
         assert not any(EVIL in content or "<|im_" in content for content in contents)
 
 
-def test_each_key_of_fine_tuning_arrives_in_its_place(handed: Any) -> None:
+def test_each_key_of_fine_tuning_arrives_in_its_place(handed):
     assert handed["model_name"] == "tiny"
     assert handed["seed"] == 11
     assert handed["options"] == our_keys(**KEYS)
 
 
-def test_only_the_words_of_fine_tuning_fine_tune_again(
-    tmp_path: Path,
-) -> None:
+def test_only_the_words_of_fine_tuning_fine_tune_again(tmp_path):
     shutil.copytree(shipped_path("properties", "prompts"), tmp_path / "prompts")
     prompts = tmp_path / "prompts"
     hook = object.__new__(pipeline._Hook)
     hook._options, hook.inputs = our_keys(llm_prompts_dir=str(prompts)), tmp_path / "inputs"
-    hook._data = SimpleNamespace(seed=1, show_progress=False)  # type: ignore[assignment]
+    hook._data = SimpleNamespace(seed=1, show_progress=False)
     model = pipeline._LanguageModel(tmp_path, "0123")
 
-    def key_after(file: str) -> dict[str, Any]:
+    def key_after(file):
         with (prompts / file).open("a") as stream:
             stream.write(" Briefly.")
         return hook._finetuning(model).key

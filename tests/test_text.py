@@ -1,7 +1,6 @@
 import unicodedata
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import yaml
 from hypothesis import given
@@ -31,15 +30,13 @@ _TEXTS = st.one_of(
 CONFIGS = Path(__file__).parents[1] / "dataset_configs"
 
 
-def read(
-    tmp_path: Path, content: str | bytes, id_field: str = "item_id", **options
-) -> pd.DataFrame:
+def read(tmp_path, content, id_field="item_id", **options):
     path = tmp_path / "data.item"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_features(path, id_field, **options)
 
 
-def render(features, template=None, tokens=None, **options) -> list[str]:
+def render(features, template=None, tokens=None, **options):
     settings = {"noun": "movie", "value_names": {}, "max_chars": 600, "allow_ids": False} | options
     tokens = list(features.index) if tokens is None else tokens
     return render_descriptions(tokens, features, template, **settings)

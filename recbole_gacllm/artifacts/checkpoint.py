@@ -57,15 +57,10 @@ def _tensor(flat: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tenso
     return flat.as_strided(tuple(size), tuple(stride), offset)
 
 
-def _parameter(data: Any, *_: Any) -> Any:
-    """As ``torch._utils._rebuild_parameter``."""
-    return data
-
-
 _NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     **{("torch", name): dtype for name, dtype in _STORAGES.items()},
 }
 

@@ -76,12 +76,7 @@ def die_with_parent() -> None:
     only, and the first only between bytecodes: vLLM's engine processes do not notice the death of
     their parent and would keep their memory. Standard input of this process becomes empty, and the
     socket it was is kept for :func:`reporting_errors`.
-
-    Raises:
-        GaCLLMError: If the process was not started by :func:`run_child`.
     """
-    if os.getpgrp() != os.getpid():
-        raise GaCLLMError("a stage is started by the pipeline (run_child), not by hand")
     group = os.getpid()
     if os.fork() == 0:
         try:

@@ -27,11 +27,6 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "recbole_gacllm"
 
 
-def cache_lock(name: str) -> FileLock:
-    """A lock of all processes that share the cache folder."""
-    return FileLock(cache_dir() / f"{name}.lock")
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none or it was cut short."""
     try:
@@ -67,7 +62,7 @@ def hash_file(file: Path) -> str:
     # A file written a moment ago could change again within the clock's resolution.
     if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2_000_000_000:
         try:
-            with cache_lock("hashes"):
+            with FileLock(memory.with_suffix(".lock")):
                 content = {**read_json(memory), key: [*stamp, value]}
                 disk.write_atomic(memory, json.dumps(content, indent=1).encode())
         except (OSError, GaCLLMError) as error:  # nothing is lost but time

@@ -77,17 +77,11 @@ def store_of(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run's record, and where what it names lies now.
+    """A run's record, and where what it names lies now."""
 
-    Attributes:
-        record: The run's ``run.json``.
-        folder: Where it lies.
-        artifact_dir: Where to look for artefacts that lie neither as recorded nor around the run.
-    """
-
-    record: dict[str, Any]
-    folder: Path
-    artifact_dir: Path | None = None
+    record: dict[str, Any]  # the run's ``run.json``
+    folder: Path  # where it lies
+    artifact_dir: Path | None = None  # where else to look than as recorded and around the run
 
     @classmethod
     def read(cls, run: Path, artifact_dir: Path | None = None) -> RunFiles:

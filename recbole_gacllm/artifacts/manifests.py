@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,11 +35,9 @@ def fingerprint(obj: Mapping[str, Any]) -> str:
     Lists and tuples are the same array; ``1``, ``1.0`` and ``True`` are three different values.
 
     Raises:
-        ValueError: If a value is not JSON (a path, a set, NaN, a key that is not a string); the
-            message names where it stands.
+        TypeError, ValueError: If a value is not JSON (a path, a set; NaN).
     """
-    _require_json(obj, "fingerprint")
-    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
@@ -66,19 +63,16 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Declare a stage folder complete; call it last.
 
     Raises:
-        ValueError: If the manifest holds a value that is not JSON.
+        TypeError, ValueError: As :func:`fingerprint`.
         GaCLLMError: If it cannot be written.
     """
-    _require_json(manifest, MANIFEST_FILE)
-    text = json.dumps(manifest, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
-    disk.write_atomic(folder / MANIFEST_FILE, text.encode("utf-8", "backslashreplace"))
+    text = json.dumps(manifest, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    disk.write_atomic(folder / MANIFEST_FILE, f"{text}\n".encode("utf-8", "backslashreplace"))
 
 
 @contextmanager
 def stage_lock(folder: Path) -> Iterator[None]:
-    """Hold a stage folder for this process; others wait here. The folder is made if need be.
-
-    The operating system frees the lock when its holder ends, however it ends.
+    """Hold a stage folder, made if need be; others wait here. A killed holder's lock is free.
 
     Raises:
         ValueError: If the folder cannot be made or written.
@@ -111,29 +105,12 @@ def _damaged_manifest(path: Path, reason: str) -> GaCLLMError:
     )
 
 
-def _require_json(value: object, where: str) -> None:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise ValueError(f"{where}: key {key!r} is a {type(key).__name__}, not a string")
-            _require_json(item, f"{where}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _require_json(item, f"{where}[{index}]")
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{where}: {value} is not a JSON number")
-    elif not (value is None or isinstance(value, (str, int))):
-        raise ValueError(
-            f"{where}: {value!r} is a {type(value).__name__}; allowed are None, bool, int, float, "
-            "str, list, tuple and mappings of these with string keys"
-        )
-
-
 def digests(folder: Path, outputs: Sequence[str]) -> dict[str, str]:
     """SHA-256 of every output by its path in the folder; a folder stands for all files in it."""
-    return {
-        file.relative_to(folder).as_posix(): _digest(file)
+    return {  # weights are large: their hashes are remembered
+        file.relative_to(folder).as_posix(): (
+            hash_file(file) if file.suffix == ".safetensors" else sha256(file)
+        )
         for output in outputs
         for file in sorted(_files(folder / output))
     }
@@ -143,11 +120,7 @@ def finished(folder: Path, key: Mapping[str, Any], outputs: Sequence[str]) -> bo
     """Whether a stage has finished here and its outputs are what it wrote; changes nothing.
 
     An output that is gone or changed is logged. A manifest without digests counts as not finished.
-
-    Args:
-        folder: Of the stage; the caller holds its lock.
-        key: The settings asked for.
-        outputs: Names of files or folders that the stage makes.
+    The caller holds the lock.
 
     Raises:
         GaCLLMError: If the folder was made with other settings, or its manifest is damaged.
@@ -198,11 +171,6 @@ def _files(output: Path) -> Iterator[Path]:
         yield from (file for file in output.rglob("*") if file.is_file())
     elif output.is_file():
         yield output
-
-
-def _digest(file: Path) -> str:
-    """Weights are large: their hashes are remembered by path, size and time of change."""
-    return hash_file(file) if file.suffix == ".safetensors" else sha256(file)
 
 
 def _require_own(file: Path, key: Mapping[str, Any]) -> None:

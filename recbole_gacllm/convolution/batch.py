@@ -102,29 +102,18 @@ def answer_files(paths: Iterable[Path]) -> list[Path]:
 
 @dataclass
 class Answers:
-    """What files of answers hold, by id; the texts stay on disk.
-
-    Attributes:
-        n_lines: Lines that are not blank.
-        n_damaged: Lines that cannot be read, such as the last one of a job that was killed.
-        n_duplicates: Good answers to a request that has one already; the first counts.
-        errors: Why a request failed, by id, where no line has an answer.
-    """
+    """What files of answers hold, by id; the texts stay on disk."""
 
     files: list[Path]
-    n_lines: int = 0
-    n_damaged: int = 0
-    n_duplicates: int = 0
-    errors: dict[str, str] = field(default_factory=dict)
+    n_lines: int = 0  # that are not blank
+    n_damaged: int = 0  # lines that cannot be read, such as the last one of a job that was killed
+    n_duplicates: int = 0  # good answers to a request that has one already; the first counts
+    errors: dict[str, str] = field(default_factory=dict)  # why a request without any answer failed
     _place: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, files: list[Path]) -> Answers:
-        """Index files of answers.
-
-        Raises:
-            ValueError: If a file cannot be read.
-        """
+        """Index files of answers; a ValueError names one that cannot be read."""
         answers = cls(files)
         for number, file in enumerate(files):
             try:

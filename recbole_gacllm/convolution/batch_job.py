@@ -11,11 +11,11 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from recbole_gacllm.artifacts import disk, manifests
 from recbole_gacllm.convolution import setup
@@ -47,25 +47,15 @@ _MAX_ODD = 20  # answers that are none, if no other one is: then it is not the r
 
 @dataclass
 class LayerAnswers:
-    """What an import did for one layer. The first five add up to the prompts that were missing.
-
-    Attributes:
-        layer: Its number.
-        n_imported: Descriptions that are now in the store.
-        n_failed: Prompts whose second answer was no description, too: the node keeps its text.
-        n_to_retry: Prompts whose answer was no description; the next export asks again.
-        n_errors: Requests that the batch job reports as failed.
-        n_unanswered: Prompts without any answer.
-        n_odd: Of the answers, those that are no chat completion; they count as no description.
-    """
+    """What an import did for one layer. The first five add up to the prompts that were missing."""
 
     layer: int
-    n_imported: int = 0
-    n_failed: int = 0
-    n_to_retry: int = 0
-    n_errors: int = 0
-    n_unanswered: int = 0
-    n_odd: int = 0
+    n_imported: int = 0  # descriptions that are now in the store
+    n_failed: int = 0  # prompts whose second answer was none, too: the node keeps its text
+    n_to_retry: int = 0  # prompts whose answer was no description; the next export asks again
+    n_errors: int = 0  # requests that the batch job reports as failed
+    n_unanswered: int = 0  # prompts without any answer
+    n_odd: int = 0  # of the answers, those that are no chat completion; they are no description
 
     @property
     def n_missing(self) -> int:
@@ -75,32 +65,19 @@ class LayerAnswers:
 
 @dataclass
 class Imported:
-    """What an import did.
+    """What an import did; of the lines, see :class:`Answers`."""
 
-    Attributes:
-        layers: By layer that was incomplete, from below, up to the first that still is.
-        complete: Whether all layers of the run are in the store now.
-        n_lines, n_damaged, n_duplicates: See :class:`Answers`.
-        n_known: Answers to prompts that the store had before; nothing of it is changed.
-        n_unknown: Answers to no prompt of this run up to its first incomplete layer.
-    """
-
-    layers: list[LayerAnswers]
-    complete: bool
+    layers: list[LayerAnswers]  # that were incomplete, from below, up to the first that still is
+    complete: bool  # whether all layers of the run are in the store now
     n_lines: int
     n_damaged: int
     n_duplicates: int
-    n_known: int
-    n_unknown: int
+    n_known: int  # answers to prompts that the store had before; nothing of it is changed
+    n_unknown: int  # answers to no prompt of this run up to its first incomplete layer
 
 
 def export_batch(job: Job, to: Path, shard_size: int) -> dict[str, Any] | None:
     """Write what the first incomplete layer lacks as request shards, with job and ``batch.json``.
-
-    Args:
-        job: Of the descriptions.
-        to: Folder to write to.
-        shard_size: Requests a file.
 
     Returns:
         What ``batch.json`` says; None if the store has all layers.
@@ -109,11 +86,12 @@ def export_batch(job: Job, to: Path, shard_size: int) -> dict[str, Any] | None:
         ValueError: If the token budget does not fit the model.
         GaCLLMError: If the store or the shards cannot be read or written.
     """
-    with _Layers(job) as layers:
+    with manifests.stage_lock(job.folder), DescriptionStore(job.store) as store:
+        layers = _Layers(job, store)
         requests = layers.missing()
         if requests is None:
             return None
-        chat = setup.tokenizer_of(job)
+        maker = layers.convolution.maker
         second = layers.to_retry()
         counts = {"n_requests": 0, "n_second_attempts": 0}
 
@@ -123,8 +101,8 @@ def export_batch(job: Job, to: Path, shard_size: int) -> dict[str, Any] | None:
                 counts["n_requests"] += 1
                 counts["n_second_attempts"] += attempt == 2
                 if attempt == 2:
-                    request = layers.convolution.retry_of(request)
-                body = chat_body(request, chat, job.served_model)
+                    request = maker.retry_of(request)
+                body = chat_body(request, maker.tokenizer, job.served_model)
                 yield request_line(custom_id(request.id, attempt), body)
 
         shards = write_shards(to, layers.number, lines(), shard_size)
@@ -146,13 +124,9 @@ def export_batch(job: Job, to: Path, shard_size: int) -> dict[str, Any] | None:
 
 
 def import_batch(job: Job, paths: list[Path]) -> Imported:
-    """Put answers into the store, cleaned and judged as the stage does.
+    """Put answers of files and folders into the store, cleaned and judged as the stage does.
 
-    Answers are looked for layer by layer, up to the first layer that still lacks some.
-
-    Args:
-        job: Of the descriptions.
-        paths: Files of answers, and folders of such.
+    They are looked for layer by layer, up to the first layer that still lacks some.
 
     Raises:
         ValueError: If there are none, or one cannot be read.
@@ -161,7 +135,8 @@ def import_batch(job: Job, paths: list[Path]) -> Imported:
     answers = Answers.read(answer_files(paths))
     reports: list[LayerAnswers] = []
     added: set[str] = set()  # ids of answers that were looked at
-    with _Layers(job) as layers:
+    with manifests.stage_lock(job.folder), DescriptionStore(job.store) as store:
+        layers = _Layers(job, store)
         second = layers.to_retry()
         while (requests := layers.missing()) is not None:
             report = LayerAnswers(layers.number)
@@ -169,16 +144,16 @@ def import_batch(job: Job, paths: list[Path]) -> Imported:
             records: list[Record] = []
             try:
                 for request in requests:
-                    context = layers.convolution.context_of(request)
+                    context = layers.convolution.maker.context_of(request)
                     record = _record(request, context, answers, report, second, added)
                     _check_odd(report)
                     if record is not None:
                         records.append(record)
                     if len(records) == _BATCH:
-                        layers.store.put_many(records)
+                        store.put_many(records)
                         records = []
             finally:
-                layers.store.put_many(records)  # what is good stays, whatever comes after it
+                store.put_many(records)  # what is good stays, whatever comes after it
             if report.n_missing:
                 break
         layers.write_to_retry(second)
@@ -186,7 +161,7 @@ def import_batch(job: Job, paths: list[Path]) -> Imported:
         for name in chain(answers, answers.errors):
             if name not in added:
                 key = key_of(name)
-                is_stored = key is not None and bool(layers.store.get_many([key]))
+                is_stored = key is not None and bool(store.get_many([key]))
                 n_known += is_stored
                 n_unknown += not is_stored
     return Imported(
@@ -252,32 +227,19 @@ def _check_odd(report: LayerAnswers) -> None:
 
 
 class _Layers:
-    """The layers of a run, as far as the store has them; holds the stage's lock while open.
+    """The layers of a run, as far as the store has them.
 
     Attributes:
         number: The first layer that is incomplete, once :meth:`missing` has found it.
         n_layers: Of the run.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, store: DescriptionStore) -> None:
+        self._job, self._store = job, store
         self._retry_file = job.folder / "second_attempts.txt"
-        self._stack = ExitStack()
-        self._convolution: Convolution | None = None
+        self._graph, self._layer = setup.inputs_of(job)
+        self._imported = setup.imported_of(job)
         self.number, self.n_layers = 1, job.options.n_text_layers
-
-    def __enter__(self) -> Self:
-        job = self._job
-        with ExitStack() as stack:
-            stack.enter_context(manifests.stage_lock(job.folder))
-            self.store = stack.enter_context(DescriptionStore(job.store))
-            self._graph, self._layer = setup.inputs_of(job)
-            self._imported = setup.imported_of(job)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stack.close()
 
     def missing(self) -> Iterator[Request] | None:
         """First attempts that the first incomplete layer lacks; None if no layer lacks any."""
@@ -297,13 +259,11 @@ class _Layers:
             self.number += 1
         return None
 
-    @property
+    @cached_property
     def convolution(self) -> Convolution:
         """The run's; it loads no engine, as it is never asked for a layer that lacks something."""
-        if self._convolution is None:
-            backend, _ = choose_backend(self._job.options.llm_backend)
-            self._convolution = setup.convolution_of(self._job, self._graph, self.store, backend)
-        return self._convolution
+        backend, _ = choose_backend(self._job.options.llm_backend)
+        return setup.convolution_of(self._job, self._graph, self._store, backend)
 
     def to_retry(self) -> set[str]:
         """Addresses whose first attempt gave no usable text."""

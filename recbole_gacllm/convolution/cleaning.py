@@ -62,32 +62,19 @@ _LIST_END = re.compile(r"[.!?…。！？؟۔।]+$")
 
 @dataclass(frozen=True)
 class CleaningContext:
-    """What a completion was an answer to.
+    """What a completion was an answer to."""
 
-    Attributes:
-        prompt: All messages of the chat but the beginning of the answer.
-        request: Its lines that are the prompt files' own, without any inserted text.
-        beginning: What the answer was begun with; the completion goes on from there.
-        max_chars: Longer than any completion of the request's length; what is over it goes
-            unread. None is no limit.
-    """
-
-    prompt: str
-    request: str
-    beginning: str = ""
-    max_chars: int | None = None
+    prompt: str  # all messages of the chat but the beginning of the answer
+    request: str  # its lines that are the prompt files' own, without any inserted text
+    beginning: str = ""  # what the answer was begun with; the completion goes on from there
+    max_chars: int | None = None  # what is over it goes unread: longer than any such completion
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """A cleaned completion.
+    """A cleaned completion."""
 
-    Attributes:
-        text: One line. Where there is a problem: what was left, for inspection only.
-        problem: Why it is no description, or None if it is one.
-    """
-
-    text: str
+    text: str  # one line; where there is a problem, what was left, for inspection only
     problem: Problem | None
 
 
@@ -120,11 +107,6 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
 
     What a word and a sentence are in scripts without blanks or full stops: :mod:`.words`. There a
     character counts as a word in rule 5, as half of one in 9 and 10.
-
-    Args:
-        raw: The decoded completion.
-        finish_reason: ``stop``, or ``length`` if the length limit ended it.
-        context: What it answers.
     """
     if context.max_chars is not None and len(raw) > context.max_chars:
         raw, finish_reason = raw[: context.max_chars], "length"
@@ -145,7 +127,9 @@ def clean(raw: str, finish_reason: str, context: CleaningContext) -> Cleaned:
         return Cleaned(text, "empty")
     if _is_echo(text, context):
         return Cleaned(text, "echo")
-    return Cleaned(text, "loop" if _goes_in_circles(text) else None)
+    rows = Counter(runs(words(text), _LOOP_WORDS))
+    goes_in_circles = max(rows.values(), default=0) >= _LOOP_TIMES
+    return Cleaned(text, "loop" if goes_in_circles else None)
 
 
 def _with_beginning(raw: str, beginning: str) -> str:
@@ -311,11 +295,6 @@ def _request_sentences(request: str) -> list[str]:
 @lru_cache(maxsize=64)
 def _request_words(request: str) -> frozenset[str]:
     return frozenset(words(request))
-
-
-def _goes_in_circles(text: str) -> bool:
-    rows = Counter(runs(words(text), _LOOP_WORDS))
-    return max(rows.values(), default=0) >= _LOOP_TIMES
 
 
 def _padded(text: str) -> str:

@@ -17,21 +17,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
 
 from tqdm import tqdm
 
-from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.convolution.cleaning import CleaningContext, clean
-from recbole_gacllm.convolution.graph import TrainGraph
 from recbole_gacllm.convolution.layers import SIDES, Layer, Side
-from recbole_gacllm.convolution.prompts import PromptTemplates
-from recbole_gacllm.convolution.requests import (
-    CHUNK,
-    Messages,
-    RequestMaker,
-    Tokenizer,
-)
+from recbole_gacllm.convolution.requests import CHUNK, RequestMaker
 from recbole_gacllm.convolution.store import DescriptionStore, Record
 from recbole_gacllm.llm.generator import Completion, Request, TextGenerator
 
@@ -43,77 +34,37 @@ _BATCH, _BATCH_SECONDS, _FULL_BATCH = 32, 1.0, 1024
 
 @dataclass
 class LayerReport:
-    """What a layer took.
+    """What a layer took; tokens are of the answers that its descriptions are, whenever made."""
 
-    Attributes:
-        n_nodes: Nodes of both sides.
-        n_generated: Prompts that the LLM answered now, retries not counted.
-        n_from_store: Nodes whose description was there, of another run, import or process.
-        n_duplicates: Nodes whose prompt equals another node's of this layer.
-        n_retried: Nodes whose prompt was asked a second time, at another temperature, whenever.
-        n_failed: Nodes that carry the text of the layer below because no answer was usable.
-        n_nothing_known: Nodes without features and neighbours, carried over without a call.
-        n_truncated: Good answers that the length limit cut.
-        n_prompt_tokens, n_cached_tokens, n_output_tokens: Of the answers that its descriptions are,
-            whenever they were generated.
-        seconds: Wall time of the process that finished it.
-        failures: Reason -> count, over nodes.
-    """
-
-    n_nodes: int = 0
-    n_generated: int = 0
-    n_from_store: int = 0
-    n_duplicates: int = 0
-    n_retried: int = 0
-    n_failed: int = 0
-    n_nothing_known: int = 0
-    n_truncated: int = 0
+    n_nodes: int = 0  # of both sides
+    n_generated: int = 0  # prompts that the LLM answered now, retries not counted
+    n_from_store: int = 0  # nodes whose description was there, of another run, import or process
+    n_duplicates: int = 0  # nodes whose prompt equals another node's of this layer
+    n_retried: int = 0  # nodes whose prompt was asked a second time, at another temperature
+    n_failed: int = 0  # nodes that carry the text of the layer below: no answer was usable
+    n_nothing_known: int = 0  # nodes without features and neighbours, carried over without a call
+    n_truncated: int = 0  # good answers that the length limit cut
     n_prompt_tokens: int = 0
     n_cached_tokens: int = 0
     n_output_tokens: int = 0
-    seconds: float = 0.0
-    failures: dict[str, int] = dataclasses.field(default_factory=dict)
-
-
-@dataclass
-class _Waiting:
-    """A request under way and the nodes that wait for its description."""
-
-    request: Request
-    nodes: list[tuple[Side, int]]
+    seconds: float = 0.0  # wall time of the process that finished it
+    failures: dict[str, int] = dataclasses.field(default_factory=dict)  # reason -> nodes
 
 
 class Convolution:
     """Makes layer l+1 from layer l.
 
-    Args:
-        graph: Training edges; its order of nodes is that of every layer.
-        templates: Prompt files.
-        tokenizer: Of the model that generates.
-        store: Finished descriptions of all runs.
-        generator_key: What identifies the weights that generate: fingerprints, not names.
-        open_generator: Loads the engine; called only when there is something to generate.
-        options: The run's keys.
-        seed, show_progress: RecBole's.
-
-    Raises:
-        ValueError: If the token budget is below the instruction, or the rule does not fit the data.
+    ``open_generator`` loads the engine; it is called only when there is something to generate.
     """
 
     def __init__(
         self,
-        graph: TrainGraph,
-        templates: PromptTemplates,
-        tokenizer: Tokenizer,
+        maker: RequestMaker,
         store: DescriptionStore,
-        generator_key: dict[str, Any],
         open_generator: Callable[[], TextGenerator],
-        options: GaCLLMConfig,
-        seed: int,
         show_progress: bool,
     ) -> None:
-        self.store, self.open_generator = store, open_generator
-        self.maker = RequestMaker(graph, templates, tokenizer, generator_key, options, seed)
+        self.maker, self.store, self.open_generator = maker, store, open_generator
         self._show_progress = show_progress
         self._generator: TextGenerator | None = None
 
@@ -136,24 +87,13 @@ class Convolution:
                 named.add(request.id)
                 yield request
 
-    def retry_of(self, request: Request) -> Request:
-        """The second attempt at a request whose first answer was not usable."""
-        return self.maker.retry_of(request)
-
-    def context_of(self, request: Request) -> CleaningContext:
-        """What an answer to a request is held against."""
-        return self.maker.context_of(request)
-
     def next_layer(
         self, below: Layer, nothing_known: dict[Side, str], number: int
     ) -> tuple[Layer, LayerReport]:
-        """Rewrite every node's description from its own and its neighbours'.
+        """Rewrite every node's description from its own and its neighbours': layer ``number``.
 
-        Args:
-            below: Layer l.
-            nothing_known: Text of a node without features; such a node without neighbours is
-                carried over, as there is nothing to ask the LLM about.
-            number: Of the layer that is made, from 1.
+        A node without features, whose text is ``nothing_known``, and without neighbours is carried
+        over, as there is nothing to ask the LLM about.
 
         Raises:
             GenerationError: If the engine fails; finished descriptions are in the store.
@@ -163,7 +103,7 @@ class Convolution:
         report = LayerReport(n_nodes=sum(len(below.tokens[side]) for side in SIDES))
         above = Layer.raw(below.tokens, {side: list(below.texts[side]) for side in SIDES})
         above.statuses = {side: ["nothing_known"] * len(below.tokens[side]) for side in SIDES}
-        waiting: dict[str, _Waiting] = {}
+        waiting: dict[str, tuple[Request, list[tuple[Side, int]]]] = {}  # and its nodes
         done: set[str] = set()
         bar = tqdm(
             total=report.n_nodes,
@@ -180,7 +120,13 @@ class Convolution:
                 report.n_cached_tokens += record.n_cached_tokens
                 report.n_output_tokens += record.n_output_tokens
             for side, node in nodes:
-                _settle(above, side, node, record)
+                if record.status == "ok":
+                    above.texts[side][node], above.statuses[side][node] = record.text, "generated"
+                else:  # it keeps the text of the layer below
+                    above.statuses[side][node] = "failed"
+                    above.reasons[side][node] = record.reason
+                above.n_prompt_tokens[side][node] = record.n_prompt_tokens
+                above.n_output_tokens[side][node] = record.n_output_tokens
             report.n_retried += len(nodes) * (record.n_attempts > 1)
             if record.status == "failed":
                 report.n_failed += len(nodes)
@@ -196,7 +142,7 @@ class Convolution:
                     report.n_nothing_known += 1
                     bar.update(1)
                 elif request.id in waiting:
-                    waiting[request.id].nodes.append((side, node))
+                    waiting[request.id][1].append((side, node))
                     report.n_duplicates += 1
                 elif request.id in done:  # maybe since it was looked up
                     record = record or self.store.get_many([request.id])[request.id]
@@ -206,7 +152,7 @@ class Convolution:
                     report.n_from_store += 1
                     settle(record, [(side, node)])
                 else:
-                    waiting[request.id] = _Waiting(request, [(side, node)])
+                    waiting[request.id] = request, [(side, node)]
                     yield request
 
         finished: list[Record] = []
@@ -220,7 +166,7 @@ class Convolution:
             # Another run may have stored a key first; then its text is the one that stays.
             stored = self.store.get_many([record.key for record in finished])
             for key, record in stored.items():
-                settle(record, waiting.pop(key).nodes)
+                settle(record, waiting.pop(key)[1])
             finished.clear()
             written = time.perf_counter()
 
@@ -231,35 +177,30 @@ class Convolution:
             """First attempts, and retries among them as soon as one is called for."""
             for request in chain(first_attempts, [None]):
                 while to_retry:
-                    yield self.retry_of(waiting[to_retry.popleft()].request)
+                    yield self.maker.retry_of(waiting[to_retry.popleft()][0])
                 if request is not None:
                     yield request
 
-        def take(completion: Completion) -> None:
-            key = completion.id
-            nonlocal n_new_tokens
-            n_new_tokens += completion.n_output_tokens
-            now = time.perf_counter()
-            rate = n_new_tokens / max(now - started, 1e-9)
-            bar.set_postfix_str(f"{rate:.0f} tokens/s", False)
-            context = self.context_of(waiting[key].request)
-            record = record_of(completion, context, 1 + (key in retried))
-            if record.status == "failed" and record.n_attempts == 1:
-                retried.add(key)
-                to_retry.append(key)
-                return
-            finished.append(record)
-            is_due = len(finished) >= _BATCH and now - written >= _BATCH_SECONDS
-            if is_due or len(finished) >= _FULL_BATCH:
-                write()
-
         first_attempts = requests()
+        # Twice: what failed while the last answers came; rarely more than a few.
+        completions = (self._stream(feed(first_attempts)) for _ in range(2))
         try:
-            for completion in self._stream(feed(first_attempts)):
-                take(completion)
-            # What failed while the last answers came; rarely more than a few.
-            for completion in self._stream(feed(first_attempts)):
-                take(completion)
+            for completion in chain.from_iterable(completions):
+                key = completion.id
+                n_new_tokens += completion.n_output_tokens
+                now = time.perf_counter()
+                rate = n_new_tokens / max(now - started, 1e-9)
+                bar.set_postfix_str(f"{rate:.0f} tokens/s", False)
+                context = self.maker.context_of(waiting[key][0])
+                record = record_of(completion, context, 1 + (key in retried))
+                if record.status == "failed" and record.n_attempts == 1:
+                    retried.add(key)
+                    to_retry.append(key)
+                    continue
+                finished.append(record)
+                is_due = len(finished) >= _BATCH and now - written >= _BATCH_SECONDS
+                if is_due or len(finished) >= _FULL_BATCH:
+                    write()
         finally:
             write()
         bar.close()
@@ -267,16 +208,11 @@ class Convolution:
         report.seconds = round(time.perf_counter() - started, 2)
         return above, report
 
-    def _prompts(
-        self, below: Layer, nothing_known: dict[Side, str], number: int
-    ) -> Iterator[tuple[Side, int, Messages | None]]:
-        return self.maker.prompts(below, nothing_known, number)
-
     def _looked_up(
         self, below: Layer, nothing_known: dict[Side, str], number: int
     ) -> Iterator[tuple[Side, int, Request | None, Record | None]]:
         """Every node's request, if there is something to ask, and its record, if it is stored."""
-        prompts = self._prompts(below, nothing_known, number)
+        prompts = self.maker.prompts(below, nothing_known, number)
         while chunk := list(islice(prompts, CHUNK)):
             requests = [
                 None if messages is None else self.maker.request(messages, number)
@@ -300,10 +236,7 @@ class Convolution:
 def record_of(completion: Completion, context: CleaningContext, attempt: int) -> Record:
     """A completion cleaned and judged; one that is no answer has failed as ``malformed``.
 
-    Args:
-        completion: The answer; its id is the address of the description.
-        context: What it answers.
-        attempt: 1, or 2 for a retry.
+    Its id is the address of the description; ``attempt`` is 1, or 2 for a retry.
     """
     cleaned = clean(completion.text, completion.finish_reason, context)
     problem = "malformed" if completion.problem else cleaned.problem
@@ -318,15 +251,3 @@ def record_of(completion: Completion, context: CleaningContext, attempt: int) ->
         n_output_tokens=completion.n_output_tokens,
         n_attempts=attempt,
     )
-
-
-def _settle(above: Layer, side: Side, node: int, record: Record) -> None:
-    """Give a node its new description, or leave it the one of the layer below."""
-    if record.status == "ok":
-        above.texts[side][node] = record.text
-        above.statuses[side][node] = "generated"
-    else:
-        above.statuses[side][node] = "failed"
-        above.reasons[side][node] = record.reason
-    above.n_prompt_tokens[side][node] = record.n_prompt_tokens
-    above.n_output_tokens[side][node] = record.n_output_tokens

@@ -36,26 +36,16 @@ class TrainGraph:
     Two interactions of the same user and item are one edge, at the later time. Edges are held
     sorted by user, then item.
 
-    Attributes:
-        user_tokens: RecBole's raw token of each user, without padding.
-        item_tokens: The same of each item.
-        users: User of each edge, an index into ``user_tokens``.
-        items: Item of each edge, an index into ``item_tokens``.
-        timestamps: Time of each edge, or None if the data set has no times.
-
-    Shapes:
-        ``users``, ``items``, ``timestamps``: [n_edges].
-
     Raises:
         ValueError: If tokens repeat, lengths differ, an index is out of range or a time is not
             finite.
     """
 
-    user_tokens: npt.NDArray[np.str_]
+    user_tokens: npt.NDArray[np.str_]  # RecBole's raw token of each user, without padding
     item_tokens: npt.NDArray[np.str_]
-    users: _Ints
-    items: _Ints
-    timestamps: npt.NDArray[np.float64] | None = None
+    users: _Ints  # [n_edges], indices into user_tokens
+    items: _Ints  # [n_edges]
+    timestamps: npt.NDArray[np.float64] | None = None  # [n_edges]; None if the data has no times
 
     def __post_init__(self) -> None:
         user_tokens = _check_tokens("user", self.user_tokens)
@@ -156,21 +146,10 @@ class TrainGraph:
 
 @dataclass(frozen=True, eq=False)
 class NeighborLists:
-    """The chosen neighbours of every node of one side, best first.
+    """The chosen neighbours of every node of one side, best first."""
 
-    Attributes:
-        indptr: Where each node's list starts; the last entry is the end.
-        indices: Neighbours, as indices into the tokens of the other side.
-
-    Shapes:
-        ``indptr``: [n_nodes + 1]. ``indices``: [indptr[-1]].
-    """
-
-    indptr: npt.NDArray[np.int64]
-    indices: _Ints
-
-    def __len__(self) -> int:
-        return len(self.indptr) - 1
+    indptr: npt.NDArray[np.int64]  # [n_nodes + 1], where each node's list starts, and the end
+    indices: _Ints  # [indptr[-1]], indices into the tokens of the other side
 
     def of(self, node: int) -> _Ints:
         """Neighbours of one node, best first; empty if it has none."""
@@ -203,8 +182,7 @@ def select_neighbors(
     of lowest training degree, which tell most about a node; both break ties by that hash.
 
     Raises:
-        ValueError: If the rule is unknown, ``n_neighbors`` is negative, or ``recent`` is asked of a
-            graph without timestamps.
+        ValueError: As :func:`check_rule`, or if ``n_neighbors`` is negative.
     """
     check_rule(graph, rule)
     if n_neighbors < 0:

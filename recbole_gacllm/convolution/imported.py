@@ -9,7 +9,6 @@ others are generated as ever, from the layer below; other columns are ignored. S
 from __future__ import annotations
 
 import csv
-import dataclasses
 import hashlib
 import json
 import logging
@@ -32,32 +31,19 @@ _N_EXAMPLES = 5
 
 @dataclass
 class ImportReport:
-    """What an imported layer covers.
-
-    Attributes:
-        layer: Its number.
-        n_imported: Nodes of the training graph whose text comes from the file.
-        n_missing: Nodes that the file lacks; they carry the text of the layer below.
-        n_unknown: Rows about nodes that the training graph lacks; they are left out.
-        missing, unknown: Some of them, as ``side token``.
-    """
+    """What an imported layer covers."""
 
     layer: int
-    n_imported: int
-    n_missing: int
-    n_unknown: int
-    missing: list[str]
+    n_imported: int  # nodes of the training graph whose text comes from the file
+    n_missing: int  # nodes that the file lacks; they carry the text of the layer below
+    n_unknown: int  # rows about nodes that the training graph lacks; they are left out
+    missing: list[str]  # some of them, as "side token"
     unknown: list[str]
 
 
 @dataclass(frozen=True)
 class ImportedTexts:
-    """The texts of a file.
-
-    Attributes:
-        file: Where they come from.
-        layers: Layer -> side -> raw token -> text, one line of visible characters each.
-    """
+    """The texts of a file: layer -> side -> raw token -> text, one line of visible characters."""
 
     file: Path
     layers: dict[int, dict[Side, dict[str, str]]]
@@ -110,11 +96,7 @@ class ImportedTexts:
         )
 
     def check(self, tokens: dict[Side, list[str]], n_layers: int) -> list[ImportReport]:
-        """Compare all layers with a data set, and log what does not fit.
-
-        Args:
-            tokens: Raw tokens of the training graph's nodes.
-            n_layers: Layers of descriptions above layer 0 that the run has.
+        """Compare all layers with the nodes of a run, and log what does not fit.
 
         Raises:
             ValueError: If the file has a layer that the run lacks, or fits no node at all.
@@ -169,11 +151,6 @@ def in_words(report: ImportReport) -> str:
             f"({_examples(report.unknown, report.n_unknown)})"
         )
     return "; ".join(parts)
-
-
-def manifest_of(report: ImportReport) -> dict[str, Any]:
-    """What a stage's manifest says of an imported layer."""
-    return {"imported": True, **dataclasses.asdict(report)}
 
 
 def _examples(names: list[str], n: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,24 +24,20 @@ Kind = Literal["raw", "knowledge", "convolution"]
 # because generation failed, there was nothing to tell the LLM, or an import lacked the node.
 Status = Literal["raw", "generated", "failed", "nothing_known", "imported", "missing"]
 
+# Of a layer's file, and the field that each holds.
+_COLUMNS = {"token": "tokens", "text": "texts", "status": "statuses", "reason": "reasons"}
+_COLUMNS |= {name: name for name in ("n_prompt_tokens", "n_output_tokens")}
+
 
 @dataclass
 class Layer:
-    """Texts of all nodes at one layer.
+    """Texts of all nodes at one layer, by side, in the order of ``tokens``."""
 
-    Attributes:
-        tokens: RecBole's raw tokens by side.
-        texts: Descriptions by side, in the order of ``tokens``.
-        statuses: What each text is, see ``Status``.
-        reasons: Why a text was carried over; empty otherwise.
-        n_prompt_tokens, n_output_tokens: Tokens its generation took; 0 for raw texts.
-    """
-
-    tokens: dict[Side, list[str]]
+    tokens: dict[Side, list[str]]  # RecBole's raw tokens
     texts: dict[Side, list[str]]
-    statuses: dict[Side, list[str]]
-    reasons: dict[Side, list[str]]
-    n_prompt_tokens: dict[Side, np.ndarray]
+    statuses: dict[Side, list[str]]  # what each text is, see Status
+    reasons: dict[Side, list[str]]  # why a text was carried over; empty otherwise
+    n_prompt_tokens: dict[Side, np.ndarray]  # that its generation took; 0 for raw texts
     n_output_tokens: dict[Side, np.ndarray]
 
     @classmethod
@@ -67,22 +63,13 @@ class Layer:
 
     def write(self, path: Path) -> None:
         """Write as Parquet, one row a node, whole or not at all."""
-
-        def column(values: dict[Side, list[str]]) -> list[str]:
-            return [value for side in SIDES for value in values[side]]
-
-        columns = {
-            "side": [side for side in SIDES for _ in self.tokens[side]],
-            "token": column(self.tokens),
-            "text": column(self.texts),
-            "status": column(self.statuses),
-            "reason": column(self.reasons),
-            "n_prompt_tokens": np.concatenate([self.n_prompt_tokens[side] for side in SIDES]),
-            "n_output_tokens": np.concatenate([self.n_output_tokens[side] for side in SIDES]),
-        }
-        table = pa.table(columns)
+        columns = {"side": [side for side in SIDES for _ in self.tokens[side]]}
+        for name, field in _COLUMNS.items():
+            columns[name] = [value for side in SIDES for value in getattr(self, field)[side]]
         with disk.atomic_path(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+            pq.write_table(
+                pa.table(columns), temporary, compression="zstd", write_page_checksum=True
+            )
 
     @classmethod
     def read(cls, path: Path) -> Layer:
@@ -95,23 +82,15 @@ class Layer:
             table = pq.read_table(path, page_checksum_verification=True)
             sides = np.asarray(table["side"].to_pylist(), dtype=object)
             rows = {side: np.flatnonzero(sides == side) for side in SIDES}
-
-            def strings(name: str) -> dict[Side, list[str]]:
-                values = table[name].to_pylist()
-                return {side: [values[row] for row in rows[side]] for side in SIDES}
-
-            def counts(name: str) -> dict[Side, np.ndarray]:
-                values = table[name].to_numpy()
-                return {side: values[rows[side]] for side in SIDES}
-
-            return cls(
-                tokens=strings("token"),
-                texts=strings("text"),
-                statuses=strings("status"),
-                reasons=strings("reason"),
-                n_prompt_tokens=counts("n_prompt_tokens"),
-                n_output_tokens=counts("n_output_tokens"),
-            )
+            fields: dict[str, Any] = {}
+            for name, field in _COLUMNS.items():
+                if name.startswith("n_"):
+                    counts = table[name].to_numpy()
+                    fields[field] = {side: counts[rows[side]] for side in SIDES}
+                else:
+                    values = table[name].to_pylist()
+                    fields[field] = {side: [values[row] for row in rows[side]] for side in SIDES}
+            return cls(**fields)
         except (OSError, pa.ArrowException, KeyError) as error:
             raise GaCLLMError(
                 f"{path} is damaged: {error}. Delete it and start again: its texts are in the "

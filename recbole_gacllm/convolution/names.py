@@ -19,7 +19,7 @@ from recbole_gacllm.convolution.neutralize import one_line
 from recbole_gacllm.convolution.templates import compile_template
 from recbole_gacllm.convolution.text import cut_at_word
 
-#: Among the artefacts of a run, beside the folders of its stages.
+#: The file of a run's names among its artefacts, beside the folders of its stages.
 NAMES = "item_names"
 _MAX_CHARS = 200
 
@@ -30,12 +30,7 @@ def item_names(
     """Names of items by raw token, each one line; an item without one is called by its token.
 
     They are printed and looked for in texts. One longer than 200 characters is cut at a word.
-
-    Args:
-        tokens: Raw tokens of the items.
-        features: From :func:`.text.read_features`; None if there is no file.
-        field: ``text_item_name_field``. None: the first field whose name holds "title" or "name",
-            else the first field.
+    Without a field it is the first whose name holds "title" or "name", else the first of all.
 
     Raises:
         ValueError: If there is no such field.
@@ -68,11 +63,7 @@ def write_names(inputs: Path, names: Mapping[str, str]) -> Path:
 
 
 def read_names(inputs: Path, file: Path | None = None) -> dict[str, str]:
-    """The names of a run, or those that were written last where no run is asked for.
-
-    Args:
-        inputs: Folder of the inputs.
-        file: The run's own.
+    """The names in a run's own file, or those that were written last into the inputs.
 
     Raises:
         ValueError: If there are none, or the file is damaged.
@@ -89,17 +80,8 @@ def read_names(inputs: Path, file: Path | None = None) -> dict[str, str]:
     return names
 
 
-def names_file_of(folders: Mapping[str, Path]) -> Path | None:
-    """The file of names among a run's artefacts."""
-    return folders.get(NAMES)
-
-
 def names_of_people(features: pd.DataFrame) -> dict[str, str]:
-    """Names of users by raw token: of the first field called so whose values tell users apart.
-
-    Args:
-        features: From :func:`.text.read_features`.
-    """
+    """Names of users by raw token: of the first field called so whose values tell users apart."""
     for field in features.columns:
         values = features[field].dropna()
         if "name" in str(field).lower() and 2 * values.nunique() > len(values):

@@ -43,10 +43,6 @@ def neutralize(text: str, special_tokens: Iterable[str] = ()) -> str:
     (``<|im_end|>`` becomes ``< |im_end| >``): readable, but plain text to a tokenizer. Where only
     the compatibility form of a text (NFKC, which some tokenizers apply) holds one, such as
     ``＜s＞``, the text becomes that form. Applying it twice changes nothing.
-
-    Args:
-        text: Any text, of any length.
-        special_tokens: The special tokens of the model's tokenizer.
     """
     pattern = _pattern(frozenset(special_tokens))
     text = _broken(one_line(text), pattern)

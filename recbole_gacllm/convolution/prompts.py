@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
 from pathlib import Path
 from string import Template
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from recbole_gacllm.convolution.layers import SIDES, Side
 from recbole_gacllm.llm.generator import Message
+
+if TYPE_CHECKING:  # it loads transformers
+    from recbole_gacllm.llm.chat import ChatTokenizer
 
 Direction = Literal["user_to_item", "item_to_user"]
 
@@ -48,13 +51,9 @@ _MIN_TEXT_TOKENS = 8
 
 @dataclass(frozen=True)
 class PromptTemplates:
-    """The prompt files of one folder, with the words for user and item filled in.
+    """The prompt files of one folder, with the words for user and item filled in."""
 
-    Attributes:
-        texts: Text of each file by its name without ``.txt``; only ``$text`` and ``$neighbors``
-            are left in it.
-    """
-
+    #: By name without ``.txt``; only ``$text`` and ``$neighbors`` are left in it.
     texts: Mapping[str, str]
 
     @classmethod
@@ -155,33 +154,25 @@ class PromptRenderer:
     takes, or a little more. Own text and neighbours are cut by the caller, once per text, to
     :meth:`own_text_limit` and ``llm_max_neighbor_tokens``.
 
-    Args:
-        templates: The prompt files.
-        count_tokens: Counts the tokens of each text, without special tokens.
-        chat_tokens: Tokens that the model's chat template adds to :meth:`PromptTemplates.messages`
-            (roles, separators, generation prompt).
-        max_prompt_tokens: ``llm_max_prompt_tokens``.
-
     Raises:
         ValueError: If an instruction and the shortest own text do not fit into the budget.
     """
 
     def __init__(
-        self,
-        templates: PromptTemplates,
-        count_tokens: Callable[[list[str]], list[int]],
-        chat_tokens: int,
-        max_prompt_tokens: int,
+        self, templates: PromptTemplates, tokenizer: ChatTokenizer, max_prompt_tokens: int
     ) -> None:
         self._templates = templates
-        self._line_tokens = count_tokens([f"\n{_BULLET}"])[0]
-        self._fixed: dict[tuple[Side, int], int] = {}  # of a side and a wording
+        self._line_tokens = tokenizer.count_tokens([f"\n{_BULLET}"])[0]
+        words: dict[tuple[Side, int], int] = {}  # tokens, of a side and a wording
+        added = 0  # by the model's chat template: roles, separators, generation prompt
         for side, layer in product(SIDES, templates.wordings):
             # The instruction of a node may be either wording: the longer one counts for both.
-            chats = [templates.messages(side, "", neighbors, layer) for neighbors in ([], [""])]
-            self._fixed[side, layer] = chat_tokens + max(
-                sum(count_tokens([message["content"] for message in chat])) for chat in chats
-            )
+            for neighbors in ([], [""]):
+                chat = templates.messages(side, "", neighbors, layer)
+                n = sum(tokenizer.count_tokens([message["content"] for message in chat]))
+                words[side, layer] = max(n, words.get((side, layer), 0))
+                added = max(added, len(tokenizer.encode_chat(chat)) - n)
+        self._fixed = {wording: n + added for wording, n in words.items()}
         least = max(self._fixed.values()) + _MIN_TEXT_TOKENS
         if max_prompt_tokens < least:
             raise ValueError(

@@ -7,9 +7,8 @@ nodes at a time, each when a prompt first needs it, and a prompt is rendered whe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from itertools import product
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,9 @@ from recbole_gacllm.convolution.neutralize import neutralize
 from recbole_gacllm.convolution.prompts import PromptRenderer, PromptTemplates
 from recbole_gacllm.llm.generator import Message, Request, Sampling
 
+if TYPE_CHECKING:  # it loads transformers
+    from recbole_gacllm.llm.chat import ChatTokenizer
+
 RETRY_TEMPERATURE = 0.7
 # A completion is read up to so many characters a token: prose has about four, its longest words
 # about twenty. A server that keeps no limit could send any amount.
@@ -33,51 +35,11 @@ CHUNK = 512  # nodes rendered and looked up in the store at once
 Messages = tuple[Message, ...]
 
 
-class Tokenizer(Protocol):
-    """What the convolution asks of a model's tokenizer."""
-
-    special_tokens: frozenset[str]
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a chat."""
-        ...
-
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text on its own."""
-        ...
-
-    def truncate(self, texts: Sequence[str], max_tokens: int) -> list[str]:
-        """Each text cut to a number of tokens."""
-        ...
-
-
-def renderer_for(
-    templates: PromptTemplates, tokenizer: Tokenizer, max_prompt_tokens: int
-) -> PromptRenderer:
-    """A renderer that knows what the model's chat template adds to a prompt.
-
-    Raises:
-        ValueError: If the token budget is below the instruction.
-    """
-    chat_tokens = 0
-    for side, neighbors, layer in product(SIDES, ([], [""]), templates.wordings):
-        probe = templates.messages(side, "", neighbors, layer)
-        contents = [message["content"] for message in probe]
-        added = len(tokenizer.encode_chat(probe)) - sum(tokenizer.count_tokens(contents))
-        chat_tokens = max(chat_tokens, added)
-    return PromptRenderer(templates, tokenizer.count_tokens, chat_tokens, max_prompt_tokens)
-
-
 class RequestMaker:
     """Renders the prompts of a layer and turns them into requests.
 
-    Args:
-        graph: Training edges; its order of nodes is that of every layer.
-        templates: Prompt files.
-        tokenizer: Of the model that generates.
-        generator_key: What identifies the weights that generate: fingerprints, not names.
-        options: The run's keys.
-        seed: RecBole's.
+    ``generator_key`` identifies the weights that generate, by fingerprints; the graph's order of
+    nodes is that of every layer.
 
     Raises:
         ValueError: If the token budget is below the instruction, or the rule does not fit the data.
@@ -87,7 +49,7 @@ class RequestMaker:
         self,
         graph: TrainGraph,
         templates: PromptTemplates,
-        tokenizer: Tokenizer,
+        tokenizer: ChatTokenizer,
         generator_key: dict[str, Any],
         options: GaCLLMConfig,
         seed: int,
@@ -100,7 +62,7 @@ class RequestMaker:
         )
         self._sampling_of = {True: knowledge, False: described}  # of the knowledge step?
         self._own_lines = templates.own_lines()
-        self.renderer = renderer_for(templates, tokenizer, options.llm_max_prompt_tokens)
+        self.renderer = PromptRenderer(templates, tokenizer, options.llm_max_prompt_tokens)
         self.neighbors: dict[Side, NeighborLists] = {
             side: select_neighbors(graph, side, options.neighbor_rule, options.n_neighbors, seed)
             for side in SIDES
@@ -117,13 +79,9 @@ class RequestMaker:
     def prompts(
         self, below: Layer, nothing_known: dict[Side, str], number: int
     ) -> Iterator[tuple[Side, int, Messages | None]]:
-        """Every node's prompt, users first; None where there is nothing to ask about.
+        """Every node's prompt, users first, for layer ``number``, from 1.
 
-        Args:
-            below: Layer l.
-            nothing_known: Text of a node without features; it is asked about only if it has
-                neighbours.
-            number: Of the layer that is made, from 1.
+        None where there is nothing to ask about: no neighbours, and no features.
         """
         pieces = {
             side: _Pieces(below.texts[side], self.tokenizer, self._max_neighbor_tokens)
@@ -161,10 +119,6 @@ class RequestMaker:
             )
             yield chat, bounds[row + 1] - bounds[row]
 
-    def key(self, messages: Messages, number: int | None = None) -> str:
-        """Address of the description that this prompt gives; arguments are those of `request`."""
-        return self._address(self._key_of_all, messages, self._sampling(number))
-
     def request(self, messages: Messages, number: int | None = None) -> Request:
         """The first attempt, drawn with a seed of the prompt's own: order does not matter.
 
@@ -172,11 +126,11 @@ class RequestMaker:
             messages: The prompt.
             number: Of the layer that is made; None is one of the convolution.
         """
-        sampling = self._sampling(number)
+        is_knowledge = number is not None and number <= self._n_knowledge
+        sampling = self._sampling_of[is_knowledge]
+        address = self._address(self._key_of_all, messages, sampling)
         seed = self._seeds(messages, sampling)[0]
-        return Request(
-            self.key(messages, number), messages, dataclasses.replace(sampling, seed=seed)
-        )
+        return Request(address, messages, dataclasses.replace(sampling, seed=seed))
 
     def retry_of(self, request: Request) -> Request:
         """The second attempt at a request."""
@@ -187,11 +141,6 @@ class RequestMaker:
             seed=self._seeds(request.messages, first)[1],
         )
         return dataclasses.replace(request, sampling=sampling)
-
-    def _sampling(self, number: int | None) -> Sampling:
-        """How the texts of a layer are drawn, but for the seed of each."""
-        is_knowledge = number is not None and number <= self._n_knowledge
-        return self._sampling_of[is_knowledge]
 
     def _address(self, of_all: dict[str, Any], messages: Messages, sampling: Sampling) -> str:
         drawn = dataclasses.asdict(sampling) | self._seed
@@ -214,22 +163,14 @@ class RequestMaker:
 
 
 class _Pieces:
-    """The texts of one side as parts of prompts: harmless, measured, cut; each once, when needed.
+    """The texts of one side as parts of prompts: harmless, measured, cut; each when needed."""
 
-    Attributes:
-        short: Each text as a neighbour's, once it is prepared.
-        n_short: Its tokens.
-
-    Shapes:
-        ``n_short``: [n_nodes].
-    """
-
-    def __init__(self, texts: list[str], tokenizer: Tokenizer, max_tokens: int) -> None:
+    def __init__(self, texts: list[str], tokenizer: ChatTokenizer, max_tokens: int) -> None:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._whole = list(texts)  # the same strings
-        self.short = self._whole.copy()
+        self.short = self._whole.copy()  # each as a neighbour's, once it is prepared
         self._n_whole = np.full(len(texts), -1, dtype=np.int32)
-        self.n_short = self._n_whole.copy()
+        self.n_short = self._n_whole.copy()  # its tokens, [n_nodes]
 
     def prepare(self, nodes: npt.NDArray[Any]) -> None:
         """Make and measure the pieces of nodes, each named once."""

@@ -11,8 +11,8 @@ from recbole_gacllm.convolution.convolution import Convolution
 from recbole_gacllm.convolution.graph import TrainGraph
 from recbole_gacllm.convolution.imported import ImportedTexts
 from recbole_gacllm.convolution.layers import Layer, Side
-from recbole_gacllm.convolution.prompts import PromptTemplates
-from recbole_gacllm.convolution.requests import renderer_for
+from recbole_gacllm.convolution.prompts import PromptRenderer, PromptTemplates
+from recbole_gacllm.convolution.requests import RequestMaker
 from recbole_gacllm.convolution.store import DescriptionStore
 from recbole_gacllm.job import Job
 from recbole_gacllm.llm.engines import open_generator
@@ -38,7 +38,8 @@ def imported_of(job: Job) -> ImportedTexts | None:
 
 def nothing_known_of(options: GaCLLMConfig) -> dict[Side, str]:
     """The text of a node of which nothing is known."""
-    return text.nothing_known_of(options.text_user_noun, options.text_item_noun)
+    nouns: dict[Side, str] = {"user": options.text_user_noun, "item": options.text_item_noun}
+    return {side: text.nothing_known(noun) for side, noun in nouns.items()}
 
 
 def templates_of(options: GaCLLMConfig) -> PromptTemplates:
@@ -74,7 +75,7 @@ def tokenizer_of(job: Job) -> ChatTokenizer:
                 f"together are above the model's window of {tokenizer.max_length} tokens; lower "
                 "one of them."
             )
-    renderer_for(templates_of(options), tokenizer, options.llm_max_prompt_tokens)
+    PromptRenderer(templates_of(options), tokenizer, options.llm_max_prompt_tokens)
     return tokenizer
 
 
@@ -82,14 +83,10 @@ def convolution_of(
     job: Job, graph: TrainGraph, store: DescriptionStore, backend: Backend
 ) -> Convolution:
     """The convolution of a job, which loads its engine when it is needed."""
-    from recbole_gacllm.llm.adapter import check_adapter
-
     assert job.model_dir is not None
     assert job.generator_key is not None
     model_dir, options = job.model_dir, job.options
     tokenizer = tokenizer_of(job)
-    if job.adapter_dir:
-        check_adapter(model_dir, job.adapter_dir)
     in_process = {"adapter_dir": job.adapter_dir, "dtype": options.llm_dtype, "seed": job.seed}
     endpoints = options.llm_endpoints
     only_of: dict[Backend, dict[str, Any]] = {
@@ -116,14 +113,6 @@ def convolution_of(
             backend, model_dir=model_dir, max_model_len=window, **only_of[backend]
         )
 
-    return Convolution(
-        graph,
-        templates_of(options),
-        tokenizer,
-        store,
-        job.generator_key,
-        load,
-        options,
-        job.seed,
-        job.show_progress,
-    )
+    templates = templates_of(options)
+    maker = RequestMaker(graph, templates, tokenizer, job.generator_key, options, job.seed)
+    return Convolution(maker, store, load, job.show_progress)

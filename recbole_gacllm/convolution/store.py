@@ -12,7 +12,7 @@ import json
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from operator import attrgetter
@@ -52,31 +52,17 @@ _SQLITE_CORRUPT, _SQLITE_NOTADB, _SQLITE_FULL = 11, 26, 13
 
 @dataclass(frozen=True)
 class Record:
-    """One finished description, good or failed.
+    """One finished description, good or failed; tokens are of the attempt that counts."""
 
-    Attributes:
-        key: 64 hexadecimal digits, the hash of everything that made the text.
-        text: The cleaned description; of a failed one, what the last attempt gave, for inspection.
-        status: ``ok``, or ``failed`` where no attempt gave a description.
-        reason: Why it failed (``empty``, ``truncated``, ``echo``, ``loop``, or ``malformed`` where
-            an answer was none); empty if it did not.
-        finish_reason: The engine's, of the last attempt: ``stop`` or ``length``.
-        n_prompt_tokens: Of the attempt that counts.
-        n_cached_tokens: Of those, from the engine's prefix cache.
-        n_output_tokens: Of the attempt that counts.
-        n_attempts: 1, or 2 after a retry.
-        created: UTC time, ISO 8601.
-    """
-
-    key: str
-    text: str
+    key: str  # 64 hexadecimal digits, the hash of everything that made the text
+    text: str  # of a failed one, what the last attempt gave, for inspection
     status: Literal["ok", "failed"]
-    reason: str
-    finish_reason: str
+    reason: str  # empty, truncated, echo, loop, or malformed where an answer was none; "" if ok
+    finish_reason: str  # the engine's, of the last attempt: stop or length
     n_prompt_tokens: int
-    n_cached_tokens: int
+    n_cached_tokens: int  # of those, from the engine's prefix cache
     n_output_tokens: int
-    n_attempts: int
+    n_attempts: int  # 1, or 2 after a retry
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
 
@@ -138,13 +124,9 @@ class DescriptionStore:
         """Add records in one transaction; on return they are durable. A key that is there stays.
 
         Raises:
-            ValueError: If a key is not 64 hexadecimal digits.
             StoreError: If the file cannot be written; then none of them is stored.
         """
         rows = [(*_values(record), _checksum(record)) for record in records]
-        for key, *_ in rows:
-            if len(key) != 64 or not set(key) <= set("0123456789abcdef"):
-                raise ValueError(f"key {key!r}: allowed are 64 hexadecimal digits (a SHA-256)")
         with self._explained(), self._transaction():
             self._db.executemany(_INSERT, rows)
 
@@ -222,7 +204,9 @@ def salvage(path: Path) -> str:
     new_path.unlink(missing_ok=True)
     old = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
     old.text_factory = _decode
-    n_rows = _number(old, "SELECT count(*) FROM descriptions")
+    n_lost: int | str = "an unknown number"
+    with suppress(sqlite3.DatabaseError):
+        n_lost = int(old.execute("SELECT count(*) FROM descriptions").fetchone()[0])
     # Not max(id): a damaged file can hold any.
     parts = (path, Path(f"{path}-wal"))
     last_id = sum(part.stat().st_size for part in parts if part.exists()) // _MIN_ROW_BYTES
@@ -250,17 +234,10 @@ def salvage(path: Path) -> str:
     new_path.rename(path)
     sync_folder(path.parent)
 
-    lost = "an unknown number" if n_rows is None else n_rows - len(saved)
-    done = f"{len(saved)} intact descriptions saved in a new store, {lost} lost, {aside} kept"
+    n_lost = n_lost - len(saved) if isinstance(n_lost, int) else n_lost
+    done = f"{len(saved)} intact descriptions saved in a new store, {n_lost} lost, {aside} kept"
     logger.error("%s was damaged: %s", path, done)
     return done
-
-
-def _number(db: sqlite3.Connection, query: str) -> int | None:
-    try:
-        return int(db.execute(query).fetchone()[0] or 0)
-    except sqlite3.DatabaseError:
-        return None
 
 
 def _open(path: Path) -> sqlite3.Connection:

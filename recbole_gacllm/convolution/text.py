@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from recbole_gacllm.convolution.layers import Side
 from recbole_gacllm.convolution.neutralize import neutralize
 from recbole_gacllm.convolution.templates import compile_template, default_sentence
 from recbole_gacllm.convolution.values import Value, column_values, in_order, says_nothing
@@ -40,13 +39,7 @@ def read_features(
     vectors, not text, and are not read. A cell of a ``float`` field that is no number stays the
     text it is.
 
-    Args:
-        path: The file; its header holds ``name:type`` for each column.
-        id_field: Name of the id column (RecBole's ``USER_ID_FIELD`` or ``ITEM_ID_FIELD``).
-        field_separator: RecBole's key of the same name.
-        encoding: RecBole's key of the same name.
-        seq_separator: RecBole's key of the same name.
-        ids: Ids that occur in the interactions.
+    Separators and encoding are RecBole's keys of these names; ``ids`` occur in the interactions.
 
     Returns:
         Index: the raw token, as RecBole keeps it. Columns: the fields in file order. Cells: a
@@ -102,11 +95,6 @@ def nothing_known(noun: str) -> str:
     return f"{_with_article(noun)} of which nothing is known."
 
 
-def nothing_known_of(user_noun: str, item_noun: str) -> dict[Side, str]:
-    """:func:`nothing_known` of each side."""
-    return {"user": nothing_known(user_noun), "item": nothing_known(item_noun)}
-
-
 def _with_article(noun: str) -> str:
     return f"{'An' if noun[:1].lower() in 'aeio' else 'A'} {noun}"
 
@@ -137,12 +125,9 @@ def render_descriptions(
         noun: ``text_user_noun`` or ``text_item_noun``.
         value_names: ``{field: {raw value: words}}``; also applied within sequences. A value whose
             words are empty counts as missing.
-        max_chars: Longest text in characters; a longer one is cut at a word and ends with "…".
+        max_chars: A longer text is cut at a word and ends with "…".
         allow_ids: Say "A movie with id 5." where the side has no features at all; otherwise, and
             for a node without values, the text is :func:`nothing_known`.
-
-    Returns:
-        One text for each token, in their order.
 
     Raises:
         ValueError: If the template is malformed or names a field that the file lacks.

@@ -57,12 +57,6 @@ def column_values(
     A cell that is a list of Python or JSON, or quoted words between commas, is that list. Of a
     ``token_seq`` column whose separator is a blank, the cells are prose if its name says so or the
     words do; lists with commas, if elements end with these; else one word an element.
-
-    Args:
-        name: Of the field.
-        kind: ``token`` or ``token_seq``.
-        cells: As they stand in the file, None where missing.
-        separator: RecBole's ``seq_separator``.
     """
     texts = [None if cell is None else plain(cell) for cell in cells]
     by_name = any(word in name.lower() for word in PROSE)

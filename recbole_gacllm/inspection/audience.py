@@ -15,13 +15,7 @@ from recbole.utils import ModelType
 from scipy import sparse
 from torch import Tensor
 
-from recbole_gacllm.inspection.histories import (
-    Histories,
-    asking_about,
-    no_rule,
-    padded,
-    some,
-)
+from recbole_gacllm.inspection.histories import Histories, asking_about, no_rule, padded, some
 from recbole_gacllm.inspection.opened import OpenRun, trainer_of
 from recbole_gacllm.inspection.parts import Parts, ScoreParts
 from recbole_gacllm.objective.linear import matrix_of, recency_weights
@@ -35,28 +29,18 @@ _MAX_USERS = 1024  # of a block of users outside of training
 
 @dataclass(frozen=True)
 class Block:
-    """Some users' scores.
+    """Some users' scores."""
 
-    Attributes:
-        rows: Their places among all who get lists, ``[B]``.
-        scores: ``[B, n_items]``; ``-inf`` for padding.
-        parts: What the scores are the sum of; empty where that was not asked for.
-    """
-
-    rows: np.ndarray
-    scores: Tensor
-    parts: Parts
+    rows: np.ndarray  # [B], their places among all who get lists
+    scores: Tensor  # [B, n_items]; -inf for padding
+    parts: Parts  # what the scores are the sum of; empty where that was not asked for
 
 
 class Audience:
     """Users who get lists.
 
-    Args:
-        run: The run whose model scores.
-        tokens: Raw tokens of the users.
-        known: What the model knows of them: ``[n_users, n_items]``, an entry for each item.
-        left_out: What a list leaves out unless asked to keep it; shaped as ``known``.
-        parts: GaCLLM's parts, where they are wanted.
+    ``known`` is what the model knows of them, ``[n_users, n_items]``, an entry for each item;
+    ``left_out``, shaped alike, what a list leaves out unless asked to keep it.
     """
 
     def __init__(
@@ -101,10 +85,7 @@ class Audience:
 
 
 class RunUsers(Audience):
-    """Users of the run's data, in the blocks of RecBole's test evaluation.
-
-    Args:
-        tokens: Raw tokens; None is all.
+    """Users of the run's data, all or some, in the blocks of RecBole's test evaluation.
 
     Raises:
         ValueError: If the data has no such user.
@@ -178,11 +159,7 @@ class RunUsers(Audience):
 
 
 class NewUsers(Audience):
-    """Users who are known by their histories alone, whoever the run calls by their names.
-
-    Args:
-        run: Of a model that has a rule for them (:func:`.require_rule`).
-    """
+    """Users who are known by their histories alone, whoever the run calls by their names."""
 
     def __init__(self, run: OpenRun, histories: Histories, parts: ScoreParts | None) -> None:
         self._name, self._histories = run.config["model"], histories
@@ -227,15 +204,10 @@ class NewUsers(Audience):
 
 
 def interactions(dataset: Any, lists: bool) -> sparse.csr_array:
-    """The interactions of one part of a split, as ones.
+    """The interactions of one part of a split, as ones: ``[n_users, n_items]``, with padding.
 
-    Args:
-        dataset: RecBole's.
-        lists: Count those in the first item list of a sequential part's users, too: what came
-            after is the target of another row.
-
-    Shapes:
-        result: ``[n_users, n_items]``, with padding.
+    With ``lists`` those in the first item list of a sequential part's users count, too: what came
+    after is the target of another row.
     """
     inter = dataset.inter_feat
     users, items = (inter[name].numpy() for name in (dataset.uid_field, dataset.iid_field))

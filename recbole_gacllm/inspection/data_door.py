@@ -21,10 +21,7 @@ logger = logging.getLogger(__name__)
 def read_and_inspect(
     model: str, dataset: str, config_files: Sequence[str], config_dict: dict[str, Any]
 ) -> tuple[Any, Any, DataReport]:
-    """Read and split a data set as a run of a model does.
-
-    Returns:
-        RecBole's configuration, the training part, and what was seen.
+    """Read and split a data set as a run does: RecBole's configuration, training part, report.
 
     Raises:
         ValueError: As :func:`.run_config.build_config` and :func:`.data.checks.inspect`.
@@ -39,11 +36,7 @@ def read_and_inspect(
 def sample_texts(
     config: Any, train: Any, dataset: str, config_files: Sequence[str], config_dict: dict[str, Any]
 ) -> dict[Side, list[str]]:
-    """Side -> texts of layer 0 of some of its nodes, drawn by the seed.
-
-    Raises:
-        ValueError: As :func:`.inputs.raw_descriptions`.
-    """
+    """Side -> texts of layer 0 of some of its nodes, drawn by the seed."""
     if config["model"] not in MODELS and not config["text_init"]:  # the words are GaCLLM's
         config = build_config("GaCLLM", dataset, config_files, config_dict)
     options = GaCLLMConfig.of_hook(config.final_config_dict)
@@ -56,9 +49,6 @@ def check_plan(jobs: Iterable[tuple[str, str, Sequence[str], Mapping[str, Any]]]
 
     Of each data set one run with text is looked at if there is one, and one of each kind: those
     that draw negative items and those that do not.
-
-    Args:
-        jobs: Model, data set, config files and keys of each.
 
     Raises:
         ValueError: As :func:`read_and_inspect` and :func:`sample_texts`.

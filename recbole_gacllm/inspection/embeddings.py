@@ -47,15 +47,8 @@ def find_embeddings(artifact_dir: Path, dataset: str | None, run: Path | None, l
 def export_embeddings(folder: Path, layer: int, output: Path) -> list[Path]:
     """Write ``NAME.useremb``, ``NAME.itememb`` and a yaml file that loads them.
 
-    NAME is the name of the output folder, as RecBole names the files of a data set.
-
-    Args:
-        folder: An ``embeddings-…`` folder with a manifest.
-        layer: 0 is raw text, l is the text of layer l.
-        output: Folder to write to, made if need be.
-
-    Returns:
-        The files written.
+    NAME is the name of the output folder, which is made if need be, as RecBole names the files of
+    a data set. Returns the files.
 
     Raises:
         ValueError: If there are no finished embeddings or no such layer.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from recbole_gacllm.alignment.embeddings import MAX_ROWS
 from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.convolution.layers import Layer, layer_files
-from recbole_gacllm.convolution.names import item_names, names_file_of, read_names
+from recbole_gacllm.convolution.names import NAMES, item_names, read_names
 from recbole_gacllm.convolution.text import read_features
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.inspection.opened import OpenRun
@@ -37,7 +36,7 @@ def names_of_items(run: OpenRun) -> np.ndarray:
     tokens = dataset.field2id_token[dataset.iid_field].tolist()
     folders = run.files.artifacts()
     if "inputs" in folders:
-        names = read_names(folders["inputs"], names_file_of(folders))
+        names = read_names(folders["inputs"], folders.get(NAMES))
     else:
         file = Path(config["data_path"]) / f"{config['dataset']}.item"
         reading = (config["field_separator"], config["encoding"], config["seq_separator"])
@@ -98,13 +97,6 @@ class Explained:
     - ``because``: names of up to three items of what the model knows of the user that are nearest
       to the item: by the weights of the linear model; without one by the cosine of their centred
       raw texts; without texts by that of their embeddings.
-
-    Args:
-        run: Of GaCLLM or TextKNN.
-        parts: GaCLLM's parts.
-
-    Raises:
-        ValueError: If it is of another model.
     """
 
     def __init__(self, run: OpenRun, parts: ScoreParts | None) -> None:
@@ -147,15 +139,3 @@ class Explained:
             history[place[value > 0].cpu().numpy()]
             for value, place in zip(values.T, places.T, strict=True)
         ]
-
-
-def require_explainable(model: Any, name: str) -> None:
-    """Refuse a model of which nothing is known but its scores.
-
-    Raises:
-        ValueError: Names the models that can be explained.
-    """
-    if not hasattr(model, "texts"):
-        raise ValueError(
-            f"--explain: {name} has scores only; runs of GaCLLM and TextKNN have more."
-        )

@@ -32,30 +32,16 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t"}
 
 @dataclass(frozen=True)
 class Histories:
-    """Interactions of some users, sorted by user and, where there are times, by time.
+    """Interactions of some users, sorted by user and, where there are times, by time."""
 
-    Attributes:
-        tokens: Raw tokens of the users, in the order of the table; each has an item.
-        users: Place in ``tokens`` of each interaction's user.
-        items: RecBole's id of its item.
-        times: When it was; None where that is not known.
-
-    Shapes:
-        users, items, times: ``[n]``.
-    """
-
-    tokens: list[str]
-    users: np.ndarray
-    items: np.ndarray
-    times: np.ndarray | None
+    tokens: list[str]  # raw tokens of the users, in the order of the table; each has an item
+    users: np.ndarray  # [n], place in ``tokens`` of each interaction's user
+    items: np.ndarray  # [n], RecBole's ids
+    times: np.ndarray | None  # [n]
 
     @classmethod
     def of(cls, table: pd.DataFrame, item_ids: Mapping[str, int]) -> Histories:
-        """From a table of ``user``, ``item`` and perhaps ``time``; what is unknown is named.
-
-        Args:
-            table: Of :func:`read_histories`.
-            item_ids: RecBole's id of each raw token.
+        """From a table of :func:`read_histories` and RecBole's ids; what is unknown is named.
 
         Raises:
             ValueError: If no user has an item that the run knows.
@@ -114,10 +100,6 @@ class Histories:
 
 def read_histories(source: Path | pd.DataFrame, config: Any) -> pd.DataFrame:
     """A table of ``user``, ``item`` and perhaps ``time``, called so or as in the run's data.
-
-    Args:
-        source: A table; or a file that :func:`.data.tables.open_table` reads.
-        config: RecBole's configuration.
 
     Returns:
         Tokens as text; times as numbers, or in seconds since 1970 (UTC) where they are dates.
@@ -210,8 +192,7 @@ def no_rule(name: str, why: str) -> ValueError:
 def asking_about(model: Any, name: str, counts: sparse.csr_array) -> Interaction:
     """Let histories take the place of the training users'; what to ask the model then.
 
-    RecBole's models of :data:`ITEM_BASED` and :data:`AUTOENCODERS` look up a user's items in a
-    matrix, by the user's id.
+    RecBole's models of these two kinds look up a user's items in a matrix, by the user's id.
 
     Shapes:
         counts: ``[B, n_items]``, ones.

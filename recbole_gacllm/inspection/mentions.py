@@ -40,20 +40,11 @@ _WINDOW = {True: 4, False: 8}  # characters of a distinctive part, by whether th
 
 # Letters that Unicode does not take apart into a letter and an accent.
 _PLAIN = str.maketrans(
-    {
-        "_": "*",
-        "ø": "o",
-        "Ø": "O",
-        "ł": "l",
-        "Ł": "L",
-        "đ": "d",
-        "Đ": "D",
-        "ð": "d",
-        "ı": "i",
-        "&": " and ",
-    }
+    {"_": "*", "&": " and "}
+    | dict(zip("øØłŁđĐðı", "oOlLdDdi", strict=True))
     | {"æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "þ": "th", "Þ": "Th"}
 )
+_ACCENTS = frozenset((*range(10, 37), *range(200, 256)))  # combining classes
 _UMLAUTS = str.maketrans(
     {"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue", "å": "aa", "Å": "Aa"}
 )
@@ -91,13 +82,9 @@ def fold(text: str) -> str:
     if not text.isascii():
         # Vowel signs of Thai, Hindi or kana are letters, not accents: their classes lie between.
         parted = unicodedata.normalize("NFKD", text)
-        text = "".join(char for char in parted if not _is_accent(unicodedata.combining(char)))
+        text = "".join(char for char in parted if unicodedata.combining(char) not in _ACCENTS)
         text = _HANGUL.sub("\\g<0>\u200b", unicodedata.normalize("NFC", text))
     return text.translate(_PLAIN)
-
-
-def _is_accent(combining_class: int) -> bool:
-    return combining_class >= 200 or 10 <= combining_class <= 36
 
 
 def _read(text: str) -> tuple[list[str], list[int], list[str]]:
@@ -130,19 +117,14 @@ def _plain_words(text: str) -> list[str]:
 class Marks:
     """By what texts can name the nodes of one side.
 
-    Attributes:
-        side: Of the nodes.
-        kinds: Of each mark, an index into ``KINDS``.
-        owners: Which nodes a mark names. Shapes: [n_marks, n_nodes].
-        has_sure_name, has_sure_id: Nodes whose name, whose id a text cannot hold by chance: they
-            are found however they are written. Shapes: [n_nodes].
+    A sure name or id cannot stand in a text by chance: it is found however it is written.
     """
 
     side: Side
-    kinds: npt.NDArray[np.int8]
-    owners: sparse.csr_array
-    has_sure_name: npt.NDArray[np.bool_]
-    has_sure_id: npt.NDArray[np.bool_]
+    kinds: npt.NDArray[np.int8]  # [n_marks], indices into KINDS
+    owners: sparse.csr_array  # [n_marks, n_nodes], which nodes a mark names
+    has_sure_name: npt.NDArray[np.bool_]  # [n_nodes]
+    has_sure_id: npt.NDArray[np.bool_]  # [n_nodes]
     _marks: dict[str, list[tuple[int, int]]]  # words -> (mark, how it must be written)
     _lengths: dict[str, list[int]]  # first word -> lengths of marks in words
 
@@ -153,13 +135,7 @@ class Marks:
 
     @classmethod
     def of(cls, side: Side, ids: Sequence[str], names: Sequence[str | None]) -> Marks:
-        """Marks of all nodes.
-
-        Args:
-            side: Of the nodes.
-            ids: Raw token of each node.
-            names: Name of each node; None, or its token, if it has none.
-        """
+        """Marks of all nodes, by raw tokens and names; None, or the token, where there is none."""
         rows: dict[tuple[str, int, Kind], list[int]] = defaultdict(list)
         has_name, has_id = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
         real_names = [
@@ -187,11 +163,7 @@ class Marks:
         return cls(side, kinds, owners, has_name, has_id, dict(marks), in_order)
 
     def in_texts(self, texts: Sequence[Iterable[str]], any_case: bool = False) -> sparse.csr_array:
-        """Which marks stand in the texts of each node.
-
-        Args:
-            texts: Of each node, any number of texts.
-            any_case: Whether to find marks however they are written.
+        """Which marks stand in the texts of each node; ``any_case``: however they are written.
 
         Shapes:
             result: ``[len(texts), n_marks]``, ones.

@@ -29,21 +29,14 @@ from recbole_gacllm.inputs import TrainingData
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run as it stood after its best epoch.
-
-    Attributes:
-        files: Its record, and where its artefacts lie.
-        config: RecBole's configuration; ``checkpoint_dir`` is a folder that is no longer there.
-        train, valid, test: RecBole's data loaders, on the run's own split.
-        model: RecBole's model with the best weights, on ``config["device"]``.
-    """
+    """A run as it stood after its best epoch."""
 
     files: RunFiles
-    config: Config
-    train: Any
+    config: Config  # RecBole's; ``checkpoint_dir`` is a folder that is no longer there
+    train: Any  # RecBole's data loaders, on the run's own split
     valid: Any
     test: Any
-    model: Any
+    model: Any  # with the best weights, on ``config["device"]``
 
 
 def open_run(files: RunFiles) -> OpenRun:

@@ -28,9 +28,6 @@ class ScoreParts:
     parts is ``full_sort_predict``'s score.
 
     Holds the hops of all nodes: ``4 (K + 4) (n_users + n_items) d`` bytes at most.
-
-    Args:
-        model: GaCLLM with its best weights, in evaluation mode.
     """
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import random
 import textwrap
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,37 +40,23 @@ class Sample:
 class SideQuality:
     """Figures of one side of a layer; shares are of its nodes.
 
-    Attributes:
-        statuses: How many texts are generated, failed, imported, …
-        failures: Reason -> nodes that carry the text below for it.
-        n_words: Quantiles of the length in words.
-        own_copies: Share of texts that are the node's own text of the layer below, but for case,
-            punctuation and the opening that nearly all texts of the side share, carried-over ones
-            left out.
-        neighbor_copies: Share of texts that are a neighbour's text of the layer below.
-        repeated: Share of texts that another node of the side has, too.
-        distinct: Different n-grams of words over all n-grams, for n = 1 and 2.
-        scripts: Share of texts by the script that most of their letters are of.
-        languages: Share of texts by their most likely language, an ISO 639-1 code; none without a
-            letter. Of a random part where there are more than 20,000.
-        own_names: Share of descriptions that name their own item; None for users.
-        neighbor_names: Share that name an item of their prompt; None for items.
-        samples: Descriptions drawn at random.
+    A copy is equal but for case, punctuation and the opening that nearly all texts of the side
+    share; carried-over texts are none.
     """
 
     n_nodes: int
-    statuses: dict[str, int]
-    failures: dict[str, int]
-    n_words: dict[str, int]
-    own_copies: float
-    neighbor_copies: float
-    repeated: float
-    distinct: tuple[float, float]
-    scripts: dict[str, float]
-    languages: dict[str, float]
-    own_names: float | None
-    neighbor_names: float | None
-    samples: list[Sample]
+    statuses: dict[str, int]  # how many texts are generated, failed, imported, …
+    failures: dict[str, int]  # reason -> nodes that carry the text below for it
+    n_words: dict[str, int]  # quantiles of the length
+    own_copies: float  # share that copies the node's own text of the layer below
+    neighbor_copies: float  # share that copies a neighbour's
+    repeated: float  # share that another node of the side has, too
+    distinct: tuple[float, float]  # different n-grams of words over all n-grams, for n = 1 and 2
+    scripts: dict[str, float]  # shares by the script that most of their letters are of
+    languages: dict[str, float]  # by ISO 639-1 code, or none; of a random part of many texts
+    own_names: float | None  # share of descriptions that name their own item; None for users
+    neighbor_names: float | None  # share that name an item of their prompt; None for items
+    samples: list[Sample]  # drawn at random
 
 
 @dataclass(frozen=True)
@@ -84,13 +70,7 @@ class LayerQuality:
 
 
 def layer_qualities(run: RunDescriptions, n_samples: int, seed: int) -> Iterator[LayerQuality]:
-    """Figures of every layer above 0.
-
-    Args:
-        run: Its descriptions.
-        n_samples: Descriptions to show of each layer, of both sides together.
-        seed: Of their draw.
-    """
+    """Figures of every layer above 0, and of each ``n_samples`` descriptions of both sides."""
     reports = run.manifest.get("layers", [])
     rng = random.Random(seed)
     for number in range(1, len(run.layers)):
@@ -221,7 +201,10 @@ def quality_lines(layer: LayerQuality) -> Iterator[str]:
                 f"{report['n_truncated']} cut by the length limit"
             )
         yield f"  generated       {report['n_generated']} prompts{others}"
-        yield f"  tokens          {token_line(report)}"
+        yield (
+            f"  tokens          {report['n_prompt_tokens']} in ({report['n_cached_tokens']} from "
+            f"the prefix cache), {report['n_output_tokens']} out, {report['seconds']:.0f} s"
+        )
     for side, quality in layer.sides.items():
         yield from ("", f"  {side}s")
         yield from (f"    {name:<12}  {value}" for name, value in _side_lines(quality))
@@ -232,14 +215,6 @@ def quality_lines(layer: LayerQuality) -> Iterator[str]:
             short = textwrap.shorten(words, _MAX_PRINTED_CHARS, placeholder=" …")
             indent = " " * len(sign)
             yield from textwrap.wrap(short, 96, initial_indent=sign, subsequent_indent=indent)
-
-
-def token_line(report: Mapping[str, Any]) -> str:
-    """Tokens in and out, and seconds."""
-    return (
-        f"{report['n_prompt_tokens']} in ({report['n_cached_tokens']} from the prefix cache), "
-        f"{report['n_output_tokens']} out, {report['seconds']:.0f} s"
-    )
 
 
 def _side_lines(quality: SideQuality) -> Iterator[tuple[str, str]]:

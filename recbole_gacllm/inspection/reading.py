@@ -18,7 +18,7 @@ import pandas as pd
 from recbole_gacllm.artifacts import locate, manifests
 from recbole_gacllm.convolution.graph import NeighborLists, TrainGraph, select_neighbors
 from recbole_gacllm.convolution.layers import SIDES, Kind, Layer, Side, kind_of, layer_files
-from recbole_gacllm.convolution.names import names_file_of, read_names
+from recbole_gacllm.convolution.names import NAMES, read_names
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,13 @@ class Unfinished:
 
 
 class RunDescriptions:
-    """The descriptions of one run.
+    """The descriptions of one run: its finished ``layers``, the raw one first.
 
     Args:
         folder: A ``descriptions-…`` folder with a manifest; or the ``inputs-…`` of a run whose
             texts no LLM has touched, which has layer 0 alone and no prompts.
         unfinished: Take one without, too, as far as it is.
         names_file: The run's own names of items; None takes those that were written last.
-
-    Attributes:
-        layers: Those that are finished, the raw one first.
-        kinds: What each of them is.
-        graph: Training edges.
-        unfinished: None if the stage is finished.
 
     Raises:
         ValueError: If there are none there.
@@ -137,11 +131,10 @@ class RunDescriptions:
     def of_run(
         cls, run: Path, unfinished: bool = False, artifact_dir: Path | None = None
     ) -> RunDescriptions:
-        """The descriptions of a run.
+        """The descriptions of a run; of one on raw texts, layer 0.
 
         Args:
-            run: Its ``run.json``, the folder of it, or a ``descriptions-…`` folder. Of a run on raw
-                texts, layer 0.
+            run: Its ``run.json``, the folder of it, or a ``descriptions-…`` folder.
             unfinished: Take a folder whose stage has not finished, too.
             artifact_dir: Where to look for artefacts that were moved away from the run.
 
@@ -154,7 +147,7 @@ class RunDescriptions:
         folder = folders.get("descriptions") or folders.get("inputs")
         if folder is None:
             raise ValueError(f"the run of {run} had no texts.")
-        return cls(folder, unfinished, names_file_of(folders))
+        return cls(folder, unfinished, folders.get(NAMES))
 
     def _progress(self) -> Unfinished:
         """How far the stage is."""

@@ -13,12 +13,7 @@ from tqdm import tqdm
 
 from recbole_gacllm.artifacts.locate import RunFiles
 from recbole_gacllm.inspection.audience import Audience, Block, NewUsers, RunUsers
-from recbole_gacllm.inspection.explained import (
-    Explained,
-    intent_scores,
-    names_of_items,
-    require_explainable,
-)
+from recbole_gacllm.inspection.explained import Explained, intent_scores, names_of_items
 from recbole_gacllm.inspection.histories import Histories, read_histories, require_rule, some
 from recbole_gacllm.inspection.opened import OpenRun, open_run
 from recbole_gacllm.inspection.parts import ScoreParts
@@ -81,9 +76,12 @@ def recommend(
         raise ValueError(f"--k: {k} is not allowed; give at least 1.")
     opened = open_run(RunFiles.read(Path(run), Path(artifact_dir) if artifact_dir else None))
     opened.model.eval()
-    if explain:
-        require_explainable(opened.model, opened.config["model"])
-    is_gacllm = opened.config["model"] == "GaCLLM"
+    name = opened.config["model"]
+    if explain and not hasattr(opened.model, "texts"):
+        raise ValueError(
+            f"--explain: {name} has scores only; runs of GaCLLM and TextKNN have more."
+        )
+    is_gacllm = name == "GaCLLM"
     parts = ScoreParts(opened.model) if is_gacllm and explain else None
     audience = (
         RunUsers(opened, users, parts)

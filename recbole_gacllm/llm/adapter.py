@@ -29,17 +29,11 @@ PREFIX: Final = "base_model.model."  # peft's, before the name of each layer
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """A linear layer of a language model.
-
-    Attributes:
-        on_disk: Name of its weight in the safetensors files; None if it is stored in another form
-            (quantised, or as a part of something).
-        transposed: Its weight is inputs by outputs, as GPT-2's.
-    """
+    """A linear layer of a language model."""
 
     shape: tuple[int, int]  # outputs, inputs
-    on_disk: str | None
-    transposed: bool
+    on_disk: str | None  # name of its weight in the files; None if it is stored in another form
+    transposed: bool  # its weight is inputs by outputs, as GPT-2's
 
 
 def model_without_weights(model_dir: Path) -> Any:

@@ -112,8 +112,6 @@ class ChatTokenizer:
         The result is counted again: :meth:`count_tokens` of it is at most ``max_tokens``. A
         character of several tokens is kept or dropped whole.
         """
-        if max_tokens < 0:
-            raise ValueError(f"max_tokens is {max_tokens}; it must be at least 0.")
         beginnings = list(texts)
         limits = dict.fromkeys(range(len(beginnings)), max_tokens)
         while limits:
@@ -151,19 +149,6 @@ class ChatTokenizer:
                 "llm_max_new_tokens, or use a model with a longer window."
             )
         return ids
-
-    def context_window(self, max_model_len: int | None) -> int:
-        """The window to serve: the model's own, or a shorter one on request.
-
-        Raises:
-            ValueError: If the request is longer than the model's window.
-        """
-        if max_model_len is not None and max_model_len > self.max_length:
-            raise ValueError(
-                f"A window of {max_model_len} tokens was asked for, but the model's is "
-                f"{self.max_length}. Lower llm_max_prompt_tokens or llm_max_new_tokens."
-            )
-        return max_model_len or self.max_length
 
     def decode(self, ids: Sequence[int], prompt: Sequence[int]) -> str:
         """The text of token ids that follow a prompt, special tokens left out, blanks as they are.

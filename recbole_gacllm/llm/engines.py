@@ -30,12 +30,8 @@ def choose_backend(requested: str) -> tuple[Backend, str]:
     """The engine for ``llm_backend``, and why it is that, in words; vLLM itself is not imported.
 
     Raises:
-        ValueError: If the key has another value, or vLLM is asked for but cannot run here.
+        ValueError: If vLLM is asked for but cannot run here.
     """
-    if requested not in ("auto", "vllm", "transformers", "server"):
-        raise ValueError(
-            f"llm_backend={requested!r} is unknown; allowed: auto, vllm, transformers, server."
-        )
     if requested == "transformers":
         return "transformers", "llm_backend asks for transformers"
     if requested == "server":
@@ -111,15 +107,11 @@ def _check_number_of_cards(tensor_parallel_size: int, pipeline_parallel_size: in
 def open_generator(backend: Backend, **options: Any) -> TextGenerator:
     """Load the engine's module and start it; vLLM once for each group of cards, see :mod:`.fleet`.
 
-    Args:
-        backend: As :func:`choose_backend` returned it.
-        **options: Of :class:`~recbole_gacllm.llm.vllm_engine.VLLMGenerator`,
-            :class:`~recbole_gacllm.llm.transformers_engine.TransformersGenerator` or
-            :class:`~recbole_gacllm.llm.server.ServerGenerator`.
+    Options are those of ``VLLMGenerator``, ``TransformersGenerator`` or ``ServerGenerator``.
 
     Raises:
         GenerationError: If the engine does not start.
-        ValueError: If the adapter does not fit the model, or the window is longer than the model's.
+        ValueError: If the adapter does not fit the model.
     """
     if backend == "vllm":
         from recbole_gacllm.llm.fleet import Fleet

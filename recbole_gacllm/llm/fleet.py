@@ -71,8 +71,6 @@ class Fleet:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Complete requests; see :class:`~recbole_gacllm.llm.generator.TextGenerator`."""
-        if any(member.in_flight for member in self._members):
-            raise RuntimeError("This generator serves another call; finish or close that first.")
         source, moved = iter(requests), deque[Request]()
         try:
             while not self._hand_out(moved, source) or any(m.in_flight for m in self._members):
@@ -141,28 +139,22 @@ class Fleet:
 
 
 class _Member:
-    """This process's side of an engine, and of its successors.
-
-    Attributes:
-        window: Requests it takes at once; 0 until it has loaded.
-        in_flight: Its requests, by id.
-        error: Why it is dead for good; empty while it lives.
-    """
+    """This process's side of an engine, and of its successors."""
 
     def __init__(
         self, number: int, environment: Mapping[str, str], load: Load, window: int | None
     ) -> None:
         variables = ", ".join(f"{name}={value}" for name, value in environment.items())
         self.name = f"engine {number}" + (f" ({variables})" if variables else "")
-        self.in_flight: dict[str, Request] = {}
-        self.error = ""
+        self.in_flight: dict[str, Request] = {}  # by id
+        self.error = ""  # why it is dead for good
         self.has_worked = False
         self._environment, self._load = dict(environment), load
         self._n_restarts = 0
         self._start(window)
 
     def _start(self, window: int | None) -> None:
-        self.window, self._window_asked = 0, window
+        self.window, self._window_asked = 0, window  # how many it takes at once, once it has loaded
         spawning = get_context("spawn")
         self.connection, of_engine = spawning.Pipe()
         # Not a daemon: those may not start processes, and vLLM does on GPUs.

@@ -34,14 +34,11 @@ class Sampling:
 class Request:
     """One prompt to complete.
 
-    Attributes:
-        id: The caller's name of the request; comes back in the completion, unique within a call.
-        messages: The chat; the generator applies the model's own chat template to it. A last
-            message of the assistant is the beginning of its answer; the completion goes on there.
-        sampling: How to draw the completion.
+    The generator applies the model's own chat template. A last message of the assistant is the
+    beginning of its answer; the completion goes on there.
     """
 
-    id: str
+    id: str  # the caller's name; comes back in the completion, unique within a call
     messages: tuple[Message, ...]
     sampling: Sampling
 
@@ -56,26 +53,15 @@ class SFTPair:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a generator made of one request.
-
-    Attributes:
-        text: The decoded completion, special tokens left out, not cleaned; without the beginning
-            that the request gave.
-        finish_reason: ``stop`` if the model ended it, ``length`` if ``max_new_tokens`` did.
-        n_prompt_tokens: Tokens of the prompt, chat template included.
-        n_cached_tokens: Of those, how many the engine's prefix cache served (0 if it has none).
-        n_output_tokens: Tokens generated.
-        problem: Why there is no answer to judge, such as a server's that is no completion; the text
-            is empty then.
-    """
+    """What a generator made of one request."""
 
     id: str
-    text: str
-    finish_reason: Literal["stop", "length"]
-    n_prompt_tokens: int
-    n_cached_tokens: int
+    text: str  # decoded, not cleaned, without special tokens and the beginning of the request
+    finish_reason: Literal["stop", "length"]  # the model ended it, or max_new_tokens did
+    n_prompt_tokens: int  # chat template included
+    n_cached_tokens: int  # of those, how many the engine's prefix cache served
     n_output_tokens: int
-    problem: str = ""
+    problem: str = ""  # why there is no answer to judge, such as a server's that is none; no text
 
 
 class TextGenerator(Protocol):

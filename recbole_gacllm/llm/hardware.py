@@ -158,29 +158,15 @@ def check_cuda_tools() -> None:
         )
 
 
-def resolve_dtype(requested: str, key: str = "llm_dtype", device: str | None = None) -> DType:
-    """``auto`` is the best number type that the hardware computes in.
+def resolve_dtype(requested: str, device: str | None = None) -> DType:
+    """What a key for a number type asks for; ``auto`` is the best that the hardware computes in.
 
     That is bfloat16; float16 on GPUs before compute capability 8.0, which only emulate bfloat16;
-    float32 on other processors.
-
-    Args:
-        requested: What a configuration asks for.
-        key: Under this key.
-        device: ``cpu`` or ``cuda``; None is a GPU if there is one.
-
-    Raises:
-        ValueError: If the key has another value.
+    float32 on other processors. ``device`` is ``cpu`` or ``cuda``; None is a GPU if there is one.
     """
     match requested:
         case "bfloat16" | "float16" | "float32":
             return requested
-        case "auto":
-            pass
-        case _:
-            raise ValueError(
-                f"{key}={requested!r} is unknown; allowed: auto, bfloat16, float16, float32."
-            )
     import torch
 
     if device is None:

@@ -41,13 +41,11 @@ class ServerGenerator:
         concurrency: Requests under way at one endpoint.
         key_variable: Environment variable that holds the API key; not set means no key.
         max_model_len: Longest prompt plus completion in tokens; None is the model's window.
-        patience_seconds: How long no endpoint may answer.
-        timeout_seconds: How long one answer may take.
+        patience_seconds, timeout_seconds: As :class:`.endpoints.Endpoints`.
 
     Raises:
         GenerationError: If no endpoint answers, or one refuses the key.
-        ValueError: If an endpoint does not serve the model, the window is too long, or the key
-            cannot be one.
+        ValueError: If an endpoint does not serve the model, or the key cannot be one.
     """
 
     def __init__(
@@ -62,7 +60,7 @@ class ServerGenerator:
         timeout_seconds: float = 600.0,
     ) -> None:
         self._chat = ChatTokenizer(model_dir)
-        self._max_model_len = self._chat.context_window(max_model_len)
+        self._max_model_len = max_model_len or self._chat.max_length
         for name in _HTTP_LOGGERS:
             logging.getLogger(name).addFilter(_redacting)
         self._served_model = served_model

@@ -38,18 +38,13 @@ _BATCHES_AHEAD: Final = 4
 class TransformersGenerator:
     """A model run by ``transformers.generate``, on the GPU if there is one.
 
-    Args:
-        model_dir: Folder with config, safetensors and tokenizer.
-        adapter_dir: LoRA adapter in peft's format, applied un-merged.
-        dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
-        seed: Taken for symmetry with vLLM: every draw here has its request's own seed.
-        max_model_len: Longest prompt plus completion in tokens; None is the model's window.
-        batch_size: Prompts completed at once, None for 16 on the CPU and 128 on a GPU; halved for
-            good whenever memory runs out.
+    Options are those of :class:`.vllm_engine.VLLMGenerator`, and ``batch_size``: prompts completed
+    at once, None for 16 on the CPU and 128 on a GPU; halved for good whenever memory runs out.
+    ``seed`` has no effect: every draw has its request's own.
 
     Raises:
         GenerationError: If the model cannot be loaded.
-        ValueError: If the adapter does not fit, or the window is longer than the model's.
+        ValueError: If the adapter does not fit.
     """
 
     def __init__(
@@ -62,7 +57,7 @@ class TransformersGenerator:
         batch_size: int | None = None,
     ) -> None:
         self._chat = ChatTokenizer(model_dir)
-        self._max_model_len = self._chat.context_window(max_model_len)
+        self._max_model_len = max_model_len or self._chat.max_length
         if adapter_dir is not None:
             check_adapter(model_dir, adapter_dir)
         device = "cuda" if torch.cuda.is_available() else "cpu"

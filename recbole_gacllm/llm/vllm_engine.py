@@ -88,7 +88,7 @@ class VLLMGenerator:
     Raises:
         MemoryRanOutError: If it lacks memory, or maybe: a smaller one may do, in another process.
         GenerationError: If vLLM does not start; holds its message.
-        ValueError: If the adapter does not fit, or the window is longer than the model's.
+        ValueError: If the adapter does not fit.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class VLLMGenerator:
         window: int | None = None,
     ) -> None:
         self._chat = ChatTokenizer(model_dir)
-        self._max_model_len = self._chat.context_window(max_model_len)
+        self._max_model_len = max_model_len or self._chat.max_length
         self._names = itertools.count()
         self._lora = None
         options: dict[str, Any] = {

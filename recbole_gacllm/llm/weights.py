@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from filelock import FileLock
+
 from recbole_gacllm.artifacts import disk, hashing
 from recbole_gacllm.errors import WeightsError
 from recbole_gacllm.llm import formats
@@ -176,7 +178,7 @@ def _cached(key: str, option: str, build: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with hashing.cache_lock(folder.name):
+        with FileLock(f"{folder}.lock"):
             if not _is_intact(folder):
                 _build_atomically(folder, build)
     except WeightsError as error:

@@ -76,10 +76,8 @@ def browser_data(texts: Texts, scored: Scored | str) -> dict[str, Any]:
 def map_data(texts: Texts) -> dict[str, Any] | None:
     """Item texts of every layer in two dimensions, by the principal axes that all layers share.
 
-    Returns:
-        ``layers``: for each layer the points of all items, in their order; ``groups``: names of the
-        colours, the last for all others; ``group``: colour of each item; ``items``: their tokens;
-        ``share``: part of the variance that the two axes hold. None without embeddings.
+    None without embeddings. ``groups`` are names of colours, the last for all others; ``share`` is
+    the part of the variance that the two axes hold.
     """
     if len(texts.embeddings) < len(texts.run.layers):
         return None

@@ -19,21 +19,13 @@ N_COLOURS = 8
 
 @dataclass(frozen=True)
 class Series:
-    """One line or one colour of bars.
+    """One line or one colour of bars."""
 
-    Attributes:
-        name: In the legend.
-        y: Values; None where there is none.
-        x: Where they stand; empty for bars, which stand on categories.
-        intervals: (low, high) of each value, for bars.
-        colour: Number of the colour, so that a model keeps its own in all charts.
-    """
-
-    name: str
-    y: Sequence[float | None]
-    x: Sequence[float] = ()
-    intervals: Sequence[tuple[float, float] | None] = ()
-    colour: int = 0
+    name: str  # in the legend
+    y: Sequence[float | None]  # None where there is no value
+    x: Sequence[float] = ()  # empty for bars, which stand on categories
+    intervals: Sequence[tuple[float, float] | None] = ()  # (low, high) of each value, for bars
+    colour: int = 0  # its number, so that a model keeps its own in all charts
 
 
 @dataclass(frozen=True)

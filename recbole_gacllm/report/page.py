@@ -58,15 +58,12 @@ class Page:
 
 
 def write_report(path: Path, output: Path | None = None, artifact_dir: Path | None = None) -> Path:
-    """Write the page of a run or a leaderboard.
+    """Write the page of a run or a leaderboard; returns the file.
 
     Args:
         path: A ``run.json``, its folder, or the folder of a leaderboard.
         output: The file; default ``report.html`` beside what it shows.
         artifact_dir: Where to look for artefacts that were moved away from the run.
-
-    Returns:
-        The file.
 
     Raises:
         ValueError: If there is neither a run nor a leaderboard, or a record of other make.
@@ -228,14 +225,7 @@ def _sections(
     end: str = "",
     on: str = "",
 ) -> list[Section]:
-    """The sections of a table about a run or a board, or one line that says why one is left out.
-
-    Args:
-        rows: Such as :data:`.sections.OF_RUN`.
-        subject: What their functions take.
-        end: Of all anchors.
-        on: Of all titles.
-    """
+    """The sections of a table about a run or a board, or one line that says why one is left out."""
     parts = []
     for anchor, title, template, make in rows:
         data: dict[str, Any] = {}

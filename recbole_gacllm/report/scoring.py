@@ -25,21 +25,13 @@ Scores = dict[str, "pd.Series[float]"]  # metric -> value of each user, by raw t
 
 @dataclass(frozen=True)
 class Scored:
-    """What a run's model does for every user.
-
-    Attributes:
-        valid, test: Metric -> every user's value, by raw token.
-        top: User -> recommended items, best first; without those of the training and validation
-            split, as RecBole ranks them. Empty if the run ranked a sample of items only.
-        heldout: User -> items of the test split.
-        degrees: Training interactions by side and raw token.
-    """
+    """What a run's model does for every user, by raw token."""
 
     valid: Scores
     test: Scores
-    top: dict[str, list[str]]
-    heldout: dict[str, list[str]]
-    degrees: Degrees
+    top: dict[str, list[str]]  # recommended items, as RecBole ranks them; empty for sampled ranking
+    heldout: dict[str, list[str]]  # items of the test split
+    degrees: Degrees  # training interactions by side
 
 
 def score(run: OpenRun) -> Scored:

@@ -23,28 +23,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """A run as the report sees it.
-
-    Attributes:
-        texts: Its descriptions, or why there are none.
-        scored: What its model does for every user, or why that is not known.
-        test: Per-user test metrics, from the model or from the leaderboard's file.
-        data: What the browser and the map show; empty without texts.
-    """
+    """A run as the report sees it."""
 
     record: dict[str, Any]
-    texts: Texts | str
-    scored: Scored | str
-    test: dict[str, pd.Series[float]]
-    data: dict[str, Any]
+    texts: Texts | str  # or why there are none
+    scored: Scored | str  # or why that is not known
+    test: dict[str, pd.Series[float]]  # per user, from the model or from the leaderboard's file
+    data: dict[str, Any]  # what the browser and the map show; empty without texts
 
     @classmethod
     def read(cls, run: Path, artifact_dir: Path | None = None) -> Source:
-        """Read a run and load its model once more.
-
-        Args:
-            run: A ``run.json``, or the folder of it.
-            artifact_dir: Where to look for artefacts that were moved away from the run.
+        """Read a run, as :meth:`.RunFiles.read`, and load its model once more.
 
         Raises:
             ValueError: If there is no such file.

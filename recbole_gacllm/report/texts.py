@@ -8,7 +8,7 @@ import numpy as np
 
 from recbole_gacllm.artifacts.locate import RunFiles
 from recbole_gacllm.convolution.layers import Side
-from recbole_gacllm.convolution.names import names_file_of
+from recbole_gacllm.convolution.names import NAMES
 from recbole_gacllm.convolution.text import read_features
 from recbole_gacllm.inspection.reading import RunDescriptions
 
@@ -20,17 +20,11 @@ Category = tuple[str, dict[str, tuple[str, ...]]]  # field name, and values of e
 
 @dataclass(frozen=True)
 class Texts:
-    """Descriptions of a run.
-
-    Attributes:
-        run: Layers, names of items, training edges and neighbours in the prompts.
-        embeddings: One array a layer, users first; fewer than layers if they are gone.
-        category: What items are coloured by.
-    """
+    """Descriptions of a run."""
 
     run: RunDescriptions
-    embeddings: list[np.ndarray]
-    category: Category | None
+    embeddings: list[np.ndarray]  # one array a layer, users first; fewer if they are gone
+    category: Category | None  # what items are coloured by
 
     @classmethod
     def read(cls, files: RunFiles) -> Texts:
@@ -49,7 +43,7 @@ class Texts:
                 "where they lie now"
             )
         folder = folders.get("descriptions") or folders["inputs"]
-        run = RunDescriptions(folder, names_file=names_file_of(folders))
+        run = RunDescriptions(folder, names_file=folders.get(NAMES))
         arrays = [folders["embeddings"] / f"layer_{at}.npy" for at in range(len(run.layers))]
         embeddings = [np.load(file, mmap_mode="r") for file in arrays if file.is_file()]
         return cls(run, embeddings, _category(files))

@@ -53,29 +53,17 @@ class SFTMemoryError(GaCLLMError):
 
 @dataclass(frozen=True)
 class SFTReport:
-    """What a fine-tuning did.
+    """What a fine-tuning did."""
 
-    Attributes:
-        perplexity_before: Held-out perplexity of the base model; None without held-out pairs.
-        perplexity_after: The same with the adapter.
-        n_pairs: Pairs trained on.
-        n_heldout: Pairs held out.
-        n_dropped: Pairs of either kind left out because they exceed ``max_tokens``.
-        n_steps: Weight updates.
-        n_tokens: Tokens read in training, padding left out.
-        seconds: Wall time of the process that finished it.
-        train_losses: Loss of each weight update, in order.
-    """
-
-    perplexity_before: float | None
-    perplexity_after: float | None
-    n_pairs: int
+    perplexity_before: float | None  # held-out, of the base model; None without held-out pairs
+    perplexity_after: float | None  # the same with the adapter
+    n_pairs: int  # trained on
     n_heldout: int
-    n_dropped: int
-    n_steps: int
-    n_tokens: int
-    seconds: float
-    train_losses: tuple[float, ...]
+    n_dropped: int  # pairs of either kind left out because they exceed sft_max_tokens
+    n_steps: int  # weight updates
+    n_tokens: int  # read in training, padding left out
+    seconds: float  # wall time of the process that finished it
+    train_losses: tuple[float, ...]  # of each weight update, in order
 
 
 def finetune(
@@ -100,13 +88,13 @@ def finetune(
 
     Args:
         model_dir: Folder of the base model (safetensors, tokenizer with a chat template).
-        pairs: Pairs to learn.
-        heldout: Pairs for perplexity before and after; may be empty.
-        out_dir: Folder of this fine-tuning, for one model, one set of pairs and one set of options.
-        options: How to train: the ``sft_`` keys; ``llm_dtype`` is that of the frozen base.
+        pairs: To learn.
+        heldout: For perplexity before and after; may be empty.
+        out_dir: Of one model, one set of pairs and one set of options.
+        options: The ``sft_`` keys; ``llm_dtype`` is that of the frozen base.
         seed: Of the adapter's first weights, dropout and the order of pairs.
         show_progress: One bar.
-        model_name: Name of the base model for the adapter's config; the folder's name if None.
+        model_name: For the adapter's config; the folder's name if None.
         at_once: At most so many sequences a step of a process; an update takes more steps then.
 
     Raises:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recbole_gacllm.artifacts.disk import whole_folder
 from recbole_gacllm.artifacts.manifests import MANIFEST_FILE
-from recbole_gacllm.llm.adapter import PREFIX, LinearLayer, check_adapter, linear_layers
+from recbole_gacllm.llm.adapter import PREFIX, LinearLayer, linear_layers
 from recbole_gacllm.llm.formats import weight_files
 
 # Files that go with a model's weights: configuration, tokenizer, chat template, licence.
@@ -30,13 +30,12 @@ def merge(model_dir: Path, adapter_dir: Path, out_dir: Path) -> None:
     ``W + scale * B @ A`` in float32, stored in the number type of ``W``. Weight files keep their
     names and all other entries, and are written one after the other, so that a model needs the
     memory of its largest file, not of its weights in float32. Everything else is the base's own.
-    ``out_dir`` appears complete or not at all.
+    ``out_dir`` appears complete or not at all. That the adapter fits is checked before
+    (:func:`.adapter.check_adapter`).
 
     Raises:
-        ValueError: If the adapter does not fit the model, a weight of it is not stored as a plain
-            matrix, or a merged weight is not finite.
+        ValueError: If a weight is not stored as a plain matrix, or a merged one is not finite.
     """
-    check_adapter(model_dir, adapter_dir)
     config = LoraConfig.from_pretrained(adapter_dir)
     parts: dict[str, dict[str, Tensor]] = {}  # of the adapter, by the layer each belongs to
     for name, tensor in load_file(adapter_dir / "adapter_model.safetensors").items():

@@ -18,11 +18,6 @@ def told_edges(
 ) -> npt.NDArray[np.int64]:
     """Edges whose ends both have a text that says something; from others nothing is learnt.
 
-    Args:
-        graph: Training edges.
-        raw: Layer 0, in the graph's order of nodes.
-        nothing_known: Text of a node without features, by side.
-
     Shapes:
         result: ``[n_told]``, in the graph's order.
     """
@@ -48,27 +43,11 @@ def sample_pairs(
     both parts gives a fifth of these, at most ``n_heldout``, to the held-out one. Source: the
     paper's supervised fine-tuning; the number of pairs and the two directions are ours.
 
-    Args:
-        graph: Training edges.
-        raw: Layer 0, in the graph's order of nodes.
-        templates: With the two SFT templates.
-        nothing_known: Text of a node without features, by side.
-        n_pairs: Edges to learn from.
-        n_heldout: Further edges for perplexity.
-        seed: Of the draw.
-
     Returns:
-        Pairs to learn and held-out pairs, two for each edge.
-
-    Raises:
-        ValueError: If there are fewer than two such edges.
+        Pairs to learn, of ``n_pairs`` edges, and held-out pairs, of ``n_heldout`` others; two for
+        each edge.
     """
     told = told_edges(graph, raw, nothing_known)
-    if len(told) < 2:
-        raise ValueError(
-            f"SFT needs at least 2 training edges with text on both sides, there are {len(told)} "
-            f"of {graph.n_edges}. Set sft: False or loosen the filters of the data set."
-        )
     order = np.random.default_rng(seed).permutation(graph.n_edges)
     order = order[np.isin(order, told)]
     n_heldout = min(n_heldout, max(len(told) // 5, 1))

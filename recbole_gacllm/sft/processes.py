@@ -42,17 +42,7 @@ def finetune_on_all_cards(
     steps an update. Processes that ``torchrun`` started, on one machine or on several that see the
     same folders, take part as they are.
 
-    Args:
-        model_dir: This and all others but the last as in :func:`.finetune.finetune`.
-        pairs: Pairs to learn.
-        heldout: Pairs for perplexity.
-        out_dir: Folder of this fine-tuning.
-        options: An update takes ``sft_batch_size * sft_accumulation_steps`` sequences, of all
-            processes.
-        seed: As in :func:`.finetune.finetune`.
-        show_progress: One bar.
-        model_name: Name of the base model for the adapter's config.
-        n_processes: At most so many; None is the number of visible GPUs.
+    There are ``n_processes`` at most; None is the number of visible GPUs.
 
     Raises:
         ValueError, GaCLLMError: As :func:`.finetune.finetune`.

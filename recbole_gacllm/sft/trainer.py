@@ -57,11 +57,7 @@ def batch_of_a_process(
 def training_arguments(
     out_dir: Path, options: GaCLLMConfig, seed: int, at_once: int | None = None
 ) -> TrainingArguments:
-    """Trainer's arguments; everything it writes goes to ``out_dir/checkpoints``.
-
-    Raises:
-        ValueError: As :func:`batch_of_a_process`.
-    """
+    """Trainer's arguments; everything it writes goes to ``out_dir/checkpoints``."""
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
     batch_size, accumulation_steps = batch_of_a_process(options, n_processes, at_once)
     args = TrainingArguments(
@@ -92,15 +88,10 @@ def training_arguments(
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """One bar with the loss; stops training when the loss is not finite.
-
-    Args:
-        show: The bar.
-    """
+    """One bar with the loss; stops training when the loss is not finite."""
 
     def __init__(self, show: bool) -> None:
         self._show = show
-        self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar, after a resume where the checkpoint ended."""
@@ -123,14 +114,12 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 f"SFT: the loss is {loss} at update {state.global_step}; "
                 f"lower sft_learning_rate={args.learning_rate} or set llm_dtype: float32"
             )
-        if self._bar is not None:
-            self._bar.update()
-            self._bar.set_postfix(loss=f"{loss:.3f}")
+        self._bar.update()
+        self._bar.set_postfix(loss=f"{loss:.3f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 def last_checkpoint(folder: Path, n_processes: int) -> Path | None:
@@ -164,20 +153,15 @@ def remove_newer(folder: Path, checkpoint: Path | None) -> None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    def step(checkpoint: Path) -> int:
-        return int(checkpoint.name.rsplit("-", 1)[1])
-
-    return sorted(folder.glob("checkpoint-*"), key=step, reverse=True)
+    checkpoints = folder.glob("checkpoint-*")
+    return sorted(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
 
 
 def _written_by(checkpoint: Path, n_processes: int) -> int:
     """How many processes wrote a checkpoint, after a check of all that training needs of it.
 
     Trainer writes ``trainer_state.json`` last, in the first process. The others write their random
-    states only.
-
-    Raises:
-        Any of _DAMAGE: If something is missing or is not what was written.
+    states only. Any of ``_DAMAGE`` is raised if something is missing or is not what was written.
     """
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     with safe_open(checkpoint / "adapter_model.safetensors", "pt"):
