@@ -82,7 +82,8 @@ class AlphaRec(GeneralRecommender):  # type: ignore[misc]
         logits = (embeddings / self.temperature) @ negatives.T
         logits = logits.masked_fill(torch.from_numpy(met).to(self.device), -1e9)
         positive = (embeddings[rows] * items[interaction[self.ITEM_ID]]).sum(1) / self.temperature
-        return (torch.logaddexp(logits.logsumexp(1)[rows], positive) - positive).mean()
+        loss: Tensor = (torch.logaddexp(logits.logsumexp(1)[rows], positive) - positive).mean()
+        return loss
 
     def train(self, mode: bool = True) -> AlphaRec:
         """Switch between training and evaluation."""
