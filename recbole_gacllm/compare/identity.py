@@ -44,10 +44,11 @@ CONCERNS: dict[str, tuple[str, ...]] = {
     "cold": (),  # unseen.py and choice.py once more, for runs whose held-out nodes are unseen
     "times": (),  # compat_data.py once more, for runs to which the order of time matters
     "fast": ("plugin/fast.py", "plugin/fast_graph.py"),
-    "peers": (  # other papers' models on our texts, and texts for RecBole's
-        *("peers/__init__.py", "peers/texts.py", "peers/alpharec.py"),
-        *("peers/rlmrec.py", "peers/cease.py", "peers/text_init.py"),
-    ),
+    # Other papers' models on our texts, and texts for RecBole's.
+    "peers": ("peers/__init__.py", "peers/texts.py", "peers/text_init.py"),
+    "AlphaRec": ("peers/alpharec.py",),
+    "RLMRec": ("peers/rlmrec.py",),
+    "CEASE": ("peers/cease.py",),
     "model": (  # our models
         *("model.py", "text_knn.py", "inputs.py", "convolution/graph.py"),
         *("alignment/__init__.py", "alignment/embeddings.py", "alignment/propagation.py"),
@@ -133,6 +134,9 @@ def concerns_of(config: Mapping[str, Any]) -> list[str]:
         or (generated and config["neighbor_rule"] == "recent"),
         "fast": bool(config.get("fast_paths")),
         "peers": model in PEERS or bool(config.get("text_init")),
+        "AlphaRec": model == "AlphaRec",
+        "RLMRec": model.startswith("RLMRec"),
+        "CEASE": model == "CEASE",
         "model": model in MODELS or with_text,
         "cold": model == MODEL and any(cold),
         "texts": with_text,
