@@ -59,6 +59,19 @@ def test_a_column_is_the_best_on_its_neighbors_and_has_a_zero_diagonal(data, mon
     assert np.abs(gradient[is_neighbor]).max() < 1e-3 < np.abs(gradient).max()
 
 
+def test_the_factors_stand_for_a_matrix_with_the_diagonal_of_the_exact_one(data, monkeypatch):
+    """What is left out of a diagonal would be L2 weight that is not there."""
+    monkeypatch.setattr(local, "RANK", 3)
+    edges, texts = data
+    kept = large(edges, texts, monkeypatch)._weights
+    left, right = (part.astype(np.float64) for part in (kept.left, kept.right.numpy()))
+    diagonal = (left * right).sum(1) / (right**2).sum(1) + (left**2).sum(1)  # 1 / Psi
+    matrix = Gram.of(matrix_of(*edges, N_USERS, N_ITEMS)).with_texts(centred(texts.numpy()), 0.5)
+    expected = matrix.diagonal() + 3.0
+    implied = np.linalg.inv(np.diag(diagonal) - left @ left.T).diagonal()
+    assert np.allclose(implied, expected, rtol=1e-3)
+
+
 def test_products_are_those_of_the_same_matrix_made_dense(data, monkeypatch):
     monkeypatch.setattr(local, "N_NEIGHBORS", 6)
     model = large(*data, monkeypatch)

@@ -6,9 +6,9 @@ weights of ``N_NEIGHBORS`` others: no matrix is inverted that is larger than the
 .. math:: B = L V^T + S, \quad C = G + \gamma \bar g X X^T + D,
     \quad D = \beta\,\mathrm{diag}(G) + \lambda I
 
-- :math:`L V^T` is ``B`` of the nearest ``C`` for which the inverse is known: with the first
-  eigenvalues and vectors :math:`s, U` of :math:`D^{-1/2} (C - D) D^{-1/2}` it is
-  :math:`P = D^{-1/2} (I - U \frac{s}{1 + s} U^T) D^{-1/2}`.
+- :math:`L V^T` is ``B`` of the nearest ``C`` whose inverse is known, :math:`F F^T + \Psi` with
+  :math:`F = D^{1/2} U s^{1/2}` of the first eigenvalues and vectors :math:`s, U` of
+  :math:`D^{-1/2} (C - D) D^{-1/2}`. :math:`\Psi` is diagonal, and gives it the diagonal of ``C``.
 - ``S_j`` has its entries where an item alone would correct ``j``'s column most: where the gradient
   :math:`|C_{ij} - (C b_j)_i|` over :math:`\sqrt{C_{ii}}` is largest. There it is the exact
   minimum, and its diagonal takes that of :math:`L V^T` away.
@@ -25,14 +25,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy import sparse
-from scipy.linalg import lapack
+from scipy.linalg import lapack, solve_triangular
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from recbole_gacllm.objective.unseen import Unseen
 
-# What these lose of the exact model's NDCG@10: docs/training.md. Half as many factors lose 1 to 3 %
-# on data of 50 planted tastes; factors of the interactions alone 2 % on a tenth of ml-1m.
+# What these lose of the exact model's NDCG@10, and others did: docs/training.md.
 N_NEIGHBORS = 200
 RANK = 64
 BLOCK = 256  # columns at once
@@ -84,8 +83,9 @@ class LocalWeights:
         if texts is not None:
             rows = (texts[order] * np.sqrt(text_weight * own.mean())).astype(np.float32)
         ridge = (reg_weight + denoising * own).astype(np.float32)
-        left, right = _factors(weighted, rows, ridge)
-        weights = _corrections(weighted, rows, ridge, left, right)
+        squares = own + (rows**2).sum(axis=1) + ridge  # diag(C)
+        left, right = _factors(weighted, rows, ridge, squares)
+        weights = _corrections(weighted, rows, ridge, squares, left, right)
         places = order[weights.row], order[weights.col]
         back = np.argsort(order)
         return cls(
@@ -122,7 +122,7 @@ class LocalWeights:
 
 
 def _factors(
-    weighted: sparse.csr_array, rows: np.ndarray, ridge: np.ndarray
+    weighted: sparse.csr_array, rows: np.ndarray, ridge: np.ndarray, squares: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """``L`` and ``V``: ``[n_items, rank]`` each."""
     n_items, root = len(ridge), np.sqrt(ridge)
@@ -140,9 +140,12 @@ def _factors(
         v0=np.ones(n_items, np.float32),
         tol=1e-2,
     )
-    values = values.clip(min=0)
-    left = vectors * np.sqrt(values / (1 + values)) / root[:, None]
-    right = left / (1 / ridge - (left**2).sum(1))[:, None]
+    factors = vectors * np.sqrt(values.clip(min=0)) * root[:, None]
+    rest = np.maximum(squares - (factors**2).sum(axis=1), ridge)  # Psi
+    scaled_factors = factors / rest[:, None]
+    inner = np.eye(factors.shape[1]) + scaled_factors.T @ factors
+    left = solve_triangular(np.linalg.cholesky(inner), scaled_factors.T, lower=True).T
+    right = left / (1 / rest - (left**2).sum(axis=1))[:, None]
     return left.astype(np.float32), right.astype(np.float32)
 
 
@@ -150,12 +153,13 @@ def _corrections(
     weighted: sparse.csr_array,
     rows: np.ndarray,
     ridge: np.ndarray,
+    squares: np.ndarray,
     left: np.ndarray,
     right: np.ndarray,
 ) -> sparse.coo_array:
     """``S``, with items in the order of ``weighted``'s columns, which are by popularity."""
     n_items = len(ridge)
-    columns, transposed = weighted.tocsc(), weighted.T.tocsr()
+    transposed = weighted.T.tocsr()
     below = sparse.vstack(
         [
             sparse.tril(transposed[start : start + BLOCK] @ weighted, start - 1, format="csr")
@@ -164,7 +168,6 @@ def _corrections(
         format="csr",
     )
     product = transposed @ (weighted @ left) + rows @ (rows.T @ left) + ridge[:, None] * left
-    squares = columns.power(2).sum(axis=0) + (rows**2).sum(axis=1) + ridge  # diag(C)
     diagonal, n_neighbors = (left * right).sum(axis=1), min(N_NEIGHBORS, n_items - 1)
     inputs = np.empty((n_items, 1 + n_neighbors), np.int32)
     weights = np.empty((n_items, 1 + n_neighbors), np.float32)
