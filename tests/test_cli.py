@@ -273,6 +273,10 @@ def test_no_color_leaves_no_escape_sequence_on_a_terminal(settings, tmp_path, no
     assert run.wait() == 0, output
     assert b"test result" in output
     assert (b"\x1b[1;3" in output) == coloured
+    [run_file] = (tmp_path / "saved" / "runs").glob("*/run.json")
+    assert json.loads(run_file.read_text())["command"] == command[1:]
+    advice = f"python -m recbole_gacllm recommend {run_file.parent} --output=lists.csv"
+    assert advice.encode() in output
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])

@@ -11,7 +11,8 @@ from recbole.utils import init_seed
 from recbole_gacllm import model as model_module
 from recbole_gacllm import text_knn
 from recbole_gacllm.alignment.embeddings import TextLayers
-from recbole_gacllm.compare.job import split_hashes, targets
+from recbole_gacllm.compare.job import split_hashes
+from recbole_gacllm.data.checks import targets
 from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.plugin.splits import cold_nodes, kept_rows, ranks_among
 from recbole_gacllm.run_config import build_config
@@ -33,7 +34,7 @@ def hashes(model, settings, **keys):
 
 
 def pairs(loader):
-    return targets(loader._dataset)
+    return set(targets(loader._dataset))
 
 
 @pytest.fixture

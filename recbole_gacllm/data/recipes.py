@@ -26,6 +26,7 @@ class Part:
         looks: Column -> pattern of nine tenths of its cells, where the name says nothing.
         form: How it is read.
         change: Makes rows of ``columns`` of the rows that are read.
+        zero_is_unrated: A rating of 0 says that there is none.
     """
 
     columns: Mapping[str, str]
@@ -34,6 +35,7 @@ class Part:
     looks: Mapping[str, str] = field(default_factory=dict)
     form: Form = field(default_factory=Form)
     change: rows.Change | None = None
+    zero_is_unrated: bool = False
 
     def fits(self, table: Table) -> bool:
         """Whether a file is this one."""
@@ -176,6 +178,7 @@ RECIPES: dict[str, Recipe] = {
     "goodreads": Recipe(
         Part(
             {"user": "user_id", "item": "book_id", "rating": "rating", "time": "date_added"},
+            zero_is_unrated=True,
         ),
         Part(
             {
@@ -193,6 +196,7 @@ RECIPES: dict[str, Recipe] = {
         Part(
             {"user": "user_id", "item": "book_id", "rating": "rating"},
             needs=("user_id", "book_id", "is_read", "rating", "is_reviewed"),
+            zero_is_unrated=True,
         ),
         item="book",
         user="reader",
