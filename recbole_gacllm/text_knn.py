@@ -55,12 +55,7 @@ class TextKNN(ClosedForm):
     """Sum over a user's training items of the cosine of text embeddings; see ``linear.py``.
 
     The embeddings are centred first, which makes it better by far: what all texts share says
-    nothing.
-
-    Args:
-        config: RecBole's configuration.
-        dataset: RecBole's **training** split.
-        texts_of: Gives the text embeddings; None runs the stages, or reuses what they made.
+    nothing. Constructed as :class:`.GaCLLM` is.
     """
 
     input_type = InputType.PAIRWISE

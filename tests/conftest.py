@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from recbole.utils import utils as recbole_utils
 from torch.utils.tensorboard import SummaryWriter
 
 from recbole_gacllm.artifacts import children, manifests
+from recbole_gacllm.cli.main import main
 from recbole_gacllm.config import GaCLLMConfig, model_defaults
 from recbole_gacllm.job import Job
 
@@ -108,6 +110,12 @@ def fresh_process(target: Callable[..., Any], *args: Any) -> Any:
     return process
 
 
+def run_python(*arguments: str, **how: Any) -> str:
+    """Standard output of a fresh interpreter."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **how).stdout
+
+
 def run_stage(stage: str, folder: Path, **_: object) -> None:
     """A stage in this process, as :func:`recbole_gacllm.stage.main` runs it in a child."""
     from recbole_gacllm.stage import STAGES
@@ -167,6 +175,22 @@ def no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Starts a command that must fail; gives the one line that ends it, with exit code 2."""
+
+    def failing(*argv: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            main(list(argv))
+        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+
+    return failing
+
+
+@pytest.fixture
 def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A nvidia-smi that knows these cards, first on PATH."""
     folder = tmp_path / "bin"
@@ -205,6 +229,12 @@ def write_dataset(root: Path, name: str = "tiny", n_users: int = 24, n_items: in
     lines += [f"i{i}\tThe Great Film {i}\t{GENRES[i % 4]}" for i in range(n_items)]
     (folder / f"{name}.item").write_text("\n".join(lines) + "\n")
     return root
+
+
+def add_rows(root: Path, *lines: str, ending: str = "inter") -> None:
+    """Append to a file of the data set ``tiny``."""
+    with (root / "tiny" / f"tiny.{ending}").open("a") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 @pytest.fixture

@@ -31,11 +31,6 @@ from recbole_gacllm.text_knn import ClosedForm
 class CEASE(ClosedForm):
     """Collective EASE; see the module. Users have no text here: they are their interactions.
 
-    Args:
-        config: RecBole's configuration.
-        dataset: RecBole's **training** split.
-        texts_of: Gives the text embeddings; None runs the stages, or reuses what they made.
-
     Raises:
         ValueError: If ``reg_weight`` is 0: nothing says what items without interactions weigh.
     """
