@@ -41,23 +41,25 @@ SPLIT_KEYS = (
 
 
 def shipped_path(*parts: str) -> Path:
-    """Path of a shipped file or folder, in a checkout or in an installed wheel.
-
-    Args:
-        parts: For example ``"properties", "model", "GaCLLM.yaml"``.
-    """
+    """Path of a shipped file or folder, in a checkout or in an installed wheel."""
     package = Path(__file__).resolve().parent
     root = package if (package / "properties").is_dir() else package.parent
     return root.joinpath(*parts)
 
 
-def _load_yaml(path: Path) -> dict[str, Any]:
+def load_yaml(path: str | Path, named: str | None = None) -> dict[str, Any]:
+    """The keys of a file, which an error calls by its path, or as it is ``named``.
+
+    Raises:
+        ValueError: If it is no yaml of keys.
+    """
+    named = named or str(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not yaml in UTF-8: {error}") from error
+        raise ValueError(f"{named} is not yaml in UTF-8: {error}") from error
     if content is not None and not isinstance(content, dict):
-        raise ValueError(f"{path} holds no lines of the form 'key: value'.")
+        raise ValueError(f"{named} holds no lines of the form 'key: value'.")
     return dict(content or {})
 
 
@@ -75,11 +77,11 @@ def model_defaults(preset: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: If there is no such preset.
     """
-    defaults = _load_yaml(shipped_path("properties", "model", "GaCLLM.yaml"))
+    defaults = load_yaml(shipped_path("properties", "model", "GaCLLM.yaml"))
     name = defaults["preset"] if preset is None else preset
     if name not in preset_names():
         raise ValueError(f"preset: {name!r} is not one of {', '.join(preset_names())}.")
-    defaults.update(_load_yaml(shipped_path("properties", "presets", f"{name}.yaml")))
+    defaults.update(load_yaml(shipped_path("properties", "presets", f"{name}.yaml")))
     defaults["preset"] = name
     return defaults
 
@@ -98,7 +100,7 @@ def dataset_defaults(dataset: str, data_path: str | None = None) -> dict[str, An
         ValueError: If it is no yaml of keys.
     """
     path = dataset_file(dataset, data_path)
-    return {} if path is None else _load_yaml(path)
+    return {} if path is None else load_yaml(path)
 
 
 def reads_text(config: Mapping[str, Any]) -> bool:
@@ -115,7 +117,7 @@ def text_defaults(preset: str | None = None, model: str | None = None) -> dict[s
         ValueError: As :func:`model_defaults`.
     """
     defaults = model_defaults(preset)
-    own = _load_yaml(peer_file(model)) if model in PEERS else {}
+    own = load_yaml(peer_file(model)) if model in PEERS else {}
     return {key: value for key, value in defaults.items() if key in HOOK_KEYS} | own
 
 
@@ -365,6 +367,11 @@ def checked(key: str, value: Any) -> Any:
         return TypeAdapter(hint, config=_CHECKS).validate_python(value)
     except ValidationError as error:
         raise ValueError(_told(error, {key: value}, key)) from None
+
+
+def of_any_model(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """One of our keys, :func:`checked`, in any model's configuration, which may lack it."""
+    return default if (value := config[key]) is None else checked(key, value)
 
 
 def _told(error: ValidationError, values: Mapping[str, Any], *path: str) -> str:

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -34,6 +33,7 @@ from recbole_gacllm.alignment.embeddings import TextLayers
 from recbole_gacllm.artifacts import disk, manifests
 from recbole_gacllm.artifacts.launchers import free_port, leave_launcher
 from recbole_gacllm.convolution.names import NAMES
+from recbole_gacllm.data.checks import targets
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.inputs import user_names
 from recbole_gacllm.inspection.leakage import audit_leakage
@@ -79,6 +79,7 @@ def run(
     config_dict: dict[str, Any] | None = None,
     saved: bool = True,
     observer: Observer | None = None,
+    command: Sequence[str] = (),
 ) -> Run:
     """Train and test one model as ``recbole.quick_start.run_recbole`` does, and write ``run.json``.
 
@@ -89,6 +90,7 @@ def run(
         config_dict: Keys that win over the files.
         saved: Keep the best checkpoint and test it, as RecBole does.
         observer: Sees data and trainer; what it raises ends the run.
+        command: The command line, for log and record.
 
     Raises:
         ValueError: Bad input, before any expensive stage.
@@ -101,10 +103,12 @@ def run(
         folder, run_file, content = None, None, {}
         if config["local_rank"] == 0:
             folder = stack.enter_context(run_folder.claimed(runs, dataset, model))
-        training = _train(config, run_folder.time_of(folder, dataset, model), saved, observer)
+        moment = run_folder.time_of(folder, dataset, model)
+        _start_log(config, moment, command)
+        training = _train(config, moment, saved, observer)
         if folder is not None:
             run_file = folder / run_folder.RUN_FILE
-            content = _record(config, training, run_file, started)
+            content = _record(config, training, run_file, started, command)
     if not config["single_spec"]:
         torch.distributed.destroy_process_group()
     return Run(training.result, run_file, content)
@@ -123,7 +127,7 @@ class _Training:
 def _train(config: Config, moment: str, saved: bool, observer: Observer | None) -> _Training:
     """RecBole's steps in RecBole's order: data, model, training, test."""
     utils.init_seed(config["seed"], config["reproducibility"])
-    log = _start_log(config, moment)
+    log = logging.getLogger()
 
     full_dataset = create_dataset(config)
     log.info(full_dataset)
@@ -184,7 +188,9 @@ def _train(config: Config, moment: str, saved: bool, observer: Observer | None) 
     return _Training(recommender, (valid_data, test_data), result, figures)
 
 
-def _record(config: Config, training: _Training, run_file: Path, started: float) -> dict[str, Any]:
+def _record(
+    config: Config, training: _Training, run_file: Path, started: float, command: Sequence[str]
+) -> dict[str, Any]:
     """The ``run.json``: written with the metrics, and again with what became of the texts."""
     record: dict[str, Any] = {
         "model": config["model"],
@@ -193,7 +199,7 @@ def _record(config: Config, training: _Training, run_file: Path, started: float)
         **training.figures,
         "device": str(config["device"]),
         "versions": _versions(),
-        "command": redacted(sys.argv),
+        "command": redacted(command),
         "config": redacted(json.loads(json.dumps(config.final_config_dict, default=str))),
     }
     record["seconds"] = {"total": round(time.time() - started, 1), **record["seconds"]}
@@ -214,7 +220,7 @@ def _texts_of(recommender: Any) -> TextLayers | None:
     return texts if isinstance(texts, TextLayers) else None
 
 
-def _start_log(config: Config, moment: str) -> logging.Logger:
+def _start_log(config: Config, moment: str, command: Sequence[str]) -> None:
     """RecBole's log, which begins with the command and the configuration."""
     if os.environ.get("NO_COLOR"):
         colorama.init(strip=True)  # under RecBole's own, which colours all it logs
@@ -225,9 +231,8 @@ def _start_log(config: Config, moment: str) -> logging.Logger:
         if isinstance(handler, logging.FileHandler):
             # A full disk is told once, by what is lost, and not at each line of the log.
             handler.handleError = lambda record: None  # type: ignore[method-assign]
-    log.info(redacted(sys.argv))
+    log.info(redacted(command))
     log.info(redact(str(config)))
-    return log
 
 
 def _history(trainer: Any) -> list[dict[str, Any]]:
@@ -263,16 +268,10 @@ def _text_record(
         for stage, manifest in of_stages.items()
     }
     if "descriptions" in folders or of_stages["inputs"].get("n_imported"):
-        pairs: list[tuple[str, str]] = []
-        for loader in heldout:
-            dataset = loader._dataset
-            fields = dataset.uid_field, dataset.iid_field
-            tokens = (dataset.id2token(field, dataset.inter_feat[field]) for field in fields)
-            pairs += zip(*(column.tolist() for column in tokens), strict=True)
         record["leakage_audit"] = audit_leakage(
             folders["inputs"],
             folders.get("descriptions"),
-            pairs,
+            [pair for loader in heldout for pair in targets(loader._dataset)],
             seed=config["seed"],
             user_names=user_names(config),
             names_file=folders.get(NAMES),
@@ -359,6 +358,7 @@ def run_distributed(
     config_files: Sequence[str | Path],
     nproc: int,
     config_dict: dict[str, Any] | None = None,
+    command: Sequence[str] = (),
 ) -> Path:
     """:func:`run` in several processes with RecBole's DDP, on one machine; the ``run.json``.
 
@@ -366,31 +366,33 @@ def run_distributed(
         ValueError: Bad input of the configuration; a failure in a process comes as it was raised
             there, with its traceback.
     """
-    keys = dict(config_dict or {})
     # A mistake is told once, not by every process.
-    config = build_config(model, dataset, config_files, dict(keys))
+    config = build_config(model, dataset, config_files, config_dict)
     if config["device"].type == "cuda" and len(config["gpu_id"].split(",")) < nproc:
         raise ValueError(
             f"nproc: {nproc} needs as many GPUs; gpu_id: {config['gpu_id']!r} names fewer. Name "
             f"{nproc}, such as --gpu_id={','.join(map(str, range(nproc)))}, lower nproc, or set "
             "use_gpu: False."
         )
-    port = str(free_port())
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    ddp = {"world_size": nproc, "nproc": nproc, "ip": "localhost", "port": port, "offset": 0}
-    files = [str(file) for file in config_files]
-    arguments = (model, dataset, files, {**keys, **ddp}, queue)
+    keys = {"world_size": nproc, "nproc": nproc, "ip": "localhost", "offset": 0}
+    keys = {**(config_dict or {}), **keys, "port": str(free_port())}
+    arguments = ((model, dataset, config_files), keys, command, queue)
     torch.multiprocessing.spawn(_run_rank, arguments, nproc)  # type: ignore[attr-defined,no-untyped-call]
     run_file: Path = queue.get()
     return run_file
 
 
 def _run_rank(
-    rank: int, model: str, dataset: str, files: list[str], keys: dict[str, Any], queue: Any
+    rank: int,
+    what: tuple[str, str, Sequence[str | Path]],
+    keys: dict[str, Any],
+    command: Sequence[str],
+    queue: Any,
 ) -> None:
     console.prepare()
     leave_launcher()  # RecBole says who is who
-    done = run(model, dataset, files, {**keys, "local_rank": rank})
+    done = run(*what, {**keys, "local_rank": rank}, command=command)
     if rank == 0:
         # A path, not the record: a pipe that nobody reads yet holds 64 KiB.
         queue.put(done.run_file)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import ModelType, get_model, init_seed
 
-from recbole_gacllm.config import HOOK_KEYS, MODELS, PEERS, GaCLLMConfig, dataset_file
+from recbole_gacllm.config import HOOK_KEYS, MODELS, PEERS, GaCLLMConfig, dataset_file, load_yaml
 from recbole_gacllm.data.atomic import read_header
 from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.plugin.key_checks import check_evaluation, check_given
@@ -50,7 +49,7 @@ def build_config(
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f"config_files: {file!r} is not a file.")
-        _check_yaml("config_files", file)
+        load_yaml(file, f"config_files: {file!r}")
     overrides = dict(config_dict or {})
     external, internal = _external_and_internal(model, model_class, dataset, files, overrides)
     keys = {**internal, **external}
@@ -63,37 +62,20 @@ def build_config(
     takes_features = model_class.type in feature_models or "selected_features" in keys
     described = dataset_file(dataset, keys["data_path"])
     if described is not None and not takes_features:
-        _check_yaml("the data set's own file", described)
+        load_yaml(described, f"the data set's own file: {str(described)!r}")
         files.insert(0, str(described))
     elif "load_col" not in external:
         overrides.update(_columns(keys))
     cross_entropy = model_class.type == ModelType.SEQUENTIAL and keys.get("loss_type") == "CE"
     if "train_neg_sample_args" not in external and (model in NON_SAMPLING_MODELS or cross_entropy):
         overrides["train_neg_sample_args"] = None
-    with _without_command_line():
-        config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
-    _check_columns(config)
-    return config
-
-
-@contextmanager
-def _without_command_line() -> Iterator[None]:
-    """RecBole's ``Config`` reads ``sys.argv``, whatever program that is of."""
-    argv, sys.argv = sys.argv, sys.argv[:1]
+    argv, sys.argv = sys.argv, sys.argv[:1]  # which ``Config`` reads, whatever program it is of
     try:
-        yield
+        config = Config(model=model, dataset=dataset, config_file_list=files, config_dict=overrides)
     finally:
         sys.argv = argv
-
-
-def _check_yaml(key: str, file: str | Path) -> None:
-    """Refuse a file that holds no keys, with the place of the mistake."""
-    try:
-        content = yaml.safe_load(Path(file).read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{key}: {str(file)!r} is not yaml in UTF-8: {error}") from error
-    if content is not None and not isinstance(content, dict):
-        raise ValueError(f"{key}: {str(file)!r} holds no lines of the form 'key: value'.")
+    _check_columns(config)
+    return config
 
 
 def _find_model(model: str) -> Any:

@@ -23,20 +23,42 @@ from recbole_gacllm.objective.linear import TextNeighbors, centred
 from recbole_gacllm.pipeline import TextsOf, prepare
 
 
-class TextKNN(GeneralRecommender):  # type: ignore[misc]
+class ClosedForm(GeneralRecommender):  # type: ignore[misc]
+    """A model without training, whose :meth:`scores` of a user are made for all items at once."""
+
+    type = ModelType.TRADITIONAL  # RecBole's trainer ends after one epoch
+
+    def __init__(self, config: Any, dataset: Dataset) -> None:
+        super().__init__(config, dataset)
+        self.fake_loss = nn.Parameter(torch.zeros(1))  # RecBole's optimiser needs one
+
+    def scores(self, users: Tensor) -> Tensor:
+        """Scores of users with every item. Shapes: ``[B]`` to ``[B, n_items]``."""
+        raise NotImplementedError
+
+    def calculate_loss(self, interaction: Interaction) -> Tensor:
+        """Nothing to train: zero."""
+        return self.fake_loss.sum() * 0
+
+    def predict(self, interaction: Interaction) -> Tensor:
+        """Scores of user-item pairs: ``[B]``."""
+        user, item = interaction[self.USER_ID], interaction[self.ITEM_ID]
+        distinct, place = torch.unique(user, return_inverse=True)
+        return self.scores(distinct)[place, item]
+
+    def full_sort_predict(self, interaction: Interaction) -> Tensor:
+        """Scores of users with every item: ``[B * n_items]``, a fresh tensor."""
+        return self.scores(interaction[self.USER_ID]).view(-1)
+
+
+class TextKNN(ClosedForm):
     """Sum over a user's training items of the cosine of text embeddings; see ``linear.py``.
 
     The embeddings are centred first, which makes it better by far: what all texts share says
-    nothing.
-
-    Args:
-        config: RecBole's configuration.
-        dataset: RecBole's **training** split.
-        texts_of: Gives the text embeddings; None runs the stages, or reuses what they made.
+    nothing. Constructed as :class:`.GaCLLM` is.
     """
 
     input_type = InputType.PAIRWISE
-    type = ModelType.TRADITIONAL  # RecBole's trainer ends after one epoch
 
     def __init__(self, config: Any, dataset: Dataset, texts_of: TextsOf | None = None) -> None:
         super().__init__(config, dataset)
@@ -50,18 +72,6 @@ class TextKNN(GeneralRecommender):  # type: ignore[misc]
         self.neighbors = TextNeighbors(
             data.graph.users + 1, data.graph.items + 1, self.n_users, texts
         )
-        self.fake_loss = nn.Parameter(torch.zeros(1))  # RecBole's optimiser needs one
 
-    def calculate_loss(self, interaction: Interaction) -> Tensor:
-        """Nothing to train: zero."""
-        return self.fake_loss.sum() * 0
-
-    def predict(self, interaction: Interaction) -> Tensor:
-        """Scores of user-item pairs: ``[B]``."""
-        user, item = interaction[self.USER_ID], interaction[self.ITEM_ID]
-        distinct, place = torch.unique(user, return_inverse=True)
-        return self.neighbors.scores(distinct)[place, item]
-
-    def full_sort_predict(self, interaction: Interaction) -> Tensor:
-        """Scores of users with every item: ``[B * n_items]``, a fresh tensor."""
-        return self.neighbors.scores(interaction[self.USER_ID]).view(-1)
+    def scores(self, users: Tensor) -> Tensor:  # noqa: D102
+        return self.neighbors.scores(users)

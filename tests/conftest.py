@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from recbole.utils import utils as recbole_utils
 from torch.utils.tensorboard import SummaryWriter
 
 from recbole_gacllm.artifacts import children, manifests
+from recbole_gacllm.cli.main import main
 from recbole_gacllm.config import GaCLLMConfig, model_defaults
 from recbole_gacllm.job import Job
 
@@ -119,6 +121,12 @@ def fresh_process(target: Callable[..., Any], *args: Any) -> Any:
     return process
 
 
+def run_python(*arguments: str, **how: Any) -> str:
+    """Standard output of a fresh interpreter."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **how).stdout
+
+
 def run_stage(stage: str, folder: Path, **_: object) -> None:
     """A stage in this process, as :func:`recbole_gacllm.stage.main` runs it in a child."""
     from recbole_gacllm.stage import STAGES
@@ -178,17 +186,19 @@ def no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What the command line says where it ends with code 2, for bad input."""
-    from recbole_gacllm.cli.main import main
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Starts a command that must fail; gives the one line that ends it, with exit code 2."""
 
-    def run(*arguments: object) -> str:
+    def failing(*argv: object) -> str:
         with pytest.raises(SystemExit) as end:
-            main(list(map(str, arguments)))
+            main(list(map(str, argv)))
         assert end.value.code == 2
-        return capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
 
-    return run
+    return failing
 
 
 @pytest.fixture
@@ -230,6 +240,12 @@ def write_dataset(root: Path, name: str = "tiny", n_users: int = 24, n_items: in
     lines += [f"i{i}\tThe Great Film {i}\t{GENRES[i % 4]}" for i in range(n_items)]
     (folder / f"{name}.item").write_text("\n".join(lines) + "\n")
     return root
+
+
+def add_rows(root: Path, *lines: str, ending: str = "inter") -> None:
+    """Append to a file of the data set ``tiny``."""
+    with (root / "tiny" / f"tiny.{ending}").open("a") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 @pytest.fixture

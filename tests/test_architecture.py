@@ -30,16 +30,16 @@ ROOMS = {
     "stage": "alignment artifacts console convolution job llm sft",
     "__init__": "plugin",
     "model": "alignment config estimate inputs objective pipeline",
-    "peers": "alignment config inputs objective pipeline",
-    "run_config": "config data inputs plugin",
     "text_knn": "config inputs objective pipeline",
+    "peers": "alignment config inputs objective pipeline text_knn",
+    "run_config": "config data inputs plugin",
     "inspection": "alignment artifacts config convolution data errors inputs llm objective "
     "run_config",
-    "run": "__init__ alignment artifacts console convolution errors inputs inspection model "
+    "run": "__init__ alignment artifacts console convolution data errors inputs inspection model "
     "plugin redaction run_config",
     "compare": "__init__ artifacts config console convolution data errors inspection literals llm "
     "run run_config",
-    "report": "__init__ artifacts compare convolution errors inspection",
+    "report": "__init__ artifacts compare convolution data errors inspection",
     "cli": "artifacts compare config console convolution data errors inspection pipeline report "
     "run run_config",
     "__main__": "cli",

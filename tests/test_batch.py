@@ -436,9 +436,9 @@ def test_the_command_says_what_is_missing_and_what_comes_next(flags, generator, 
     assert "--config_files=keys.yaml --export-batch FOLDER" in out
 
 
-def test_answers_of_another_run_are_refused(flags, tmp_path, refusal):
+def test_answers_of_another_run_are_refused(flags, tmp_path, fails):
     write_lines(tmp_path / "foreign.jsonl", [good("a" * 64)])
-    said = refusal("describe", *flags, "--import-batch", "foreign.jsonl")
+    said = fails("describe", *flags, "--import-batch", "foreign.jsonl")
     assert "none of the 1 ids belongs to this run" in said
 
 
@@ -452,10 +452,10 @@ def test_answers_of_another_run_are_refused(flags, tmp_path, refusal):
         (["--dataset=tiny", "--export-batch", "b", "--shard-size", "0"], "must be at least 1"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(arguments, message, refusal):
-    assert message in refusal("describe", *arguments)
+def test_flags_that_do_not_go_together_are_refused(arguments, message, fails):
+    assert message in fails("describe", *arguments)
 
 
-def test_raw_texts_leave_nothing_to_describe(flags, refusal):
-    said = refusal("describe", *flags, "--text_source=raw", "--export-batch", "batch")
+def test_raw_texts_leave_nothing_to_describe(flags, fails):
+    said = fails("describe", *flags, "--text_source=raw", "--export-batch", "batch")
     assert "nothing to describe; set generated" in said

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from recbole_gacllm.plugin import PRIVATE_NAMES
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_python
 
 REFERENCE = Path(__file__).parent / "data" / "recbole_reference.json"
 
@@ -494,16 +494,10 @@ def test_no_other_private_name_of_recbole_is_used() -> None:
     assert private - ours - others == listed
 
 
-def python(code: str, *arguments: str) -> str:
-    """Standard output of a fresh interpreter in the folder of the test."""
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
 def test_importing_the_package_loads_no_heavy_library(tmp_path: Path) -> None:
     heavy = {"torch", "recbole", "transformers", "vllm", "peft", "numpy", "pandas", "scipy", "ray"}
     code = "import json, sys, recbole_gacllm; print(json.dumps(sorted(sys.modules)))"
-    assert heavy.isdisjoint(json.loads(python(code)))
+    assert heavy.isdisjoint(json.loads(run_python("-c", code)))
 
 
 def test_applying_twice_changes_nothing_more(tmp_path: Path) -> None:
@@ -516,7 +510,7 @@ for function in (Config._init_device, Config.__init__, recbole.trainer.trainer.T
     ours = []
     while "recbole_gacllm" in function.__code__.co_filename:
         (name,) = (cell.cell_contents.__qualname__ for cell in function.__closure__
-                   if "<locals>" in cell.cell_contents.__qualname__ and
+                   if "<locals>" in getattr(cell.cell_contents, "__qualname__", "") and
                    not hasattr(cell.cell_contents, "__wrapped__"))
         ours.append(name)
         function = function.__wrapped__
@@ -524,7 +518,7 @@ for function in (Config._init_device, Config.__init__, recbole.trainer.trainer.T
 assert recbole.quick_start.quick_start._run_recboles_of_recbole.__module__.startswith("recbole.")
 print("fine")
 """
-    assert python(code).strip() == "fine"
+    assert run_python("-c", code).strip() == "fine"
 
 
 def test_repairs_act_on_a_recbole_that_was_imported_before(tmp_path: Path) -> None:
@@ -534,7 +528,7 @@ from recbole.config import Config
 import recbole_gacllm
 print(Config(model="BPR", dataset="tiny", config_dict={"data_path": "."})["epochs"])
 """
-    assert python(code).strip() == "300"
+    assert run_python("-c", code).strip() == "300"
 
 
 def test_hyper_tuning_searches_a_grid(tmp_path: Path) -> None:
@@ -553,7 +547,7 @@ print(len(search.params2result))
         "{model: GaCLLM, dataset: tiny, data_path: ., use_text: False, epochs: 1, "
         "state: ERROR, show_progress: False, llm_n_layers: 1}"
     )
-    assert python(code).split()[-1] == "2"
+    assert run_python("-c", code).split()[-1] == "2"
 
 
 @pytest.mark.slow
@@ -575,7 +569,7 @@ for model in ("BPR", "LightGCN", "EASE"):
     runs[model] = {"valid": result["best_valid_result"], "test": result["test_result"]}
 print(json.dumps(runs))
 """
-    runs = json.loads(python(code, json.dumps(reference["settings"])).splitlines()[-1])
+    runs = json.loads(run_python("-c", code, json.dumps(reference["settings"])).splitlines()[-1])
     for model, phases in reference["results"].items():
         for phase, metrics in phases.items():
             assert runs[model][phase] == pytest.approx(metrics, abs=2e-4), f"{model} {phase}"

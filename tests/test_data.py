@@ -20,21 +20,30 @@ from recbole_gacllm.convolution.layers import Layer
 N_USERS, N_ITEMS, WIDTH = 3000, 2000, 64
 
 
+TOKENS = {
+    "user": [f"u{i}" for i in range(N_USERS)],
+    "item": [f"i{i}" for i in range(N_ITEMS)],
+}
+GRAPH = SimpleNamespace(tokens=lambda side: np.array(TOKENS[side]))
+
+
 @pytest.fixture
-def texts(tmp_path) -> TextLayers:
-    """Embeddings of 5,000 nodes as a finished stage leaves them, loaded for the CPU."""
-    tokens = {
-        "user": [f"u{i}" for i in range(N_USERS)],
-        "item": [f"i{i}" for i in range(N_ITEMS)],
-    }
-    folders = {name: tmp_path / name for name in ("inputs", "embeddings")}
-    for folder in folders.values():
+def folders(tmp_path) -> dict[str, Path]:
+    """Embeddings of 5,000 nodes, of two layers, as finished stages leave them."""
+    made = {name: tmp_path / name for name in ("inputs", "embeddings")}
+    for folder in made.values():
         folder.mkdir()
-    Layer.raw(tokens, tokens).write(folders["inputs"] / "layer_0.parquet")
-    table = np.random.default_rng(1).standard_normal((N_USERS + N_ITEMS, WIDTH))
-    np.save(folders["embeddings"] / "layer_0.npy", table.astype(np.float16))
-    graph = SimpleNamespace(tokens=lambda side: np.array(tokens[side]))
-    return TextLayers.load(folders, 1, "generated", graph, 1).to("cpu")
+    Layer.raw(TOKENS, TOKENS).write(made["inputs"] / "layer_0.parquet")
+    for layer in range(2):
+        table = np.random.default_rng(layer).standard_normal((N_USERS + N_ITEMS, WIDTH))
+        np.save(made["embeddings"] / f"layer_{layer}.npy", table.astype(np.float16))
+    return made
+
+
+@pytest.fixture
+def texts(folders) -> TextLayers:
+    """The first layer, loaded for the CPU."""
+    return TextLayers.load(folders, 1, "generated", GRAPH, 1).to("cpu")
 
 
 def kibibytes(file: Path) -> dict[str, int]:
@@ -88,24 +97,15 @@ def test_no_projection_sees_more_than_some_rows_in_float32(texts, monkeypatch):
 
 
 @pytest.fixture
-def load(tmp_path, texts):
-    """Loads the files of ``texts`` and a second layer, as another source of texts."""
-    table = np.random.default_rng(2).standard_normal((N_USERS + N_ITEMS, WIDTH))
-    np.save(tmp_path / "embeddings" / "layer_1.npy", table.astype(np.float16))
-    folders = {name: tmp_path / name for name in ("inputs", "embeddings")}
-    tokens = Layer.read(tmp_path / "inputs" / "layer_0.parquet").tokens
-    graph = SimpleNamespace(tokens=lambda side: np.array(tokens[side]))
-
-    def load(text_source: str, seed: int = 1) -> TextLayers:
-        return TextLayers.load(folders, 2, text_source, graph, seed)
-
-    return load
+def load(folders):
+    """Loads both layers, as one source of texts or another."""
+    return lambda text_source, seed=1: TextLayers.load(folders, 2, text_source, GRAPH, seed)
 
 
-def test_each_layer_is_read_from_its_own_file(load, tmp_path):
+def test_each_layer_is_read_from_its_own_file(load, folders):
     made = load("generated")
     for layer in range(2):
-        table = np.load(tmp_path / "embeddings" / f"layer_{layer}.npy").astype(np.float32)
+        table = np.load(folders["embeddings"] / f"layer_{layer}.npy").astype(np.float32)
         rows = made.rows((layer,), torch.arange(1, N_USERS + 1)).numpy()
         assert np.array_equal(rows, table[:N_USERS])
 
@@ -186,10 +186,7 @@ def test_raw_texts_and_names_are_read_with_these_settings(tmp_path):
     assert names == {"x": "Dune Two", "y": "y"}
 
 
-def test_item_mean_gives_a_user_the_mean_of_the_training_items_and_leaves_items_alone(
-    texts, tmp_path
-):
-    folders = {name: tmp_path / name for name in ("inputs", "embeddings")}
+def test_item_mean_gives_a_user_the_mean_of_the_training_items_and_leaves_items_alone(folders):
     # RecBole's order of tokens is another than the files'; user u7 has items i3 and i5.
     users, items = ["u7", "u0"], ["i5", "i1", "i3"]
     graph = TrainGraph(

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +17,7 @@ from recbole_gacllm.llm.weights import resolve_llm
 from recbole_gacllm.objective.linear import matrix_of
 from recbole_gacllm.run_config import training_data
 
-from .conftest import our_keys
+from .conftest import our_keys, run_python
 from .recommender import Recommender
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -68,9 +66,8 @@ def test_memory_of_the_linear_part(n_items, reg_weight, max_items, monkeypatch):
     edges = rng.integers(1, 500, 20_000), rng.integers(1, n_items, 20_000)
     graph = SimpleNamespace(degrees=lambda side: np.bincount(edges[side == "item"]))
     told = estimate.linear_bytes(options, n_items, 384, 2, estimate.n_pairs(graph))
-    command = [sys.executable, "-c", LINEAR, str(n_items), str(reg_weight), str(max_items)]
-    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    assert near(told, int(run.stdout)), (told, run.stdout)
+    taken = run_python("-c", LINEAR, str(n_items), str(reg_weight), str(max_items))
+    assert near(told, int(taken)), (told, taken)
 
 
 @pytest.fixture(scope="module")

@@ -311,11 +311,9 @@ def test_a_layer_that_is_not_there_is_refused(embeddings, tmp_path, layer):
         export_embeddings(embeddings, layer, tmp_path)
 
 
-def test_embeddings_of_a_data_set_without_any_say_what_to_do(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["export-embeddings", "--dataset=none", "--layer=0", f"--output={tmp_path}"])
-    assert end.value.code == 2
-    assert "Run GaCLLM on it first" in capsys.readouterr().err
+def test_embeddings_of_a_data_set_without_any_say_what_to_do(tmp_path, fails):
+    flags = ["--dataset=none", "--layer=0", f"--output={tmp_path}"]
+    assert "Run GaCLLM on it first" in fails("export-embeddings", *flags)
     assert not list(Path(tmp_path).glob("*.useremb"))
 
 

@@ -127,10 +127,10 @@ def test_the_cpu_on_purpose_or_without_a_driver_is_no_error(cards, tmp_path, mon
         assert os.environ["CUDA_VISIBLE_DEVICES"] == made["gpu_id"] == keys.get("gpu_id", "")
 
 
-def test_the_command_line_says_it_in_one_line(cards, tmp_path, refusal):
+def test_the_command_line_says_it_in_one_line(cards, tmp_path, fails):
     cards(CARD)
     write_dataset(tmp_path / "data")
-    last = refusal("--dataset=tiny", f"--data_path={tmp_path / 'data'}").strip().splitlines()[-1]
+    last = fails("--dataset=tiny", f"--data_path={tmp_path / 'data'}").strip().splitlines()[-1]
     assert last.startswith("error: gpu_id: '0' asks for a GPU and an NVIDIA driver (550.54.14)")
 
 

@@ -18,6 +18,7 @@ from recbole_gacllm.compare.plan import code_version, make_plan, split_models
 from recbole_gacllm.config import shipped_path
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.plugin import key_checks
+from tests.conftest import add_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "recbole_gacllm"
@@ -267,8 +268,7 @@ def test_a_run_whose_data_changes_meanwhile_keeps_no_result(
     settings, dataset_root, tmp_path, monkeypatch
 ):
     plan = make_plan(["Pop"], ["tiny"], 1, config_dict=settings)
-    with (dataset_root / "tiny" / "tiny.inter").open("a") as lines:
-        lines.write("u0\ti29\t5\t1\n")
+    add_rows(dataset_root, "u0\ti29\t5\t1")
     monkeypatch.setattr(
         leaderboard.children, "run_child", lambda _, folder, **__: job._work(folder)
     )

@@ -270,8 +270,8 @@ def test_the_command_leaves_layers_that_the_file_lacks_to_the_run(settings, tmp_
     ],
 )
 def test_the_command_refuses_a_bad_file_and_layers_that_no_run_can_have(
-    settings, tmp_path, refusal, row, message
+    settings, tmp_path, fails, row, message
 ):
     file = write(tmp_path / "texts.csv", [row])
     where = f"--data_path={settings['data_path']}"
-    assert message in refusal("import-descriptions", file, "--dataset=tiny", where)
+    assert message in fails("import-descriptions", file, "--dataset=tiny", where)

@@ -400,8 +400,11 @@ PUBLIC: dict[str, tuple[dict[str, str | bytes], dict[str, dict[str, list]]]] = {
         },
     ),
     "goodreads-csv": (
-        {"goodreads_interactions.csv": "user_id,book_id,is_read,rating,is_reviewed\n0,948,1,5,0\n"},
-        {"inter": {"user_id:token": ["0"], "rating:float": ["5"]}},
+        {
+            "goodreads_interactions.csv": "user_id,book_id,is_read,rating,is_reviewed\n"
+            "0,948,1,5,0\n0,947,0,0,0\n"
+        },
+        {"inter": {"user_id:token": ["0", "0"], "rating:float": ["5", None]}},
     ),
     "movielens-100k": (
         {

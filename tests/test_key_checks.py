@@ -7,6 +7,8 @@ import pytest
 from recbole_gacllm.plugin.key_checks import check_given, known_keys
 from recbole_gacllm.run_config import build_config
 
+BY_TIME = {"order": "TO", "split": {"LS": "valid_and_test"}}
+
 
 @pytest.mark.parametrize(
     ("key", "value", "found"),
@@ -89,6 +91,9 @@ def test_every_key_of_recboles_own_yaml_files_is_known():
          r"load_col: \['user_id', 'item_id'\].*without 'rating'"),
         ({"val_interval": {"stars": "[3,inf)"}}, "val_interval: 'stars' is not a column"),
         ({"normalize_field": ["stars"]}, "normalize_field: 'stars' is not a column"),
+        ({"eval_args": BY_TIME, "TIME_FIELD": "when"}, "TIME_FIELD: 'when' is not a col"),
+        ({"eval_args": BY_TIME, "load_col": {"inter": ["user_id", "item_id"]}},
+         r"load_col: \{inter: \[user_id, item_id, timestamp\]\}"),
         ({"ITEM_ID_FIELD": "user_id"}, "USER_ID_FIELD and ITEM_ID_FIELD: both are 'user_id'"),
     ],
 )  # fmt: skip
@@ -108,7 +113,7 @@ def test_columns_follow_the_fields_and_what_filters_need_and_a_star_loads_all(se
         "ITEM_ID_FIELD": "business_id",
         "TIME_FIELD": "date",
         "val_interval": {"stars": "[4,inf)"},
-        "eval_args": {"order": "TO", "split": {"LS": "valid_and_test"}},
+        "eval_args": BY_TIME,
     }
     config = build_config("BPR", "biz", config_dict=keys)
     assert config["load_col"] == {"inter": ["user_id", "business_id", "date", "stars"]}

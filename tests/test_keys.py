@@ -128,6 +128,11 @@ def odd(*names: str) -> dict[str, Any]:
     return {name: ODD[name] for name in names}
 
 
+def check_odd(**values: Any) -> None:
+    """What acts is the odd value of each of these keys."""
+    assert values == odd(*values)
+
+
 @pytest.fixture
 def job(tmp_path):
     """A job of odd keys on four users and items, with a tiny model."""
@@ -137,7 +142,7 @@ def job(tmp_path):
     users, items = np.repeat(ends, 4), np.tile(ends, 4)
     TrainGraph(names, names, users, items, None).save(tmp_path / "graph.npz")
     keys = {"model_dir": make_model(tmp_path / "model"), "options": our_keys(**ODD)}
-    return job_of("odd", tmp_path, seed=77, generator_key={}, **keys)
+    return job_of("odd", tmp_path, seed=77, generator_key={}, model_name="odd one", **keys)
 
 
 def test_fine_tuning(job, hear, tmp_path):
@@ -145,11 +150,9 @@ def test_fine_tuning(job, hear, tmp_path):
     with pytest.raises(HeardError):
         stage.sft(tmp_path, job)
     # Each edge in both directions.
-    assert {
-        "sft_n_pairs": len(called["pairs"]) / 2,
-        "sft_n_heldout": len(called["heldout"]) / 2,
-    } == odd("sft_n_pairs", "sft_n_heldout")
+    check_odd(sft_n_pairs=len(called["pairs"]) / 2, sft_n_heldout=len(called["heldout"]) / 2)
     assert (called["options"], called["seed"]) == (job.options, 77)
+    assert called["model_name"] == "odd one"
     arguments = trainer.training_arguments(tmp_path, job.options, 77)
     lora = finetune._lora_config(job.model_dir, job.options)
     length, loaded = hear(finetune, "encode_pairs"), hear(finetune, "_load", goes_on=False)
@@ -160,21 +163,17 @@ def test_fine_tuning(job, hear, tmp_path):
             seed=77,
         )
     assert length["max_tokens"] == 4000
-    assert {
-        "sft_epochs": arguments.num_train_epochs,
-        "sft_batch_size": arguments.per_device_train_batch_size,
-        "sft_accumulation_steps": arguments.gradient_accumulation_steps,
-        "sft_learning_rate": arguments.learning_rate,
-        "sft_checkpoint_steps": arguments.save_steps,
-        "sft_lora_rank": lora.r,
-        "sft_lora_alpha": lora.lora_alpha,
-        "sft_lora_dropout": lora.lora_dropout,
-        "sft_target_modules": sorted({name.rpartition(".")[2] for name in lora.target_modules}),
-        "llm_dtype": loaded["dtype"],
-    } == odd(
-        *("sft_epochs", "sft_batch_size", "sft_accumulation_steps", "sft_learning_rate"),
-        *("sft_checkpoint_steps", "sft_lora_rank", "sft_lora_alpha", "sft_lora_dropout"),
-        *("sft_target_modules", "llm_dtype"),
+    check_odd(
+        sft_epochs=arguments.num_train_epochs,
+        sft_batch_size=arguments.per_device_train_batch_size,
+        sft_accumulation_steps=arguments.gradient_accumulation_steps,
+        sft_learning_rate=arguments.learning_rate,
+        sft_checkpoint_steps=arguments.save_steps,
+        sft_lora_rank=lora.r,
+        sft_lora_alpha=lora.lora_alpha,
+        sft_lora_dropout=lora.lora_dropout,
+        sft_target_modules=sorted({name.rpartition(".")[2] for name in lora.target_modules}),
+        llm_dtype=loaded["dtype"],
     )
     assert arguments.seed == 77
 
@@ -189,24 +188,19 @@ def test_generation(job, hear):
     chat = ({"role": "user", "content": "x"},)
     knowledge, sampling = (maker.request(chat, number).sampling for number in (1, 2))
     pieces = requests._Pieces(["a"], maker.tokenizer, maker._max_neighbor_tokens)
-    assert {
-        "neighbor_rule": chosen["rule"],
-        "n_neighbors": chosen["n_neighbors"],
-        "llm_max_prompt_tokens": opened["max_model_len"] - 15 - 64,
-        "llm_max_neighbor_tokens": pieces._max_tokens,
-        "llm_knowledge_tokens": knowledge.max_new_tokens,
-        "llm_max_new_tokens": sampling.max_new_tokens,
-        "llm_temperature": sampling.temperature,
-        "llm_repetition_penalty": sampling.repetition_penalty,
-        "llm_dtype": opened["dtype"],
-        "llm_tensor_parallel_size": opened["tensor_parallel_size"],
-        "llm_pipeline_parallel_size": opened["pipeline_parallel_size"],
-        "llm_gpu_memory_utilization": opened["gpu_memory_utilization"],
-    } == odd(
-        *("neighbor_rule", "n_neighbors", "llm_max_prompt_tokens", "llm_max_neighbor_tokens"),
-        *("llm_max_new_tokens", "llm_temperature", "llm_repetition_penalty", "llm_dtype"),
-        "llm_knowledge_tokens",
-        *("llm_tensor_parallel_size", "llm_pipeline_parallel_size", "llm_gpu_memory_utilization"),
+    check_odd(
+        neighbor_rule=chosen["rule"],
+        n_neighbors=chosen["n_neighbors"],
+        llm_max_prompt_tokens=opened["max_model_len"] - 15 - 64,
+        llm_max_neighbor_tokens=pieces._max_tokens,
+        llm_knowledge_tokens=knowledge.max_new_tokens,
+        llm_max_new_tokens=sampling.max_new_tokens,
+        llm_temperature=sampling.temperature,
+        llm_repetition_penalty=sampling.repetition_penalty,
+        llm_dtype=opened["dtype"],
+        llm_tensor_parallel_size=opened["tensor_parallel_size"],
+        llm_pipeline_parallel_size=opened["pipeline_parallel_size"],
+        llm_gpu_memory_utilization=opened["gpu_memory_utilization"],
     )
     assert (opened["seed"], chosen["seed"]) == (77, 77)
 
@@ -217,10 +211,10 @@ def test_servers(job, hear):
     server = dataclasses.replace(job, served_model="odd-model")
     with pytest.raises(HeardError):
         setup.convolution_of(server, graph, None, "server").open_generator()
-    assert {
-        "llm_endpoint_concurrency": opened["concurrency"],
-        "llm_api_key_variable": opened["key_variable"],
-    } == odd("llm_endpoint_concurrency", "llm_api_key_variable")
+    check_odd(
+        llm_endpoint_concurrency=opened["concurrency"],
+        llm_api_key_variable=opened["key_variable"],
+    )
     assert opened["served_model"] == "odd-model"
 
 
@@ -250,14 +244,14 @@ def test_encoding(job, hear, tmp_path):
     called = hear(encoder, "TextEncoder", goes_on=False)
     with pytest.raises(HeardError):
         stage.embeddings(tmp_path, dataclasses.replace(job, encoder_dir=tmp_path / "odd"))
-    assert {
-        "encoder_dtype": called["dtype"],
-        "encoder_batch_size": called["batch_size"],
-        "encoder_prompt": called["prompt"],
-    } == odd("encoder_dtype", "encoder_batch_size", "encoder_prompt")
+    check_odd(
+        encoder_dtype=called["dtype"],
+        encoder_batch_size=called["batch_size"],
+        encoder_prompt=called["prompt"],
+    )
 
 
-def test_texts_of_layer_0(settings, hear):
+def test_texts_of_layer_0(settings, hear, monkeypatch):
     from recbole_gacllm.run_config import training_data
 
     texts = {key: value for key, value in ODD.items() if key.startswith("text_")}
@@ -272,12 +266,9 @@ def test_texts_of_layer_0(settings, hear):
         calls.append(dict(zip(names, args, strict=False)) | more)
         return render(*args, **more)
 
-    inputs.text.render_descriptions = noting
-    try:
-        named = hear(inputs, "item_names")
-        inputs.raw_descriptions(options, data)
-    finally:
-        inputs.text.render_descriptions = render
+    monkeypatch.setattr(inputs.text, "render_descriptions", noting)
+    named = hear(inputs, "item_names")
+    inputs.raw_descriptions(options, data)
     user, item = calls
     assert {
         "text_user_template": user["template"],
@@ -309,12 +300,9 @@ def test_the_model(settings, hear, monkeypatch):
     made = Recommender("GaCLLM", settings, **keys)
     model = made.model
     model.calculate_loss(made.batch)
-    unweighted = {}
-    for name in ("align_weight", "reg_weight", "linear_weight"):
-        assert getattr(model.options, name) == ODD[name]
-        unweighted[name] = ODD[name]
+    weights = ("align_weight", "reg_weight", "linear_weight")
     assert {
-        **unweighted,
+        **{name: getattr(model.options, name) for name in weights},
         "embedding_size": model.user_embedding.weight.shape[1],
         "text_hidden_size": projection["hidden"],
         "text_dropout": projection["dropout"],

@@ -18,7 +18,7 @@ from recbole_gacllm.convolution.layers import SIDES, Layer
 from recbole_gacllm.inspection.reading import RunDescriptions
 from recbole_gacllm.run import run
 
-from .conftest import our_keys, run_stage, tiny_settings, write_dataset
+from .conftest import add_rows, our_keys, run_stage, tiny_settings, write_dataset
 
 pytestmark = pytest.mark.slow  # every test here runs the pipeline or a part of it for real
 
@@ -168,8 +168,7 @@ def plant_split(root: Path) -> None:
     for part, rows in planted.items():
         (folder / f"tiny.{part}.inter").write_text("\n".join([header, *rows]) + "\n")
     items = [f"{side}{n}\tZyzzyva {side.upper()}{n}\tDrama" for side in "vt" for n in range(3)]
-    with (folder / "tiny.item").open("a") as file:
-        file.write("\n".join(items) + "\n")
+    add_rows(root, *items, ending="item")
 
 
 def test_planted_held_out_interactions_leave_no_trace_after_a_real_split(
@@ -346,13 +345,6 @@ def test_a_folder_that_cannot_be_written_is_named(keys, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"artifact_dir.*file"):
         run("GaCLLM", "tiny", config_dict={**keys, "artifact_dir": str(tmp_path / "file")})
-
-
-def test_a_checkpoint_folder_that_cannot_be_written_is_named_before_any_stage(keys, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"checkpoint_dir: .*file"):
-        run("GaCLLM", "tiny", config_dict={**keys, "checkpoint_dir": str(tmp_path / "file")})
-    assert not Path(keys["artifact_dir"]).exists()
 
 
 def test_an_empty_feature_file_is_named(keys, dataset_root):

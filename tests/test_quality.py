@@ -154,24 +154,22 @@ def test_of_imported_layers_it_is_said_how_many_texts_come_from_where(folder, ca
     assert "→ Likes Rain Man and more." in out
 
 
-def test_a_descriptions_folder_is_taken_and_anything_else_refused(
-    folder, tmp_path, capsys, refusal
-):
+def test_a_descriptions_folder_is_taken_and_anything_else_refused(folder, tmp_path, capsys, fails):
     main(["audit", str(folder)])
     assert "layer 1" in capsys.readouterr().out
-    assert "none is not a file" in refusal("audit", tmp_path / "none")
-    assert "is not a file" in refusal("audit", tmp_path)
+    assert "none is not a file" in fails("audit", tmp_path / "none")
+    assert "is not a file" in fails("audit", tmp_path)
     for content, why in (
         ("{", "is not the record of a run"),
         ("[]", "is not the record of a run"),
         ('{"model": "LightGCN"}', "had no texts"),
     ):
         (tmp_path / "run.json").write_text(content)
-        assert why in refusal("audit", tmp_path)
+        assert why in fails("audit", tmp_path)
     embeddings = folder.parent / "embeddings-1"
     embeddings.mkdir()
     manifests.write_manifest(embeddings, {"stage": "embeddings"})
-    assert "the folder of the stage embeddings" in refusal("audit", embeddings)
+    assert "the folder of the stage embeddings" in fails("audit", embeddings)
 
 
 def test_a_run_on_raw_texts_shows_layer_0(folder, tmp_path, capsys):
@@ -189,12 +187,12 @@ def test_a_run_on_raw_texts_shows_layer_0(folder, tmp_path, capsys):
 
 
 def test_layer_0_of_a_data_set_is_shown_only_where_no_descriptions_were_begun(
-    folder, capsys, refusal
+    folder, capsys, fails
 ):
     manifests.write_manifest(folder.parent / "inputs-1", {"stage": "inputs"})
     (folder / manifests.MANIFEST_FILE).unlink()
     place = [f"--artifact_dir={folder.parent.parent}", "--dataset=tiny", "--item=i1"]
-    assert "no finished descriptions" in refusal("describe", *place)
+    assert "no finished descriptions" in fails("describe", *place)
     (folder / "job.json").unlink()
     (folder / "layer_1.parquet").unlink()
     folder.rmdir()
@@ -223,12 +221,12 @@ def test_of_a_run_that_was_killed_in_its_first_layer_this_is_said(folder, capsys
     assert not (folder.parent.parent / "store.sqlite").exists()
 
 
-def test_what_needs_all_layers_says_that_a_killed_run_goes_on(folder, tmp_path, refusal):
+def test_what_needs_all_layers_says_that_a_killed_run_goes_on(folder, tmp_path, fails):
     (folder / manifests.MANIFEST_FILE).unlink()
     with pytest.raises(ValueError, match="are not finished yet: start the run, or start it again"):
         RunDescriptions.of_run(folder)
     (folder / manifests.JOB_FILE).unlink()
-    assert "are not there" in refusal("audit", write_run(folder, tmp_path))
+    assert "are not there" in fails("audit", write_run(folder, tmp_path))
 
 
 def test_the_tenth_layer_comes_after_the_ninth(tmp_path):

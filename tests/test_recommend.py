@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import subprocess
@@ -228,6 +229,12 @@ def test_a_sequential_model_is_asked_after_the_last_interaction_of_users_without
     table = pd.DataFrame({"user": "x", "item": ["i1", "i2"], "time": [1, 2]})
     as_new = recommend(file, history=table, k=3)
     assert lists_of(frame)["short"] == lists_of(as_new)["x"]
+
+
+def test_a_run_whose_temperature_was_a_rule_is_opened(run_of):
+    files = RunFiles.read(run_of("GaCLLM"))
+    config = files.record["config"] | {"ssm_temperature": None}
+    open_run(dataclasses.replace(files, record=files.record | {"config": config}))
 
 
 # What a score is the sum of

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given
@@ -18,6 +16,7 @@ from recbole_gacllm.errors import GaCLLMError, GenerationError, StoreError, Weig
 from recbole_gacllm.llm import endpoints, server
 from recbole_gacllm.redaction import api_key, redact, redacted, remember
 
+from .conftest import run_python
 from .test_generator_contract import make_requests
 from .test_server import _short_pauses, connect, serve  # noqa: F401
 
@@ -199,6 +198,5 @@ def test_the_loggers_that_are_filtered_are_those_of_the_libraries(tiny_model, se
         "print(*[n for n in logging.root.manager.loggerDict if n.split('.')[0] in "
         "('httpx', 'httpcore')])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found = {name for name in done.stdout.split() if name != "httpcore"}
+    found = {name for name in run_python("-c", code).split() if name != "httpcore"}
     assert found <= set(server._HTTP_LOGGERS)

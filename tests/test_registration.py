@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from recbole.utils import argument_list, get_model, get_trainer, init_seed
 from recbole_gacllm.config import model_defaults
 from recbole_gacllm.model import GaCLLM
 from recbole_gacllm.plugin import registration
-from tests.conftest import write_dataset
+from tests.conftest import run_python, write_dataset
 
 SETTINGS: dict[str, Any] = {
     "data_path": ".",
@@ -167,7 +166,7 @@ for file in files:
     scores = model.full_sort_predict(Interaction({"user_id": torch.arange(1, 21)}))
     assert torch.equal(scores, torch.load(f"{config['loss_type']}/scores.pt"))
 """
-    fresh_python("-c", code, *files)
+    run_python("-c", code, *files)
 
 
 def test_saved_data_set_and_data_loaders_give_the_result_of_a_run_without_them(
@@ -217,13 +216,6 @@ if __name__ == "__main__":
     print(json.dumps(result["test_result"]))
 """
     )
-    output = fresh_python("run.py")
+    output = run_python("run.py")
     assert "recall@10" in json.loads(output.splitlines()[-1])
     assert len(list(Path("saved").glob("GaCLLM-*.pth"))) == 1
-
-
-def fresh_python(*arguments: str) -> str:
-    """Standard output of a new interpreter."""
-    return subprocess.run(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout

@@ -274,19 +274,19 @@ def test_a_copy_of_a_run_is_reported_on_though_what_it_was_made_of_has_changed(
         *('{"test": {"a": 1}, "config": {}}', '{"test": 1, "config": 2}'),
     ],
 )
-def test_what_no_run_wrote_is_refused(tmp_path, content, refusal):
+def test_what_no_run_wrote_is_refused(tmp_path, content, fails):
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     why = "neither a run" if content is None else "run.json is not the record of a run"
-    assert why in refusal("report", tmp_path)
+    assert why in fails("report", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("versions", [1]), ("stages", "x"), ("description_quality", [1])]
 )
-def test_a_part_of_another_form_ends_in_one_line(text_run, key, value, refusal):
+def test_a_part_of_another_form_ends_in_one_line(text_run, key, value, fails):
     edit(text_run, **{key: value})
-    assert "a part of another form than this version writes" in refusal("report", text_run)
+    assert "a part of another form than this version writes" in fails("report", text_run)
 
 
 def test_lost_artefacts_and_checkpoints_are_named(text_run, tmp_path):

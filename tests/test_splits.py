@@ -11,11 +11,12 @@ from recbole.utils import init_seed
 from recbole_gacllm import model as model_module
 from recbole_gacllm import text_knn
 from recbole_gacllm.alignment.embeddings import TextLayers
-from recbole_gacllm.compare.job import split_hashes, targets
+from recbole_gacllm.compare.job import split_hashes
+from recbole_gacllm.data.checks import targets
 from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.plugin.splits import cold_nodes, kept_rows, ranks_among
 from recbole_gacllm.run_config import build_config
-from tests.conftest import write_dataset
+from tests.conftest import add_rows, write_dataset
 from tests.recommender import Recommender
 
 MODELS = ["GaCLLM", "BPR", "EASE", "Pop", "Random"]
@@ -33,7 +34,7 @@ def hashes(model, settings, **keys):
 
 
 def pairs(loader):
-    return targets(loader._dataset)
+    return set(targets(loader._dataset))
 
 
 @pytest.fixture
@@ -103,13 +104,11 @@ TEMPORAL = {
 
 
 def test_nothing_of_training_is_later_than_the_cut_and_all_models_have_one_split(
-    tmp_path, settings
+    dataset_root, settings
 ):
-    root = write_dataset(tmp_path / "late")
-    file = root / "tiny" / "tiny.inter"
-    late = [f"new\ti{n}\t3\t{9_000_000 + n}\n" for n in range(4)]  # of somebody who has just come
-    file.write_text(file.read_text() + "".join(late))
-    settings = {**settings, "data_path": str(root), **TEMPORAL}
+    late = [f"new\ti{n}\t3\t{9_000_000 + n}" for n in range(4)]  # of somebody who has just come
+    add_rows(dataset_root, *late)
+    settings |= TEMPORAL
     whole = loaders("BPR", settings)
     n_rows = sum(len(part._dataset.inter_feat) for part in whole)
     train, valid, test = (part._dataset.inter_feat["timestamp"].numpy() for part in whole)
@@ -124,13 +123,12 @@ def test_nothing_of_training_is_later_than_the_cut_and_all_models_have_one_split
 
 
 @pytest.mark.parametrize("model", ["GaCLLM", "EASE", "BPR", "LightGCN"])
-def test_users_and_items_that_come_after_the_cut_stand_no_run_in_the_way(tmp_path, settings, model):
-    root = write_dataset(tmp_path / "late")
-    file = root / "tiny" / "tiny.inter"
-    late = [f"{user}\tlater\t3\t9000000\n" for user in ("new", "u1")]
-    file.write_text(file.read_text() + "".join(late))
-    (root / "tiny" / "tiny.item").open("a").write("later\tThe Last Film\tHorror\n")
-    keys = {"data_path": str(root), "known_users_only": True, "epochs": 1}
+def test_users_and_items_that_come_after_the_cut_stand_no_run_in_the_way(
+    dataset_root, settings, model
+):
+    add_rows(dataset_root, *(f"{user}\tlater\t3\t9000000" for user in ("new", "u1")))
+    add_rows(dataset_root, "later\tThe Last Film\tHorror", ending="item")
+    keys = {"known_users_only": True, "epochs": 1}
     keys |= {"use_text": False} if model == "GaCLLM" else {}
     config = build_config(model, "tiny", config_dict={**settings, **keys, **TEMPORAL})
     init_seed(config["seed"], True)
@@ -153,15 +151,20 @@ def test_sequential_models_are_cut_elsewhere_and_refused(settings):
 # Cold
 
 
-def test_a_cold_item_has_all_its_interactions_in_validation_or_in_the_test(settings):
+@pytest.mark.parametrize(
+    ("place", "key", "n_nodes"),  # round(.3 x 24) = 7 of users, round(.3 x 30) = 9 of items
+    [(0, "cold_user_share", (17, 3, 4)), (1, "cold_item_share", (21, 4, 5))],
+)
+def test_a_cold_node_has_all_its_interactions_in_validation_or_in_the_test(
+    settings, place, key, n_nodes
+):
     everything = set().union(*map(pairs, loaders("BPR", settings)))
     for model in MODELS:
-        one = loaders(model, settings, cold_item_share=0.3)
-        train, valid, test = map(pairs, one)
-        items = [{item for _, item in part} for part in (train, valid, test)]
-        assert (len(items[1]), len(items[2])) == (4, 5)  # round(.3 x 30) = 9
-        assert sum(map(len, items)) == len(set().union(*items)) == 30
-        assert train | valid | test == everything
+        parts = [pairs(part) for part in loaders(model, settings, **{key: 0.3})]
+        nodes = [{pair[place] for pair in part} for part in parts]
+        assert tuple(map(len, nodes)) == n_nodes
+        assert len(set().union(*nodes)) == sum(n_nodes)
+        assert set().union(*parts) == everything
 
 
 def test_cold_items_are_the_same_for_every_model_and_others_for_another_seed(settings):
@@ -246,16 +249,6 @@ def test_negatives_of_training_are_items_with_interactions(settings, taste_texts
     assert negatives == set(one.train._dataset.inter_feat["item_id"].tolist())
 
 
-@pytest.mark.parametrize("model", ["GaCLLM", "BPR"])
-def test_a_cold_user_has_all_interactions_in_validation_or_in_the_test(settings, model):
-    everything = set().union(*map(pairs, loaders("BPR", settings)))
-    train, valid, test = map(pairs, loaders(model, settings, cold_user_share=0.3))
-    users = [{user for user, _ in part} for part in (train, valid, test)]
-    assert (len(users[1]), len(users[2])) == (3, 4)  # round(.3 x 24) = 7
-    assert sum(map(len, users)) == len(set().union(*users)) == 24
-    assert train | valid | test == everything
-
-
 @pytest.mark.parametrize("fast_paths", [False, True])
 def test_all_items_are_ranked_for_cold_users_and_ties_tell_nothing(settings, fast_paths):
     keys = {"cold_item_share": 0.0, "cold_user_share": 0.4, "fast_paths": fast_paths}
@@ -319,8 +312,7 @@ def test_saved_data_loaders_of_another_share_are_not_reused(settings, tmp_path):
 
 def test_a_user_without_training_interactions_stands_no_run_in_the_way(tmp_path, settings):
     root = write_dataset(tmp_path / "few", n_users=5)
-    lines = (root / "tiny" / "tiny.inter").read_text() + "lonely\ti0\t3\t7\n"
-    (root / "tiny" / "tiny.inter").write_text(lines)
+    add_rows(root, "lonely\ti0\t3\t7")
     for seed in range(2020, 2030):  # in some, i0 is cold
         keys = {"data_path": str(root), "cold_item_share": 0.4, "seed": seed, "epochs": 1}
         result, _, _ = recommended("EASE", {**settings, **keys})

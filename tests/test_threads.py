@@ -1,8 +1,6 @@
 """With how many threads a recommender is trained: the rule, the key, the environment, the log."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from torch import nn
 from recbole_gacllm import run as runner
 from recbole_gacllm.plugin import threads
 
+from .conftest import run_python
 from .recommender import Recommender
 
 
@@ -115,5 +114,4 @@ def test_a_program_lets_threads_sleep_before_pytorch_is_loaded():
     )
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     for given, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        command = [sys.executable, "-c", code, policy]
-        subprocess.run(command, check=True, env=environment | given, stdout=subprocess.DEVNULL)
+        run_python("-c", code, policy, env=environment | given)

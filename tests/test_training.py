@@ -306,15 +306,6 @@ def test_an_epoch_has_no_loop_over_users_items_or_edges(tmp_path, keys):
 BY_TIME = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
 
 
-@pytest.mark.parametrize("name", ["GaCLLM", "EASE"])
-def test_a_split_by_time_without_times_names_the_key_that_loads_them(settings, name):
-    keys = {**settings, "eval_args": BY_TIME, "load_col": {"inter": ["user_id", "item_id"]}}
-    with pytest.raises(ValueError, match=r"load_col: \{inter: \[user_id, item_id, timestamp\]\}"):
-        build_config(name, "tiny", config_dict=keys)
-    keys["load_col"]["inter"].append("timestamp")
-    assert build_config(name, "tiny", config_dict=keys)["eval_args"]["order"] == "TO"
-
-
 @pytest.mark.parametrize("name", ["GaCLLM", "EASE", "SASRec"])
 def test_times_are_loaded_for_a_split_by_time_if_the_user_names_no_columns(settings, name):
     keys = without(settings, "load_col")
@@ -323,12 +314,3 @@ def test_times_are_loaded_for_a_split_by_time_if_the_user_names_no_columns(setti
     if name != "SASRec":  # RecBole gives it times anyway
         config = build_config(name, "tiny", config_dict=keys)
         assert config["load_col"] == {"inter": ["user_id", "item_id"]}
-
-
-def test_a_split_by_time_of_a_file_without_times_names_the_file_and_the_key(settings, tmp_path):
-    (tmp_path / "timeless").mkdir()
-    file = tmp_path / "timeless" / "timeless.inter"
-    file.write_text("user_id:token\titem_id:token\nu\ti\n")
-    keys = without(settings, "load_col") | {"data_path": str(tmp_path), "eval_args": BY_TIME}
-    with pytest.raises(ValueError, match=r"TIME_FIELD: 'timestamp' is not a column of .*timeless"):
-        build_config("EASE", "timeless", config_dict=keys)

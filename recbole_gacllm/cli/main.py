@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 import threading
 import traceback
@@ -72,13 +73,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; errors of input and of stages end in one line and exit code 2 or 1."""
     prepare()
     os.environ.setdefault(*launchers.WAITING)
-    words = list(sys.argv[1:] if argv is None else argv)
+    program, *words = sys.argv if argv is None else [sys.argv[0], *argv]
     try:
         launchers.require_one_process()
         if words and words[0] in _COMMANDS:
             _COMMANDS[words[0]](words[1:])
         else:
-            _run(words)
+            _run(program, words)
     except GaCLLMError as error:
         _fail(error, 1)
     except (ValueError, NotImplementedError) as error:  # the latter of RecBole: no such setting
@@ -113,7 +114,8 @@ def _is_about_input(error: BaseException) -> bool:
     return last.is_relative_to(Path(__file__).parent.parent) or "recbole" in last.parts
 
 
-def _run(argv: list[str]) -> None:
+def _run(program: str, argv: list[str]) -> None:
+    command = [program, *argv]
     parser = common.command_parser(
         "run_recbole_gacllm.py",
         "Train and test GaCLLM, or any RecBole model, on data in RecBole's format.",
@@ -143,15 +145,14 @@ def _run(argv: list[str]) -> None:
     what = args.model, args.dataset, args.config_files.split()
     with common.quiet_output(f"{args.model}-{args.dataset}", args.quiet):
         if args.nproc == 1:
-            run = runner.run(*what, keys)
-            record, run_file = run.record, run.run_file
+            run_file = runner.run(*what, keys, command=command).run_file
+            assert run_file is not None  # only further processes of DDP have none
         else:
-            run_file = runner.run_distributed(*what, args.nproc, keys)
-            record = json.loads(run_file.read_text("utf-8"))
-    _print_summary(record, run_file)
+            run_file = runner.run_distributed(*what, args.nproc, keys, command)
+    _print_summary(json.loads(run_file.read_text("utf-8")), run_file)
 
 
-def _print_summary(record: dict[str, Any], run_file: Path | None) -> None:
+def _print_summary(record: dict[str, Any], run_file: Path) -> None:
     """The result and where every file lies."""
     say("", f"{record['model']} on {record['dataset']}, seed {record['seed']}")
     metrics = list(record["test"])
@@ -182,8 +183,9 @@ def _print_summary(record: dict[str, Any], run_file: Path | None) -> None:
     say("")
     for stage, folder in record.get("artifacts", {}).items():
         say(f"{stage:<13}{folder}")
-    if record["checkpoint"]:
-        say(f"{'checkpoint':<13}{record['checkpoint']}")
+    run = shlex.quote(str(run_file.parent))
+    say(f"{'checkpoint':<13}{record['checkpoint']}")
+    say(f"{'lists':<13}python -m recbole_gacllm recommend {run} --output=lists.csv")
     say(f"{'run':<13}{run_file}")
 
 

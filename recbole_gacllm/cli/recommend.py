@@ -55,8 +55,7 @@ def recommend(argv: list[str]) -> None:
     parser.add_argument(
         "--keep-history", action="store_true", help="rank the items of the history, too"
     )
-    common.add_flags(parser, "artifact_dir")
-    common.add_flags(parser, "output")
+    common.add_flags(parser, "artifact_dir", "output")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = common.parse(parser, argv)
     common.require_table(parser, args.output)

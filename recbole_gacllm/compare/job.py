@@ -28,7 +28,7 @@ from recbole_gacllm.compare.degrees import (
     npz,
     to_npz,
 )
-from recbole_gacllm.data.checks import interactions
+from recbole_gacllm.data.checks import interactions, targets
 from recbole_gacllm.errors import GaCLLMError
 
 RUN_FILE = "run.json"
@@ -36,26 +36,20 @@ PER_USER_FILE = "per_user.npz"
 LOG_FILE = "log.txt"
 
 
-def targets(dataset: Any) -> set[tuple[str, str]]:
-    """(user token, item token) of all rows of one part of a split."""
-    inter = dataset.inter_feat
-    fields = dataset.uid_field, dataset.iid_field
-    return set(zip(*(dataset.id2token(name, inter[name]).tolist() for name in fields), strict=True))
-
-
-def histories(dataset: Any) -> set[tuple[str, str]]:
-    """The same of the item lists of a sequential part; empty for any other.
+def training_pairs(dataset: Any) -> set[tuple[str, str]]:
+    """(user token, item token) of each interaction of a training part.
 
     A sequential part has a row for each target, with what came before in a list: the first
     interaction of a user stands in lists only.
     """
+    pairs = set(targets(dataset))
     list_field = getattr(dataset, f"{dataset.iid_field}_list_field", None)
     if list_field is None or list_field not in dataset.inter_feat:
-        return set()
+        return pairs
     users = dataset.id2token(dataset.uid_field, dataset.inter_feat[dataset.uid_field])
     lists = dataset.inter_feat[list_field].numpy()
     tokens = dataset.field2id_token[dataset.iid_field]
-    return {
+    return pairs | {
         (user, str(tokens[item]))
         for user, history in zip(users.tolist(), lists, strict=True)
         for item in history[history > 0]
@@ -66,7 +60,7 @@ def split_hashes(train: Any, valid: Any, test: Any) -> dict[str, Any]:
     """SHA-256 of the sorted (user token, item token) pairs of each part, and how many there are."""
     hashes: dict[str, Any] = {}
     for part, dataset in (("train", train), ("valid", valid), ("test", test)):
-        pairs = targets(dataset) | (histories(dataset) if part == "train" else set())
+        pairs = training_pairs(dataset) if part == "train" else set(targets(dataset))
         lines = "".join(sorted(f"{user}\t{item}\n" for user, item in pairs))
         hashes[part] = hashlib.sha256(lines.encode()).hexdigest()
         hashes[f"n_{part}"] = len(pairs)
@@ -101,7 +95,7 @@ class Recorder:
         """
         self._test_data = test_data
         train = train_data._dataset
-        self.degrees = count_degrees(targets(train) | histories(train))
+        self.degrees = count_degrees(training_pairs(train))
         self.split = split_hashes(train, valid_data._dataset, test_data._dataset)
         rows = interactions(part._dataset for part in (train_data, valid_data, test_data))
         n_users, n_items = train.user_num - 1, train.item_num - 1

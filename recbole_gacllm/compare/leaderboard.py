@@ -64,7 +64,7 @@ def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> Non
     """
     try:
         (output / "runs").mkdir(parents=True, exist_ok=True)
-        _write_plan(output, plan)
+        _write_json(output / PLAN_FILE, plan.summary)
     except (OSError, GaCLLMError) as error:
         raise ValueError(
             f"--output: {str(output)!r} cannot be written ({error}). Give a folder that this user "
@@ -92,17 +92,14 @@ def run_leaderboard(plan: Plan, output: Path, show_progress: bool = True) -> Non
             if len(busy) == len(waiting):
                 time.sleep(SECONDS_BETWEEN_LOOKS)  # others work on all that is left
             waiting = busy
-    _write_plan(output, plan)  # another command on this folder may have written its own meanwhile
+    # Another command on this folder may have written its own meanwhile.
+    _write_json(output / PLAN_FILE, plan.summary)
 
 
 def check_data(plan: Plan, output: Path) -> None:
     """Read the data of all runs that are not finished; raises ``ValueError`` if it cannot serve."""
     finished = {file.parent.name for file in output.glob(f"runs/*/{RUN_FILE}")}
     check_plan(run.arguments for run in plan.runs if run.name not in finished)
-
-
-def _write_plan(output: Path, plan: Plan) -> None:
-    _write_json(output / PLAN_FILE, plan.summary)
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

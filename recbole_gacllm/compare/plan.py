@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from recbole.data import create_dataset
 from recbole.evaluator.register import smaller_metrics
 from recbole.utils import ModelType
 
 from recbole_gacllm.artifacts import hashing, manifests
 from recbole_gacllm.compare import identity
-from recbole_gacllm.config import MODEL, PEERS, SPLIT_KEYS, keys_of, shipped_path
+from recbole_gacllm.config import MODEL, PEERS, SPLIT_KEYS, keys_of, load_yaml, shipped_path
 from recbole_gacllm.run_config import build_config
 
 FIRST_SEED = 2020  # RecBole's
@@ -177,11 +176,7 @@ def make_plan(
                 tuned = [shipped_path("properties", "presets", f"{config['preset']}.yaml"), *tuned]
             sources[f"{dataset}/{row}"] = {
                 "files": {_short(path): _head_comment(path) for path in tuned},
-                "values": {
-                    k: resolved[k]
-                    for path in tuned
-                    for k in yaml.safe_load(path.read_text("utf-8"))
-                },
+                "values": {k: resolved[k] for path in tuned for k in load_yaml(path)},
                 "given": {k: v for k, v in keys.items() if k in key["config"]},
             }
             properties.setdefault(dataset, key["config"])
@@ -258,10 +253,6 @@ def _head_comment(path: Path) -> str:
 
 def _short(path: Path) -> str:
     return path.relative_to(shipped_path("properties").parent).as_posix()
-
-
-def _load(path: Path) -> dict[str, Any]:
-    return dict(yaml.safe_load(path.read_text("utf-8")))
 
 
 def split_models(text: str) -> list[str]:

@@ -57,12 +57,8 @@ def compare(scores: Mapping[str, UserScores], baseline: str) -> dict[str, Paired
         baseline: One of the models.
 
     Raises:
-        ValueError: If there is no such model, or users of a seed differ between models.
+        ValueError: If users of a seed differ between models.
     """
-    if baseline not in scores:
-        raise ValueError(
-            f"baseline: {baseline!r} is not one of the models with results: {', '.join(scores)}."
-        )
     pairs = {}
     for model, values in scores.items():
         shared = sorted(set(values) & set(scores[baseline]))

@@ -16,6 +16,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -27,8 +28,8 @@ MISSING = frozenset(
     {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"}
     | {"<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 )
-# The first bytes of a file that name its encoding; utf-32 before utf-16, whose mark begins it.
-_MARKS = (
+#: The first bytes of a file that name its encoding; utf-32 before utf-16, whose mark begins it.
+MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -105,17 +106,7 @@ def read_atomic(
     file = AtomicFile(path, names, types, pd.DataFrame())
     is_plain = '"' not in text and len(separator) == 1
     if is_plain and all(line.strip() and line.count(separator) < len(names) for line in lines):
-        file.cells = pd.read_csv(
-            io.StringIO("\n".join(lines)),
-            sep=separator,
-            header=0,
-            names=names,
-            index_col=False,
-            dtype=str,
-            engine="c",
-            lineterminator="\n",
-            quoting=csv.QUOTE_NONE,
-        )
+        file.cells = read_plain(lines, separator, names)
         return file
     id_at = names.index(id_field) if id_field in names else 0
     numbered = [*Lines(lines, separator, len(names), id_at, ids).rows(first + 1, file)]
@@ -124,6 +115,23 @@ def read_atomic(
     frame = pd.DataFrame([row for _, row in numbered], columns=names, dtype=object)
     file.cells = frame.mask(frame.isin(MISSING))
     return file
+
+
+def read_plain(lines: list[str], separator: str, names: list[str], **more: Any) -> pd.DataFrame:
+    """Lines without quotes as text, by pandas; the first is the header, and is not looked at."""
+    frame: pd.DataFrame = pd.read_csv(
+        io.StringIO("\n".join(lines)),
+        sep=separator,
+        header=0,
+        names=names,
+        index_col=False,
+        dtype=str,
+        engine="c",
+        lineterminator="\n",
+        quoting=csv.QUOTE_NONE,
+        **more,
+    )
+    return frame
 
 
 def read_header(
@@ -142,7 +150,7 @@ def read_header(
 
 def _decode(path: Path, content: bytes, encoding: str | None, whole: bool = True) -> str:
     """Text without its few zero bytes; many are another encoding."""
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), encoding)
+    encoding = next((name for mark, name in MARKS if content.startswith(mark)), encoding)
     try:
         decoder = codecs.getincrementaldecoder(encoding or "utf-8")()
         text = decoder.decode(content, final=whole)

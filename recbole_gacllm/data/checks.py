@@ -221,6 +221,13 @@ def interactions(parts: Iterable[Any]) -> np.ndarray:
     return np.concatenate(pairs)
 
 
+def targets(part: Any) -> list[tuple[str, str]]:
+    """(user token, item token) of each row of one part of a split."""
+    fields = part.uid_field, part.iid_field
+    tokens = (part.id2token(name, part.inter_feat[name]).tolist() for name in fields)
+    return list(zip(*tokens, strict=True))
+
+
 def _warn_of_repeats(report: DataReport, config: Any) -> None:
     if report.n_repeats == 0:
         return

@@ -35,7 +35,8 @@ def lines(
     """
     fields = {"rating": made.rating, "timestamp": made.time}
     loaded = ["user_id", "item_id", *(name for name, of in fields.items() if of is not None)]
-    item = recipe.item if recipe else guessing.noun_of(source.columns["item"], source.table.path)
+    guessed = guessing.noun_of(source.columns["item"], source.table.path), "user"
+    item, user = recipe.nouns if recipe else guessed
     keys: dict[str, tuple[Any, str]] = {
         "USER_ID_FIELD": ("user_id", "Column of users."),
         "ITEM_ID_FIELD": ("item_id", "Column of items."),
@@ -48,7 +49,7 @@ def lines(
         keys["benchmark_filename"] = (["train", "valid", "test"], "The ready split.")
     elif n := interactions.n_repeats(made):
         keys["rm_dup_inter"] = ("first", f"{n:,} rows repeat a user and an item. None keeps them.")
-    keys["text_user_noun"] = (recipe.user if recipe else "user", "What a user is called.")
+    keys["text_user_noun"] = (user, "What a user is called.")
     keys["text_item_noun"] = (item, "What an item is called.")
     for side, template in _templates(recipe, columns, item).items():
         what = f"A sentence of the .{side} file; without this line it tells all columns."

@@ -147,6 +147,8 @@ def _read_interactions(
                 yield number, chunk[roles]
 
     made = interactions.collect(chunks(), roles, main[0].table.path, in_parts)
+    if made.rating is not None and (part := main[0].part) and part.zero_is_unrated:
+        made.rating[made.rating == 0] = np.nan
     frames = {side: pd.concat(frames).drop_duplicates(side) for side, frames in own.items()}
     return made, {
         side: frame.rename(columns=lambda name: name.removeprefix("user."))

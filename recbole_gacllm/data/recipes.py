@@ -26,6 +26,7 @@ class Part:
         looks: Column -> pattern of nine tenths of its cells, where the name says nothing.
         form: How it is read.
         change: Makes rows of ``columns`` of the rows that are read.
+        zero_is_unrated: A rating of 0 says that there is none.
     """
 
     columns: Mapping[str, str]
@@ -34,6 +35,7 @@ class Part:
     looks: Mapping[str, str] = field(default_factory=dict)
     form: Form = field(default_factory=Form)
     change: rows.Change | None = None
+    zero_is_unrated: bool = False
 
     def fits(self, table: Table) -> bool:
         """Whether a file is this one."""
@@ -58,7 +60,7 @@ class Recipe:
 
     Attributes:
         interactions, items, users: Its files.
-        item, user: What its items and users are called.
+        nouns: What its items and users are called.
         item_template, user_template: Sentences of the columns; None tells all of them.
         value_names_of: A shipped data set whose words for coded values are these, too.
     """
@@ -66,8 +68,7 @@ class Recipe:
     interactions: Part
     items: Part | None = None
     users: Part | None = None
-    item: str = "item"
-    user: str = "user"
+    nouns: tuple[str, str] = ("item", "user")
     item_template: str | None = None
     user_template: str | None = None
     value_names_of: str | None = None
@@ -110,8 +111,7 @@ RECIPES: dict[str, Recipe] = {
             },
             needs=("parent_asin", "title", "store"),
         ),
-        item="product",
-        user="customer",
+        nouns=("product", "customer"),
         item_template=_AMAZON_TEMPLATE % ("store", "categories", "features"),
     ),
     "amazon-2018": Recipe(
@@ -125,8 +125,7 @@ RECIPES: dict[str, Recipe] = {
             },
             needs=("asin", "title"),
         ),
-        item="product",
-        user="customer",
+        nouns=("product", "customer"),
         item_template=_AMAZON_TEMPLATE % ("brand", "category", "feature"),
     ),
     "amazon-2018-ratings": Recipe(
@@ -139,8 +138,7 @@ RECIPES: dict[str, Recipe] = {
             {"item": "asin", **_same("title", "brand", "category", "feature", "description")},
             needs=("asin", "title"),
         ),
-        item="product",
-        user="customer",
+        nouns=("product", "customer"),
         item_template=_AMAZON_TEMPLATE % ("brand", "category", "feature"),
     ),
     "yelp": Recipe(
@@ -153,7 +151,7 @@ RECIPES: dict[str, Recipe] = {
             needs=("business_id", "name", "categories"),
             change=rows.comma_categories,
         ),
-        item="business",
+        nouns=("business", "user"),
         item_template="{name}[, a business in {city}][, {state}][, filed under {categories|list}].",
     ),
     "steam": Recipe(
@@ -168,14 +166,14 @@ RECIPES: dict[str, Recipe] = {
             },
             needs=("id", "app_name"),
         ),
-        item="game",
-        user="player",
+        nouns=("game", "player"),
         item_template="{title}[ by {developer}], a game[ filed under {genres|list}]"
         "[; tags: {tags|list}].",
     ),
     "goodreads": Recipe(
         Part(
             {"user": "user_id", "item": "book_id", "rating": "rating", "time": "date_added"},
+            zero_is_unrated=True,
         ),
         Part(
             {
@@ -184,8 +182,7 @@ RECIPES: dict[str, Recipe] = {
             },
             needs=("book_id", "title", "publisher"),
         ),
-        item="book",
-        user="reader",
+        nouns=("book", "reader"),
         item_template="{title|title}[ ({publication_year})], a book[ published by {publisher}]."
         "[ {description}]",
     ),
@@ -193,9 +190,9 @@ RECIPES: dict[str, Recipe] = {
         Part(
             {"user": "user_id", "item": "book_id", "rating": "rating"},
             needs=("user_id", "book_id", "is_read", "rating", "is_reviewed"),
+            zero_is_unrated=True,
         ),
-        item="book",
-        user="reader",
+        nouns=("book", "reader"),
     ),
     "movielens-100k": Recipe(
         Part(
@@ -214,8 +211,7 @@ RECIPES: dict[str, Recipe] = {
             file=r"^u\.user$",
             form=Form("|", names=("user", "age", "gender", "occupation", "zip_code")),
         ),
-        item="movie",
-        user="person",
+        nouns=("movie", "person"),
         item_template=_MOVIE_TEMPLATE,
         user_template="A {gender} aged {age}[ who {occupation}].",
         value_names_of="ml-100k",
@@ -237,8 +233,7 @@ RECIPES: dict[str, Recipe] = {
             file=r"^users\.dat$",
             form=Form("::", names=("user", "gender", "age", "occupation", "zip_code")),
         ),
-        item="movie",
-        user="person",
+        nouns=("movie", "person"),
         item_template=_MOVIE_TEMPLATE,
         user_template="A {gender} {age}[ who {occupation}].",
         value_names_of="ml-1m",
@@ -251,8 +246,7 @@ RECIPES: dict[str, Recipe] = {
             {"item": "movieId", **_same("title", "genres")},
             change=rows.piped_genres,
         ),
-        item="movie",
-        user="person",
+        nouns=("movie", "person"),
         item_template=_MOVIE_TEMPLATE,
     ),
     "lastfm": Recipe(  # hetrec 2011; the rating is a number of plays
@@ -261,8 +255,7 @@ RECIPES: dict[str, Recipe] = {
             {"item": "id", "name": "name"},
             needs=("id", "name", "pictureURL"),
         ),
-        item="artist",
-        user="listener",
+        nouns=("artist", "listener"),
         item_template="{name}, an artist.",
     ),
     "netflix": Recipe(
@@ -277,8 +270,7 @@ RECIPES: dict[str, Recipe] = {
             file=r"^movie_titles\.(csv|txt)$",
             form=Form(",", "latin-1", ("item", "year", "title"), rest_in_last=True),
         ),
-        item="movie",
-        user="viewer",
+        nouns=("movie", "viewer"),
         item_template=_MOVIE_VALUES,
     ),
     "mind": Recipe(  # clicks among what was shown; `history`, which has no times, is left out
@@ -299,8 +291,7 @@ RECIPES: dict[str, Recipe] = {
                 ),
             ),
         ),
-        item="news article",
-        user="reader",
+        nouns=("news article", "reader"),
         item_template="{title}, a news article[ about {category}][ ({subcategory})].[ {abstract}]",
     ),
     "book-crossing": Recipe(
@@ -319,8 +310,7 @@ RECIPES: dict[str, Recipe] = {
             {"user": "User-ID", "location": "Location", "age": "Age"},
             form=Form(escaped=True),
         ),
-        item="book",
-        user="reader",
+        nouns=("book", "reader"),
         item_template="{title|title}[ ({year})], a book[ by {author}][, published by {publisher}].",
         user_template="A reader[ aged {age}][ from {location}].",
     ),
@@ -336,8 +326,7 @@ RECIPES: dict[str, Recipe] = {
                 ),
             ),
         ),
-        item="venue",
-        user="person",
+        nouns=("venue", "person"),
         item_template="A venue: {category}.",
     ),
     "foursquare-global": Recipe(
@@ -351,8 +340,7 @@ RECIPES: dict[str, Recipe] = {
             file=r"TIST2015_POIs",
             form=Form("\t", names=("venue", "latitude", "longitude", "category", "country")),
         ),
-        item="venue",
-        user="person",
+        nouns=("venue", "person"),
         item_template="A venue: {category}[, in {country}].",
     ),
     "gowalla": Recipe(  # and Brightkite, of the same form
@@ -361,7 +349,6 @@ RECIPES: dict[str, Recipe] = {
             file=r"(gowalla|brightkite)_totalCheckins",
             form=Form("\t", names=("user", "time", "latitude", "longitude", "location")),
         ),
-        item="place",
-        user="person",
+        nouns=("place", "person"),
     ),
 }

@@ -26,7 +26,7 @@ from typing import IO, Any
 import pandas as pd
 import pyarrow.parquet
 
-from recbole_gacllm.data.atomic import MAX_LINES, AtomicFile, Lines
+from recbole_gacllm.data.atomic import MARKS, MAX_LINES, AtomicFile, Lines, read_plain
 
 SEPARATORS = ("\t", ",", ";", "|", "::", " ")
 WIDTH = "rows of another width than the header"
@@ -150,13 +150,8 @@ def _binary(path: Path) -> IO[bytes]:
 
 def _encoding(path: Path, head: bytes) -> str:
     """By a byte order mark, else UTF-8 where the whole file is, else Windows' or Latin 1."""
-    for mark, name in (
-        (codecs.BOM_UTF8, "utf-8-sig"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
-        if head.startswith(mark):
-            return name
+    if marked := [name for mark, name in MARKS if head.startswith(mark)]:
+        return marked[0]
     for name in ("utf-8", "cp1252"):
         decoder = codecs.getincrementaldecoder(name)()
         with _binary(path) as stream:
@@ -297,18 +292,8 @@ def _plain_rows(table: Table, separator: str, text: str, columns: Sequence[str])
     fits = [line for line in fits if line.count(separator) < width]
     if n_long := len(lines) - len(fits):
         table.dropped[WIDTH] += n_long
-    frame = pd.read_csv(
-        io.StringIO("\n".join([separator.join("x" * width), *fits])),  # names may hold anything
-        sep=separator,
-        header=0,
-        names=table.names,
-        index_col=False,
-        dtype=str,
-        na_filter=False,
-        quoting=csv.QUOTE_NONE,
-        lineterminator="\n",
-    )
-    return frame[list(columns)]
+    header = separator.join("x" * width)  # names may hold anything
+    return read_plain([header, *fits], separator, table.names, na_filter=False)[list(columns)]
 
 
 def _quoted_rows(

@@ -92,6 +92,8 @@ def _config_of(record: dict[str, Any], data_path: str, checkpoint_dir: str) -> C
     config._init_parameters_category()
     config.yaml_loader = config._build_yaml_loader()
     keys = dict(record["config"])
+    if keys.get("ssm_temperature") is None:  # once a rule of training, which ended with it
+        keys.pop("ssm_temperature", None)
     if keys["model"] in MODELS:  # keys newer than the run, which no preset of its time set
         keys = {**model_defaults("paper"), **keys}
     elif keys.get("text_init"):

@@ -40,11 +40,6 @@ class AlphaRec(GeneralRecommender):  # type: ignore[misc]
     The map sees text embeddings through its first layer alone: if all of them are rotated and that
     layer's weights are rotated back, every score and every gradient step is the same; Adam's step,
     which looks at single coordinates, is not.
-
-    Args:
-        config: RecBole's configuration.
-        dataset: RecBole's **training** split.
-        texts_of: Gives the text embeddings; None runs the stages, or reuses what they made.
     """
 
     input_type = InputType.PAIRWISE

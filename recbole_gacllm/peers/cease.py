@@ -19,30 +19,23 @@ from typing import Any
 
 import torch
 from recbole.data.dataset import Dataset
-from recbole.data.interaction import Interaction
-from recbole.model.abstract_recommender import GeneralRecommender
-from recbole.utils import InputType, ModelType
-from torch import Tensor, nn
+from recbole.utils import InputType
+from torch import Tensor
 
 from recbole_gacllm.objective.linear import ItemItemModel
 from recbole_gacllm.peers.texts import read_texts
 from recbole_gacllm.pipeline import TextsOf
+from recbole_gacllm.text_knn import ClosedForm
 
 
-class CEASE(GeneralRecommender):  # type: ignore[misc]
+class CEASE(ClosedForm):
     """Collective EASE; see the module. Users have no text here: they are their interactions.
-
-    Args:
-        config: RecBole's configuration.
-        dataset: RecBole's **training** split.
-        texts_of: Gives the text embeddings; None runs the stages, or reuses what they made.
 
     Raises:
         ValueError: If ``reg_weight`` is 0: nothing says what items without interactions weigh.
     """
 
     input_type = InputType.POINTWISE
-    type = ModelType.TRADITIONAL  # RecBole's trainer ends after one epoch
 
     def __init__(self, config: Any, dataset: Dataset, texts_of: TextsOf | None = None) -> None:
         super().__init__(config, dataset)
@@ -63,18 +56,6 @@ class CEASE(GeneralRecommender):  # type: ignore[misc]
             user_power=0.0,
             denoising=0.0,
         )
-        self.fake_loss = nn.Parameter(torch.zeros(1))  # RecBole's optimiser needs one
 
-    def calculate_loss(self, interaction: Interaction) -> Tensor:
-        """Nothing to train: zero."""
-        return self.fake_loss.sum() * 0
-
-    def predict(self, interaction: Interaction) -> Tensor:
-        """Scores of user-item pairs: ``[B]``."""
-        user, item = interaction[self.USER_ID], interaction[self.ITEM_ID]
-        distinct, place = torch.unique(user, return_inverse=True)
-        return self.linear.scores(distinct)[place, item]
-
-    def full_sort_predict(self, interaction: Interaction) -> Tensor:
-        """Scores of users with every item: ``[B * n_items]``, a fresh tensor."""
-        return self.linear.scores(interaction[self.USER_ID]).view(-1)
+    def scores(self, users: Tensor) -> Tensor:  # noqa: D102
+        return self.linear.scores(users)

@@ -73,13 +73,9 @@ def infonce(
 
 
 class _RLMRec(LightGCN):  # type: ignore[misc]
-    """What both have: texts, a map, and the embeddings that LightGCN's loss was made of.
+    """What both have: texts, a map, and the embeddings that LightGCN's loss was made of."""
 
-    Args:
-        config: RecBole's configuration.
-        dataset: RecBole's **training** split.
-        texts_of: Gives the text embeddings; None runs the stages, or reuses what they made.
-    """
+    maps_texts = True  #: To embeddings; else embeddings to texts.
 
     def __init__(self, config: Any, dataset: Dataset, texts_of: TextsOf | None = None) -> None:
         # Before anything is on the card, which the stages need; no random number is drawn.
@@ -87,16 +83,12 @@ class _RLMRec(LightGCN):  # type: ignore[misc]
         super().__init__(config, dataset)
         self.texts, self.layers = texts, layers
         self.weight, self.temperature = config["align_weight"], config["align_temperature"]
-        sizes = texts.dim, (texts.dim + self.latent_dim) // 2, self.latent_dim
-        self.map = text_projection(*self.order(*sizes), dropout=0.0)
+        sizes = texts.dim, self.latent_dim
+        width, dim = sizes if self.maps_texts else sizes[::-1]
+        self.map = text_projection(width, (width + dim) // 2, dim, dropout=0.0)
         self.map.apply(xavier_uniform_initialization)
         self.propagated: tuple[Tensor, Tensor] | None = None  # of the batch in training
         self.register_load_state_dict_post_hook(_forget_restored)
-
-    @staticmethod
-    def order(width: int, hidden: int, dim: int) -> tuple[int, int, int]:
-        """Widths of the map: in, hidden, out."""
-        return width, hidden, dim
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """LightGCN's embeddings of all users ``[n_users, d]`` and items ``[n_items, d]``."""
@@ -146,26 +138,19 @@ class RLMRecCon(_RLMRec):
 class RLMRecGen(_RLMRec):
     """Generative: texts of masked nodes are told from their neighbours; see the module."""
 
+    maps_texts = False
+
     def __init__(self, config: Any, dataset: Dataset, texts_of: TextsOf | None = None) -> None:
-        self._check(config["mask_ratio"])
+        if not 0 < config["mask_ratio"] < 1:
+            raise ValueError(
+                f"mask_ratio: {config['mask_ratio']} is not allowed; it is the share of the nodes "
+                "that are masked in a batch, above 0 and below 1."
+            )
         super().__init__(config, dataset, texts_of)
         self.mask_token = nn.Parameter(torch.zeros(1, self.latent_dim))
         self.nodes = (self.texts.row_of_node >= 0).nonzero()[:, 0]  # without padding
         self.n_masked = max(1, int(config["mask_ratio"] * len(self.nodes)))
         self.masked: Tensor | None = None
-
-    @staticmethod
-    def _check(mask_ratio: float) -> None:
-        if not 0 < mask_ratio < 1:
-            raise ValueError(
-                f"mask_ratio: {mask_ratio} is not allowed; it is the share of the nodes that are "
-                "masked in a batch, above 0 and below 1."
-            )
-
-    @staticmethod
-    def order(width: int, hidden: int, dim: int) -> tuple[int, int, int]:
-        """Widths of the map: in, hidden, out."""
-        return dim, hidden, width
 
     def get_ego_embeddings(self) -> Tensor:
         """LightGCN's ``e^(0)``, the mask token in the place of masked nodes."""

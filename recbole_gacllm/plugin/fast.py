@@ -34,6 +34,16 @@ MIN_USERS = 16
 MAX_TABLE = 2**25
 
 
+def _asked(one: Any) -> Any:
+    """Whether the configuration of a data set, loader, collector or trainer asks for fast paths."""
+    return one.config["fast_paths"]
+
+
+def _marked(one: Any) -> Any:
+    """Whether a sampler or a metric, which have no configuration, was told so."""
+    return vars(one).get("fast_paths")
+
+
 # Sampling
 
 
@@ -78,11 +88,11 @@ class Membership:
 def add_to_sampler(module: ModuleType) -> None:
     """Draw as RecBole draws, value for value, and test all draws at once."""
 
-    @replaces(module.AbstractSampler, "sample_by_key_ids")
+    @replaces(module.AbstractSampler, "sample_by_key_ids", _marked)
     def sample_by_key_ids(original: Any, self: Any, key_ids: Any, num: int) -> Tensor:
         keys = np.asarray(key_ids)
-        fast = vars(self).get("fast_paths") and type(self) is module.Sampler
-        if not fast or len(keys) == 0 or keys.min() < 0 or keys.max() >= len(self.used_ids):
+        is_general = type(self) is module.Sampler and len(keys) > 0
+        if not is_general or keys.min() < 0 or keys.max() >= len(self.used_ids):
             by_recbole: Tensor = original(self, key_ids, num)
             return by_recbole
         member = vars(self).get("_membership")
@@ -90,19 +100,17 @@ def add_to_sampler(module: ModuleType) -> None:
             member = self._membership = Membership(self.used_ids, self.item_num)
         return _drawn(self, np.tile(keys, num), member.contains)
 
-    @replaces(module.RepeatableSampler, "sample_by_user_ids")
+    @replaces(module.RepeatableSampler, "sample_by_user_ids", _marked)
     def sample_any_but_the_positive(
         original: Any, self: Any, user_ids: Any, item_ids: Any, num: int
     ) -> Tensor:
-        if not vars(self).get("fast_paths") or len(item_ids) == 0:
+        if len(item_ids) == 0:
             by_recbole: Tensor = original(self, user_ids, item_ids, num)
             return by_recbole
         return _drawn(self, np.tile(np.asarray(item_ids), num), np.equal)
 
-    @replaces(module.AbstractSampler, "_pop_sampling")
+    @replaces(module.AbstractSampler, "_pop_sampling", _marked)
     def _pop_sampling(original: Any, self: Any, sample_num: int) -> npt.NDArray[np.int64]:
-        if not vars(self).get("fast_paths"):
-            return np.asarray(original(self, sample_num))
         if "_alias_table" not in vars(self):
             self._alias_table = (
                 np.array(list(self.prob)),
@@ -133,11 +141,8 @@ def _drawn(
 def add_to_sequences(module: ModuleType) -> None:
     """Write the sequences before all interactions position by position, not one by one."""
 
-    @replaces(module.SequentialDataset, "data_augmentation")
+    @replaces(module.SequentialDataset, "data_augmentation", _asked)
     def data_augmentation(original: Any, self: Any) -> None:
-        if not self.config["fast_paths"]:
-            original(self)
-            return
         self._aug_presets()
         self._check_field("uid_field", "time_field")
         self.sort(by=[self.uid_field, self.time_field], ascending=True)
@@ -173,9 +178,9 @@ def add_to_loader(module: ModuleType) -> None:
             sampler.fast_paths = True
         original(self, config, dataset, sampler, shuffle=shuffle)
 
-    @replaces(module.AbstractDataLoader, "__iter__")
+    @replaces(module.AbstractDataLoader, "__iter__", _asked)
     def iterate(original: Any, self: Any) -> Iterator[Any]:
-        if not self.config["fast_paths"] or self.num_workers > 0:
+        if self.num_workers > 0:
             batches: Iterator[Any] = original(self)
             return batches
         # PyTorch's loader draws a base seed for its workers here, even if it has none.
@@ -205,27 +210,23 @@ def add_to_general_loaders(module: ModuleType) -> None:
     """Gather batches by tensor; evaluate many users at once."""
     full_sort = module.FullSortEvalDataLoader
 
-    @replaces(module.TrainDataLoader, "collate_fn")
+    @replaces(module.TrainDataLoader, "collate_fn", _asked)
     def collate_train(original: Any, self: Any, index: Any) -> Any:
-        if not self.config["fast_paths"]:
-            return original(self, index)
         data = self._dataset[_rows_at(index)]
         return self._neg_sampling(self.transform(self._dataset, data))
 
-    @replaces(full_sort, "_init_batch_size_and_step")
+    @replaces(full_sort, "_init_batch_size_and_step", _asked)
     def _init_batch_size_and_step(original: Any, self: Any) -> None:
         original(self)
-        if self.config["fast_paths"] and not self.is_sequential:
+        if not self.is_sequential:
             n_items = self._dataset.item_num
             on_cpu = torch.device(self.config["device"]).type == "cpu"
             n_scores = MIN_SCORES if on_cpu else MIN_SCORES_OF_DEVICE
             self.step = max(self.step, MIN_USERS, n_scores // n_items)
             self.set_batch_size(self.step * n_items)
 
-    @replaces(full_sort, "collate_fn")
+    @replaces(full_sort, "collate_fn", _asked)
     def collate_full_sort(original: Any, self: Any, index: Any) -> Any:
-        if not self.config["fast_paths"]:
-            return original(self, index)
         if self.is_sequential:
             rows = self.transform(self._dataset, self._dataset[_rows_at(index)])
             return rows, None, torch.arange(len(rows)), rows[self.iid_field]
@@ -270,7 +271,7 @@ class ItemLists:
 def add_to_collector(module: ModuleType) -> None:
     """Look for the positive items among the top k only, and find the top k once."""
 
-    @replaces(module.Collector, "eval_batch_collect")
+    @replaces(module.Collector, "eval_batch_collect", _asked)
     def eval_batch_collect(
         original: Any,
         self: Any,
@@ -281,7 +282,7 @@ def add_to_collector(module: ModuleType) -> None:
     ) -> None:
         need = self.register.need
         others = ("rec.meanrank", "rec.score", "data.label")
-        if not (self.config["fast_paths"] and need("rec.topk")) or any(map(need, others)):
+        if not need("rec.topk") or any(map(need, others)):
             original(self, scores, interaction, positive_u, positive_i)
             return
         top = torch.topk(scores, max(self.topk), dim=-1).indices  # [n, k]
@@ -316,9 +317,9 @@ def add_to_metrics(module: ModuleType) -> None:
         ("NDCG", discounted_gain),
     ):
 
-        @replaces(getattr(module, name), "metric_info")
+        @replaces(getattr(module, name), "metric_info", _marked)
         def metric_info(original: Any, self: Any, *args: Any, at_once: Any = at_once) -> Any:
-            return at_once(*args) if self.fast_paths else original(self, *args)
+            return at_once(*args)
 
 
 def reciprocal_rank(pos_index: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
@@ -376,11 +377,11 @@ def _capped(ranks: npt.NDArray[np.int64], pos_len: npt.NDArray[np.int64]) -> Any
 def add_to_trainer(module: ModuleType) -> None:
     """Let Adam update a parameter in one pass over it instead of eight."""
 
-    @replaces(module.Trainer, "_build_optimizer")
+    @replaces(module.Trainer, "_build_optimizer", _asked)
     def _build_optimizer(original: Any, self: Any, **keys: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = original(self, **keys)
         plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
-        if self.config["fast_paths"] and plain and self.device.type == "cpu":
+        if plain and self.device.type == "cpu":
             for group in optimizer.param_groups:
                 group["fused"] = True
         return optimizer

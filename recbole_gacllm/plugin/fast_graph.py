@@ -6,6 +6,7 @@ the place of RecBole's COO tensor and multiplies without a transpose in the back
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from recbole_gacllm.alignment.propagation import Adjacency, constant_product, cs
 from recbole_gacllm.plugin.import_hooks import replaces
 
 _SCORES_A_BLOCK = 1 << 22  # 16 MiB of float32
+_is_fast = operator.attrgetter("fast_paths")  # of a model
 
 
 class ConstantMatrix:
@@ -77,9 +79,9 @@ def normalised_adjacency(model_class: Any) -> None:
     symmetric, and it keeps RecBole's products.
     """
 
-    @replaces(model_class, "get_norm_adj_mat")
+    @replaces(model_class, "get_norm_adj_mat", _is_fast)
     def get_norm_adj_mat(original: Any, self: Any) -> Any:
-        if not self.fast_paths or getattr(self, "node_dropout", 0) > 0:
+        if getattr(self, "node_dropout", 0) > 0:
             return original(self)
         edges = self.interaction_matrix
         adjacency = Adjacency.from_edges(edges.row, edges.col, self.n_users, self.n_items)
@@ -93,12 +95,10 @@ def ncl_paths(model_class: Any) -> None:
     """Give NCL its adjacency, and its contrast of layers once for each node of a batch."""
     normalised_adjacency(model_class)
 
-    @replaces(model_class, "ssl_layer_loss")
+    @replaces(model_class, "ssl_layer_loss", _is_fast)
     def ssl_layer_loss(
         original: Any, self: Any, current: Tensor, previous: Tensor, user: Any, item: Any
     ) -> Any:
-        if not self.fast_paths:
-            return original(self, current, previous, user, item)
         sizes = [self.n_users, self.n_items]
         users, items = torch.split(current, sizes)
         other_users, other_items = torch.split(previous, sizes)
@@ -134,18 +134,14 @@ def infonce_sum(views: Tensor, others: Tensor, nodes: Tensor, temperature: float
 def sgl_paths(model_class: Any) -> None:
     """Give SGL its graph and its augmented views, all of them symmetric, and a faster contrast."""
 
-    @replaces(model_class, "calc_ssl_loss")
+    @replaces(model_class, "calc_ssl_loss", _is_fast)
     def calc_ssl_loss(original: Any, self: Any, user: Any, item: Any, *views: Any) -> Any:
-        if not self.fast_paths:
-            return original(self, user, item, *views)
         user1, user2, item1, item2 = views
         of_users = infonce_sum(user1, user2, user, self.ssl_tau)
         return self.ssl_weight * (of_users + infonce_sum(item1, item2, item, self.ssl_tau))
 
-    @replaces(model_class, "csr2tensor")
+    @replaces(model_class, "csr2tensor", _is_fast)
     def csr2tensor(original: Any, self: Any, matrix: Any) -> Any:
-        if not self.fast_paths:
-            return original(self, matrix)
         tensor = csr_tensor(matrix).to(self.device)
         return ConstantMatrix(tensor, tensor)
 
@@ -153,12 +149,10 @@ def sgl_paths(model_class: Any) -> None:
 def dgcf_products(model_class: Any) -> None:
     """Give DGCF its maps between edges and their ends, each with its transpose."""
 
-    @replaces(model_class, "_build_sparse_tensor")
+    @replaces(model_class, "_build_sparse_tensor", _is_fast)
     def _build_sparse_tensor(
         original: Any, self: Any, indices: Tensor, values: Tensor, size: Any
     ) -> Any:
-        if not self.fast_paths:
-            return original(self, indices, values, size)
         matrix = sparse.csr_array((values.cpu().numpy(), indices.cpu().numpy()), shape=size)
         transposed = sparse.csr_array(matrix.T)
         return ConstantMatrix(csr_tensor(matrix), csr_tensor(transposed)).to(self.device)
@@ -178,9 +172,9 @@ def neumf_scores(model_class: Any) -> None:
     Shapes: ``full_sort_predict`` of users [B] is [B, n_items].
     """
 
-    @replaces(model_class, "full_sort_predict")
+    @replaces(model_class, "full_sort_predict", _is_fast)
     def full_sort_predict(original: Any, self: Any, interaction: Any) -> Tensor:
-        if not self.fast_paths or self.training:  # dropout draws anew for every pair
+        if self.training:  # dropout draws anew for every pair
             pair_by_pair: Tensor = original(self, interaction)  # RecBole's: NotImplementedError
             return pair_by_pair
         users = interaction[self.USER_ID]

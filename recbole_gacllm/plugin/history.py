@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_gacllm.config import checked
+from recbole_gacllm.config import of_any_model
 from recbole_gacllm.plugin.import_hooks import replaces
 
 
@@ -51,8 +51,7 @@ def check(config: Any) -> None:
 
 
 def _is_on(config: Any) -> bool:
-    value = config["mask_history"]
-    return value is not None and bool(checked("mask_history", value))
+    return bool(of_any_model(config, "mask_history", False))
 
 
 def add_to_dataset(module: ModuleType) -> None:
@@ -100,11 +99,13 @@ def _note_histories(parts: list[Any]) -> None:
 def add_to_loaders(module: ModuleType) -> None:
     """Hand the histories to RecBole's trainer as the loader of general models does."""
 
-    @replaces(module.FullSortEvalDataLoader, "collate_fn")
+    @replaces(
+        module.FullSortEvalDataLoader,
+        "collate_fn",
+        lambda loader: loader.is_sequential and _is_on(loader.config),
+    )
     def collate_full_sort(original: Any, self: Any, index: Any) -> Any:
         batch = original(self, index)
-        if not (self.is_sequential and _is_on(self.config)):
-            return batch
         histories = self._dataset.item_histories[np.asarray(index)]
         users = torch.repeat_interleave(torch.tensor([len(items) for items in histories]))
         return batch[0], (users, torch.cat(list(histories))), *batch[2:]

@@ -52,14 +52,21 @@ def explain_absence(name: str, message: str) -> None:
     _absence[name] = message
 
 
-def replaces(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
-    """Let ``function(original, self, ...)`` be the method ``name`` of a class from now on."""
+def replaces(
+    owner: Any, name: str, where: Callable[[Any], Any] | None = None
+) -> Callable[[Callable[..., Any]], None]:
+    """Let ``function(original, self, ...)`` be the method ``name`` of a class from now on.
+
+    With ``where`` only of objects of which it is true.
+    """
 
     def replace(function: Callable[..., Any]) -> None:
         original = getattr(owner, name)
 
         @functools.wraps(original)
         def method(self: Any, *args: Any, **keys: Any) -> Any:
+            if where is not None and not where(self):
+                return original(self, *args, **keys)
             return function(original, self, *args, **keys)
 
         setattr(owner, name, method)

@@ -24,6 +24,7 @@ from recbole_gacllm.config import (
     checked,
     dataset_defaults,
     model_defaults,
+    of_any_model,
     text_defaults,
 )
 from recbole_gacllm.plugin.import_hooks import after_import, alias_module, replaces
@@ -104,8 +105,8 @@ def extend_config(configurator: ModuleType) -> None:
         original(self, *args, **keys)
         if self.model in MODELS or self["text_init"]:
             _check(self)
-        elif self["n_threads"] is not None:
-            checked("n_threads", self["n_threads"])
+        else:
+            of_any_model(self, "n_threads", None)
         splits.check(self)
         history.check(self)
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recbole_gacllm.config import SPLIT_KEYS, checked
+from recbole_gacllm.config import of_any_model
 from recbole_gacllm.plugin.import_hooks import replaces
 
 
@@ -30,7 +30,7 @@ def check(config: Any) -> None:
         ValueError: Names the key, the value, what is allowed and the next step.
     """
     train_share, cold_items, cold_users = shares(config)
-    known_only = only_known_users(config)
+    known_only = of_any_model(config, "known_users_only", False)
     if train_share == 1 and cold_items == cold_users == 0 and not known_only:
         return
     is_sequential = config["MODEL_TYPE"].name == "SEQUENTIAL"
@@ -74,22 +74,11 @@ def shares(config: Any) -> tuple[float, float, float]:
     Raises:
         ValueError: If one is not a number of its range.
     """
-    values = (config[key] for key in SPLIT_KEYS[:3])
+    defaults = {"train_share": 1, "cold_item_share": 0, "cold_user_share": 0}
     train, cold_items, cold_users = (
-        default if value is None else float(checked(key, value))
-        for key, value, default in zip(SPLIT_KEYS[:3], values, (1.0, 0.0, 0.0), strict=True)
+        float(of_any_model(config, key, default)) for key, default in defaults.items()
     )
     return train, cold_items, cold_users
-
-
-def only_known_users(config: Any) -> bool:
-    """``known_users_only`` of any model's configuration.
-
-    Raises:
-        ValueError: If it is neither True nor False.
-    """
-    value = config["known_users_only"]
-    return value is not None and bool(checked("known_users_only", value))
 
 
 # Splitting
@@ -144,7 +133,7 @@ def add_to_dataset(module: ModuleType) -> None:
             users = train.inter_feat[train.uid_field].numpy()
             rows = kept_rows(users, train_share, self.config["seed"])
             parts[0] = train.copy(train.inter_feat[rows])
-        if only_known_users(self.config):
+        if of_any_model(self.config, "known_users_only", False):
             n_before = sum(len(part.inter_feat) for part in parts)
             parts = [parts[0], *(_of_known_users(part, parts[0]) for part in parts[1:])]
             counts = n_before, sum(len(part.inter_feat) for part in parts)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from recbole_gacllm.artifacts.checkpoint import no_pickles
 from recbole_gacllm.compare.degrees import Degrees, count_degrees
-from recbole_gacllm.compare.job import Recorder, histories, targets
+from recbole_gacllm.compare.job import Recorder, training_pairs
+from recbole_gacllm.data.checks import targets
 from recbole_gacllm.errors import GaCLLMError
 from recbole_gacllm.inspection.opened import OpenRun, trainer_of
 
@@ -57,9 +58,9 @@ def score(run: OpenRun) -> Scored:
         items = dataset.field2id_token[dataset.iid_field][torch.cat(rows).numpy()]
         top = dict(zip(users, items.tolist(), strict=True))
     heldout: dict[str, list[str]] = {}
-    for user, item in sorted(targets(dataset)):
+    for user, item in sorted(set(targets(dataset))):
         heldout.setdefault(user, []).append(item)
-    degrees = count_degrees(targets(run.train._dataset) | histories(run.train._dataset))
+    degrees = count_degrees(training_pairs(run.train._dataset))
     return Scored(valid, test, top, heldout, degrees)
 
 
