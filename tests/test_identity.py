@@ -297,6 +297,7 @@ def test_what_changed_is_named_and_nothing_is_said_where_nothing_did(settings):
     [
         ("general/ml-100k.md", ()),
         ("cold/ml-100k.md", ("cold",)),
+        ("llm-enhanced/ml-100k.md", ("peers",)),
         pytest.param("ablation/ml-100k.md", (), marks=pytest.mark.slow),
         pytest.param("sequential/ml-100k.md", ("times",), marks=pytest.mark.slow),
     ],
