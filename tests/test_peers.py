@@ -236,6 +236,23 @@ def test_alpharec_knows_users_by_their_items_alone(make):
     assert torch.allclose(texts.rows((0,), torch.tensor([user]))[0], expected, atol=2e-3)
 
 
+def test_alpharec_draws_no_item_that_the_user_has_met(make):
+    made = make("AlphaRec", text_source="raw")
+    model, data = made.model, made.train._dataset.inter_feat
+    batch = data[torch.arange(20)]
+    with torch.no_grad():
+        loss = model.calculate_loss(batch)
+        users, items = model.forward()
+        expected = []
+        for user, item in zip(batch["user_id"], batch["item_id"], strict=True):
+            met = set(data["item_id"][data["user_id"] == user].tolist())
+            others = [other for other in model.seen if other not in met]
+            exponents = (items[[int(item), *others]] @ users[user]) / model.temperature
+            expected.append(-exponents.log_softmax(0)[0])
+    assert model.n_negatives >= len(model.seen)  # so that all of them are drawn
+    assert torch.allclose(loss, torch.stack(expected).mean(), atol=1e-5)
+
+
 def test_cease_without_weight_of_text_is_ease(make):
     ours = scores(make("CEASE", text_weight=0, reg_weight=20.0))
     theirs = scores(make("EASE", reg_weight=20.0))
