@@ -184,7 +184,7 @@ _Temperature = Annotated[float, Field(ge=0.025)]
 _Text = Annotated[str, Field(min_length=1)]
 _DType = Literal["auto", "bfloat16", "float16", "float32"]
 # No stage reads these.
-_KeyOfFew = Literal["n_layers", "loss_type", "ssm_temperature", "text_weight", "align_weight"]
+_KeyOfFew = Literal["n_layers", "loss_type", "text_weight", "text_fusion", "align_weight"]
 # Strict: an int passes as float, nothing else is converted.
 _CHECKS = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 
@@ -214,6 +214,7 @@ class GaCLLMConfig:
     text_hidden_size: _Number
     text_dropout: _Dropout
     text_weight: _Weight
+    text_fusion: Literal["early", "late"]
     align_weight: _Weight
     align_n_nodes: Annotated[int, Field(ge=2)] | None
     align_temperature: _Temperature
@@ -353,7 +354,7 @@ HOOK_KEYS = frozenset(
     for field in dataclasses.fields(GaCLLMConfig)
     if field.name.startswith(("text_", "neighbor_", "n_neighbors", "llm_", "sft", "encoder_"))
     or field.name in ("preset", "artifact_dir")
-) - {"text_hidden_size", "text_dropout", "text_weight"}  # of GaCLLM's recommender
+) - {"text_hidden_size", "text_dropout", "text_weight", "text_fusion"}  # of GaCLLM's recommender
 
 
 def checked(key: str, value: Any) -> Any:

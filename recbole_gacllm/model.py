@@ -6,6 +6,7 @@ constructor calls once; from then on they are constants. In a chat of equations:
     e^(l+1) = A_hat e^(l)                          ID embeddings, propagated      (propagation.py)
     t^(l)   = MLP_l(x^(l))                         text embedding of hop l, projected
     z       = mean_l (e^(l) + w t^(l))             fused, hop by hop              (propagation.py)
+              or e^(0) = id + w t^(0) before the first hop (text_fusion: early)
     s(u, i) = <z_u, z_i>, or their cosine with SSM; plus linear_weight x EASE's, both standardised
     loss    = objective + align_weight * alignment + reg_weight * L2              (losses.py)
 
@@ -107,13 +108,12 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             self.projections = nn.ModuleList(
                 text_projection(self.texts.dim * len(layers), *sizes) for layers in self.text_layers
             )
+        self.is_early = options.text_fusion == "early" and n_text_layers * options.text_weight > 0
         # After the stages, which need the GPU's memory for themselves.
         self.adjacency = Adjacency.from_edges(users, items, self.n_users, self.n_items, self.device)
         self.periodic: PeriodicPropagation | None = None
-        if options.propagate_every > 1:
-            self.periodic = PeriodicPropagation(
-                self.adjacency, options.n_layers, options.propagate_every
-            )
+        if (every := options.propagate_every) > 1:
+            self.periodic = PeriodicPropagation(self.adjacency, options.n_layers, every)
         self.unseen_items = self._unseen("item", items) if self.texts is not None else None
         self.unseen_users = self._unseen("user", users)
         self.linear: ItemItemModel | None = None
@@ -145,10 +145,9 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         """Nodes of a side without training interactions; None where all have some."""
         n_nodes, offset = (self.n_users, 0) if side == "user" else (self.n_items, self.n_users)
         texts, chosen = None, self.choices.get(f"unseen {side}")
-        if chosen is not None:
-            layers, of_all = chosen.layers, self.texts
-            assert of_all is not None
-            texts = lambda ids: of_all.rows(layers, offset + ids)  # noqa: E731
+        if chosen is not None and self.texts is not None:
+            layers, rows = chosen.layers, self.texts.rows
+            texts = lambda ids: rows(layers, offset + ids)  # noqa: E731
         reg_weight = 1.0 if chosen is None else chosen.reg_weight
         return Unseen.find(nodes, n_nodes, texts, MAX_ROWS, reg_weight, self.device)
 
@@ -161,9 +160,16 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
 
     # Forward: alignment and fusion
 
-    def node_embeddings(self) -> Tensor:
-        """ID embeddings ``e^(0)`` of all nodes, users first: ``[n_users + n_items, d]``."""
-        return torch.cat([self.user_embedding.weight, self.item_embedding.weight])
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """``e^(0)`` of users ``[n_users, d]`` and items ``[n_items, d]``: ID embeddings.
+
+        With ``text_fusion: early`` ``text_weight x t^(0)`` is added, and goes through the graph.
+        """
+        users, items = self.user_embedding.weight, self.item_embedding.weight
+        if self.is_early:
+            texts = self.options.text_weight * self.project()[0]
+            users, items = users + texts[: self.n_users], items + texts[self.n_users :]
+        return users, items
 
     def hops(self, nodes: Tensor | None = None) -> list[Tensor]:
         r"""ID embeddings ``e^(0) .. e^(K)`` of some nodes; None is all.
@@ -177,8 +183,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             nodes: ``[n]``, users first; each result ``[n, d]``.
         """
         if nodes is not None and self.periodic is not None:
-            return self.periodic(self.user_embedding.weight, self.item_embedding.weight, nodes)
-        return propagate(self.adjacency, self.node_embeddings(), self.options.n_layers, nodes)
+            return self.periodic(*self.sides(), nodes)
+        return propagate(self.adjacency, torch.cat(self.sides()), self.options.n_layers, nodes)
 
     def project(self, nodes: Tensor | None = None) -> list[Tensor]:
         r"""Projected text embeddings ``t^(0) .. t^(L)`` of some nodes, None is all; empty without.
@@ -205,18 +211,18 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
 
         .. math:: z = \frac{1}{K+1} \sum_{l=0}^{K} \big( e^{(l)} + w\, t^{(l)} \big)
 
-        Ours, see :func:`.fuse`. Texts of weight 0 are not projected; without text, of all nodes
-        there is only the mean of the hops (LightGCN, Eq. 4), and no hop.
+        Ours, see :func:`.fuse`; with ``text_fusion: early`` the hops hold ``t^(0)``. Without text,
+        of all nodes there is only the mean of the hops (LightGCN, Eq. 4), and no hop.
 
         Shapes:
             nodes: ``[n]``, users first; each hop, each text and the fused ``[n, d]``.
         """
         n_layers, weight = self.options.n_layers, self.options.text_weight
         if nodes is None and self.texts is None:
-            return [], [], propagate_mean(self.adjacency, self.node_embeddings(), n_layers)
+            return [], [], propagate_mean(self.adjacency, torch.cat(self.sides()), n_layers)
         hops = self.hops(nodes)
         texts = self.project(nodes) if weight > 0 else []
-        return hops, texts, fuse(hops, texts, weight)
+        return hops, texts, fuse(hops, texts[self.is_early :], weight)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Fused embeddings of all users ``[n_users, d]`` and all items ``[n_items, d]``."""
@@ -246,12 +252,10 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             z_user = fused.index_select(0, places[0])
             loss = losses.bpr((z_user * z_positive).sum(1), (z_user * z_negative).sum(1))
         else:
-            is_negative = torch.zeros(self.n_items, dtype=torch.bool, device=self.device)
-            is_negative[negative] = True
             z_users = fused[: int(places[0].max()) + 1]  # the distinct ones
             loss = losses.sampled_softmax(
                 *(z_users, places[0], z_positive, z_negative),
-                is_negative[positive],
+                torch.isin(positive, negative),
                 options.ssm_temperature,
             )
         if options.align_weight > 0 and self.texts is not None:
@@ -281,7 +285,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
 
         Where hops are periodic no table of all nodes is gone through.
         """
-        if self.periodic is None:
+        if self.periodic is None or self.is_early:
             sides = self.user_embedding.weight, self.item_embedding.weight
             squares = torch.cat([side.square().sum(1) for side in sides])  # [n_users + n_items]
             return [squares.index_select(0, block) for block in blocks]

@@ -85,7 +85,8 @@ ODD: dict[str, Any] = {
 }
 #: Keys that choose a way rather than a number: other tests take each way.
 WAYS = {
-    *("preset", "use_text", "loss_type", "text_source", "text_layers", "few_interactions"),
+    *("preset", "use_text", "loss_type", "text_source", "text_layers", "text_fusion"),
+    "few_interactions",
     *("text_import_file", "llm_model", "llm_backend", "llm_endpoints"),
     *("llm_served_model", "llm_adapter", "llm_merge_adapter", "llm_prompts_dir"),
     *("sft", "encoder_model", "train_share", "cold_item_share", "known_users_only"),

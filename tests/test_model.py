@@ -155,6 +155,17 @@ def test_each_layer_of_texts_has_a_projection_of_its_own(made):
         assert torch.allclose(projected, alone, atol=1e-6)
 
 
+def test_early_fusion_sends_the_text_of_hop_0_through_the_graph(made):
+    model, _ = made(text_fusion="early", text_weight=0.5, text_dropout=0.0, n_layers=3)
+    ids = torch.cat([model.user_embedding.weight, model.item_embedding.weight])
+    first, second = model.project()
+    hops = [ids + 0.5 * first]
+    for _ in range(3):
+        hops.append(model.adjacency.matrix.to_dense() @ hops[-1])
+    expected = (sum(hops) + 0.5 * second) / 4
+    assert torch.allclose(torch.cat(model.forward()), expected, atol=1e-6)
+
+
 def test_padding_has_no_text(made):
     model, _ = made()
     padding = torch.tensor([0, model.n_users])
@@ -319,10 +330,10 @@ def test_where_all_items_have_interactions_scores_and_draws_are_the_plain_ones(m
 
 
 @BOTH_LOSSES
-@pytest.mark.parametrize("use_text", [True, False])
-def test_propagating_every_one_batch_is_the_exact_loss(made, loss_type, use_text):
-    keys = {"loss_type": loss_type, "use_text": use_text, "text_dropout": 0.0, "reg_weight": 1e-2}
-    model, batch = made(**keys)
+@pytest.mark.parametrize("more", [{}, {"text_fusion": "early"}, {"use_text": False}])
+def test_propagating_every_one_batch_is_the_exact_loss(made, loss_type, more):
+    keys = {"loss_type": loss_type, "text_dropout": 0.0, "reg_weight": 1e-2}
+    model, batch = made(**keys, **more)
     assert model.periodic is None
     results = []
     for periodic in (None, PeriodicPropagation(model.adjacency, model.options.n_layers, 1)):

@@ -94,6 +94,7 @@ LATER_KEYS: dict[str, Any] = {
     "mask_history": False,
     **{"text_layers": "hops", "text_users": "own", "text_init": False},
     **{"text_init_frozen": False, "text_init_reduction": "pca", "few_interactions": {}},
+    "text_fusion": "late",
 }
 _TABLE = shipped_path("properties", "computations.yaml")
 _TABLE_HEAD = """\
