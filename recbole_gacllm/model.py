@@ -108,7 +108,10 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             self.projections = nn.ModuleList(
                 text_projection(self.texts.dim * len(layers), *sizes) for layers in self.text_layers
             )
-        self.is_early = options.text_fusion == "early" and n_text_layers * options.text_weight > 0
+        self.early_rows: Tensor | None = None  # text embeddings of all nodes, for early fusion
+        if self.texts is not None and options.text_fusion == "early" and options.text_weight > 0:
+            nodes = torch.arange(self.n_users + self.n_items, device=self.device)
+            self.early_rows = self.texts.rows(self.text_layers[0], nodes)
         # After the stages, which need the GPU's memory for themselves.
         self.adjacency = Adjacency.from_edges(users, items, self.n_users, self.n_items, self.device)
         self.periodic: PeriodicPropagation | None = None
@@ -163,11 +166,11 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
     def sides(self) -> tuple[Tensor, Tensor]:
         """``e^(0)`` of users ``[n_users, d]`` and items ``[n_items, d]``: ID embeddings.
 
-        With ``text_fusion: early`` ``text_weight x t^(0)`` is added, and goes through the graph.
+        ``text_fusion: early`` adds ``text_weight x t^(0)``, without dropout.
         """
         users, items = self.user_embedding.weight, self.item_embedding.weight
-        if self.is_early:
-            texts = self.options.text_weight * self.project()[0]
+        if self.early_rows is not None:
+            texts = self.options.text_weight * self.projections[0][1:](self.early_rows)
             users, items = users + texts[: self.n_users], items + texts[self.n_users :]
         return users, items
 
@@ -222,7 +225,7 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             return [], [], propagate_mean(self.adjacency, torch.cat(self.sides()), n_layers)
         hops = self.hops(nodes)
         texts = self.project(nodes) if weight > 0 else []
-        return hops, texts, fuse(hops, texts[self.is_early :], weight)
+        return hops, texts, fuse(hops, texts if self.early_rows is None else texts[1:], weight)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Fused embeddings of all users ``[n_users, d]`` and all items ``[n_items, d]``."""
@@ -281,11 +284,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
     def _squared_lengths(
         self, blocks: list[Tensor], places: list[Tensor], hops: list[Tensor]
     ) -> list[Tensor]:
-        """Of each node of a block the squared length of ``e^(0)``, shaped as the blocks.
-
-        Where hops are periodic no table of all nodes is gone through.
-        """
-        if self.periodic is None or self.is_early:
+        """Of each node of a block the squared length of its ID embedding, shaped as the blocks."""
+        if self.periodic is None or self.early_rows is not None:
             sides = self.user_embedding.weight, self.item_embedding.weight
             squares = torch.cat([side.square().sum(1) for side in sides])  # [n_users + n_items]
             return [squares.index_select(0, block) for block in blocks]

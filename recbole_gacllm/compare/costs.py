@@ -32,8 +32,11 @@ def command(board: Board) -> str:
     if plan["nproc"] > 1:
         flags["nproc"] = plan["nproc"]
     if plan["config_files"]:
-        flags["config_files"] = f'"{" ".join(plan["config_files"])}"'
-    words = [f"--{name}={value}" for name, value in flags.items()]
+        flags["config_files"] = " ".join(plan["config_files"])
+    words = [
+        f'--{name}="{value}"' if " " in str(value) else f"--{name}={value}"
+        for name, value in flags.items()
+    ]
     return " ".join(["python run_recbole_gacllm.py leaderboard", *words])
 
 
