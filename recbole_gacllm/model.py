@@ -170,7 +170,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         """
         users, items = self.user_embedding.weight, self.item_embedding.weight
         if self.early_rows is not None:
-            texts = self.options.text_weight * self.projections[0][1:](self.early_rows)
+            mapped = self.projections[0][1:](self.early_rows)  # type: ignore[index]
+            texts = self.options.text_weight * mapped
             users, items = users + texts[: self.n_users], items + texts[self.n_users :]
         return users, items
 
