@@ -470,6 +470,20 @@ def test_vllm_reuses_the_beginning_that_prompts_share(vllm):
 
 
 @pytest.mark.engine
+def test_vllm_draws_for_more_prompt_tokens_than_its_default_step_takes(vllm, monkeypatch):
+    """On CPU vLLM fails where it draws with a seed for a prompt that was split between steps."""
+    monkeypatch.setattr(vllm, "_members", vllm._members[:1])
+    sampling = Sampling(2, temperature=0.7, seed=3)
+    requests = [
+        Request(str(n), ({"role": "user", "content": f"{n} " + "one two three " * 50},), sampling)
+        for n in range(32)
+    ]
+    completions = list(vllm.generate(requests))
+    assert len(completions) == 32
+    assert sum(completion.n_prompt_tokens for completion in completions) > 5000
+
+
+@pytest.mark.engine
 def test_vllm_connects_to_nobody(vllm):
     list(vllm.generate(make_requests(2)))
     own = {"127.0.0.1", "::1", "localhost", *socket.gethostbyname_ex(socket.gethostname())[2]}
