@@ -176,7 +176,7 @@ def plan(answer, lines, draw):
                 for name, stage in zip(here, stages, strict=True)
             ]
         )
-    for _ in range(N_RANDOM):  # more than are needed: a run may end before its kill
+    for _ in range(2 * N_RANDOM):  # more than are needed: a run may end before its kill
         stages = sorted(
             draw.choices(("sft", "merged", "descriptions", "embeddings"), (2, 1, 4, 3), k=4),
             key=STAGES.index,
