@@ -161,6 +161,7 @@ def test_lists_are_those_of_the_test_evaluation(run_of, name):
     assert frame.groupby("user")["score"].agg(lambda s: s.is_monotonic_decreasing).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "keys"),
     [("EASE", {}), ("Pop", {}), ("GaCLLM", {"preset": "best", "use_text": False, "epochs": 1})],
