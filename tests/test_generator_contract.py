@@ -216,7 +216,7 @@ def test_an_abandoned_iterator_stops_the_work_and_leaves_the_generator_usable(ge
 
 
 def test_greedy_completions_do_not_depend_on_order_company_or_seed(generator):
-    requests = make_requests(8)
+    requests = make_requests(6)
     together = texts_of(generator.generate(requests))
     other = replace(requests[5], sampling=replace(requests[5].sampling, seed=99))
     alone = texts_of(generator.generate([other]))
@@ -226,11 +226,11 @@ def test_greedy_completions_do_not_depend_on_order_company_or_seed(generator):
 
 
 def test_draws_follow_the_seed_of_their_request_alone(generator):
-    requests = make_requests(6, temperature=1.0, seed=1000)
+    requests = make_requests(4, temperature=1.0, seed=1000)
     first = texts_of(generator.generate(requests))
     assert texts_of(generator.generate(requests[::-1])) == first
     assert texts_of(generator.generate(requests[2:3]))[requests[2].id] == first[requests[2].id]
-    others = texts_of(generator.generate(make_requests(6, temperature=1.0, seed=2000)))
+    others = texts_of(generator.generate(make_requests(4, temperature=1.0, seed=2000)))
     assert others != first
 
 
@@ -263,18 +263,18 @@ def test_a_prompt_longer_than_the_window_is_refused_by_name(generator):
     message = {"role": "user", "content": "word " * 600}
     request = Request("node 7", (message,), Sampling(16))
     with pytest.raises(ValueError, match=r"'node 7'.*tokens \+ 16 new tokens > 512"):
-        list(generator.generate([*make_requests(2), request]))
-    assert len(list(generator.generate(make_requests(2)))) == 2
+        list(generator.generate([*make_requests(2, max_new_tokens=3), request]))
+    assert len(list(generator.generate(make_requests(2, max_new_tokens=3)))) == 2
 
 
 def test_an_error_of_the_request_source_passes_through(generator):
     def broken():
-        yield from make_requests(2)
+        yield from make_requests(2, max_new_tokens=3)
         raise KeyError("the store is gone")
 
     with pytest.raises(KeyError, match="the store is gone"):
         list(generator.generate(broken()))
-    assert len(list(generator.generate(make_requests(2)))) == 2
+    assert len(list(generator.generate(make_requests(2, max_new_tokens=3)))) == 2
 
 
 # transformers, the reference
