@@ -257,8 +257,10 @@ def test_real_processes_killed_in_a_stage_leave_nothing_behind_and_end_the_same(
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
+    finished = set(folder.path.glob("tiny/*/manifest.json"))
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+    assert set(folder.path.glob("tiny/*/manifest.json")) == finished, "the stage went on"
     folder._check()
     assert folder.run(lab)[0]["status"] == "done"
     assert folder.results() == whole[0]
