@@ -17,8 +17,9 @@ shape, as in ``training.py``: what they say changes no second. A process a side,
   (``torch.linalg.inv``, float64).
 - ``peak``: MiB of a process that builds and evaluates `best`.
 
-``--whole``: seconds to build and train with an evaluation each epoch until early stopping, and one
-evaluation more, of `best` against RecBole's LightGCN as installed, which ends after half an hour.
+``--whole``: processor seconds to build and train with an evaluation each epoch until early
+stopping, and one evaluation more, of `best` against RecBole's LightGCN as installed; after an hour
+it ends.
 ``--large``: `best` alone on 200,000 users, 100,000 items and 3,000,000 training interactions, which
 is evaluated on the first 20,000 users. ``--loss``: NDCG@10 on validation of the linear part alone
 with the exact weights, and with those of catalogues of more than 20,000 items, on RecBole's data
@@ -55,7 +56,7 @@ GOALS = {
     "peak_mib_large": 12288.0,
     "loss": 0.005,
 }
-LIMIT = 1800.0  # seconds of a whole run
+LIMIT = 3600.0  # processor seconds of a whole run
 LARGE = {"n_users": 200_000, "n_items": 100_000, "n_edges": 3_750_000}
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "best": ("GaCLLM_best", {}),
@@ -114,12 +115,12 @@ def child(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def whole(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a run."""
+    """Processor seconds of a run."""
+    begin, is_whole = time.process_time(), True
     side = make(name, arguments)
-    begin, is_whole = time.perf_counter(), True
 
     def stop_late(_epoch: int, _score: float) -> None:
-        if time.perf_counter() - begin > LIMIT:
+        if time.process_time() - begin > LIMIT:
             raise TimeoutError
 
     try:
@@ -127,8 +128,8 @@ def whole(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     except TimeoutError:
         is_whole = False
     side.evaluate()
-    seconds = side.build_seconds + time.perf_counter() - begin
-    return {"seconds": seconds, "epochs": len(side.trainer.train_loss_dict), "is_whole": is_whole}
+    seconds, n_epochs = time.process_time() - begin, len(side.trainer.train_loss_dict)
+    return {"seconds": seconds, "epochs": n_epochs, "is_whole": is_whole}
 
 
 def build(arguments: argparse.Namespace) -> dict[str, float]:

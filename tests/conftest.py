@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# Two contended threads are slower than one; NumPy reads this when it is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch
@@ -48,8 +51,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         return None
     from xdist.scheduler import LoadFileScheduling
 
+    class Scheduling(LoadFileScheduling):
+        """Both files of the fixtures ``lab`` and ``whole`` go to the same one."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return super()._split_scope(nodeid).replace("test_faults", "test_kill_sweep")
+
     config.option.loadscopereorder = False
-    return LoadFileScheduling(config, log)
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,8 +86,6 @@ def _process():
     sys.argv = ["pytest"]  # without pytest's own flags
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    # Two contended threads are slower than one.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     # Its thread writes minutes later, from a folder that a test has long left; RecBole closes none.
     recbole_utils.SummaryWriter = lambda folder: SummaryWriter(Path(folder).absolute())

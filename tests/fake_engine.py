@@ -1,7 +1,9 @@
-"""What loads a fake engine in a process of its own; light, as each process imports it."""
+"""What loads an engine in a process of its own; light, as each process imports it."""
 
 import os
+import socket
 import time
+from pathlib import Path
 
 from recbole_gacllm.errors import GenerationError
 
@@ -29,6 +31,24 @@ def load(window=None, error=None, failure=None, room=0):
         fail_after=None if failure is None or is_small else 9,
         failure=failure or GenerationError,
     )
+
+
+def open_watched_vllm(options, window):
+    """A real vLLM; every address that Python code of its process connects to stands in HOSTS."""
+    from recbole_gacllm.llm.vllm_engine import VLLMGenerator
+
+    connect = socket.socket.connect
+
+    def recording(self, address):
+        if isinstance(address, tuple):
+            with hosts.open("a") as file:
+                file.write(f"{address[0]}\n")
+        connect(self, address)
+
+    hosts = Path(os.environ["HOSTS"])
+    hosts.touch()
+    socket.socket.connect = recording
+    return VLLMGenerator(**options, window=window)
 
 
 def without_torchvision(folder):

@@ -57,7 +57,7 @@ def near(told: float, taken: float) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_items", "reg_weight", "max_items"),
-    [(500, None, 20_000), (1500, None, 20_000), (3000, 400.0, 20_000), (10_000, 400.0, 1000)],
+    [(500, None, 20_000), (1000, None, 20_000), (2000, 400.0, 20_000), (4000, 400.0, 1000)],
 )
 def test_memory_of_the_linear_part(n_items, reg_weight, max_items, monkeypatch):
     monkeypatch.setattr(estimate.linear, "MAX_ITEMS", max_items)
@@ -112,7 +112,7 @@ def test_tokens_of_descriptions(dataset):
     assert near(told / 2, measured["output_tokens_per_description"])
 
 
-def test_size_of_text_embeddings(settings, tmp_path, monkeypatch):
+def test_size_of_text_embeddings(settings, in_process, tmp_path, monkeypatch):
     told = {}
     monkeypatch.setattr(estimate.logger, "info", lambda text, *of: told.update(dict(enumerate(of))))
     Recommender("GaCLLM", settings, text_source="raw", linear_weight=0.0)

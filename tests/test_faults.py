@@ -251,7 +251,7 @@ def test_on_a_real_disk_that_grows_too_slowly_every_start_is_a_clear_error_or_a_
         ), ended
         named = re.search(r"/tiny/(\w+)-", ended["error"])
         stages.add(named[1] if named else "store")
-        kilobytes = kilobytes * 5 // 4 + 8
+        kilobytes = kilobytes * 3 // 2 + 8
         assert kilobytes < 64_000
         assert mount("-o", f"remount,size={kilobytes}k", str(small_disk))
     assert {"inputs", "sft"} <= stages  # what SFT frees in the end is enough for the other stages

@@ -226,29 +226,3 @@ def test_there_are_as_many_engines_as_the_visible_cards_do_for(
     assert environments == (
         [{"CUDA_VISIBLE_DEVICES": cards} for cards in groups] if groups else [{}]
     )
-
-
-@pytest.mark.engine
-@pytest.mark.slow
-def test_two_real_engines_one_killed_write_what_transformers_writes(monkeypatch):
-    """On CPU, where each "card" is a process with vLLM's CPU engine; in float32, to the token."""
-    if engines.choose_backend("auto")[0] != "vllm":
-        pytest.skip("vLLM cannot run here")
-    from recbole_gacllm.llm.weights import resolve_llm
-
-    options = {"model_dir": resolve_llm("embedded"), "dtype": "float32", "max_model_len": 512}
-    requests = make_requests(64, max_new_tokens=24)
-    requests[8:16] = make_requests(16, max_new_tokens=24, repetition_penalty=1.0)[8:]
-    with closing(engines.open_generator("transformers", **options)) as reference:
-        expected = {c.id: (c.text, c.n_output_tokens) for c in reference.generate(requests)}
-    monkeypatch.setattr(engines, "card_groups", lambda n_cards: [{}, {}])
-    monkeypatch.setattr(engines, "_is_cpu_build", lambda: False)
-    with closing(engines.open_generator("vllm", **options)) as two:
-        written = {}
-        for completion in two.generate(requests):
-            assert completion.id not in written
-            written[completion.id] = (completion.text, completion.n_output_tokens)
-            if len(written) == 8:
-                assert all(member.in_flight for member in two._members)
-                os.kill(pids(two)[0], signal.SIGKILL)
-        assert written == expected

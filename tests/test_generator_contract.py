@@ -2,24 +2,26 @@
 
 import errno
 import itertools
+import os
+import signal
 import socket
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
 from recbole_gacllm.errors import GenerationError
+from recbole_gacllm.llm import engines
 from recbole_gacllm.llm.engines import choose_backend, open_generator
 from recbole_gacllm.llm.fleet import Fleet
 from recbole_gacllm.llm.generator import Request, Sampling
 
 from .conftest import byte_tokenizer
 from .fake_engine import load as load_fake_engine
-from .fake_engine import pids, without_torchvision
+from .fake_engine import open_watched_vllm, pids, without_torchvision
 from .fake_generator import FakeGenerator
 from .fake_server import FakeServer
 
@@ -34,6 +36,7 @@ TEXTS = [
     "What do people who watch westerns read?",
 ]
 MAX_MODEL_LEN = 512
+FLOAT32 = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN}
 SYSTEM = {"role": "system", "content": "Answer with one short paragraph, nothing else."}
 
 
@@ -121,56 +124,33 @@ def smollm2():
 
 
 @pytest.fixture(scope="module")
-def adapter(smollm2, tmp_path_factory):
-    return save_random_adapter(smollm2, tmp_path_factory.mktemp("adapter"))
+def vllm(smollm2, tmp_path_factory):
+    """Two real vLLMs in float32: one in a process, as on CPUs, one in two of its own, as on GPUs.
 
-
-@pytest.fixture(scope="module")
-def vllm(smollm2, adapter, tmp_path_factory):
-    """Starts a real vLLM in float32 with an adapter; what it connects to stands in its file."""
+    What they connect to stands in a file.
+    """
     if choose_backend("auto")[0] != "vllm":
         pytest.skip("vLLM cannot run here")
-    options = {"adapter_dir": adapter, "dtype": "float32", "max_model_len": MAX_MODEL_LEN}
-    file = tmp_path_factory.mktemp("vllm") / "hosts"
-    load = partial(load_watched, options={"model_dir": smollm2, **options}, file=file)
-
-    hidden = without_torchvision(file.parent)
-
-    def start(multiprocessing):
-        environment = {**hidden, "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing}
-        return Fleet([(environment, load)], 32)
-
-    return SimpleNamespace(start=start, hosts=file)
-
-
-@pytest.fixture(scope="module")
-def one_vllm(vllm):
-    with closing(vllm.start("0")) as started:
+    folder = tmp_path_factory.mktemp("vllm")
+    variables = {**without_torchvision(folder), "HOSTS": str(folder / "hosts")}
+    groups = [{**variables, "VLLM_ENABLE_V1_MULTIPROCESSING": n} for n in "01"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "card_groups", lambda _: groups)
+        patch.setattr(engines, "_is_cpu_build", lambda: False)
+        patch.setattr(engines, "_open_vllm", open_watched_vllm)
+        started = open_generator("vllm", model_dir=smollm2, **FLOAT32)
+    with closing(started):
         yield started
 
 
 @pytest.fixture(scope="module")
-def vllm_in_two(vllm):
-    """As on GPUs: in a process of vLLM's own, which is spawned."""
-    with closing(vllm.start("1")) as started:
-        yield started
-
-
-def load_watched(window, options, file):
-    """vLLM, noting every address that Python code of its process connects to."""
-    from recbole_gacllm.llm.vllm_engine import VLLMGenerator
-
-    connect = socket.socket.connect
-
-    def recording(self, address):
-        if isinstance(address, tuple):
-            with file.open("a") as hosts:
-                hosts.write(f"{address[0]}\n")
-        connect(self, address)
-
-    file.touch()
-    socket.socket.connect = recording
-    return VLLMGenerator(**options, window=window)
+def said(smollm2):
+    """Requests, and what transformers says to them."""
+    requests = make_requests(20, max_new_tokens=16)
+    requests[8:12] = make_requests(12, max_new_tokens=16, repetition_penalty=1.0)[8:]
+    requests[::2] = begun(requests[::2], "A short answer is")
+    with closing(open_generator("transformers", model_dir=smollm2, **FLOAT32)) as reference:
+        return requests, {c.id: c for c in reference.generate(requests)}
 
 
 @pytest.fixture(
@@ -179,8 +159,7 @@ def load_watched(window, options, file):
         "transformers",
         "server",
         "fleet",
-        pytest.param("one_vllm", marks=pytest.mark.engine),
-        pytest.param("vllm_in_two", marks=[pytest.mark.engine, pytest.mark.slow]),
+        pytest.param("vllm", marks=pytest.mark.engine),
     ],
     scope="module",
 )
@@ -190,8 +169,8 @@ def generator(request):
             started = FakeGenerator(max_model_len=MAX_MODEL_LEN)
         elif request.param == "fleet":
             started = Fleet([({}, load_fake_engine)] * 2)
-        elif "vllm" in request.param:
-            yield request.getfixturevalue(request.param)
+        elif request.param == "vllm":
+            yield request.getfixturevalue("vllm")
             return
         else:
             options = {"dtype": "float32", "batch_size": 3}
@@ -237,7 +216,7 @@ def test_an_abandoned_iterator_stops_the_work_and_leaves_the_generator_usable(ge
 
 
 def test_greedy_completions_do_not_depend_on_order_company_or_seed(generator):
-    requests = make_requests(8)
+    requests = make_requests(6)
     together = texts_of(generator.generate(requests))
     other = replace(requests[5], sampling=replace(requests[5].sampling, seed=99))
     alone = texts_of(generator.generate([other]))
@@ -247,11 +226,11 @@ def test_greedy_completions_do_not_depend_on_order_company_or_seed(generator):
 
 
 def test_draws_follow_the_seed_of_their_request_alone(generator):
-    requests = make_requests(6, temperature=1.0, seed=1000)
+    requests = make_requests(4, temperature=1.0, seed=1000)
     first = texts_of(generator.generate(requests))
     assert texts_of(generator.generate(requests[::-1])) == first
     assert texts_of(generator.generate(requests[2:3]))[requests[2].id] == first[requests[2].id]
-    others = texts_of(generator.generate(make_requests(6, temperature=1.0, seed=2000)))
+    others = texts_of(generator.generate(make_requests(4, temperature=1.0, seed=2000)))
     assert others != first
 
 
@@ -284,18 +263,18 @@ def test_a_prompt_longer_than_the_window_is_refused_by_name(generator):
     message = {"role": "user", "content": "word " * 600}
     request = Request("node 7", (message,), Sampling(16))
     with pytest.raises(ValueError, match=r"'node 7'.*tokens \+ 16 new tokens > 512"):
-        list(generator.generate([*make_requests(2), request]))
-    assert len(list(generator.generate(make_requests(2)))) == 2
+        list(generator.generate([*make_requests(2, max_new_tokens=3), request]))
+    assert len(list(generator.generate(make_requests(2, max_new_tokens=3)))) == 2
 
 
 def test_an_error_of_the_request_source_passes_through(generator):
     def broken():
-        yield from make_requests(2)
+        yield from make_requests(2, max_new_tokens=3)
         raise KeyError("the store is gone")
 
     with pytest.raises(KeyError, match="the store is gone"):
         list(generator.generate(broken()))
-    assert len(list(generator.generate(make_requests(2)))) == 2
+    assert len(list(generator.generate(make_requests(2, max_new_tokens=3)))) == 2
 
 
 # transformers, the reference
@@ -470,8 +449,6 @@ def test_asking_for_a_vllm_that_cannot_run_names_the_extras(installed, monkeypat
 
 
 def pretend_installed(patch, versions, gpu):
-    from recbole_gacllm.llm import engines
-
     def version(name):
         if name not in versions:
             raise engines.metadata.PackageNotFoundError(name)
@@ -484,65 +461,64 @@ def pretend_installed(patch, versions, gpu):
 
 
 @pytest.mark.engine
-def test_vllm_with_an_adapter_says_what_transformers_says_to_the_token(one_vllm, smollm2, adapter):
-    """Without one: :mod:`.test_fleet`."""
-    requests = make_requests(16, max_new_tokens=32)
-    requests[8:] = make_requests(16, max_new_tokens=32, repetition_penalty=1.0)[8:]
-    requests[::2] = begun(requests[::2], "A short answer is")
-    completions = {}
-    for adapter_dir in (adapter, None):
-        with closing(
-            open_generator(
-                "transformers", model_dir=smollm2, adapter_dir=adapter_dir, dtype="float32"
-            )
-        ) as reference:
-            completions[adapter_dir] = {c.id: c for c in reference.generate(requests)}
-    written = {c.id: replace(c, n_cached_tokens=0) for c in one_vllm.generate(requests)}
-    assert written == completions[adapter]
-    assert written != completions[None]
-
-
-@pytest.mark.engine
-def test_vllm_reuses_the_beginning_that_prompts_share(one_vllm):
+def test_vllm_reuses_the_beginning_that_prompts_share(vllm):
     shared = "Here is a rule for every answer you give to the questions below. " * 8
     for n_cached_at_least, question in [(0, "Who is it?"), (64, "What is it?")]:
         message = {"role": "user", "content": shared + question}
-        [completion] = one_vllm.generate([Request("a", (message,), Sampling(2))])
+        [completion] = vllm.generate([Request("a", (message,), Sampling(2))])
         assert completion.n_cached_tokens >= n_cached_at_least
 
 
 @pytest.mark.engine
-def test_vllm_draws_for_more_prompt_tokens_than_its_default_step_takes(one_vllm):
+def test_vllm_draws_for_more_prompt_tokens_than_its_default_step_takes(vllm, monkeypatch):
     """On CPU vLLM fails where it draws with a seed for a prompt that was split between steps."""
+    monkeypatch.setattr(vllm, "_members", vllm._members[:1])
     sampling = Sampling(2, temperature=0.7, seed=3)
     requests = [
-        Request(str(n), ({"role": "user", "content": f"{n} " + "one two three " * 43},), sampling)
+        Request(str(n), ({"role": "user", "content": f"{n} " + "one two three " * 50},), sampling)
         for n in range(32)
     ]
-    completions = list(one_vllm.generate(requests))
+    completions = list(vllm.generate(requests))
     assert len(completions) == 32
-    assert sum(completion.n_prompt_tokens for completion in completions) > 4096
+    assert sum(completion.n_prompt_tokens for completion in completions) > 5000
 
 
 @pytest.mark.engine
-def test_vllm_connects_to_nobody(one_vllm, vllm):
-    list(one_vllm.generate(make_requests(1)))
+def test_vllm_connects_to_nobody(vllm):
+    list(vllm.generate(make_requests(2)))
     own = {"127.0.0.1", "::1", "localhost", *socket.gethostbyname_ex(socket.gethostname())[2]}
-    assert set(vllm.hosts.read_text().split()) <= own
+    [hosts] = {member._environment["HOSTS"] for member in vllm._members}
+    assert set(Path(hosts).read_text().split()) <= own
 
 
 @pytest.mark.engine
-@pytest.mark.slow
-def test_where_vllms_own_process_is_killed_a_smaller_engine_loses_nothing(vllm_in_two, caplog):
-    requests = make_requests(48, max_new_tokens=24)
-    texts = {}
-    for completion in vllm_in_two.generate(requests):
-        assert completion.id not in texts
-        texts[completion.id] = completion.text
-        if len(texts) == 8:
-            children = psutil.Process(pids(vllm_in_two)[0]).children()
+def test_vllm_says_what_transformers_says_to_the_token_though_its_processes_die(vllm, said, caplog):
+    """The engine's process, and vLLM's own; smaller engines go on."""
+    requests, expected = said
+    written = {}
+    for completion in vllm.generate(requests):
+        assert completion.id not in written
+        written[completion.id] = replace(completion, n_cached_tokens=0)
+        if len(written) == 8:
+            assert all(member.in_flight for member in vllm._members)
+            children = psutil.Process(pids(vllm)[1]).children()
             [engine] = [child for child in children if "EngineCore" in str(child.cmdline())]
             engine.kill()
-    assert texts == texts_of(vllm_in_two.generate(requests))
+            os.kill(pids(vllm)[0], signal.SIGKILL)
+    assert written == expected
+    assert "has stopped: its process ended with exit code -9" in caplog.text
     assert "vLLM stopped working: EngineDeadError" in caplog.text
-    assert "starts again with at most 16 requests at once" in caplog.text
+    assert caplog.text.count("starts again with at most 16 requests at once") == 2
+
+
+@pytest.mark.engine
+def test_vllm_with_an_adapter_says_what_transformers_says_to_the_token(smollm2, said, tmp_path):
+    options = {"model_dir": smollm2, "adapter_dir": save_random_adapter(smollm2, tmp_path)}
+    requests, without = said[0][4:10], said[1]
+    written = []
+    for backend in ("transformers", "vllm"):
+        with closing(open_generator(backend, **options, **FLOAT32)) as made:
+            completions = [replace(c, n_cached_tokens=0) for c in made.generate(requests)]
+        written.append({completion.id: completion for completion in completions})
+    assert written[0] == written[1]
+    assert any(written[0][request.id] != without[request.id] for request in requests)

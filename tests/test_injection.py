@@ -329,7 +329,7 @@ def test_the_real_llm_keeps_its_format_and_all_other_nodes_their_texts(tmp_path,
 
     def layer_above(name, titles, jobs):
         graph, below = chain_of(tmp_path, titles, jobs)
-        keys = options(max_prompt_tokens=384, n_new=24)
+        keys = options(max_prompt_tokens=256, n_new=16)
         maker = RequestMaker(graph, templates, chat, {"model": "smollm2"}, keys, 1)
         with DescriptionStore(tmp_path / f"{name}.sqlite") as store:
             convolution = Convolution(maker, store, lambda: generator, False)

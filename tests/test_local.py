@@ -101,6 +101,7 @@ def ml_100k(tmp_path_factory):
     return *parts, np.random.default_rng(1).standard_normal((n_items, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reg_weight", [100.0, 1600.0])
 def test_it_ranks_real_data_as_well_as_the_exact_model(ml_100k, reg_weight):
     histories, held_out, texts = ml_100k

@@ -227,9 +227,11 @@ def test_the_real_llm_is_tuned_merged_and_run_by_the_real_vllm(settings):
             "text_item_noun": "movie",
             "text_user_noun": "person",
             "n_neighbors": 4,
-            "llm_max_new_tokens": 24,
-            "sft_n_pairs": 24,
-            "sft_n_heldout": 6,
+            "llm_max_new_tokens": 16,
+            "sft_n_pairs": 8,
+            "sft_n_heldout": 3,
+            "sft_batch_size": 4,
+            "sft_accumulation_steps": 1,
         },
     )
     stages = done.record["stages"]

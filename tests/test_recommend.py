@@ -61,6 +61,8 @@ RUNS = {
     "GRU4Rec": ("GRU4Rec", SEQUENCES),
     "HGN": ("HGN", {**BY_TIME, "loss_type": "BPR"}),
 }
+# Nothing of the linear part is chosen.
+GIVEN = {"preset": "best", "use_text": False, "epochs": 1, "linear_reg_weight": 400.0}
 # RecBole's MultiVAE
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
 
@@ -163,10 +165,8 @@ def test_lists_are_those_of_the_test_evaluation(run_of, name):
     assert frame.groupby("user")["score"].agg(lambda s: s.is_monotonic_decreasing).all()
 
 
-@pytest.mark.parametrize(
-    ("model", "keys"),
-    [("EASE", {}), ("Pop", {}), ("GaCLLM", {"preset": "best", "use_text": False, "epochs": 1})],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "keys"), [("EASE", {}), ("Pop", {}), ("GaCLLM", GIVEN)])
 def test_lists_of_ml_100ks_943_users_are_the_evaluators_and_give_its_recall(tmp_path, model, keys):
     settings = {"use_gpu": False, "show_progress": False, "checkpoint_dir": str(tmp_path / "saved")}
     done = runner.run(model, "ml-100k", config_dict={**settings, **keys})

@@ -80,7 +80,7 @@ def test_the_linear_models_columns_are_predicted(texts, monkeypatch, covered):
 
 
 @pytest.fixture
-def lonely(settings):
+def lonely(settings, in_process):
     """A model, and one whose first three users have lost all training interactions."""
     keys = {"text_source": "raw", "linear_weight": 0.5, "linear_reg_weight": 3.0}
     one = Recommender("GaCLLM", settings, **keys)
