@@ -18,8 +18,8 @@ shape, as in ``training.py``: what they say changes no second. A process a side,
 - ``peak``: MiB of a process that builds and evaluates `best`.
 
 ``--whole``: processor seconds to build and train with an evaluation each epoch until early
-stopping, and one evaluation more, of `best` against RecBole's LightGCN as installed; after an hour
-it ends.
+stopping, and one evaluation more, of `best` against RecBole's LightGCN as installed; each ends
+after an hour of them.
 ``--large``: `best` alone on 200,000 users, 100,000 items and 3,000,000 training interactions, which
 is evaluated on the first 20,000 users. ``--loss``: NDCG@10 on validation of the linear part alone
 with the exact weights, and with those of catalogues of more than 20,000 items, on RecBole's data

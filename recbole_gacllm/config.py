@@ -183,8 +183,9 @@ _Dropout = Annotated[float, Field(ge=0, lt=1)]
 _Temperature = Annotated[float, Field(ge=0.025)]
 _Text = Annotated[str, Field(min_length=1)]
 _DType = Literal["auto", "bfloat16", "float16", "float32"]
-# No stage reads these.
-_KeyOfFew = Literal["n_layers", "loss_type", "text_weight", "text_fusion", "align_weight"]
+_KeyOfFew = Literal[  # no stage reads these
+    "n_layers", "loss_type", "ssm_temperature", "text_weight", "text_fusion", "align_weight"
+]
 # Strict: an int passes as float, nothing else is converted.
 _CHECKS = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
 

@@ -361,7 +361,7 @@ def test_recboles_graph_models_give_their_losses_and_metrics_on_ml_100k(tmp_path
     if model == "NCL":
         pytest.importorskip("faiss", reason="NCL clusters with faiss (pip install faiss-cpu)")
     settings = {"checkpoint_dir": str(tmp_path), "show_progress": False, "use_gpu": False}
-    settings |= {"train_batch_size": 8192, "learning_rate": 0.01, "epochs": 1, "train_share": 0.4}
+    settings |= {"train_batch_size": 8192, "learning_rate": 0.01, "epochs": 1}
     ours, theirs = pair = both(model, settings, dataset="ml-100k", metric_decimal_place=12, **keys)
     assert (has_products(ours.model), has_products(theirs.model)) == (True, False)
     losses, metrics = [], []
@@ -369,10 +369,10 @@ def test_recboles_graph_models_give_their_losses_and_metrics_on_ml_100k(tmp_path
         one.seed()
         losses.append(recorded_losses(one.model))
         metrics.append(one.fit())
-    assert len(losses[0]) == 4
+    assert len(losses[0]) == 10
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
-    assert metrics[0]["recall@10"] > 0.02  # of 1,682 items at random: 0.006
+    assert metrics[0]["recall@10"] > 0.05  # so that this says something
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,10 @@ class ScoreParts:
         self.model, self.n_users = model, int(model.n_users)
         nodes = torch.arange(model.n_users + model.n_items, device=model.device)
         hops, _, fused = model.embed(nodes)
-        ids = torch.cat([model.user_embedding.weight, model.item_embedding.weight])
-        of_ids = propagate(model.adjacency, ids, len(hops) - 1)
+        of_ids = hops
+        if model.early_rows is not None:
+            ids = torch.cat([model.user_embedding.weight, model.item_embedding.weight])
+            of_ids = propagate(model.adjacency, ids, len(hops) - 1)
         self._graph = torch.stack(of_ids).mean(0)  # g of all nodes
         self._text: Tensor = fused - self._graph  # t
         # e^(0) + .. + e^(K-1) of the items, of IDs and of text: what they send to a user outside.
