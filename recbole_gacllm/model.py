@@ -6,7 +6,7 @@ constructor calls once; from then on they are constants. In a chat of equations:
     e^(l+1) = A_hat e^(l)                          ID embeddings, propagated      (propagation.py)
     t^(l)   = MLP_l(x^(l))                         text embedding of hop l, projected
     z       = mean_l (e^(l) + w t^(l))             fused, hop by hop              (propagation.py)
-              or e^(0) = id + w t^(0) before the first hop (text_fusion: early)
+              early fusion: x^(l) is carried through the graph first, sum_k A_hat^k x^(l)
     s(u, i) = <z_u, z_i>, or their cosine with SSM; plus linear_weight x EASE's, both standardised
     loss    = objective + align_weight * alignment + reg_weight * L2              (losses.py)
 
@@ -108,12 +108,11 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             self.projections = nn.ModuleList(
                 text_projection(self.texts.dim * len(layers), *sizes) for layers in self.text_layers
             )
-        self.early_rows: Tensor | None = None  # text embeddings of all nodes, for early fusion
-        if self.texts is not None and options.text_fusion == "early" and options.text_weight > 0:
-            nodes = torch.arange(self.n_users + self.n_items, device=self.device)
-            self.early_rows = self.texts.rows(self.text_layers[0], nodes)
         # After the stages, which need the GPU's memory for themselves.
         self.adjacency = Adjacency.from_edges(users, items, self.n_users, self.n_items, self.device)
+        self.carried: TextLayers | None = None  # texts carried through the graph: early fusion
+        if self.texts is not None and options.text_fusion == "early" and options.text_weight > 0:
+            self.carried = self.texts.carried(self.text_layers, self.adjacency, options.n_layers)
         self.periodic: PeriodicPropagation | None = None
         if (every := options.propagate_every) > 1:
             self.periodic = PeriodicPropagation(self.adjacency, options.n_layers, every)
@@ -163,17 +162,9 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
 
     # Forward: alignment and fusion
 
-    def sides(self) -> tuple[Tensor, Tensor]:
-        """``e^(0)`` of users ``[n_users, d]`` and items ``[n_items, d]``: ID embeddings.
-
-        ``text_fusion: early`` adds ``text_weight x t^(0)``, without dropout.
-        """
-        users, items = self.user_embedding.weight, self.item_embedding.weight
-        if self.early_rows is not None:
-            mapped = self.projections[0][1:](self.early_rows)  # type: ignore[index]
-            texts = self.options.text_weight * mapped
-            users, items = users + texts[: self.n_users], items + texts[self.n_users :]
-        return users, items
+    def node_embeddings(self) -> Tensor:
+        """ID embeddings ``e^(0)`` of all nodes, users first: ``[n_users + n_items, d]``."""
+        return torch.cat([self.user_embedding.weight, self.item_embedding.weight])
 
     def hops(self, nodes: Tensor | None = None) -> list[Tensor]:
         r"""ID embeddings ``e^(0) .. e^(K)`` of some nodes; None is all.
@@ -187,8 +178,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             nodes: ``[n]``, users first; each result ``[n, d]``.
         """
         if nodes is not None and self.periodic is not None:
-            return self.periodic(*self.sides(), nodes)
-        return propagate(self.adjacency, torch.cat(self.sides()), self.options.n_layers, nodes)
+            return self.periodic(self.user_embedding.weight, self.item_embedding.weight, nodes)
+        return propagate(self.adjacency, self.node_embeddings(), self.options.n_layers, nodes)
 
     def project(self, nodes: Tensor | None = None) -> list[Tensor]:
         r"""Projected text embeddings ``t^(0) .. t^(L)`` of some nodes, None is all; empty without.
@@ -196,7 +187,9 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         .. math:: t^{(l)} = \mathrm{MLP}_l(x^{(l)})
 
         Ours: the paper aligns text with ids, but does not say by which map. With ``text_layers``
-        other than ``hops`` it is ``t^(0)`` alone, of the layers that speak.
+        other than ``hops`` it is ``t^(0)`` alone, of the layers that speak. ``text_fusion: early``
+        puts :math:`\sum_{k=0}^{K} \hat A^k x^{(l)}` in the place of ``x^(l)``, once a run: a user
+        receives the texts of their items.
 
         Shapes:
             nodes: ``[n]``, users first; each result ``[n, d]``.
@@ -205,9 +198,12 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
             return []
         if nodes is None:
             nodes = torch.arange(self.n_users + self.n_items, device=self.device)
+        texts, of_hops = self.texts, self.text_layers
+        if self.carried is not None:
+            texts, of_hops = self.carried, [(hop,) for hop in range(len(self.carried))]
         return [
-            self.texts.projected(layers, nodes, projection)
-            for layers, projection in zip(self.text_layers, self.projections, strict=True)
+            texts.projected(layers, nodes, projection)
+            for layers, projection in zip(of_hops, self.projections, strict=True)
         ]
 
     def embed(self, nodes: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -215,18 +211,18 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
 
         .. math:: z = \frac{1}{K+1} \sum_{l=0}^{K} \big( e^{(l)} + w\, t^{(l)} \big)
 
-        Ours, see :func:`.fuse`; with ``text_fusion: early`` the hops hold ``t^(0)``. Without text,
-        of all nodes there is only the mean of the hops (LightGCN, Eq. 4), and no hop.
+        Ours, see :func:`.fuse`. Texts of weight 0 are not projected; without text, of all nodes
+        there is only the mean of the hops (LightGCN, Eq. 4), and no hop.
 
         Shapes:
             nodes: ``[n]``, users first; each hop, each text and the fused ``[n, d]``.
         """
         n_layers, weight = self.options.n_layers, self.options.text_weight
         if nodes is None and self.texts is None:
-            return [], [], propagate_mean(self.adjacency, torch.cat(self.sides()), n_layers)
+            return [], [], propagate_mean(self.adjacency, self.node_embeddings(), n_layers)
         hops = self.hops(nodes)
         texts = self.project(nodes) if weight > 0 else []
-        return hops, texts, fuse(hops, texts if self.early_rows is None else texts[1:], weight)
+        return hops, texts, fuse(hops, texts, weight)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Fused embeddings of all users ``[n_users, d]`` and all items ``[n_items, d]``."""
@@ -285,8 +281,11 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
     def _squared_lengths(
         self, blocks: list[Tensor], places: list[Tensor], hops: list[Tensor]
     ) -> list[Tensor]:
-        """Of each node of a block the squared length of its ID embedding, shaped as the blocks."""
-        if self.periodic is None or self.early_rows is not None:
+        """Of each node of a block the squared length of ``e^(0)``, shaped as the blocks.
+
+        Where hops are periodic no table of all nodes is gone through.
+        """
+        if self.periodic is None:
             sides = self.user_embedding.weight, self.item_embedding.weight
             squares = torch.cat([side.square().sum(1) for side in sides])  # [n_users + n_items]
             return [squares.index_select(0, block) for block in blocks]

@@ -121,6 +121,43 @@ def test_size_of_text_embeddings(settings, in_process, tmp_path, monkeypatch):
     assert near(float(value) * {"kB": 1e3, "MB": 1e6}[unit], file.stat().st_size)
 
 
+CARRIED = """
+import sys
+import numpy as np
+import torch
+from recbole_gacllm.alignment.embeddings import TextLayers
+from recbole_gacllm.alignment.propagation import Adjacency
+
+def memory(name):
+    (line,) = (x for x in open("/proc/self/status") if x.startswith(name))
+    return int(line.split()[1]) * 1024
+
+half = int(sys.argv[1])
+edges = np.random.default_rng(0).integers(half, size=(2, 5 * half))
+adjacency = Adjacency.from_edges(*edges, half, half)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = memory("VmRSS")
+texts = TextLayers([torch.ones(2 * half, 384).half()], torch.arange(2 * half), {})
+carried = texts.carried([(0,)], adjacency, 3)
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_users", [20_000, 40_000, 80_000])
+def test_memory_of_early_fusion(n_users, monkeypatch):
+    told = {}
+    monkeypatch.setattr(estimate.logger, "info", lambda text, *of: told.update(dict(enumerate(of))))
+    monkeypatch.setattr(estimate, "_require_room", lambda *_: None)
+    graph = SimpleNamespace(item_tokens=range(n_users), user_tokens=range(n_users))
+    keys = {"text_source": "raw", "text_fusion": "early", "linear_weight": 0.0}
+    estimate.announce(our_keys(**keys), SimpleNamespace(graph=graph, dataset="x"))
+    value, unit = told[1].split()
+    taken = int(run_python("-c", CARRIED, str(n_users)))
+    assert near(float(value) * {"MB": 1e6}[unit], taken), (told, taken)
+
+
 def test_pairs_of_items_with_a_common_user():
     users, items = np.random.default_rng(0).integers((0, 0), (300, 900), (6000, 2)).T
     interactions = matrix_of(users, items, 300, 900)

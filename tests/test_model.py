@@ -155,15 +155,25 @@ def test_each_layer_of_texts_has_a_projection_of_its_own(made):
         assert torch.allclose(projected, alone, atol=1e-6)
 
 
-def test_early_fusion_sends_the_text_of_hop_0_through_the_graph(made):
-    model, _ = made(text_fusion="early", text_weight=0.5, text_dropout=0.0, n_layers=3)
-    ids = torch.cat([model.user_embedding.weight, model.item_embedding.weight])
-    first, second = model.project()
-    hops = [ids + 0.5 * first]
-    for _ in range(3):
-        hops.append(model.adjacency.matrix.to_dense() @ hops[-1])
-    expected = (sum(hops) + 0.5 * second) / 4
-    assert torch.allclose(torch.cat(model.forward()), expected, atol=1e-6)
+@pytest.mark.parametrize("text_layers", ["hops", "auto"])
+def test_early_fusion_carries_texts_through_the_graph_before_they_are_projected(made, text_layers):
+    keys = {"text_layers": text_layers, "text_weight": 0.5, "n_layers": 3, "linear_weight": 0.5}
+    model, _ = made(text_fusion="early", text_dropout=0.0, linear_reg_weight=50.0, **keys)
+    adjacency, nodes = model.adjacency.matrix.to_dense(), torch.arange(model.n_users, 50)
+    ids, expected = model.node_embeddings(), []
+
+    def carried(x):
+        return x + adjacency @ (x + adjacency @ (x + adjacency @ x))
+
+    for layers, projection in zip(model.text_layers, model.projections, strict=True):
+        rows = model.texts.rows(layers, torch.arange(len(ids)))
+        expected.append(projection(carried(rows).half().float()))
+    assert len(expected) == (2 if text_layers == "hops" else 1)
+    for text, all_nodes, some in zip(expected, model.project(), model.project(nodes), strict=True):
+        torch.testing.assert_close(all_nodes, text, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(some, text[nodes], atol=1e-4, rtol=1e-3)
+    fused = (carried(ids) + 0.5 * sum(expected)) / 4
+    torch.testing.assert_close(torch.cat(model.forward()), fused, atol=1e-4, rtol=1e-3)
 
 
 def test_padding_has_no_text(made):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from scipy import sparse
 from torch import Tensor
 from torch.nn import functional as F
 
+from recbole_gacllm.alignment.propagation import Adjacency, propagate_mean
 from recbole_gacllm.convolution.graph import TrainGraph
 from recbole_gacllm.convolution.layers import SIDES, Layer
 
@@ -26,7 +27,8 @@ class TextLayers:
     Processes on one machine share the pages; on another device they lie there in half precision.
 
     Args:
-        tables: One array a layer, ``[n_rows, width]``, float16, L2-normalised rows.
+        tables: One array a layer, ``[n_rows, width]``, float16; rows of unit length, but for those
+            of :meth:`carried`.
         row_of_node: Row of each node, users first with RecBole's internal ids; -1 for padding.
         run_files: Where the artefacts lie: stage -> folder.
     """
@@ -106,12 +108,37 @@ class TextLayers:
         """Text embeddings of nodes, of several layers side by side; zero for padding.
 
         Shapes:
-            nodes: ``[n]``; result ``[n, width * len(layers)]``, float32, rows of unit length.
+            nodes: ``[n]``; result ``[n, width * len(layers)]``, float32.
         """
         rows = self.row_of_node[nodes]
         known, place = (rows >= 0)[:, None], rows.clamp(min=0)
         each = [self.tables[layer][place].float().mul_(known) for layer in layers]
         return each[0] if len(each) == 1 else torch.cat(each, dim=1) / len(each) ** 0.5
+
+    def carried(
+        self, of_hops: Sequence[tuple[int, ...]], adjacency: Adjacency, n_layers: int
+    ) -> TextLayers:
+        r"""Text embeddings that were carried through the graph: a table for each of ``of_hops``.
+
+        .. math:: \bar x = \sum_{k=0}^{K} \hat A^k x
+
+        Ours; for features SGC (Wu et al., ICML 2019) takes the last power alone. Constants, as
+        ``x`` is: what is linear before the projection need not be done again in each batch.
+
+        Shapes:
+            result: tables ``[n_users + n_items, width * len(layers)]``, float16, a row a node.
+        """
+        nodes = torch.arange(len(self.row_of_node), device=self.row_of_node.device)
+
+        def carry(columns: Tensor) -> Tensor:
+            return propagate_mean(adjacency, columns, n_layers).mul_(n_layers + 1).half()
+
+        # Some columns at a time: of all of them there are one float32 and one float16 table.
+        tables = [
+            torch.cat([carry(some) for some in torch.split(self.rows(layers, nodes), 64, dim=1)], 1)
+            for layers in of_hops
+        ]
+        return TextLayers(tables, nodes, self.run_files)
 
     def projected(
         self, layers: tuple[int, ...], nodes: Tensor, projection: Callable[[Tensor], Tensor]

@@ -10,7 +10,8 @@ from scipy import sparse
 from torch import Tensor
 from torch.nn import functional as F
 
-from recbole_gacllm.alignment.propagation import csr_tensor, product, propagate
+from recbole_gacllm.alignment.embeddings import TextLayers
+from recbole_gacllm.alignment.propagation import csr_tensor, product
 from recbole_gacllm.objective.choice import Layers
 from recbole_gacllm.objective.scoring import standardize
 
@@ -21,13 +22,13 @@ Parts = dict[str, Tensor]
 class ScoreParts:
     r"""What the graph, the texts and the linear model add to GaCLLM's scores.
 
-    With ``z = g + t``, the mean of the ID embeddings' hops and the rest, and both scaled as ``z``
-    is, the graph's part is :math:`\langle g_u, g_i \rangle` and the texts' part is the
+    With ``z = g + t``, the mean of the hops and the projected texts, and both scaled as the model
+    scales ``z``, the graph's part is :math:`\langle g_u, g_i \rangle` and the texts' part is the
     rest of :math:`\langle z_u, z_i \rangle`. Beside a linear model both are standardised as their
     sum is. A user or item without training interactions has no part of the graph. The sum of the
     parts is ``full_sort_predict``'s score.
 
-    Holds the hops of all nodes: ``4 (2 K + 6) (n_users + n_items) d`` bytes at most.
+    Holds the hops of all nodes: ``4 (K + 4) (n_users + n_items) d`` bytes at most.
     """
 
     @torch.no_grad()
@@ -35,15 +36,15 @@ class ScoreParts:
         self.model, self.n_users = model, int(model.n_users)
         nodes = torch.arange(model.n_users + model.n_items, device=model.device)
         hops, _, fused = model.embed(nodes)
-        of_ids = hops
-        if model.early_rows is not None:
-            ids = torch.cat([model.user_embedding.weight, model.item_embedding.weight])
-            of_ids = propagate(model.adjacency, ids, len(hops) - 1)
-        self._graph = torch.stack(of_ids).mean(0)  # g of all nodes
-        self._text: Tensor = fused - self._graph  # t
-        # e^(0) + .. + e^(K-1) of the items, of IDs and of text: what they send to a user outside.
-        sent, of_both = (sum(each[:-1], torch.zeros_like(fused)) for each in (of_ids, hops))
-        self._sent = torch.cat([sent, of_both - sent], dim=1)[self.n_users :]  # [n_items, 2 d]
+        graph = torch.stack(hops).mean(0)
+        text: Tensor = fused - graph
+        self._graph, self._text = graph, text  # g and t of all nodes
+        # e^(0) + .. + e^(K-1) of the items: what they send to a user outside the graph.
+        self._sent = torch.stack(hops[:-1] or [torch.zeros_like(graph)]).sum(0)[self.n_users :]
+        self._sent_texts: TextLayers | None = None  # the same of texts, with early fusion
+        if model.carried is not None and len(hops) > 1:
+            carried = model.text_layers, model.adjacency, len(hops) - 2
+            self._sent_texts = model.texts.carried(*carried)
 
     @torch.no_grad()
     def of_users(self, users: Tensor) -> Parts:
@@ -76,7 +77,7 @@ class ScoreParts:
         The operator of the graph convolution, for a node whose own ``e^(0)`` is zero; ``N_i`` are
         the training users of an item, so that nobody else's score changes. An item without any
         sends nothing. Their text is the mean of their items' texts, layer by layer; with early
-        fusion what items send has text, too, which counts as theirs. The linear model takes their
+        fusion it receives as ``g_u`` does what their items send. The linear model takes their
         items, each with its count. Ours; the paper scores training users.
 
         Shapes:
@@ -93,12 +94,18 @@ class ScoreParts:
         n_items_of = np.diff(edges.indptr)
         rows = np.repeat(np.arange(edges.shape[0]), n_items_of)
         edges.data = ((n_items_of[rows] * degrees[edges.indices]) ** -0.5).astype(np.float32)
-        received = product(csr_tensor(edges).to(model.device), self._sent) / (n_layers + 1)
-        graph, text = (part.contiguous() for part in received.chunk(2, dim=1))
+        receiving = csr_tensor(edges).to(model.device)
+        graph = product(receiving, self._sent) / (n_layers + 1)
+        text = torch.zeros_like(graph)
         if model.texts is not None and model.options.text_weight > 0:
             weight = model.options.text_weight / (n_layers + 1)
-            for layers, projection in zip(model.text_layers, model.projections, strict=True):
-                text += weight * projection(self._mean_text(layers, counts))
+            of_hops = zip(model.text_layers, model.projections, strict=True)
+            for hop, (layers, projection) in enumerate(of_hops):
+                texts = self._mean_text(layers, counts)
+                if self._sent_texts is not None:
+                    items = self.n_users + torch.arange(model.n_items, device=model.device)
+                    texts += product(receiving, self._sent_texts.rows((hop,), items))
+                text += weight * projection(texts)
         if model.linear is not None:
             linear = model.linear.scores_of(counts)
             deviation, mean = torch.std_mean(linear[:, model.scoring.ranked], dim=1, keepdim=True)
