@@ -1,6 +1,7 @@
 """`best` on sparse data with many items: evaluation and building, as ratios in one run.
 
     python benchmarks/catalogue.py --json=catalogue.json
+    python benchmarks/catalogue.py --dataset=ml-1m --data_path=FOLDER --json=catalogue-ml-1m.json
     python benchmarks/catalogue.py --whole --json=catalogue-whole.json
     python benchmarks/catalogue.py --large --json=catalogue-large.json
     python benchmarks/catalogue.py --loss=ml-1m --data_path=FOLDER --json=catalogue-loss.json
@@ -17,6 +18,7 @@ shape, as in ``training.py``: what they say changes no second. A process a side,
   (``torch.linalg.inv``, float64).
 - ``peak``: MiB of a process that builds and evaluates `best`.
 
+``--dataset``: the same on RecBole's data set of that name, but for ``unseen``.
 ``--whole``: processor seconds to build and train with an evaluation each epoch until early
 stopping, and one evaluation more, of `best` against RecBole's LightGCN as installed, which is
 stopped after three times as many: the ratio is at most the one that is told then.
@@ -200,6 +202,7 @@ def in_child(name: str, arguments: argparse.Namespace, data_path: str | None) ->
     """Figures of a process of its own."""
     command = [sys.executable, __file__, f"--child={name}", f"--repeats={arguments.repeats}"]
     command += [f"--loss={arguments.loss}"] * bool(arguments.loss)
+    command += [f"--dataset={arguments.dataset}"]
     command += ["--whole"] * arguments.whole + [f"--limit={arguments.limit}"]
     command += [f"--train_share={arguments.train_share}"]
     command += [f"--data_path={data_path}"] * bool(data_path)
@@ -219,13 +222,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--dataset", default="synthetic")
     parser.add_argument("--loss", help="data set; nothing else is measured")
     parser.add_argument("--train_share", type=float, default=1.0)
-    parser.add_argument("--data_path", help="where the data set of --loss lies")
+    parser.add_argument("--data_path", help="where the data set lies")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, default=float("inf"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.dataset, arguments.steps = arguments.loss or "synthetic", 1
+    arguments.dataset, arguments.steps = arguments.loss or arguments.dataset, 1
     if arguments.large:
         vars(arguments).update(LARGE)
     with tempfile.TemporaryDirectory() as scratch:
@@ -238,6 +242,8 @@ def main() -> None:
         names = ["loss"] if arguments.loss else ["best"] if arguments.large else [*SIDES, "build"]
         if arguments.whole:
             names = ["best", "LightGCN"]
+        elif arguments.dataset != "synthetic" and not arguments.loss:
+            names.remove("unseen")
         paths = dict.fromkeys(names, arguments.data_path)
         if arguments.dataset == "synthetic":
             sizes = arguments.n_users, arguments.n_items, arguments.n_edges
@@ -259,16 +265,17 @@ def main() -> None:
     else:
         ratios = {
             "evaluation": figures["best"]["seconds"] / figures["plain"]["seconds"],
-            "unseen": figures["unseen"]["seconds"] / figures["plain"]["seconds"],
             "evaluation_lightgcn": figures["best"]["seconds"] / figures["LightGCN"]["seconds"],
             "build": figures["build"]["ratio"],
             "peak_mib": figures["best"]["peak_mib"],
         }
+        if "unseen" in figures:
+            ratios["unseen"] = figures["unseen"]["seconds"] / figures["plain"]["seconds"]
     for name, value in ratios.items():
         print(f"{name:20} {value:8.3f}   goal {GOALS[name]:g}")
     if arguments.json:
-        sizes = ["n_users", "n_items", "n_edges"]
-        keys = ["dataset", "train_share"] if arguments.loss else sizes
+        keys = ["dataset"] + ["train_share"] * bool(arguments.loss)
+        keys += ["n_users", "n_items", "n_edges"] * (arguments.dataset == "synthetic")
         shown = {key: getattr(arguments, key) for key in keys}
         arguments.json.write_text(json.dumps({**shown, **figures, "ratios": ratios}, indent=1))
 
