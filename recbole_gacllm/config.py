@@ -19,6 +19,7 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from recbole_gacllm.literals import parse_yaml
 from recbole_gacllm.redaction import api_key, redact
 
 MODEL = "GaCLLM"
@@ -55,7 +56,7 @@ def load_yaml(path: str | Path, named: str | None = None) -> dict[str, Any]:
     """
     named = named or str(path)
     try:
-        content = yaml.safe_load(Path(path).read_text("utf-8"))
+        content = parse_yaml(Path(path).read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{named} is not yaml in UTF-8: {error}") from error
     if content is not None and not isinstance(content, dict):
@@ -81,9 +82,8 @@ def model_defaults(preset: str | None = None) -> dict[str, Any]:
     name = defaults["preset"] if preset is None else preset
     if name not in preset_names():
         raise ValueError(f"preset: {name!r} is not one of {', '.join(preset_names())}.")
-    defaults.update(load_yaml(shipped_path("properties", "presets", f"{name}.yaml")))
-    defaults["preset"] = name
-    return defaults
+    of_preset = load_yaml(shipped_path("properties", "presets", f"{name}.yaml"))
+    return defaults | of_preset | {"preset": name}
 
 
 def dataset_file(dataset: str, data_path: str | None = None) -> Path | None:
@@ -356,6 +356,7 @@ HOOK_KEYS = frozenset(
     if field.name.startswith(("text_", "neighbor_", "n_neighbors", "llm_", "sft", "encoder_"))
     or field.name in ("preset", "artifact_dir")
 ) - {"text_hidden_size", "text_dropout", "text_weight", "text_fusion"}  # of GaCLLM's recommender
+_TYPES = typing.get_type_hints(GaCLLMConfig, include_extras=True)
 
 
 def checked(key: str, value: Any) -> Any:
@@ -364,9 +365,8 @@ def checked(key: str, value: Any) -> Any:
     Raises:
         ValueError: Names the key, the value found and what is allowed.
     """
-    hint = typing.get_type_hints(GaCLLMConfig, include_extras=True)[key]
     try:
-        return TypeAdapter(hint, config=_CHECKS).validate_python(value)
+        return TypeAdapter(_TYPES[key], config=_CHECKS).validate_python(value)
     except ValidationError as error:
         raise ValueError(_told(error, {key: value}, key)) from None
 

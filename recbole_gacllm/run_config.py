@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import recbole
-import yaml
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import ModelType, get_model, init_seed
@@ -17,6 +16,7 @@ from recbole.utils import ModelType, get_model, init_seed
 from recbole_gacllm.config import HOOK_KEYS, MODELS, PEERS, GaCLLMConfig, dataset_file, load_yaml
 from recbole_gacllm.data.atomic import read_header
 from recbole_gacllm.inputs import TrainingData
+from recbole_gacllm.literals import parse_yaml
 from recbole_gacllm.plugin.key_checks import check_evaluation, check_given
 
 _RECBOLE = Path(recbole.__file__).parent
@@ -99,7 +99,7 @@ def _find_model(model: str) -> Any:
 def _check_dataset(dataset: str, data_path: str) -> None:
     """Refuse a data set that is neither on disk nor among those RecBole can download."""
     folders = (Path(data_path), _RECBOLE / "dataset_example")
-    downloads = yaml.safe_load((_RECBOLE / "properties" / "dataset" / "url.yaml").read_text())
+    downloads = parse_yaml((_RECBOLE / "properties" / "dataset" / "url.yaml").read_text())
     local = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
     if dataset in local | set(downloads):
         return

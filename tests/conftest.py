@@ -42,6 +42,8 @@ PLAIN = {
 }
 GENRES = ["Action", "Comedy", "Drama", "Horror"]
 OCCUPATIONS = ["teacher", "farmer", "nurse"]
+#: Files with few tests that are long without being marked so.
+LONG = ("adapter", "artifacts", "console", "examples", "registration", "sft_processes", "text_init")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -66,7 +68,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     weights: Counter[Path] = Counter()
     for item in items:
         markers = [item.get_closest_marker(name) for name in ("slow", "engine")]
-        weights[item.path] += 1 + 20 * sum(map(bool, markers))
+        is_long = item.path.stem.removeprefix("test_") in LONG
+        weights[item.path] += 1 + 10 * is_long + 20 * sum(map(bool, markers))
     items.sort(key=lambda item: (-weights[item.path], item.path))
 
 

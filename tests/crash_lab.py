@@ -2,9 +2,8 @@
 
 Importing what the stages need takes seconds, a stage of a tiny model takes less. So one process
 imports once, keeps to one thread, and forks every run and, in the run, every stage: the same
-functions as in a real run, with ``fork`` in the place of a new interpreter. It reads a job a line
-(JSON) from standard input and answers with a line. As a subreaper it waits for all that a run left
-behind before it answers.
+functions as in a real run, with ``fork`` in the place of a new interpreter. As a subreaper it waits
+for all that a run left behind before it answers.
 """
 
 import contextlib
@@ -13,16 +12,21 @@ import errno
 import gc
 import json
 import mmap
+import multiprocessing
 import os
 import re
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 import traceback
 from collections import Counter
 from pathlib import Path
+
+import recbole_gacllm  # noqa: F401  (hides broken torchvision before transformers is imported)
+
+import torch  # isort: skip
+import transformers  # isort: skip
 
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: orphans of a run become ours
 _POLL_SECONDS = 0.001
@@ -31,15 +35,13 @@ _POLL_SECONDS = 0.001
 class Lab:
     """The test's side: a workshop in a process of its own."""
 
-    def __init__(self, log, prefix=()):
-        self._log = open(log, "ab")  # noqa: SIM115  (the workshop's, until it is closed)
-        self._process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "tests.crash_lab"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
+    def __init__(self, log):
+        from .conftest import fresh_process
+
+        self._log = log
+        self._jobs, others = multiprocessing.Pipe()
+        with others:
+            self._process = fresh_process(work, others, log)
 
     def run(self, keys, data, record, **how):
         """Run the hook once.
@@ -55,20 +57,16 @@ class Lab:
             ``status`` (``done``, ``killed`` or ``error``), ``stage`` and ``event`` that it was in,
             ``error`` with ``type`` and text, ``seconds`` of each stage.
         """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        job = {"keys": keys, "data": str(data), "record": str(record), **how}
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        assert line, f"the workshop died; see {self._log.name}"
-        answer = json.loads(line)
-        return answer
+        self._jobs.send({"keys": keys, "data": str(data), "record": str(record), **how})
+        try:
+            return self._jobs.recv()
+        except EOFError:
+            raise AssertionError(f"the workshop died; see {self._log}") from None
 
     def close(self):
         self._process.kill()
-        self._process.communicate()
-        self._log.close()
+        self._process.join()
+        self._jobs.close()
 
 
 def save_tiny_encoder(folder):
@@ -394,26 +392,17 @@ def _do(job, shared):
     return {**answer, "status": "error", **(json.loads(sent) if sent else {"error": "none told"})}
 
 
-def main():
-    from recbole_gacllm import pipeline, stage  # noqa: F401  (hides a broken torchvision, so first)
-    from recbole_gacllm.alignment import encoder  # noqa: F401
-    from recbole_gacllm.llm import chat, transformers_engine  # noqa: F401
-    from recbole_gacllm.sft import finetune  # noqa: F401
-
-    import torch._dynamo  # isort: skip  # noqa: F401  (an optimiser loads it)
-    import transformers  # isort: skip
-
+def work(jobs, log):
+    """The workshop's side: an answer to each job."""
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "BertModel"):
         getattr(transformers, name)  # they load when they are first asked for
     gc.freeze()  # no fork copies these objects to count them
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     shared = _Shared()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        answers.write(json.dumps(_do(json.loads(line), shared)) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main()
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while True:
+            jobs.send(_do(jobs.recv(), shared))

@@ -6,7 +6,6 @@ A process of its own, since the fake device is named for the whole process.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,9 +95,7 @@ def raises(operation: Callable[[], Any]) -> bool:
     return False
 
 
-def main() -> None:
-    settings, cases, constants = map(json.loads, sys.argv[1:4])
-    sys.argv[1:] = []  # RecBole reads it
+def main(settings: dict[str, Any], cases: dict[str, Any], constants: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     model_module.prepare = text_knn.prepare = texts
     results: dict[str, Any] = {}
@@ -115,7 +112,3 @@ def main() -> None:
             name: [taken, not raises(operation)] for name, (taken, operation) in mixtures().items()
         }
     Path("results.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,7 @@ ROOMS = {
     "literals": "",
     "objective": "",
     "redaction": "",
-    "config": "redaction",
+    "config": "literals redaction",
     "errors": "redaction",
     "artifacts": "errors redaction",
     "data": "config",
@@ -32,7 +32,7 @@ ROOMS = {
     "model": "alignment config estimate inputs objective pipeline",
     "text_knn": "config inputs objective pipeline",
     "peers": "alignment config inputs objective pipeline text_knn",
-    "run_config": "config data inputs plugin",
+    "run_config": "config data inputs literals plugin",
     "inspection": "alignment artifacts config convolution data errors inputs llm objective "
     "run_config",
     "run": "__init__ alignment artifacts console convolution data errors inputs inspection model "

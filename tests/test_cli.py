@@ -7,7 +7,8 @@ import errno
 import json
 import os
 import re
-import subprocess
+import runpy
+import select
 import sys
 import threading
 from pathlib import Path
@@ -24,7 +25,7 @@ from recbole_gacllm.cli.main import main
 from recbole_gacllm.convolution.graph import TrainGraph
 from recbole_gacllm.convolution.layers import Layer
 from recbole_gacllm.run_config import build_config
-from tests.conftest import ROOT, run_python
+from tests.conftest import ROOT, fresh_process, run_python
 
 
 @pytest.fixture
@@ -234,6 +235,16 @@ def test_quiet_prints_the_result_alone_and_names_the_file_when_something_fails(
     assert file.read_text() == "from a library or a child\n"
 
 
+def run_on(terminal, no_color, command):
+    """A command on a terminal, in a process that has loaded RecBole."""
+    sys.stdout = sys.stderr = open(terminal, "w")  # noqa: SIM115  (until the process ends)
+    for number in (1, 2):
+        os.dup2(sys.stdout.fileno(), number)
+    os.environ["NO_COLOR"] = no_color
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
 @pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
 def test_no_color_leaves_no_escape_sequence_on_a_terminal(settings, tmp_path, no_color, coloured):
     """Under a pseudo-terminal, where RecBole colours its messages and bars."""
@@ -242,26 +253,20 @@ def test_no_color_leaves_no_escape_sequence_on_a_terminal(settings, tmp_path, no
     config = {key: value for key, value in settings.items() if key != "show_progress"}
     (tmp_path / "keys.yaml").write_text(yaml.safe_dump({**config, "epochs": 1}))
     parent, child = pty.openpty()
-    command = [
-        *(sys.executable, str(ROOT / "run_recbole_gacllm.py"), "--model=Pop", "--dataset=tiny"),
-        "--config_files=keys.yaml",
-    ]
-    run = subprocess.Popen(
-        command, stdout=child, stderr=child, env={**os.environ, "NO_COLOR": no_color}
-    )
-    os.close(child)
+    command = [str(ROOT / "run_recbole_gacllm.py"), "--model=Pop", "--dataset=tiny"]
+    command.append("--config_files=keys.yaml")
+    run = fresh_process(run_on, os.ttyname(child), no_color, command)
     output = b""
-    while True:
-        try:
+    while run.is_alive() or select.select([parent], [], [], 0)[0]:
+        if select.select([parent], [], [], 0.05)[0]:
             output += os.read(parent, 65536)
-        except OSError:  # Linux ends a pseudo-terminal so
-            break
-    os.close(parent)
-    assert run.wait() == 0, output
+    for end in (parent, child):
+        os.close(end)
+    assert run.exitcode == 0, output
     assert b"test result" in output
     assert (b"\x1b[1;3" in output) == coloured
     [run_file] = (tmp_path / "saved" / "runs").glob("*/run.json")
-    assert json.loads(run_file.read_text())["command"] == command[1:]
+    assert json.loads(run_file.read_text())["command"] == command
     advice = f"python -m recbole_gacllm recommend {run_file.parent} --output=lists.csv"
     assert advice.encode() in output
 

@@ -10,6 +10,7 @@ from recbole_gacllm.config import (
     GaCLLMConfig,
     check_keys,
     dataset_defaults,
+    load_yaml,
     model_defaults,
     preset_names,
     shipped_path,
@@ -17,6 +18,16 @@ from recbole_gacllm.config import (
 from recbole_gacllm.literals import literal
 
 YAML = shipped_path("properties", "model", "GaCLLM.yaml")
+
+
+def test_a_file_is_read_as_it_is_and_what_a_reader_changes_is_his_own(tmp_path):
+    file = tmp_path / "keys.yaml"
+    for value in (1, 2):
+        file.write_text(f"a: {{b: [{value}]}}\n")
+        for _ in range(2):
+            keys = load_yaml(file)
+            assert keys == {"a": {"b": [value]}}
+            keys["a"]["b"].append("changed")
 
 
 def test_yaml_keys_and_config_fields_are_equal():

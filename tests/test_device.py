@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import ROOT, tiny_settings, write_dataset
+from .conftest import ROOT, fresh_process, tiny_settings, write_dataset
 
 RAW = {"text_source": "raw"}
 BY_TIME = {"eval_args": {"order": "TO", "split": {"LS": "valid_and_test"}, "mode": "full"}}
@@ -55,24 +56,24 @@ CONSTANTS = {
 }
 
 
+def compare(log: Path, *arguments: Any) -> None:
+    """In a process of its own, as the fake device is named for the whole process."""
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    from . import device_process
+
+    device_process.main(*arguments)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of each case what the CPU and the device gave."""
     root = tmp_path_factory.mktemp("device")
     settings = tiny_settings(write_dataset(root / "data"), root)
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.device_process",
-            *map(json.dumps, (settings, CASES, CONSTANTS)),
-        ],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
+    with contextlib.chdir(root):
+        process = fresh_process(compare, root / "log", settings, CASES, CONSTANTS)
+    process.join()
+    assert process.exitcode == 0, (root / "log").read_text()
     return dict(json.loads((root / "results.json").read_text()))
 
 

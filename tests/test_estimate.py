@@ -21,8 +21,10 @@ from .conftest import our_keys, run_python
 from .recommender import Recommender
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+SIZES = [(500, None, 20_000), (1000, None, 20_000), (2000, 400.0, 20_000), (4000, 400.0, 1000)]
+#: What each of these takes, in a fork of its own of a process that has only loaded what it needs.
 LINEAR = """
-import sys
+import json, os, sys
 import numpy as np
 from recbole_gacllm.objective import linear
 from recbole_gacllm.objective.choice import choose
@@ -33,20 +35,28 @@ def memory(name):
     (line,) = (x for x in open("/proc/self/status") if x.startswith(name))
     return int(line.split()[1]) * 1024
 
-n_items, reg_weight, linear.MAX_ITEMS = int(sys.argv[1]), eval(sys.argv[2]), int(sys.argv[3])
-rng = np.random.default_rng(0)
-users, items = rng.integers(1, 500, 20_000), rng.integers(1, n_items, 20_000)
-table = rng.standard_normal((n_items, 384)).astype(np.float32)
-rows = lambda side, layers: np.concatenate([table] * len(layers), axis=1)
-torch.linalg.inv(torch.eye(50, dtype=torch.float64))
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak begins anew
-before = memory("VmRSS")
-chosen = choose(matrix_of(users, items, 500, n_items), 2, rows, text_layers="auto",
-                reg_weight=reg_weight, text_weight=None)["linear"]
-texts = torch.from_numpy(rows("item", chosen.layers))
-ItemItemModel(users, items, 500, n_items, chosen.reg_weight, texts, chosen.text_weight)
-print(memory("VmHWM") - before)
+def taken(n_items, reg_weight, max_items):
+    linear.MAX_ITEMS = max_items
+    rng = np.random.default_rng(0)
+    users, items = rng.integers(1, 500, 20_000), rng.integers(1, n_items, 20_000)
+    table = rng.standard_normal((n_items, 384)).astype(np.float32)
+    rows = lambda side, layers: np.concatenate([table] * len(layers), axis=1)
+    torch.linalg.inv(torch.eye(50, dtype=torch.float64))
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak begins anew
+    before = memory("VmRSS")
+    chosen = choose(matrix_of(users, items, 500, n_items), 2, rows, text_layers="auto",
+                    reg_weight=reg_weight, text_weight=None)["linear"]
+    texts = torch.from_numpy(rows("item", chosen.layers))
+    ItemItemModel(users, items, 500, n_items, chosen.reg_weight, texts, chosen.text_weight)
+    return memory("VmHWM") - before
+
+for size in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    if os.fork() == 0:
+        print(taken(*size), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
 
 
@@ -54,20 +64,23 @@ def near(told: float, taken: float) -> bool:
     return taken / 1.5 < told < taken * 1.5
 
 
+@pytest.fixture(scope="module")
+def taken() -> dict[tuple, int]:
+    printed = run_python("-c", LINEAR, json.dumps(SIZES)).split()
+    return dict(zip(SIZES, map(int, printed), strict=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("n_items", "reg_weight", "max_items"),
-    [(500, None, 20_000), (1000, None, 20_000), (2000, 400.0, 20_000), (4000, 400.0, 1000)],
-)
-def test_memory_of_the_linear_part(n_items, reg_weight, max_items, monkeypatch):
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_memory_of_the_linear_part(size, taken, monkeypatch):
+    n_items, _, max_items = size
     monkeypatch.setattr(estimate.linear, "MAX_ITEMS", max_items)
     options = our_keys(linear_weight=0.5, linear_text_weight=None, text_layers="auto")
     rng = np.random.default_rng(0)
     edges = rng.integers(1, 500, 20_000), rng.integers(1, n_items, 20_000)
     graph = SimpleNamespace(degrees=lambda side: np.bincount(edges[side == "item"]))
     told = estimate.linear_bytes(options, n_items, 384, 2, estimate.n_pairs(graph))
-    taken = run_python("-c", LINEAR, str(n_items), str(reg_weight), str(max_items))
-    assert near(told, int(taken)), (told, taken)
+    assert near(told, taken[size]), (told, taken[size])
 
 
 @pytest.fixture(scope="module")

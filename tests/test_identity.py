@@ -116,10 +116,16 @@ def test_the_present_code_is_in_the_table():
 def test_a_row_depends_on_the_code_that_it_runs(
     settings, monkeypatch, first_code, row, keys, concerns
 ):
-    name = name_of(row, settings, **keys)
-    for concern in identity.CONCERNS:
-        monkeypatch.setattr(identity, "code_digests", lambda c=concern: {**first_code, c: "new"})
-        assert (name_of(row, settings, **keys) != name) == (concern in concerns.split()), concern
+    def name_with(changed):
+        digests = {**first_code, **dict.fromkeys(changed, "new")}
+        monkeypatch.setattr(identity, "code_digests", lambda: digests)
+        return name_of(row, settings, **keys)
+
+    name = name_with(())
+    run = concerns.split()
+    assert name_with(identity.CONCERNS.keys() - run) == name
+    for concern in run:
+        assert name_with([concern]) != name, concern
 
 
 def test_code_with_the_same_numbers_keeps_the_name_and_other_code_does_not(

@@ -579,7 +579,7 @@ def shop(n_users: int = 20, n_items: int = 25) -> list[Path]:
     return [log, write("products.csv", "\n".join(["product_id,name,category", *items]) + "\n")]
 
 
-def test_from_a_csv_to_a_run_that_is_told_in_the_end(tmp_path, capsys):
+def test_from_a_csv_to_a_run_that_is_told_in_the_end(tmp_path, in_process, capsys):
     main(["import-data", *map(str, shop()), "--name=my-shop", "--data_path=data", "--k-core=2"])
     command = capsys.readouterr().out.strip().split("\n")[-1]
     assert command == (

@@ -28,7 +28,7 @@ from recbole_gacllm.inspection.histories import Histories
 from recbole_gacllm.inspection.opened import open_run, trainer_of
 from recbole_gacllm.inspection.parts import ScoreParts
 from recbole_gacllm.inspection.recommend import recommend
-from tests.conftest import tiny_settings, write_dataset
+from tests.conftest import run_stage, tiny_settings, write_dataset
 from tests.test_report import prepare
 
 BY_TIME = {"eval_args": {"order": "TO", "split": {"LS": "valid_and_test"}}}
@@ -423,7 +423,8 @@ def with_encoder(tmp_path_factory):
     """A run with the embedded encoder, on texts of four genres."""
     root = tmp_path_factory.mktemp("encoder")
     settings = tiny_settings(write_dataset(root / "data"), root)
-    with contextlib.chdir(root):
+    with contextlib.chdir(root), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(children, "run_child", run_stage)
         return runner.run("TextKNN", "tiny", config_dict=settings).run_file
 
 

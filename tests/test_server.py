@@ -341,7 +341,7 @@ def wait_for(url, server, log):
 
 
 def test_a_run_takes_its_texts_from_servers_and_writes_the_key_nowhere(
-    serve, settings, tiny_model, tmp_path, monkeypatch
+    serve, settings, tiny_model, tmp_path, monkeypatch, in_process
 ):
     from recbole_gacllm.convolution.layers import SIDES, Layer
     from recbole_gacllm.run import run

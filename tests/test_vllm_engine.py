@@ -4,22 +4,28 @@ import importlib
 import inspect
 import itertools
 import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import MambaConfig
 
+from recbole_gacllm import llm
 from recbole_gacllm.errors import GenerationError, MemoryRanOutError
 from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.engines import choose_backend
-from recbole_gacllm.llm.vllm_engine import CPU_WINDOW, PRIVATE_NAMES, VLLMGenerator, cpu_options
+from recbole_gacllm.llm.vllm_engine import (
+    CPU_WINDOW,
+    PRIVATE_NAMES,
+    VLLMGenerator,
+    cpu_options,
+    token_bytes,
+)
 
 from .test_generator_contract import OUT_OF_MEMORY, make_requests
 from .test_hardware import CARD
 
-ROOT = Path(__file__).resolve().parent.parent
 IN_THE_DARK = RuntimeError(
     "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
 )
@@ -34,14 +40,22 @@ def _vllm():
 
 
 @pytest.fixture
-def refuse(monkeypatch):
+def environment():
+    """Put back as it was: starting vLLM changes it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def refuse(monkeypatch, environment):
     """Start vLLM where its every start fails with an error; that error, and vLLM's options."""
     import vllm
     from vllm.model_executor.models import registry
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(registry, "_run_in_subprocess", None)
-    environment = dict(os.environ)
 
     def start(error, model, on_cpu=False, **keys):
         options = {}
@@ -56,9 +70,7 @@ def refuse(monkeypatch):
             VLLMGenerator(model, **{"dtype": "float32", **keys})
         return caught.value, options
 
-    yield start
-    os.environ.clear()
-    os.environ.update(environment)
+    return start
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY[1:], ids=lambda error: type(error).__name__)
@@ -120,13 +132,28 @@ def test_a_failure_at_work_ends_it_and_asks_for_a_smaller_one_if_that_may_do(
     assert type(caught.value) is kind
 
 
-def test_a_cpu_s_cache_takes_a_share_of_what_is_available(monkeypatch):
+def test_a_cpu_s_cache_takes_what_all_sequences_fill_or_a_share_of_what_is_available(monkeypatch):
+    def cache(window, n_bytes):
+        return cpu_options(1024, window, n_bytes)["kv_cache_memory_bytes"]
+
     memory = SimpleNamespace(available=8 << 30)
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
-    assert cpu_options(1024, CPU_WINDOW)["kv_cache_memory_bytes"] == 2 << 30
-    assert cpu_options(1024, CPU_WINDOW // 2)["kv_cache_memory_bytes"] == 1 << 30
-    memory.available = 64 << 30
-    assert cpu_options(1024, CPU_WINDOW)["kv_cache_memory_bytes"] == 4 << 30
+    for unknown_or_large in (None, 1 << 20):
+        memory.available = 8 << 30
+        assert cache(CPU_WINDOW, unknown_or_large) == 2 << 30
+        assert cache(CPU_WINDOW // 2, unknown_or_large) == 1 << 30
+        memory.available = 64 << 30
+        assert cache(CPU_WINDOW, unknown_or_large) == 4 << 30
+    assert cache(CPU_WINDOW, 1000) == 1000 * (CPU_WINDOW + 1) * (1024 + 32)
+    assert cache(1, 1000) == 1000 * 2 * (1024 + 32)
+
+
+def test_the_bytes_of_a_token_are_told_by_the_config(tiny_model, tmp_path):
+    """Two layers, two heads of keys and values of 8 numbers each."""
+    assert token_bytes(tiny_model, "float32") == 2 * 2 * 2 * 8 * 4
+    assert token_bytes(tiny_model, "bfloat16") == 2 * 2 * 2 * 8 * 2
+    MambaConfig().save_pretrained(tmp_path)
+    assert token_bytes(tmp_path, "float32") is None
 
 
 def test_any_other_failure_is_told_with_what_vllm_was_to_do(tiny_model, refuse, cards):
@@ -142,36 +169,37 @@ def test_any_other_failure_is_told_with_what_vllm_was_to_do(tiny_model, refuse, 
     assert options["gpu_memory_utilization"] == 0.5
 
 
-FORK_RULE = """
-import torch
-
-def initialise(*_, **__):
-    raise AssertionError("CUDA was initialised")
-
-torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
-torch.cuda._lazy_init = torch.cuda.init = torch._C._cuda_init = initialise
-torch.version.cuda = "13.0"
-
-from recbole_gacllm.llm import engines, hardware, vllm_engine
-
-engines._is_cpu_build = lambda: False
-assert engines.choose_backend("auto")[0] == "vllm"
-assert hardware.card_groups(1) == [{}]
-assert hardware.resolve_dtype("auto") == "bfloat16"
-assert hardware.memory_share(None) == 0.73
-vllm_engine.prepare_environment()
-from vllm.utils.system_utils import get_mp_context
-assert get_mp_context().get_start_method() == "spawn"
-assert not torch.cuda.is_initialized()
-"""
-
-
-def test_the_engines_process_is_spawned_and_nothing_has_initialised_cuda(cards, monkeypatch):
+def test_the_engines_process_is_spawned_and_nothing_has_initialised_cuda(
+    cards, monkeypatch, environment
+):
     """A fork of a process that has asked whether there is a GPU cannot use it."""
+    from vllm.utils.system_utils import get_mp_context
+
+    def initialise(*_, **__):
+        raise AssertionError("CUDA was initialised")
+
     cards(CARD)
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
-    ran = subprocess.run([sys.executable, "-c", FORK_RULE], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for place, name in ((torch.cuda, "_lazy_init"), (torch.cuda, "init"), (torch._C, "_cuda_init")):
+        monkeypatch.setattr(place, name, initialise, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    names = ("hardware", "vllm_engine", "engines")
+    for name in names:  # loaded anew, in case that loading asks
+        monkeypatch.setattr(llm, name, getattr(llm, name))
+        monkeypatch.delitem(sys.modules, f"recbole_gacllm.llm.{name}")
+    hardware, vllm_engine, engines = (
+        importlib.import_module(f"recbole_gacllm.llm.{name}") for name in names
+    )
+    engines._is_cpu_build = lambda: False
+    assert engines.choose_backend("auto")[0] == "vllm"
+    assert hardware.card_groups(1) == [{}]
+    assert hardware.resolve_dtype("auto") == "bfloat16"
+    assert hardware.memory_share(None) == 0.73
+    vllm_engine.prepare_environment()
+    assert get_mp_context().get_start_method() == "spawn"
+    assert not torch.cuda.is_initialized()
 
 
 @pytest.mark.parametrize("name", PRIVATE_NAMES)

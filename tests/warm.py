@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 
-from tests import ddp_process, test_sft_processes  # noqa: F401
+from recbole_gacllm.alignment import encoder  # noqa: F401
+from recbole_gacllm.llm import transformers_engine  # noqa: F401
+from tests import crash_lab, ddp_process, test_sft_processes  # noqa: F401
 
 import torch._dynamo  # isort: skip  # noqa: F401  (an optimiser loads it)
 

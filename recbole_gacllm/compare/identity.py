@@ -22,12 +22,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recbole_gacllm.config import MODEL, MODELS, PEERS, reads_text, shipped_path
 from recbole_gacllm.console import say
 from recbole_gacllm.convolution.imported import ImportedTexts
 from recbole_gacllm.convolution.prompts import PromptTemplates
+from recbole_gacllm.literals import parse_yaml
 from recbole_gacllm.llm import weights
 
 #: Concern -> the modules whose code decides its part of a run's numbers.
@@ -177,7 +176,7 @@ def code_of(config: Mapping[str, Any]) -> str | dict[str, str] | None:
 
 def read_table() -> list[dict[str, Any]]:
     """The lines of ``computations.yaml``."""
-    return list(yaml.safe_load(_TABLE.read_text("utf-8")) or [])
+    return list(parse_yaml(_TABLE.read_text("utf-8")) or [])
 
 
 @functools.cache

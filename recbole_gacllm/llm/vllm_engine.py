@@ -30,6 +30,7 @@ from recbole_gacllm.llm.chat import ChatTokenizer
 from recbole_gacllm.llm.generator import Completion, Request
 from recbole_gacllm.llm.hardware import (
     OLDEST_DRIVER,
+    DType,
     driver_version,
     memory_share,
     out_of_memory,
@@ -54,10 +55,11 @@ PRIVATE_NAMES: Final = (
 )
 # Requests at once on a CPU: more bring no throughput and delay the first completions.
 CPU_WINDOW: Final = 32
-# The KV cache on a CPU: this share of the memory that is free, or holds copies of files only, at
-# most so many bytes.
+# The KV cache on a CPU, at most: this share of the memory that is free, or holds copies of files
+# only, and so many bytes.
 _CPU_KV_SHARE: Final = 0.25
 _CPU_KV_BYTES: Final = 4 << 30
+_CPU_BLOCK: Final = 32
 # What vLLM's process says of one that it had started and that ended at once.
 _FAILED_IN_ITS_PROCESS: Final = (
     "Engine core initialization failed",
@@ -131,7 +133,8 @@ class VLLMGenerator:
             options |= text_only_options(model_dir)
             if on_cpu:
                 _stay_in_this_process()
-                options |= cpu_options(self._max_model_len, window or CPU_WINDOW)
+                n_bytes = token_bytes(model_dir, options["dtype"])
+                options |= cpu_options(self._max_model_len, window or CPU_WINDOW, n_bytes)
             else:
                 options["gpu_memory_utilization"] = memory_share(gpu_memory_utilization)
                 options |= _gpu_options(self._max_model_len, window)
@@ -300,22 +303,42 @@ def _stay_in_this_process() -> None:
     registry._run_in_subprocess = lambda inspect: inspect()
 
 
-def cpu_options(max_model_len: int, n_sequences: int) -> dict[str, Any]:
+def cpu_options(max_model_len: int, n_sequences: int, n_bytes: int | None) -> dict[str, Any]:
     """What vLLM's CPU backend needs: no compilation, small cache blocks, a bounded KV cache.
 
     Compiling takes a minute and a half and brings one percent; prefix caching works on whole
-    blocks, 128 tokens by default; without a bound the cache asks for nearly all memory. A step
-    takes every prompt whole: vLLM 0.32 fails on a split prompt that draws with a seed of its own,
-    as it would set back PyTorch's CPU generator, which cannot be set back.
+    blocks, 128 tokens by default; without a bound the cache asks for nearly all memory. It is
+    filled with zeros at the start, which takes seconds a gigabyte: it has room for all sequences at
+    their longest, one to spare, at ``n_bytes`` a token, and no more. A step takes every prompt
+    whole: vLLM 0.32 fails on a split prompt that draws with a seed of its own, as it would set back
+    PyTorch's CPU generator, which cannot be set back.
     """
     cache = min(int(psutil.virtual_memory().available * _CPU_KV_SHARE), _CPU_KV_BYTES)
+    cache = cache * n_sequences // CPU_WINDOW
+    if n_bytes is not None:
+        cache = min(cache, (n_sequences + 1) * (max_model_len + _CPU_BLOCK) * n_bytes)
     return {
         "enforce_eager": True,
-        "block_size": 32,
+        "block_size": _CPU_BLOCK,
         "max_num_seqs": n_sequences,
         "max_num_batched_tokens": n_sequences * max_model_len,
-        "kv_cache_memory_bytes": cache * n_sequences // CPU_WINDOW,
+        "kv_cache_memory_bytes": cache,
     }
+
+
+def token_bytes(model_dir: Path, dtype: DType) -> int | None:
+    """Of keys and values of a token in all layers; None where the config does not tell."""
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    text = config.get_text_config()
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    n_layers, n_heads, width = (getattr(text, name, None) for name in names)
+    if not (isinstance(n_layers, int) and isinstance(n_heads, int) and isinstance(width, int)):
+        return None
+    n_kept = getattr(text, "num_key_value_heads", None) or n_heads
+    width = getattr(text, "head_dim", None) or width // n_heads
+    if not (isinstance(n_kept, int) and isinstance(width, int)):  # of each layer its own
+        return None
+    return 2 * n_layers * n_kept * width * (4 if dtype == "float32" else 2)
 
 
 def text_only_options(model_dir: Path) -> dict[str, Any]:
