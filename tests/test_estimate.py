@@ -22,10 +22,13 @@ from .recommender import Recommender
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 SIZES = [(500, None, 20_000), (1000, None, 20_000), (2000, 400.0, 20_000), (4000, 400.0, 1000)]
+EARLY_SIZES = [20_000, 40_000, 80_000]
 #: What each of these takes, in a fork of its own of a process that has only loaded what it needs.
-LINEAR = """
+TAKEN = """
 import json, os, sys
 import numpy as np
+from recbole_gacllm.alignment.embeddings import TextLayers
+from recbole_gacllm.alignment.propagation import Adjacency
 from recbole_gacllm.objective import linear
 from recbole_gacllm.objective.choice import choose
 from recbole_gacllm.objective.linear import ItemItemModel, matrix_of
@@ -35,26 +38,44 @@ def memory(name):
     (line,) = (x for x in open("/proc/self/status") if x.startswith(name))
     return int(line.split()[1]) * 1024
 
-def taken(n_items, reg_weight, max_items):
+def begin():
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak begins anew
+    return memory("VmRSS")
+
+def of_linear(n_items, reg_weight, max_items):
     linear.MAX_ITEMS = max_items
     rng = np.random.default_rng(0)
     users, items = rng.integers(1, 500, 20_000), rng.integers(1, n_items, 20_000)
     table = rng.standard_normal((n_items, 384)).astype(np.float32)
     rows = lambda side, layers: np.concatenate([table] * len(layers), axis=1)
     torch.linalg.inv(torch.eye(50, dtype=torch.float64))
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak begins anew
-    before = memory("VmRSS")
+    before = begin()
     chosen = choose(matrix_of(users, items, 500, n_items), 2, rows, text_layers="auto",
                     reg_weight=reg_weight, text_weight=None)["linear"]
     texts = torch.from_numpy(rows("item", chosen.layers))
     ItemItemModel(users, items, 500, n_items, chosen.reg_weight, texts, chosen.text_weight)
     return memory("VmHWM") - before
 
-for size in json.loads(sys.argv[1]):
+def carried(n_users, adjacency):
+    texts = TextLayers([torch.ones(2 * n_users, 384).half()], torch.arange(2 * n_users), {})
+    return texts, texts.carried([(0,)], adjacency, 3)
+
+def of_early_fusion(n_users):
+    edges = np.random.default_rng(0).integers(n_users, size=(2, 5 * n_users))
+    adjacency = Adjacency.from_edges(*edges, n_users, n_users)
+    carried(1000, Adjacency.from_edges(*edges % 1000, 1000, 1000))  # brings PyTorch's pages in
+    before = begin()
+    kept = carried(n_users, adjacency)
+    return memory("VmHWM") - before
+
+linear_sizes, early_sizes = map(json.loads, sys.argv[1:])
+for what, *size in [(of_linear, *size) for size in linear_sizes] + [
+    (of_early_fusion, size) for size in early_sizes
+]:
     sys.stdout.flush()
     if os.fork() == 0:
-        print(taken(*size), flush=True)
+        print(what(*size), flush=True)
         os._exit(0)
     assert os.wait()[1] == 0
 """
@@ -65,9 +86,10 @@ def near(told: float, taken: float) -> bool:
 
 
 @pytest.fixture(scope="module")
-def taken() -> dict[tuple, int]:
-    printed = run_python("-c", LINEAR, json.dumps(SIZES)).split()
-    return dict(zip(SIZES, map(int, printed), strict=True))
+def taken() -> dict[object, int]:
+    sizes = json.dumps(SIZES), json.dumps(EARLY_SIZES)
+    printed = run_python("-c", TAKEN, *sizes).split()
+    return dict(zip(SIZES + EARLY_SIZES, map(int, printed), strict=True))
 
 
 @pytest.mark.slow
@@ -134,32 +156,9 @@ def test_size_of_text_embeddings(settings, in_process, tmp_path, monkeypatch):
     assert near(float(value) * {"kB": 1e3, "MB": 1e6}[unit], file.stat().st_size)
 
 
-CARRIED = """
-import sys
-import numpy as np
-import torch
-from recbole_gacllm.alignment.embeddings import TextLayers
-from recbole_gacllm.alignment.propagation import Adjacency
-
-def memory(name):
-    (line,) = (x for x in open("/proc/self/status") if x.startswith(name))
-    return int(line.split()[1]) * 1024
-
-half = int(sys.argv[1])
-edges = np.random.default_rng(0).integers(half, size=(2, 5 * half))
-adjacency = Adjacency.from_edges(*edges, half, half)
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-before = memory("VmRSS")
-texts = TextLayers([torch.ones(2 * half, 384).half()], torch.arange(2 * half), {})
-carried = texts.carried([(0,)], adjacency, 3)
-print(memory("VmHWM") - before)
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("n_users", [20_000, 40_000, 80_000])
-def test_memory_of_early_fusion(n_users, monkeypatch):
+@pytest.mark.parametrize("n_users", EARLY_SIZES)
+def test_memory_of_early_fusion(n_users, taken, monkeypatch):
     told = {}
     monkeypatch.setattr(estimate.logger, "info", lambda text, *of: told.update(dict(enumerate(of))))
     monkeypatch.setattr(estimate, "_require_room", lambda *_: None)
@@ -167,8 +166,7 @@ def test_memory_of_early_fusion(n_users, monkeypatch):
     keys = {"text_source": "raw", "text_fusion": "early", "linear_weight": 0.0}
     estimate.announce(our_keys(**keys), SimpleNamespace(graph=graph, dataset="x"))
     value, unit = told[1].split()
-    taken = int(run_python("-c", CARRIED, str(n_users)))
-    assert near(float(value) * {"MB": 1e6}[unit], taken), (told, taken)
+    assert near(float(value) * {"MB": 1e6}[unit], taken[n_users]), (told, taken[n_users])
 
 
 def test_pairs_of_items_with_a_common_user():
