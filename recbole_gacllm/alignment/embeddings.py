@@ -125,6 +125,11 @@ class TextLayers:
         Ours; for features SGC (Wu et al., ICML 2019) takes the last power alone. Constants, as
         ``x`` is: what is linear before the projection need not be done again in each batch.
 
+        Args:
+            of_hops: Layers of text of each hop that has text, side by side in its table.
+            adjacency: The normalised graph.
+            n_layers: ``K``.
+
         Shapes:
             result: tables ``[n_users + n_items, width * len(layers)]``, float16, a row a node.
         """
