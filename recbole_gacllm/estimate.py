@@ -46,7 +46,8 @@ def announce(options: GaCLLMConfig, data: TrainingData) -> None:
     if options.linear_weight > 0:
         matrices = linear_bytes(options, n_items, width, n_layers, n_pairs(data.graph))
     tables = 2 * n_nodes * width * n_layers  # float16
-    rows = 4 * tables * (options.text_fusion == "early")  # carried, from float32
+    is_early = options.text_fusion == "early" and options.text_weight > 0
+    rows = 4 * tables * is_early  # carried, from float32
     checkpoint = 3 * 4 * n_nodes * options.embedding_size  # with Adam's moments
     logger.info(
         "this run takes about: memory %s for the linear part and %s for text embeddings, disk %s",
