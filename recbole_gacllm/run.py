@@ -166,8 +166,6 @@ def _train(config: Config, moment: str, saved: bool, observer: Observer | None) 
         shown = {"load_best_model": saved, "show_progress": show_progress}
         test_result = trainer.evaluate(test_data, **shown)
         end = time.time()
-    environment = utils.get_environment(config).draw()
-    log.info(f"The running environment of this training is as follows:\n{environment}")
     log.info(utils.set_color("best valid ", "yellow") + f": {best_valid_result}")
     log.info(utils.set_color("test result", "yellow") + f": {test_result}")
     result = {
@@ -206,7 +204,7 @@ def _record(
     if isinstance(training.recommender, GaCLLM):
         choices = training.recommender.choices.items()
         record["choices"] = {name: dataclasses.asdict(chosen) for name, chosen in choices}
-        record["choices"]["few_interactions"] = training.recommender.of_few
+        record["choices"]["keys"] = training.recommender.of_data
     record["config_fingerprint"] = manifests.fingerprint(record["config"])
     _write_record(run_file, record)  # the metrics are safe, whatever befalls the audit
     if (texts := _texts_of(training.recommender)) is not None:

@@ -115,4 +115,4 @@ def test_a_run_records_what_it_chose(settings):
     assert written["reg_weight"] == chosen.record["choices"]["linear"]["reg_weight"]
     given = run("GaCLLM", "tiny", config_dict=dict(keys, linear_reg_weight=3.0))
     linear = {"layers": (), "reg_weight": 3.0, "text_weight": 0.0, "ndcg": {}}
-    assert given.record["choices"] == {"linear": linear, "few_interactions": {}}
+    assert given.record["choices"] == {"linear": linear, "keys": {}}

@@ -4,7 +4,8 @@ r"""What a run chooses inside its training part: it holds out a tenth and takes 
   **interactions** are held out.
 - The ridge weight of items (users) without training interactions, and the layers that speak for
   items: **items** (users) are held out with all their interactions.
-- The keys of ``few_interactions`` apply where users have few interactions, by a rule.
+- By rules, the keys of ``few_interactions`` apply where users have few interactions, and texts are
+  fused early where nothing is told of users.
 
 The first two in closed form, with random numbers of their own: training is as without. Each of them
 takes the first candidate within half a percent of the best NDCG@10, so raw texts, which come first,
@@ -131,6 +132,28 @@ def are_few(interactions: sparse.csr_array) -> bool:
     """
     n_users = int(np.count_nonzero(np.diff(interactions.indptr)))
     return bool(interactions.nnz < FEW_INTERACTIONS * n_users)
+
+
+def keys_of_data(
+    few: Mapping[str, Any],
+    text_fusion: str,
+    interactions: sparse.csr_array,
+    *,
+    users_are_told: bool,
+) -> dict[str, Any]:
+    """Keys whose values the data decide.
+
+    Args:
+        few: ``few_interactions``; they apply where interactions are few.
+        text_fusion: ``auto`` becomes ``late`` where users have texts of their own; where not,
+            ``early``, so that they receive those of their items.
+        interactions: Of training, ``[n_users, n_items]``.
+        users_are_told: Whether the data have a file of users.
+    """
+    keys = dict(few) if are_few(interactions) else {}
+    if keys.get("text_fusion", text_fusion) == "auto":
+        keys["text_fusion"] = "late" if users_are_told else "early"
+    return keys
 
 
 def choose_linear(
