@@ -1,7 +1,9 @@
 """What loads an engine in a process of its own; light, as each process imports it."""
 
 import os
+import runpy
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -49,6 +51,17 @@ def open_watched_vllm(options, window):
     hosts.touch()
     socket.socket.connect = recording
     return VLLMGenerator(**options, window=window)
+
+
+def serve_vllm(arguments, environment, log):
+    """The process of ``vllm serve``, in a session of its own."""
+    os.setsid()
+    with log.open("w") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    os.environ.update(environment)
+    sys.argv = ["serve", *arguments]
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 
 
 def without_torchvision(folder):

@@ -2,26 +2,32 @@
 
 import errno
 import itertools
+import multiprocessing
 import os
 import signal
 import socket
-from contextlib import ExitStack, closing
+import time
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import torch
 
+from recbole_gacllm.artifacts.launchers import free_port
 from recbole_gacllm.errors import GenerationError
-from recbole_gacllm.llm import engines
+from recbole_gacllm.llm import endpoints, engines, fleet
 from recbole_gacllm.llm.engines import choose_backend, open_generator
 from recbole_gacllm.llm.fleet import Fleet
 from recbole_gacllm.llm.generator import Request, Sampling
+from recbole_gacllm.llm.server import ServerGenerator
 
 from .conftest import byte_tokenizer
 from .fake_engine import load as load_fake_engine
-from .fake_engine import open_watched_vllm, pids, without_torchvision
+from .fake_engine import open_watched_vllm, pids, serve_vllm, without_torchvision
 from .fake_generator import FakeGenerator
 from .fake_server import FakeServer
 
@@ -124,13 +130,26 @@ def smollm2():
 
 
 @pytest.fixture(scope="module")
-def vllm(smollm2, tmp_path_factory):
+def forked_engines():
+    """A context whose processes, as those of engines, are forks of one that has loaded vLLM."""
+    if choose_backend("auto")[0] != "vllm":
+        pytest.skip("vLLM cannot run here")
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(["tests.warm_vllm"])
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forkserver, "connect_to_new_process", server.connect_to_new_process)
+        patch.setattr(fleet, "get_context", lambda _: context)
+        yield context
+    server._stop()
+
+
+@pytest.fixture(scope="module")
+def vllm(smollm2, forked_engines, tmp_path_factory):
     """Two real vLLMs in float32: one in a process, as on CPUs, one in two of its own, as on GPUs.
 
     What they connect to stands in a file.
     """
-    if choose_backend("auto")[0] != "vllm":
-        pytest.skip("vLLM cannot run here")
     folder = tmp_path_factory.mktemp("vllm")
     variables = {**without_torchvision(folder), "HOSTS": str(folder / "hosts")}
     groups = [{**variables, "VLLM_ENABLE_V1_MULTIPROCESSING": n} for n in "01"]
@@ -512,7 +531,9 @@ def test_vllm_says_what_transformers_says_to_the_token_though_its_processes_die(
 
 
 @pytest.mark.engine
-def test_vllm_with_an_adapter_says_what_transformers_says_to_the_token(smollm2, said, tmp_path):
+def test_vllm_with_an_adapter_says_what_transformers_says_to_the_token(
+    smollm2, said, forked_engines, tmp_path
+):
     options = {"model_dir": smollm2, "adapter_dir": save_random_adapter(smollm2, tmp_path)}
     requests, without = said[0][4:10], said[1]
     written = []
@@ -522,3 +543,57 @@ def test_vllm_with_an_adapter_says_what_transformers_says_to_the_token(smollm2, 
         written.append({completion.id: completion for completion in completions})
     assert written[0] == written[1]
     assert any(written[0][request.id] != without[request.id] for request in requests)
+
+
+@pytest.mark.engine
+def test_a_real_server_says_what_transformers_says_though_an_endpoint_dies(
+    smollm2, said, forked_engines, tmp_path, caplog, monkeypatch
+):
+    """`vllm serve` on loopback, in float32, to the token; also by way of a relay that dies."""
+    monkeypatch.setattr(endpoints, "_FIRST_PAUSE", 0.01)
+    port = free_port()
+    command = ["--model", str(smollm2), f"--port={port}"]
+    command += ["--served-model-name", "fake", "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", str(MAX_MODEL_LEN), "--enable-prompt-tokens-details"]
+    command += ["--max-num-seqs", "8", "--max-num-batched-tokens", str(MAX_MODEL_LEN)]
+    url = f"http://127.0.0.1:{port}/v1"
+    requests, expected = said
+    texts = {}
+
+    def relayed(body):
+        answer = httpx.post(f"{url}/chat/completions", json=body, timeout=300).json()
+        return "drop" if len(texts) >= 6 else answer
+
+    environment = {**without_torchvision(tmp_path), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    arguments = command, environment, tmp_path / "log"
+    server = forked_engines.Process(target=serve_vllm, args=arguments)
+    server.start()
+    try:
+        wait_for(url, server, tmp_path / "log")
+        with FakeServer(relayed) as relay:
+            generator = ServerGenerator(smollm2, [relay.url, url], "fake", concurrency=8)
+            for completion in generator.generate(requests):
+                assert completion.id not in texts
+                texts[completion.id] = (completion.text, completion.n_output_tokens)
+                if len(texts) == 6:
+                    relay.stop()
+        assert len(relay.bodies) < len(texts)
+        assert f"{relay.url} fails, its share moves on" in caplog.text  # it had requests under way
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.join()
+    assert texts == {c.id: (c.text, c.n_output_tokens) for c in expected.values()}
+
+
+def wait_for(url, server, log):
+    end = time.monotonic() + 300
+    while True:
+        assert server.is_alive(), log.read_text()[-3000:]
+        assert time.monotonic() < end, "the server did not start"
+        try:
+            httpx.get(f"{url}/models", timeout=5.0).raise_for_status()
+            return
+        except httpx.HTTPError:
+            time.sleep(1)

@@ -1,31 +1,21 @@
 """Endpoints that fail, die, refuse and come back; the contract itself is tested with the others."""
 
 import logging
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-import httpx
 import pytest
 
 from recbole_gacllm.artifacts import manifests
-from recbole_gacllm.artifacts.launchers import free_port
 from recbole_gacllm.errors import GenerationError
 from recbole_gacllm.llm import endpoints
-from recbole_gacllm.llm.engines import choose_backend
 from recbole_gacllm.llm.server import ServerGenerator
 
-from .fake_engine import without_torchvision
 from .fake_generator import FakeGenerator
 from .fake_server import FakeServer
 from .test_generator_contract import (
-    MAX_MODEL_LEN,
-    begun,
     make_requests,
     texts_of,
 )
@@ -269,75 +259,6 @@ def test_an_endpoint_that_fails_is_tried_less_and_less_often(serve, connect, mon
     for number, pause in enumerate(pauses):
         longest = min(2.0 ** min(number, 3), 8.0)
         assert 0.7 * longest <= pause <= longest
-
-
-@pytest.mark.engine
-@pytest.mark.slow
-def test_a_real_server_says_what_transformers_says_though_an_endpoint_dies(serve, tmp_path, caplog):
-    """`vllm serve` on loopback, in float32, to the token; also by way of a relay that dies."""
-    if choose_backend("auto")[0] != "vllm":
-        pytest.skip("vLLM cannot run here")
-    from recbole_gacllm.llm.engines import open_generator
-    from recbole_gacllm.llm.weights import resolve_llm
-
-    model, port = resolve_llm("embedded"), free_port()
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        **without_torchvision(tmp_path),
-    }
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--served-model-name", "fake", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", str(MAX_MODEL_LEN), "--enable-prompt-tokens-details"]
-    command += ["--max-num-seqs", "8", "--max-num-batched-tokens", str(MAX_MODEL_LEN)]
-    url = f"http://127.0.0.1:{port}/v1"
-    requests = make_requests(20, max_new_tokens=8)
-    requests[::2] = begun(requests[::2], "A short answer is")
-    texts = {}
-
-    def relayed(body):
-        answer = httpx.post(f"{url}/chat/completions", json=body, timeout=300).json()
-        return "drop" if len(texts) >= 6 else answer
-
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            [*command, f"--port={port}"],
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        wait_for(url, server, tmp_path / "log")
-        relay = serve(relayed)
-        generator = ServerGenerator(model, [relay.url, url], "fake", concurrency=8)
-        for completion in generator.generate(requests):
-            assert completion.id not in texts
-            texts[completion.id] = (completion.text, completion.n_output_tokens)
-            if len(texts) == 6:
-                relay.stop()
-        assert len(relay.bodies) < len(texts)
-        assert f"{relay.url} fails, its share moves on" in caplog.text  # it had requests under way
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-    reference = open_generator("transformers", model_dir=model, dtype="float32")
-    assert texts == {c.id: (c.text, c.n_output_tokens) for c in reference.generate(requests)}
-
-
-def wait_for(url, server, log):
-    end = time.monotonic() + 300
-    while True:
-        assert server.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < end, "the server did not start"
-        try:
-            httpx.get(f"{url}/models", timeout=5.0).raise_for_status()
-            return
-        except httpx.HTTPError:
-            time.sleep(1)
 
 
 def test_a_run_takes_its_texts_from_servers_and_writes_the_key_nowhere(
