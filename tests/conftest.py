@@ -172,7 +172,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     root = tmp_path_factory.mktemp("place")
     shutil.copytree(tiny_model, root / "model")
     save_tiny_encoder(root / "encoder")
-    write_dataset(root / "data")
+    write_dataset(root / "data", n_users=14, n_items=16)
     return root
 
 

@@ -219,7 +219,7 @@ def small_disk(tmp_path):
     """A real file system of a few pages."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if not mount("-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)):
+    if not mount("-t", "tmpfs", "-o", "size=8k", "tmpfs", str(disk)):
         pytest.skip("needs the right to mount a small tmpfs")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
@@ -239,7 +239,7 @@ def test_on_a_real_disk_that_grows_too_slowly_every_start_is_a_clear_error_or_a_
     folder = Folder(place, "unused")
     folder.path = small_disk / "artifacts"
     folder.keys["artifact_dir"] = str(folder.path)
-    kilobytes, stages = 16, set()
+    kilobytes, stages = 8, set()
     while (ended := folder.run(lab)[0])["status"] != "done":
         assert ended["status"] == "error", ended
         assert ended["known"], ended

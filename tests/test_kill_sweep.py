@@ -7,11 +7,11 @@ interrupted run must end with the bytes of one that was not.
 """
 
 import json
+import logging
 import random
 import re
 import shutil
 import sqlite3
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -22,6 +22,9 @@ import pytest
 from recbole_gacllm.artifacts import manifests
 from recbole_gacllm.artifacts.manifests import read_manifest
 from recbole_gacllm.convolution.layers import Layer
+
+from .conftest import fresh_process
+from .crash_lab import prepare
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -228,14 +231,10 @@ def test_kills_at_exact_and_at_random_moments_lose_change_and_repeat_nothing(pla
     assert any("rename layer_" in where for where in hits)
 
 
-# A real run: an interpreter for the hook, one for each stage, a guard for each of those.
-REAL = """
-import json, logging, sys
-from pathlib import Path
-logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-from tests.crash_lab import prepare
-prepare(json.loads(sys.argv[1]), Path(sys.argv[2]))
-"""
+def _run_hook(keys, data):
+    """A process of the hook; each of its stages is an interpreter with a guard of its own."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    prepare(keys, data)
 
 
 def _is_there(folder, pattern):
@@ -249,15 +248,13 @@ def test_real_processes_killed_in_a_stage_leave_nothing_behind_and_end_the_same(
     """Only the run is killed: its stage and all that this started must die with it."""
     folder = Folder(place, "real")
     for sign in ("sft-*/checkpoints/*", "descriptions-*/job.json"):
-        process = subprocess.Popen(
-            [sys.executable, "-c", REAL, json.dumps(folder.keys), str(place / "data")]
-        )
+        process = fresh_process(_run_hook, folder.keys, place / "data")
         while not _is_there(folder.path, f"tiny/**/{sign}"):
-            assert process.poll() is None, f"it ended before {sign}"
+            assert process.is_alive(), f"it ended before {sign}"
             time.sleep(0.01)
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
-        process.wait()
+        process.join()
         finished = set(folder.path.glob("tiny/*/manifest.json"))
         _, alive = psutil.wait_procs(family, timeout=5)
         assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
