@@ -19,6 +19,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
+import psutil
 import pytest
 import torch
 from recbole.utils import utils as recbole_utils
@@ -101,6 +102,7 @@ def _process():
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     torch.set_num_threads(1)
+    psutil.cpu_percent = lambda interval: 0.0  # RecBole's runs tell it, and wait a second for it
     # Its thread writes minutes later, from a folder that a test has long left; RecBole closes none.
     recbole_utils.SummaryWriter = lambda folder: SummaryWriter(Path(folder).absolute())
 
