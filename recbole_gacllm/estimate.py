@@ -44,7 +44,8 @@ def announce(options: GaCLLMConfig, data: TrainingData) -> None:
         n_layers = 1 + (options.n_text_layers if options.is_described else 0)
     matrices = 0
     if options.linear_weight > 0:
-        matrices = linear_bytes(options, n_items, width, n_layers, n_pairs(data.graph))
+        n_users = 1 + len(data.graph.user_tokens)
+        matrices = linear_bytes(options, n_items, width, n_layers, n_pairs(data.graph), n_users)
     tables = 2 * n_nodes * width * n_layers  # float16
     is_early = options.text_fusion == "early" and options.text_weight > 0
     rows = 4 * tables * is_early  # carried, from float32
@@ -105,15 +106,21 @@ def _require_room(options: GaCLLMConfig, dataset: str, n_bytes: int) -> None:
 
 
 def linear_bytes(
-    options: GaCLLMConfig, n_items: int, width: int, n_layers: int, n_pairs: int = 0
+    options: GaCLLMConfig,
+    n_items: int,
+    width: int,
+    n_layers: int,
+    n_pairs: int = 0,
+    n_users: int = 0,
 ) -> int:
-    """Peak of the linear part in memory: of its choice, or of its making, which comes after.
+    """Peak of the linear part in memory: of its choice, of its making, or with kept scores.
 
     The choice has two matrices in float64 and weights in float32 at once, of fewer items, scores of
     1,024 users, and of each candidate's texts the rows of all items in float64. The making has the
     matrix, its weights, and a few copies of the rows that were chosen; of more than
     ``linear.MAX_ITEMS`` items the pairs that have a common user in place of the matrix (twice,
-    while blocks of them are joined), some dense columns, and sparse weights.
+    while blocks of them are joined), some dense columns, and sparse weights. Of few users and items
+    there are the scores that evaluations keep, besides the weights.
     """
     n_of_choice = min(n_items, choice.MAX_ITEMS)
     n_widest = n_rows = 0  # in rows of one layer
@@ -127,7 +134,10 @@ def linear_bytes(
         weights = n_items * (1 + local.N_NEIGHBORS)
         columns = 24 * local.BLOCK * n_items
         made = max(16 * n_pairs, 8 * n_pairs + columns + 8 * weights, 28 * weights)
-    return _LIBRARIES + max(chosen, made + 4 * n_widest * row, (n_rows + 5 * n_widest) * row)
+    kept = 4 * n_users * n_items if n_users * n_items <= linear.KEPT else 0
+    evaluated = kept + made // 3  # a third are the weights
+    making = max(made + 4 * n_widest * row, (n_rows + 5 * n_widest) * row)
+    return _LIBRARIES + max(chosen, making, evaluated)
 
 
 def n_pairs(graph: TrainGraph) -> int:

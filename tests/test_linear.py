@@ -101,6 +101,27 @@ def test_products_of_standardized_embeddings_have_mean_zero_and_deviation_one():
         assert not scores[2].any()
 
 
+def test_scores_of_few_users_and_items_are_made_once(monkeypatch):
+    rng = np.random.default_rng(8)
+    edges, users = np.nonzero(rng.random((20, 7)) < 0.4), torch.arange(20)
+    kept = ItemItemModel(*edges, 20, 7, 3.0)
+    monkeypatch.setattr(linear, "KEPT", 20 * 7 - 1)
+    made = ItemItemModel(*edges, 20, 7, 3.0)
+    assert made._kept is None
+    for one in (kept, made):  # some before, beside others
+        one.standardized(users[3:9], slice(None))
+    first, again = (made.standardized(users, slice(None)) for _ in range(2))
+    assert torch.equal(first[0], again[0])
+    scores, mean = kept.standardized(users, slice(None))
+    scores.mul_(7.0)  # a caller may write into them
+    monkeypatch.setattr(ItemItemModel, "_products", None)
+    scores, same_mean = kept.standardized(users.flip(0), slice(None))
+    assert torch.allclose(scores.flip(0), first[0], atol=1e-6)
+    assert torch.equal(mean, same_mean.flip(0))
+    with pytest.raises(TypeError):  # products are made anew
+        made.standardized(users, slice(None))
+
+
 def test_the_last_interactions_of_a_user_count_most_and_equal_times_alike():
     users = np.array([0, 0, 0, 0, 1, 1, 2])
     times = np.array([5.0, 9.0, 5.0, 1.0, 3.0, 4.0, 0.0])

@@ -135,7 +135,7 @@ def are_few(interactions: sparse.csr_array) -> bool:
 
 
 def keys_of_data(
-    few: Mapping[str, Any],
+    few: Mapping[Any, Any],
     text_fusion: str,
     interactions: sparse.csr_array,
     *,

@@ -27,6 +27,7 @@ BLOCK = 1024  # rows of weights at once
 # Share of a batch's histories that is filled: below it sums over their items beat a dense product,
 # on 1,700 to 17,000 items and one thread.
 SPARSE = 0.03
+KEPT = 1 << 26  # scores that are kept between evaluations, at most: 256 MiB
 
 
 class ItemItemModel:
@@ -107,6 +108,9 @@ class ItemItemModel:
             self._weights = item_weights(gram.with_texts(rows, text_weight), reg_weight).to(device)
         # Each user's mean and deviation of scores, the mean over the deviation; NaN: not known yet.
         self._moments = torch.full((2, n_users), torch.nan, device=device)
+        # Scores of all users, standardised, if they are few: constants of a run, too.
+        few = n_users * n_items <= KEPT
+        self._kept = torch.empty(n_users, n_items, device=device) if few else None
         self._of_unseen: tuple[Unseen, Tensor, Tensor] | None = None  # predicted scores
 
     def __deepcopy__(self, memo: dict[int, object]) -> ItemItemModel:
@@ -169,20 +173,25 @@ class ItemItemModel:
     def standardized(self, users: Tensor, items: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Scores over their deviation over some items, and the means of these.
 
-        Each user's mean and deviation are constants of a run: they are computed once. A user whose
-        scores are all alike has 0.
+        Each user's mean and deviation are constants of a run: they are computed once, as are the
+        scores where they are at most ``KEPT``. A user whose scores are all alike has 0.
 
         Shapes:
             users: ``[B]``; results ``[B, n_items]`` and ``[B]``; items: ``[S]``, always the same.
         """
-        if self._moments[1, users].isnan().any():
+        is_new = bool(self._moments[1, users].isnan().any())
+        if is_new:
             scores = self.scores(users)[:, items]
             deviation, mean = torch.std_mean(scores, dim=1)
             deviation = deviation.clamp(min=1e-12)
             self._moments[:, users] = torch.stack([mean / deviation, deviation])
         mean, deviation = self._moments[:, users]
-        histories = self._histories[users.cpu().numpy()]
-        scores = self._products(histories, 1 / deviation)
+        if self._kept is None or is_new:
+            scores = self._products(self._histories[users.cpu().numpy()], 1 / deviation)
+            if self._kept is not None:
+                self._kept[users] = scores
+        else:
+            scores = self._kept[users]
         if self._of_unseen is not None:
             unseen, *fitted = self._of_unseen
             rows = (~unseen.is_seen[users]).nonzero()[:, 0]
