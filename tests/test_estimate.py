@@ -23,6 +23,7 @@ from .recommender import Recommender
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 SIZES = [(500, None, 20_000), (1000, None, 20_000), (2000, 400.0, 20_000), (3000, 400.0, 1000)]
 EARLY_SIZES = [20_000, 40_000, 80_000]
+USERS = [15_000, 30_000, 60_000]  # of 1,000 items
 #: What each of these takes, in a fork of its own of a process that has only loaded what it needs.
 TAKEN = """
 import json, os, sys
@@ -57,6 +58,14 @@ def of_linear(n_items, reg_weight, max_items):
     ItemItemModel(users, items, 500, n_items, chosen.reg_weight, texts, chosen.text_weight)
     return memory("VmHWM") - before
 
+def of_evaluation(n_users):
+    edges = (np.random.default_rng(0).integers(1, n, 5 * n_users) for n in (n_users, 1000))
+    model = ItemItemModel(*edges, n_users, 1000, 400.0)
+    before = begin()
+    for users in torch.arange(n_users).split(1000):
+        model.standardized(users, slice(None))
+    return memory("VmHWM") - before
+
 def carried(n_users, adjacency):
     texts = TextLayers([torch.ones(2 * n_users, 384).half()], torch.arange(2 * n_users), {})
     return texts, texts.carried([(0,)], adjacency, 3)
@@ -69,10 +78,10 @@ def of_early_fusion(n_users):
     kept = carried(n_users, adjacency)
     return memory("VmHWM") - before
 
-linear_sizes, early_sizes = map(json.loads, sys.argv[1:])
-for what, *size in [(of_linear, *size) for size in linear_sizes] + [
-    (of_early_fusion, size) for size in early_sizes
-]:
+linear_sizes, early_sizes, users = map(json.loads, sys.argv[1:])
+jobs = [(of_linear, *size) for size in linear_sizes]
+jobs += [(of_early_fusion, size) for size in early_sizes] + [(of_evaluation, n) for n in users]
+for what, *size in jobs:
     sys.stdout.flush()
     if os.fork() == 0:
         print(what(*size), flush=True)
@@ -87,9 +96,9 @@ def near(told: float, taken: float) -> bool:
 
 @pytest.fixture(scope="module")
 def taken() -> dict[object, int]:
-    sizes = json.dumps(SIZES), json.dumps(EARLY_SIZES)
-    printed = run_python("-c", TAKEN, *sizes).split()
-    return dict(zip(SIZES + EARLY_SIZES, map(int, printed), strict=True))
+    sizes = SIZES, EARLY_SIZES, USERS
+    printed = run_python("-c", TAKEN, *map(json.dumps, sizes)).split()
+    return dict(zip(SIZES + EARLY_SIZES + USERS, map(int, printed), strict=True))
 
 
 @pytest.mark.slow
@@ -103,6 +112,13 @@ def test_memory_of_the_linear_part(size, taken, monkeypatch):
     graph = SimpleNamespace(degrees=lambda side: np.bincount(edges[side == "item"]))
     told = estimate.linear_bytes(options, n_items, 384, 2, estimate.n_pairs(graph))
     assert near(told, taken[size]), (told, taken[size])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_users", USERS)
+def test_memory_of_scores_that_evaluations_keep(n_users, taken):
+    told = estimate.linear_bytes(our_keys(linear_weight=0.5), 1000, 0, 0, n_users=n_users)
+    assert near(told, taken[n_users]), (told, taken[n_users])
 
 
 @pytest.fixture(scope="module")
