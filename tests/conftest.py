@@ -65,7 +65,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
-gc.disable()  # while modules are loaded: half of that time
+gc.disable()  # while modules are loaded: a third of that time
 
 
 def pytest_collection_finish() -> None:
