@@ -14,6 +14,7 @@ from recbole_gacllm.llm.hardware import check_cards
 from recbole_gacllm.plugin.import_hooks import replaces
 
 _VARIABLE = "CUDA_VISIBLE_DEVICES"
+_last_group: list[Any] = []
 
 
 def cards_as_asked(configurator: Any) -> None:
@@ -69,7 +70,11 @@ def gloo_on_cpu(configurator: ModuleType) -> None:
 
 
 def _join_gloo_group(final: dict[str, Any]) -> None:
-    """The second half of ``Config._init_device``, for the CPU."""
+    """The second half of ``Config._init_device``, for the CPU.
+
+    A group lives until the next: the end of one waits for its threads with Python's lock in hand,
+    which a thread that still lets a tensor go waits for (pytorch/pytorch#56297).
+    """
     import torch
 
     torch.distributed.init_process_group(
@@ -78,6 +83,7 @@ def _join_gloo_group(final: dict[str, Any]) -> None:
         world_size=final["world_size"],
         init_method=f"tcp://{final['ip']}:{final['port']}",
     )
+    _last_group[:] = [torch.distributed.group.WORLD]
     final["device"] = torch.device("cpu")
     final["single_spec"] = False
     if final["local_rank"] != 0:
