@@ -46,6 +46,8 @@ GENRES = ["Action", "Comedy", "Drama", "Horror"]
 OCCUPATIONS = ["teacher", "farmer", "nurse"]
 #: Files with few tests that are long without being marked so.
 LONG = ("adapter", "artifacts", "console", "examples", "registration", "sft_processes", "text_init")
+#: Files with tests that start a fork of ``warm``.
+FORKS = ("cli", "device", "faults", "kill_sweep", "run_folder", "sft", "sft_processes", "training")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -56,10 +58,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
-        """Both files of the fixtures ``lab`` and ``whole`` go to the same one."""
+        """Files whose processes are forks of ``warm`` go to the same one, so that it loads once."""
 
         def _split_scope(self, nodeid: str) -> str:
-            return super()._split_scope(nodeid).replace("test_faults", "test_kill_sweep")
+            scope: str = super()._split_scope(nodeid)
+            forks = Path(scope).stem.removeprefix("test_") in FORKS
+            return "forks" if forks else scope
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)

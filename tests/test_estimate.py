@@ -21,7 +21,7 @@ from .conftest import our_keys, run_python
 from .recommender import Recommender
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
-SIZES = [(500, None, 20_000), (1000, None, 20_000), (2000, 400.0, 20_000), (3000, 400.0, 1000)]
+SIZES = [(500, None, 20_000), (1000, None, 20_000), (2000, 400.0, 20_000), (1500, 400.0, 1000)]
 EARLY_SIZES = [20_000, 40_000, 80_000]
 USERS = [15_000, 30_000, 60_000]  # of 1,000 items
 #: What each of these takes, in a fork of its own of a process that has only loaded what it needs.

@@ -43,6 +43,7 @@ def output(process: subprocess.Popen[str]) -> str:
 
 def start(*command: str, folder: Path = ROOT) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if key != "UV_NO_SOURCES"}
+    environment["UV_PYTHON_DOWNLOADS"] = "never"  # uv would look for one of every version
     return subprocess.Popen(
         command,
         cwd=folder,
