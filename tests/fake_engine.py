@@ -1,5 +1,7 @@
 """What loads an engine in a process of its own; light, as each process imports it."""
 
+import functools
+import multiprocessing
 import os
 import runpy
 import socket
@@ -35,9 +37,25 @@ def load(window=None, error=None, failure=None, room=0):
     )
 
 
+def fork_processes_of_vllm():
+    """They find loaded what this process has; spawned ones load it for ten seconds each."""
+    from vllm.v1.engine import utils
+    from vllm.v1.executor import multiproc_executor
+
+    for module in (utils, multiproc_executor):
+        assert callable(module.get_mp_context)
+        module.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
 def open_watched_vllm(options, window):
     """A real vLLM; every address that Python code of its process connects to stands in HOSTS."""
+    import vllm
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
     from recbole_gacllm.llm.vllm_engine import VLLMGenerator
+
+    # As on GPUs, the worker is in the process of the engine's core.
+    vllm.LLM = functools.partial(vllm.LLM, distributed_executor_backend=UniProcExecutor)
 
     connect = socket.socket.connect
 
@@ -47,6 +65,8 @@ def open_watched_vllm(options, window):
                 file.write(f"{address[0]}\n")
         connect(self, address)
 
+    if "FORK" in os.environ:
+        fork_processes_of_vllm()
     hosts = Path(os.environ["HOSTS"])
     hosts.touch()
     socket.socket.connect = recording
@@ -61,6 +81,7 @@ def serve_vllm(arguments, environment, log):
             os.dup2(file.fileno(), number)
     os.environ.update(environment)
     sys.argv = ["serve", *arguments]
+    fork_processes_of_vllm()
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 
 

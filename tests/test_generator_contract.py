@@ -515,6 +515,8 @@ def test_vllm_says_what_transformers_says_to_the_token_though_its_processes_die(
     """The engine's process, and vLLM's own; smaller engines go on."""
     requests, expected = said
     written = {}
+    for member in vllm._members:
+        member._environment["FORK"] = "when it starts again"
     for completion in vllm.generate(requests):
         assert completion.id not in written
         written[completion.id] = replace(completion, n_cached_tokens=0)
