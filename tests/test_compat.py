@@ -67,7 +67,7 @@ def two_processes(work):
 
 #: Forks for each attempt; reads the cases from stdin and writes what each attempt ended with.
 DRIVER = """
-import gc, json, multiprocessing, os, pathlib, shutil, sys, tempfile, traceback, types
+import gc, json, multiprocessing, os, pathlib, shutil, signal, sys, tempfile, traceback, types
 
 root, helpers, cases = json.load(sys.stdin)
 sys.argv = ["driver"]
@@ -93,6 +93,7 @@ def attempt(code, without):
     exec(helpers + code, {"__name__": "case"})
 
 def work(folder, code, without):
+    os.setsid()
     shutil.copytree("tiny", folder / "tiny")
     os.chdir(folder)
     with open("attempt.log", "w") as log:
@@ -115,7 +116,7 @@ for name, (repair, code) in cases.items():
         process.start()
         process.join(120)
         if process.is_alive():
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
             (folder / "outcome").write_text("hung")
         outcome = folder / "outcome"
         results[f"{name} without {without}"] = outcome.read_text() if outcome.exists() else "died"

@@ -263,7 +263,7 @@ def test_the_real_llm_is_tuned_merged_and_run_by_the_real_vllm(settings, tmp_pat
                 if status == "generated"
             ]
             assert all(text.startswith(begins[side]) for text in made)
-            assert len(made) > {"user": 4, "item": 5}[side]
+            assert len(made) > {"user": 5, "item": 5}[side]
 
 
 @pytest.mark.parametrize(
