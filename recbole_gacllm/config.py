@@ -215,7 +215,7 @@ class GaCLLMConfig:
     text_hidden_size: _Number
     text_dropout: _Dropout
     text_weight: _Weight
-    text_fusion: Literal["auto", "early", "late"]
+    text_fusion: Literal["early", "late"]
     align_weight: _Weight
     align_n_nodes: Annotated[int, Field(ge=2)] | None
     align_temperature: _Temperature

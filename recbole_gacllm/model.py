@@ -41,7 +41,7 @@ from recbole_gacllm.alignment.propagation import (
 from recbole_gacllm.config import GaCLLMConfig
 from recbole_gacllm.inputs import TrainingData
 from recbole_gacllm.objective import losses
-from recbole_gacllm.objective.choice import USUAL_REG_WEIGHT, Layers, choose, keys_of_data
+from recbole_gacllm.objective.choice import USUAL_REG_WEIGHT, Layers, are_few, choose
 from recbole_gacllm.objective.linear import ItemItemModel, matrix_of, recency_weights
 from recbole_gacllm.objective.scoring import Scoring
 from recbole_gacllm.objective.unseen import Unseen
@@ -69,10 +69,8 @@ class GaCLLM(GeneralRecommender):  # type: ignore[misc]
         users, items = data.graph.users + 1, data.graph.items + 1  # RecBole's ids
         interactions = matrix_of(users, items, self.n_users, self.n_items)
         options = GaCLLMConfig.from_mapping(config.final_config_dict)
-        few, fusion = options.few_interactions, options.text_fusion
-        users_are_told = data.feature_files["user"] is not None
         #: Keys whose values the data decide.
-        self.of_data = keys_of_data(few, fusion, interactions, users_are_told=users_are_told)
+        self.of_data = dict(options.few_interactions) if are_few(interactions) else {}
         if self.of_data:
             options = GaCLLMConfig.from_mapping(config.final_config_dict | self.of_data)
             self.logger.info(f"as the data have it: {self.of_data}")

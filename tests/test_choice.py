@@ -208,42 +208,12 @@ def test_interactions_are_few_below_thirty_of_a_user_with_any(n_interactions):
     assert choice.are_few(sparse.csr_array(matrix)) == (n_interactions < 30)
 
 
-@pytest.mark.parametrize(
-    ("few", "fusion", "users_are_told", "expected"),
-    [
-        (
-            {"n_layers": 3, "text_fusion": "auto"},
-            "late",
-            False,
-            {"n_layers": 3, "text_fusion": "early"},
-        ),
-        (
-            {"n_layers": 3, "text_fusion": "auto"},
-            "late",
-            True,
-            {"n_layers": 3, "text_fusion": "late"},
-        ),
-        ({"text_fusion": "late"}, "auto", False, {"text_fusion": "late"}),
-        ({}, "auto", False, {"text_fusion": "early"}),
-        ({}, "late", False, {}),
-    ],
-)
-def test_texts_are_fused_early_where_nothing_is_told_of_users(
-    few, fusion, users_are_told, expected
-):
-    matrix = sparse.csr_array(np.eye(4, dtype=np.float32))
-    made = choice.keys_of_data(few, fusion, matrix, users_are_told=users_are_told)
-    assert made == expected
-    assert few.get("text_fusion") != "early", "what is given stays as it is"
-
-
 def test_keys_of_few_interactions_apply_but_for_those_given(settings):
     keys = settings | {"use_text": False, "epochs": 2, "preset": "best", "ssm_n_negatives": 16}
     few = {"loss_type": "SSM", "n_layers": 0}
     keys = {key: value for key, value in keys.items() if key not in few}
     ours = run("GaCLLM", "tiny", config_dict=keys)  # eight interactions a user
-    few_of_best = model_defaults()["few_interactions"] | {"text_fusion": "late"}  # users have texts
-    assert ours.record["choices"]["keys"] == few_of_best
+    assert ours.record["choices"]["keys"] == model_defaults()["few_interactions"]
     given = run("GaCLLM", "tiny", config_dict=keys | {"n_layers": 0})
     assert given.record["choices"]["keys"]["loss_type"] == "BPR"
     assert "n_layers" not in given.record["choices"]["keys"]

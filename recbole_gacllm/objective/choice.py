@@ -134,28 +134,6 @@ def are_few(interactions: sparse.csr_array) -> bool:
     return bool(interactions.nnz < FEW_INTERACTIONS * n_users)
 
 
-def keys_of_data(
-    few: Mapping[Any, Any],
-    text_fusion: str,
-    interactions: sparse.csr_array,
-    *,
-    users_are_told: bool,
-) -> dict[str, Any]:
-    """Keys whose values the data decide.
-
-    Args:
-        few: ``few_interactions``; they apply where interactions are few.
-        text_fusion: ``auto`` becomes ``late`` where users have texts of their own; where not,
-            ``early``, so that they receive those of their items.
-        interactions: Of training, ``[n_users, n_items]``.
-        users_are_told: Whether the data have a file of users.
-    """
-    keys = dict(few) if are_few(interactions) else {}
-    if keys.get("text_fusion", text_fusion) == "auto":
-        keys["text_fusion"] = "late" if users_are_told else "early"
-    return keys
-
-
 def choose_linear(
     interactions: sparse.csr_array,
     texts: Mapping[Layers, np.ndarray],
