@@ -28,7 +28,7 @@ ROWS = {
     "raw and a large LLM's": f"GaCLLM:{LARGE}",
 }
 PAGES = {
-    "ml-100k": "all interactions",
+    "ml-100k-all": "all interactions",
     "ml-100k-20-percent": "a fifth of them",
     "ml-100k-10-percent": "a tenth of them",
     "ml-100k-cold": "cold items",
