@@ -20,9 +20,7 @@ LARGE = "text_import_file=ml-100k-texts.csv"
 #: Row of the picture -> model of the pages, bottom up.
 ROWS = {
     "both, on wrong nodes": f"GaCLLM:text_source=shuffled:{LARGE}",
-    "text-kNN": "TextKNN",
     "no text": "GaCLLM:use_text=False",
-    "default LLM's knowledge": "GaCLLM:sft=False:llm_knowledge_tokens=64:llm_n_layers=0",
     "a large LLM's": f"GaCLLM:{LARGE}:text_layers=1",
     "raw": "GaCLLM:text_source=raw",
     "raw and a large LLM's": f"GaCLLM:{LARGE}",
