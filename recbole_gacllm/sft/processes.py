@@ -21,6 +21,7 @@ from recbole_gacllm.sft.finetune import SFTMemoryError, SFTReport, finetune, fin
 from recbole_gacllm.sft.trainer import batch_of_a_process
 
 logger = logging.getLogger(__name__)
+_last_group: list[Any] = []
 
 
 def finetune_on_all_cards(
@@ -114,8 +115,15 @@ def _rank(
 
 
 def _in_group(work: Callable[[], SFTReport]) -> SFTReport:
+    """The work, and the end of the group that it joined.
+
+    What is left of the group lives until the next, or the process' end: gloo's destructor waits for
+    its threads with Python's lock in hand, for which a thread that still lets a tensor go waits
+    (pytorch/pytorch#56297).
+    """
     try:
         return work()
     finally:
         if distributed.is_initialized():
+            _last_group[:] = [distributed.group.WORLD]
             distributed.destroy_process_group()
