@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from recbole_gacllm.compare.plots import _METADATA, _STYLE
+from recbole_gacllm.compare.plots import METADATA, STYLE
 
 TEXTS = Path(__file__).parents[1] / "results" / "texts"
 LARGE = "text_import_file=ml-100k-texts.csv"
@@ -54,5 +54,5 @@ def draw() -> Figure:
 
 
 if __name__ == "__main__":
-    with rc_context(_STYLE):
-        draw().savefig(TEXTS / "ml-100k.svg", metadata=_METADATA["svg"])
+    with rc_context(STYLE):
+        draw().savefig(TEXTS / "ml-100k.svg", metadata=METADATA["svg"])

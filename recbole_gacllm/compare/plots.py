@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vP*X<"  # nine beside ten colours: no two of ninety methods look alike
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "recbole_gacllm",  # ids in the file, random without
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a dollar in a name is one
@@ -28,7 +28,7 @@ _STYLE: dict[Any, Any] = {
     "savefig.dpi": 200,
 }
 #: Format -> what matplotlib would write into the file: time and version.
-_METADATA: dict[str, dict[str, None]] = {
+METADATA: dict[str, dict[str, None]] = {
     "svg": {"Date": None, "Creator": None},
     "png": {"Software": None},
 }
@@ -39,8 +39,8 @@ def draw(table: dict[str, Any], title: str, metric: str) -> dict[str, bytes]:
     from matplotlib import rc_context
 
     files = {}
-    for kind, metadata in _METADATA.items():
-        with rc_context(_STYLE):
+    for kind, metadata in METADATA.items():
+        with rc_context(STYLE):
             figure(table, title, metric).savefig(
                 content := io.BytesIO(), format=kind, metadata=metadata
             )
