@@ -4,8 +4,7 @@ r"""What a run chooses inside its training part: it holds out a tenth and takes 
   **interactions** are held out.
 - The ridge weight of items (users) without training interactions, and the layers that speak for
   items: **items** (users) are held out with all their interactions.
-- By rules, the keys of ``few_interactions`` apply where users have few interactions, and texts are
-  fused early where nothing is told of users.
+- By a rule, the keys of ``few_interactions`` apply where users have few interactions.
 
 The first two in closed form, with random numbers of their own: training is as without. Each of them
 takes the first candidate within half a percent of the best NDCG@10, so raw texts, which come first,
