@@ -118,6 +118,13 @@ def test_of_near_equals_the_first_is_taken(raw, chosen):
     assert choice._first_near_best({"raw": raw, "written": 0.2, "both": 0.1999}) == chosen
 
 
+@pytest.mark.parametrize(("gain", "layers", "weight"), [(1.016, (0,), 3.0), (1.04, (1,), 30.0)])
+def test_a_written_text_speaks_for_unseen_nodes_where_it_adds_two_percent(gain, layers, weight):
+    values = {((0,), 3.0): 0.3, ((1,), 30.0): 0.3 * gain}  # each at a ridge weight of its own
+    made = choice._choose_ridge([(0,), (1,)], lambda *one: values.get(one, 0.1))
+    assert (made.layers, made.reg_weight) == (layers, weight)
+
+
 def test_of_many_items_and_users_some_are_used(tastes, monkeypatch):
     interactions, telling, _ = tastes
     monkeypatch.setattr(choice, "MAX_ITEMS", 20)
